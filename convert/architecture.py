@@ -1,0 +1,182 @@
+"""The architecture of a PersonaPlex or Moshi model, as its config.json gives it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .problems import UserError, refuse
+
+DELAYS = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
+PERSONAPLEX_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a model; the defaults are PersonaPlex-7B's, which its own config.json leaves out.
+
+    hidden, depformer_hidden: width between ``linear_out`` and half of ``linear_in``. steps: depformer steps, each
+    with weights of its own. n_q: audio codebooks in, the agent's and the user's together.
+    """
+
+    dim: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    hidden_scale: float = 4.125
+    context: int = 3000
+    max_period: int = 10000
+    text_card: int = 32000
+    text_padding: int = 3
+    n_q: int = 16
+    card: int = 2048
+    depformer_dim: int = 1024
+    depformer_num_layers: int = 6
+    depformer_num_heads: int = 16
+    depformer_dim_feedforward: int = 4224
+    steps: int = PERSONAPLEX_STEPS
+    delays: tuple[int, ...] = DELAYS
+
+    @property
+    def hidden(self) -> int:
+        """Width of the temporal transformer's MLP."""
+        return _hidden(self.dim, int(self.hidden_scale * self.dim))
+
+    @property
+    def depformer_hidden(self) -> int:
+        """Width of the depformer's MLP."""
+        return _hidden(self.depformer_dim, self.depformer_dim_feedforward)
+
+
+def _hidden(dim: int, feedforward: int) -> int:
+    """Return the width of a gated MLP, by the reference's rule."""
+    return 11 * dim // 4 if feedforward == 4 * dim else 2 * feedforward // 3
+
+
+_SIZES = {  # key in config.json -> field
+    "dim": "dim",
+    "num_layers": "num_layers",
+    "num_heads": "num_heads",
+    "context": "context",
+    "max_period": "max_period",
+    "text_card": "text_card",
+    "existing_text_padding_id": "text_padding",
+    "n_q": "n_q",
+    "card": "card",
+    "depformer_dim": "depformer_dim",
+    "depformer_num_layers": "depformer_num_layers",
+    "depformer_num_heads": "depformer_num_heads",
+    "dep_q": "steps",
+}
+_OPTIONAL = {"existing_text_padding_id", "max_period", "context"}
+_FIXED: dict[str, tuple[Any, ...]] = {  # what the converter and every runtime take for granted
+    "causal": (True,),
+    "layer_scale": (None,),
+    "gating": ("silu",),
+    "norm": ("rms_norm_f32", "rms_norm"),
+    "positional_embedding": ("rope",),
+    "cross_attention": (False, None),
+    "conditioners": ({}, None),
+    "demux_second_stream": (False, None),
+    "extra_heads_num_heads": (0, None),
+    "depformer_causal": (True, None),
+    "depformer_layer_scale": (None, False),
+    "depformer_multi_linear": (True,),
+    "depformer_gating": ("silu",),
+    "depformer_pos_emb": ("none",),
+    "depformer_weights_per_step": (True,),
+    "depformer_weights_per_step_schedule": (None,),
+    "depformer_low_rank_embeddings": (None,),
+}
+_LARGEST = 1 << 20  # far above any real size: a stranger's config must not make us compute with absurd numbers
+
+
+def from_config(config: dict[str, Any]) -> Architecture:
+    """Read the architecture out of a parsed config.json.
+
+    One without ``dim`` means PersonaPlex-7B. Raises UserError with every key that is missing, of the wrong type, or
+    asks for a model that is none of PersonaPlex's kind.
+    """
+    if "dim" not in config:
+        return Architecture()
+    problems, sizes = [], {}
+    for key, field in _SIZES.items():
+        value = config.get(key)
+        if value is None and key in _OPTIONAL:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
+            problems.append(f"config.json: {key} is {value!r}: a positive whole number is needed")
+        else:
+            sizes[field] = value
+    scale = config.get("hidden_scale", Architecture.hidden_scale)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 64:
+        problems.append(f"config.json: hidden_scale is {scale!r}: a number from 0 to 64 is needed")
+        scale = Architecture.hidden_scale
+    feedforward = config.get("depformer_dim_feedforward")
+    if feedforward is None:  # kyutai/personaplex-rl-seamless leaves it to the scale
+        feedforward = int(scale * sizes.get("depformer_dim", Architecture.depformer_dim))
+    if not isinstance(feedforward, int) or not 0 < feedforward <= _LARGEST:
+        problems.append(f"config.json: depformer_dim_feedforward is {feedforward!r}: a positive whole number is needed")
+        feedforward = Architecture.depformer_dim_feedforward
+    delays = config.get("delays", list(DELAYS))
+    streams = 1 + sizes.get("n_q", Architecture.n_q)
+    if not isinstance(delays, list) or not all(isinstance(d, int) and 0 <= d < 100 for d in delays):
+        problems.append("config.json: delays is not a list of small whole numbers")
+    elif len(delays) != streams:
+        problems.append(f"config.json: delays has {len(delays)} entries: 1 + n_q = {streams} streams need one each")
+    for key, allowed in _FIXED.items():
+        if key in config and config[key] not in allowed:
+            problems.append(f"config.json: {key} is {config[key]!r}: only {allowed[0]!r} is PersonaPlex's architecture")
+    refuse(problems)
+    return Architecture(**sizes, hidden_scale=float(scale), depformer_dim_feedforward=feedforward, delays=tuple(delays))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Parse a config.json; raises UserError if it is not a JSON object of sane size."""
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise UserError(f"{path}: over 1 MiB, which no config.json is")
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}): download it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds a {type(config).__name__}, not an object: download it again")
+    return config
+
+
+def to_config(architecture: Architecture) -> dict[str, Any]:
+    """Return the full Moshi config of an architecture, as moshi_mlx and the PyTorch loaders read it.
+
+    ``depformer_context`` is the number of steps: the reference lets every step see all before it, and a runtime that
+    takes 8 here predicts the later codebooks from fewer keys than the model was trained with.
+    """
+    return {
+        "dim": architecture.dim,
+        "text_card": architecture.text_card,
+        "existing_text_padding_id": architecture.text_padding,
+        "n_q": architecture.n_q,
+        "dep_q": architecture.steps,
+        "card": architecture.card,
+        "num_heads": architecture.num_heads,
+        "num_layers": architecture.num_layers,
+        "hidden_scale": architecture.hidden_scale,
+        "causal": True,
+        "layer_scale": None,
+        "context": architecture.context,
+        "max_period": architecture.max_period,
+        "gating": "silu",
+        "norm": "rms_norm_f32",
+        "positional_embedding": "rope",
+        "depformer_dim": architecture.depformer_dim,
+        "depformer_dim_feedforward": architecture.depformer_dim_feedforward,
+        "depformer_num_heads": architecture.depformer_num_heads,
+        "depformer_num_layers": architecture.depformer_num_layers,
+        "depformer_causal": True,
+        "depformer_layer_scale": None,
+        "depformer_multi_linear": True,
+        "depformer_context": architecture.steps,
+        "depformer_max_period": 10000,
+        "depformer_gating": "silu",
+        "depformer_pos_emb": "none",
+        "depformer_weights_per_step": True,
+        "delays": list(architecture.delays),
+    }

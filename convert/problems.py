@@ -1,0 +1,17 @@
+"""Mistakes of the user's, or of a source: said in full, without a traceback."""
+
+from collections.abc import Iterable, Sequence
+
+
+class UserError(Exception):
+    """Something that the user can mend: one sentence a problem, each with what was found and what to do next."""
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise UserError with all problems, if there are any."""
+    if problems:
+        raise UserError(problems)

@@ -1,0 +1,111 @@
+"""Where a checkpoint comes from: the Hub, a folder, or the demo that the toolkit makes itself."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .architecture import Architecture, from_config, read_config
+from .checkpoint import Checkpoint, open_checkpoint
+from .problems import UserError, refuse
+from .scan import Fingerprint, hash_file, scan_tensors
+from .voices import Voice, read_voices
+
+DEFAULT = "nvidia/personaplex-7b-v1"
+WEIGHTS = "model.safetensors"
+CODEC = "tokenizer-e351c8d8-checkpoint125.safetensors"
+TOKENIZER = "tokenizer_spm_32k_3.model"
+VOICES = "voices.tgz"
+CONFIG = "config.json"
+FILES = (WEIGHTS, CODEC, TOKENIZER, VOICES, CONFIG)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A source's files on this machine. revision: the commit on the Hub, None for a folder."""
+
+    identity: str
+    folder: Path
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open source. others: files in its archive of voices that are no voices."""
+
+    location: Location
+    checkpoint: Checkpoint
+    voices: list[Voice]
+    others: list[str]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's sizes."""
+        return self.checkpoint.architecture
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all five files."""
+        return sum((self.location.folder / name).stat().st_size for name in FILES)
+
+
+def locate(source: str, revision: str | None = None, quiet: bool = False) -> Location:
+    """Find a source: a folder, a Hub id such as ``nvidia/personaplex-7b-v1``, ``demo`` or ``demo:7b``.
+
+    Downloads what is not in the Hub's cache; makes the demo. Raises UserError if it is nowhere or not accessible.
+    """
+    from . import demo, hub
+
+    if source in demo.SIZES:
+        folder = demo.cached(source, quiet)
+        return Location(source, folder)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        missing = [name for name in FILES if not (folder / name).is_file()]
+        refuse([f"{folder / name}: not there; a source folder holds {', '.join(FILES)}" for name in missing])
+        return Location(folder.resolve().name, folder)
+    if folder.exists() or source.startswith((".", os.sep, "~")) or not _HUB_ID.fullmatch(source):
+        raise UserError(
+            f"{source}: neither a folder nor a Hub id: give a folder that holds {WEIGHTS}, an id such as {DEFAULT}, "
+            f"or one of {', '.join(demo.SIZES)}"
+        )
+    folder, commit = hub.download(source, revision, FILES, quiet)
+    return Location(source, folder, commit)
+
+
+def open_source(location: Location, fill_depformer_steps: bool = False) -> Source:
+    """Open a source's files and check all that can be seen without reading the weights.
+
+    Raises UserError with every problem of the configuration, the checkpoint and the voices.
+    """
+    architecture = from_config(read_config(location.folder / CONFIG))
+    problems: list[str] = []
+    try:
+        checkpoint = open_checkpoint(location.folder / WEIGHTS, architecture, fill_depformer_steps)
+    except UserError as error:
+        problems += error.problems
+    try:
+        voices, others = read_voices(location.folder / VOICES, architecture)
+    except UserError as error:
+        problems += error.problems
+    refuse(problems)
+    return Source(location, checkpoint, voices, others)
+
+
+def fingerprint(source: Source, quiet: bool = False) -> dict[str, Fingerprint]:
+    """Read all of a source once: return size and sha256 of every file.
+
+    Raises UserError that lists every tensor with values that are not finite.
+    """
+    with tqdm(
+        total=source.nbytes, desc="checking source", unit="B", unit_scale=True, disable=True if quiet else None
+    ) as bar:
+        found, bad = scan_tensors(source.checkpoint.file, bar)
+        prints = {WEIGHTS: found} | {
+            name: hash_file(source.location.folder / name, bar) for name in FILES if name != WEIGHTS
+        }
+    refuse([f"{name}: {count} values are NaN or infinite: this checkpoint is damaged" for name, count in bad.items()])
+    return prints

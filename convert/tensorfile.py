@@ -1,0 +1,206 @@
+"""safetensors files: read by rows, written as a stream."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from .problems import UserError
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Name, dtype (a safetensors code such as BF16) and shape of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.parameters * DTYPES[self.dtype].itemsize
+
+    @property
+    def rows(self) -> int:
+        """Rows when the tensor is seen as a matrix: all axes but the last."""
+        return int(np.prod(self.shape[:-1], dtype=np.int64))
+
+    @property
+    def columns(self) -> int:
+        """Length of the last axis."""
+        return self.shape[-1] if self.shape else 1
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    doubled = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if doubled:
+        raise ValueError(f"{', '.join(doubled)} stands there twice")
+    return dict(pairs)
+
+
+class TensorFile:
+    """An open safetensors file. Its header is checked by the safetensors library; values are read with ``pread``.
+
+    Not memory-mapped: mapped pages would count as this process's memory, and a truncated file would kill it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a file; raises UserError if it is not there or not a whole safetensors file."""
+        self.path = path
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: not a complete safetensors file ({error}): download it again") from None
+        try:
+            length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+            self.header = os.pread(self._descriptor, 8 + length, 0)
+            parsed = json.loads(self.header[8:], object_pairs_hook=_no_doubles)
+        except ValueError as error:
+            self.close()
+            raise UserError(f"{path}: the header is not right ({error}): download it again") from None
+        self.metadata: dict[str, str] = parsed.pop("__metadata__", None) or {}
+        placed = sorted((fields["data_offsets"][0], name, fields) for name, fields in parsed.items())
+        self.offsets = {name: len(self.header) + begin for begin, name, _ in placed}
+        self.unknown = {name: fields["dtype"] for _, name, fields in placed if fields["dtype"] not in DTYPES}
+        self.specs = {
+            name: Spec(name, fields["dtype"], tuple(fields["shape"]))
+            for _, name, fields in placed
+            if name not in self.unknown
+        }
+
+    def read(self, name: str, first: int, last: int) -> NDArray[Any]:
+        """Return rows ``first`` to ``last`` (not included) of a tensor seen as a matrix, in its own dtype."""
+        spec = self.specs[name]
+        width = spec.columns * DTYPES[spec.dtype].itemsize
+        array = np.empty((last - first, spec.columns), DTYPES[spec.dtype])
+        self._read_into(memoryview(array.reshape(-1).view(np.uint8)), self.offsets[name] + first * width)
+        return array
+
+    def _read_into(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._descriptor, [view[done:]], offset + done)
+            if not count:
+                raise UserError(f"{self.path}: ends at byte {offset + done}, while it was read: download it again")
+            done += count
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def header_of(specs: Sequence[Spec], metadata: dict[str, str]) -> bytes:
+    """Return the header of a file that holds these tensors one after another, padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    begin = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [begin, begin + spec.nbytes],
+        }
+        begin += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class HashingFile:
+    """A new file that knows the sha256 of what was written to it; on the disk when ``finish`` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Create the file, or empty it."""
+        self._file = path.open("wb", buffering=0)
+        self._hash = hashlib.sha256()
+        self.size = 0
+
+    def append(self, data: bytes | memoryview | NDArray[Any]) -> None:
+        """Write bytes at the end."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self.size += len(view)
+        while view:
+            view = view[self._file.write(view) or 0 :]
+
+    def finish(self) -> str:
+        """Flush to the disk, close, and return the sha256."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Close without flushing: after an error."""
+        self._file.close()
+
+
+class TensorWriter:
+    """A safetensors file under way: header first, then the tensors' bytes in the order that was declared."""
+
+    def __init__(self, path: Path, specs: Sequence[Spec], metadata: dict[str, str]) -> None:
+        self._path = path
+        self._file = HashingFile(path)
+        self._file.append(header_of(specs, metadata))
+        self._ahead = [(spec.name, spec.nbytes) for spec in reversed(specs)]
+
+    def append(self, name: str, array: NDArray[Any]) -> int:
+        """Write the next rows of a tensor; returns their bytes. Raises ValueError if it is not this one's turn."""
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        expected, left = self._ahead.pop() if self._ahead else ("the end", 0)
+        if name != expected or data.size > left:
+            raise ValueError(f"{self._path}: {data.size} bytes of {name} came where {left} of {expected} belong")
+        if data.size < left:
+            self._ahead.append((name, left - data.size))
+        self._file.append(data)
+        return data.size
+
+    def finish(self) -> str:
+        """Flush to the disk and return the file's sha256; raises ValueError if a tensor is not whole."""
+        if self._ahead:
+            raise ValueError(f"{self._path}: {self._ahead[-1][0]} is not whole")
+        return self._file.finish()
+
+    def close(self) -> None:
+        """Close an unfinished file: after an error."""
+        self._file.close()

@@ -1,0 +1,122 @@
+"""Voice presets: what ``voices.tgz`` holds, read without trusting it.
+
+A preset is the start of a session: summed input embeddings for each frame of a recorded prompt, and the ring of
+tokens that follows it. The embeddings are sums of the model's own tables, so they belong to one checkpoint.
+"""
+
+import io
+import pickle
+import re
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quant.affine import BFLOAT16
+from .architecture import Architecture
+from .problems import UserError, refuse
+
+PRESETS = tuple(
+    f"{style}{sex}{number}" for style, count in (("NAT", 4), ("VAR", 5)) for sex in "FM" for number in range(count)
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_LARGEST_MEMBER = 64 << 20
+_MOST_MEMBERS = 2000
+
+
+@dataclass(frozen=True)
+class Voice:
+    """One preset. embeddings: ``[frames, 1, 1, dim]``, bfloat16 as published. cache: int64 ``[1, streams, slots]``."""
+
+    name: str
+    embeddings: NDArray[np.generic]
+    cache: NDArray[np.int64]
+
+
+def read_voices(path: Path, architecture: Architecture) -> tuple[list[Voice], list[str]]:
+    """Read every preset of an archive into memory, sorted by name; nothing is unpacked on the disk.
+
+    Returns the voices, and the names of files that are no voices. Raises UserError with all that is wrong: members
+    that point outside of the archive, links, devices, pickles that ask for code, wrong shapes, a missing preset.
+    """
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            members = _checked(archive, path)
+            found, others, problems = [], [], []
+            for member in members:
+                name = PurePosixPath(member.name)
+                if name.suffix != ".pt" or not _NAME.fullmatch(name.stem):
+                    others.append(member.name)
+                    continue
+                data = archive.extractfile(member)
+                try:
+                    found.append(_voice(name.stem, data.read() if data else b"", architecture))
+                except ValueError as error:
+                    problems.append(f"{path}: {member.name}: {error}")
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise UserError(f"{path}: not a readable .tgz ({error}): download it again") from None
+    names = [voice.name for voice in found]
+    problems += [f"{path}: the voice {name} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
+    missing = [name for name in PRESETS if name not in names]
+    if missing and not problems:
+        problems.append(f"{path}: voices are missing: {', '.join(missing)}: download the archive again")
+    refuse(problems)
+    return sorted(found, key=lambda voice: voice.name), others
+
+
+def _checked(archive: tarfile.TarFile, path: Path) -> list[tarfile.TarInfo]:
+    """Return the archive's files, after all of its members were looked at."""
+    files, problems = [], []
+    for number, member in enumerate(archive):
+        if number >= _MOST_MEMBERS:
+            raise UserError(f"{path}: holds more than {_MOST_MEMBERS} members, which no archive of voices does")
+        place = PurePosixPath(member.name)
+        if place.is_absolute() or ".." in place.parts or "\\" in member.name:
+            problems.append(f"{path}: {member.name!r} points outside of the archive")
+        elif member.issym() or member.islnk():
+            problems.append(f"{path}: {member.name!r} is a link")
+        elif member.isfile() and member.size > _LARGEST_MEMBER:
+            problems.append(f"{path}: {member.name!r} has {member.size} bytes, which no voice has")
+        elif member.isfile():
+            files.append(member)
+        elif not member.isdir():
+            problems.append(f"{path}: {member.name!r} is a device or another special file")
+    refuse([f"{problem}: do not use this archive" for problem in problems])
+    return files
+
+
+def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
+    import torch
+
+    try:
+        held: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"refused, it asks for more than tensors ({reason}): do not use this file") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
+        raise ValueError(f"not a voice that torch can read ({str(error).splitlines()[0]})") from None
+    if not isinstance(held, dict) or set(held) != {"embeddings", "cache"}:
+        keys = sorted(map(str, held)) if isinstance(held, dict) else type(held).__name__
+        raise ValueError(f"holds {keys}, not embeddings and cache")
+    embeddings, cache = held["embeddings"], held["cache"]
+    for key, tensor, dtypes in (
+        ("embeddings", embeddings, (torch.bfloat16, torch.float16, torch.float32)),
+        ("cache", cache, (torch.int64,)),
+    ):
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes or tensor.layout != torch.strided:
+            raise ValueError(f"{key} is {getattr(tensor, 'dtype', type(tensor).__name__)}: one of {dtypes} is needed")
+    streams = 1 + architecture.n_q
+    if embeddings.ndim != 4 or embeddings.shape[1:] != (1, 1, architecture.dim) or not len(embeddings):
+        raise ValueError(f"embeddings have shape {list(embeddings.shape)}, not [frames, 1, 1, {architecture.dim}]")
+    if cache.ndim != 3 or cache.shape[:2] != (1, streams):
+        raise ValueError(f"cache has shape {list(cache.shape)}, not [1, {streams}, slots]")
+    if not bool(torch.isfinite(embeddings).all()):
+        raise ValueError("embeddings are not finite")
+    if int(cache.min()) < -2 or int(cache.max()) > max(architecture.text_card, architecture.card):
+        raise ValueError("cache holds numbers that are no tokens of this model")
+    embeddings = embeddings.detach().contiguous()
+    half = embeddings.view(torch.uint16).numpy().view(BFLOAT16) if embeddings.dtype == torch.bfloat16 else None
+    return Voice(name, embeddings.numpy() if half is None else half, cache.detach().contiguous().numpy())

@@ -1,0 +1,155 @@
+"""The affine group format of MLX: ``w ≈ scale * code + bias`` for each group of weights along the last axis.
+
+Codes are a little-endian bit stream along the row, seen as uint32, as ``mx.quantize`` (mode "affine") packs them.
+"""
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from . import kernels
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+METHODS = ("lsq", "rtn")
+DEFAULT_METHOD = "lsq"
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+_STORAGE = {BFLOAT16: kernels.BFLOAT16, FLOAT16: kernels.FLOAT16, FLOAT32: kernels.FLOAT32}
+
+
+@dataclass(frozen=True)
+class Affine:
+    """How a tensor is quantized.
+
+    bits: width of a code. group_size: weights that share one scale and bias. method: ``rtn`` (the grid and rounding
+    of ``mx.quantize``) or ``lsq`` (least squares and clip search from there).
+    """
+
+    bits: int
+    group_size: int
+    method: str = DEFAULT_METHOD
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with these settings, one sentence each."""
+        found = []
+        for what, value, allowed in (
+            ("bits", self.bits, BITS),
+            ("group_size", self.group_size, GROUP_SIZES),
+            ("method", self.method, METHODS),
+        ):
+            if value not in allowed:
+                found.append(f"{what} is {value!r}: use one of {', '.join(map(str, allowed))}")
+        return found
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of storage a weight, its share of a 16-bit scale and bias included."""
+        return self.bits + 32 / self.group_size
+
+    @property
+    def label(self) -> str:
+        """Short name for tables, such as ``4 bit g64 lsq``."""
+        return f"{self.bits} bit g{self.group_size} {self.method}"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized matrix and what its quantization lost.
+
+    weight: uint32 ``[rows, columns * bits / 32]``. scales, biases: ``[rows, columns / group_size]`` in their storage
+    dtype. squared_error, squared_norm: sums over the matrix. overflowed, flushed: scales and biases too large for
+    the storage dtype (stored as its largest value), or too small (stored as zero).
+    """
+
+    weight: NDArray[np.uint32]
+    scales: NDArray[np.generic]
+    biases: NDArray[np.generic]
+    squared_error: float
+    squared_norm: float
+    overflowed: int
+    flushed: int
+
+    @property
+    def relative_rmse(self) -> float:
+        """Root of squared error over squared norm; 0 for a matrix of zeros that is kept exactly."""
+        return relative_rmse(self.squared_error, self.squared_norm)
+
+
+def relative_rmse(squared_error: float, squared_norm: float) -> float:
+    """Return the root-mean-square error over the root-mean-square weight."""
+    return float(np.sqrt(squared_error / squared_norm)) if squared_norm else float(squared_error > 0)
+
+
+def quantize(weight: NDArray[np.generic], form: Affine, storage: np.dtype[np.generic] | None = None) -> Quantized:
+    """Quantize a matrix ``[rows, columns]`` of bfloat16, float16 or float32.
+
+    Scales and biases are stored as ``storage``, by default the dtype of the weights. With method ``rtn`` every word,
+    scale and bias is that of ``mx.quantize`` on the CPU; with ``lsq`` no group has more squared error than with it.
+
+    Raises ValueError for settings that the format does not have, a dtype that it cannot hold, columns that a group
+    does not divide, and weights that are not finite.
+    """
+    storage = weight.dtype if storage is None else np.dtype(storage)
+    problems = form.problems()
+    if weight.ndim != 2:
+        problems.append(f"the weights have shape {list(weight.shape)}: give a matrix")
+    elif weight.shape[1] % form.group_size:
+        problems.append(f"rows of {weight.shape[1]} weights are not divided by groups of {form.group_size}")
+    if weight.dtype not in _STORAGE or storage not in _STORAGE:
+        problems.append(f"dtypes are {weight.dtype} and {storage}: use bfloat16, float16 or float32")
+    if problems:
+        raise ValueError("; ".join(problems))
+    rows, columns = weight.shape
+    groups = rows * columns // form.group_size
+    if weight.dtype == BFLOAT16:
+        words: NDArray[np.generic] = np.ascontiguousarray(weight).view(np.uint16)
+        shift = 16
+    else:
+        words, shift = np.ascontiguousarray(weight, dtype=np.float32).view(np.uint32), 0
+    packed = np.empty((groups, form.group_size * form.bits // 8), np.uint8)
+    scales, biases = np.empty(groups, np.float32), np.empty(groups, np.float32)
+    statistics = np.zeros(kernels.STATISTICS, np.float64)
+    kernels.quantize_groups(
+        words.reshape(groups, form.group_size),
+        shift,
+        form.bits,
+        _STORAGE[storage],
+        form.method == "lsq",
+        np.float32(kernels.clip_step(form.bits)),
+        packed,
+        scales,
+        biases,
+        statistics,
+    )
+    if statistics[kernels.NON_FINITE]:
+        raise ValueError(f"{int(statistics[kernels.NON_FINITE])} groups hold values that are NaN or infinite")
+    return Quantized(
+        weight=packed.reshape(rows, -1).view("<u4"),
+        scales=scales.astype(storage).reshape(rows, -1),
+        biases=biases.astype(storage).reshape(rows, -1),
+        squared_error=float(statistics[kernels.SQUARED_ERROR]),
+        squared_norm=float(statistics[kernels.SQUARED_NORM]),
+        overflowed=int(statistics[kernels.OVERFLOW]),
+        flushed=int(statistics[kernels.FLUSHED]),
+    )
+
+
+def unpack(weight: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
+    """Return the codes ``[rows, columns]`` of packed words ``[rows, columns * bits / 32]``."""
+    stream = np.unpackbits(np.ascontiguousarray(weight).view(np.uint8), axis=-1, bitorder="little")
+    places = stream.reshape(weight.shape[0], -1, bits)
+    return np.asarray(places @ (1 << np.arange(bits)), np.uint8)
+
+
+def dequantize(quantized: Quantized, form: Affine) -> NDArray[np.float32]:
+    """Return the weights ``[rows, columns]`` that a quantized matrix stands for, in float32."""
+    codes = unpack(quantized.weight, form.bits).astype(np.float32)
+    scales, biases = (
+        np.repeat(side.astype(np.float32), form.group_size, axis=1) for side in (quantized.scales, quantized.biases)
+    )
+    return np.asarray(scales * codes + biases, np.float32)

@@ -1,0 +1,1 @@
+"""What to do: recipes, their loader, and the command-line programs."""
