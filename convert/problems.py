@@ -15,3 +15,7 @@ def refuse(problems: Sequence[str]) -> None:
     """Raise UserError with all problems, if there are any."""
     if problems:
         raise UserError(problems)
+
+
+class CheckFailed(Exception):  # noqa: N818  (it names what happened to the user's bundle)
+    """A check of something that was written or published did not pass."""

@@ -1,0 +1,211 @@
+"""A whole conversion: source, plan, files, read-back, manifest."""
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .manifest import fingerprint as plan_fingerprint
+from .manifest import make_manifest, read_manifest
+from .parallel import cores
+from .plan import Inventory, Plan, PlannedFile, inventory_of_7b, make_plan, voice_specs
+from .problems import CheckFailed, UserError
+from .readback import check_hash, check_tensors
+from .recipe import DTYPES, Recipe
+from .scan import Fingerprint
+from .source import FILES, Location, Source, fingerprint, open_source
+from .stream import write_copy, write_tensors, write_text, write_voice
+from .tensorfile import Spec
+from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion. made: files written in this run; the others were there from an earlier one."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    made: int
+
+
+def inventory(source: Source) -> Inventory:
+    """Return what a plan needs to know of an open source."""
+    voices = {voice.name: (voice.embeddings.shape[0], voice.cache.shape[2]) for voice in source.voices}
+    return Inventory(
+        identity=source.location.identity,
+        architecture=source.architecture,
+        sizes={name: (source.location.folder / name).stat().st_size for name in FILES},
+        voices=voices,
+        others=tuple(source.others),
+        filled=tuple(sorted(source.checkpoint.filled.items())),
+    )
+
+
+def prepare(location: Location, recipe: Recipe, fill_depformer_steps: bool = False) -> tuple[Source, Plan]:
+    """Open a source and make the plan; raises UserError with all problems of both."""
+    source = open_source(location, fill_depformer_steps)
+    return source, make_plan(inventory(source), recipe)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise UserError for what a target cannot load of a recipe, judged on PersonaPlex-7B, before any download."""
+    make_plan(inventory_of_7b("nvidia/personaplex-7b-v1"), recipe)
+
+
+def check_output(output: Path, force: bool = False) -> dict[str, Any] | None:
+    """Return the manifest of a bundle that is at ``output`` already, None if there is nothing.
+
+    Raises UserError for anything else there, which a conversion never touches.
+    """
+    if not output.exists():
+        return None
+    if not output.is_dir():
+        raise UserError(f"{output}: is a file: choose another --output")
+    manifest = read_manifest(output)
+    if manifest is None and any(output.iterdir()):
+        raise UserError(f"{output}: holds files that are no bundle: choose another --output, or empty it")
+    return None if force else manifest
+
+
+def convert(
+    source: Source, plan: Plan, output: Path, *, force: bool = False, workers: int | None = None, quiet: bool = False
+) -> Conversion:
+    """Make a bundle at ``output`` and read it back; goes on from what a killed run left there.
+
+    force: replace a bundle, or discard an unfinished one, that stands for something else. Raises UserError for
+    what the user can mend, CheckFailed if the disk does not give back what was written.
+    """
+    workers = workers or cores()
+    present = check_output(output, force)
+    with _disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _check_disk(plan, output)
+    prints = fingerprint(source, quiet)
+    mark = plan_fingerprint(plan, prints)
+    if present is not None:
+        if present["fingerprint"] != mark:
+            raise UserError(
+                f"{output}: holds a bundle of another source or with other settings: choose another --output, "
+                "or replace it with --force"
+            )
+        _read_back_all(output, plan, present["files"], quiet)
+        return Conversion(output, present, 0)
+    with _disk_errors(output), Workspace(output, mark, force) as workspace:
+        made = _make_files(workspace, source, plan, prints, workers, quiet)
+        manifest = make_manifest(plan, source.location, prints, workspace.files)
+        workspace.publish(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return Conversion(output, manifest, made)
+
+
+def _check_disk(plan: Plan, output: Path) -> None:
+    partial = output.with_name(f"{output.name}.partial")
+    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.is_dir() else 0
+    free = shutil.disk_usage(output.parent).free
+    if free + there < plan.free_disk:
+        raise UserError(
+            f"{output.parent}: {free / 1e9:.2f} GB are free and {(plan.free_disk - there) / 1e9:.2f} GB are needed: "
+            "free some, or choose --output on another disk"
+        )
+
+
+def _make_files(
+    workspace: Workspace, source: Source, plan: Plan, prints: Mapping[str, Fingerprint], workers: int, quiet: bool
+) -> int:
+    """Write every file that the workspace does not hold yet; return how many.
+
+    While one file is written, the last one is read back from the disk.
+    """
+    made = 0
+    voices = {voice.name: voice for voice in source.voices}
+    disable = True if quiet else None
+    with (
+        tqdm(total=plan.nbytes, desc="converting", unit="B", unit_scale=True, disable=disable) as bar,
+        ThreadPoolExecutor(1, thread_name_prefix="ppx-readback") as reader,
+    ):
+        checking: list[tuple[str, dict[str, Any], Future[None]]] = []
+        for file in plan.files:
+            bar.set_postfix_str(file.name, refresh=False)
+            if file.name in workspace.files and _is_whole(workspace, plan, file):
+                bar.update(file.nbytes)
+                continue
+            temporary = workspace.temporary(file.name)
+            tensors: list[dict[str, Any]] = []
+            if file.outputs:
+                sha256, tensors = write_tensors(temporary, file, source.checkpoint, workers, bar)
+            elif file.voice:
+                sha256, tensors = write_voice(temporary, voices[file.voice], specs_of(plan, file), bar)
+            elif file.copy:
+                sha256 = write_copy(temporary, source.location.folder / file.copy, prints[file.copy].sha256, bar)
+            else:
+                sha256 = write_text(temporary, file.text, bar)
+            workspace.rename(file.name)
+            made += 1
+            record = {"size": file.nbytes, "sha256": sha256, "tensors": tensors}
+            _settle(workspace, checking)
+            if specs := specs_of(plan, file):
+                check_tensors(workspace.path(file.name), specs)
+            path = workspace.path(file.name)
+            checking.append((file.name, record, reader.submit(check_hash, path, file.nbytes, sha256)))
+        _settle(workspace, checking)
+    return made
+
+
+def _settle(workspace: Workspace, checking: list[tuple[str, dict[str, Any], Future[None]]]) -> None:
+    """Wait for files that are being read back, and note them in the journal."""
+    while checking:
+        name, record, future = checking.pop(0)
+        future.result()
+        workspace.commit(name, record)
+
+
+def specs_of(plan: Plan, file: PlannedFile) -> list[Spec]:
+    """Return the tensors of a file, none for a copy or text."""
+    if file.voice:
+        return voice_specs(plan.inventory, file.voice, DTYPES[plan.recipe.dtype], plan.target.voice_cache or "")
+    return [spec for output in file.outputs for spec in output.specs()]
+
+
+def _is_whole(workspace: Workspace, plan: Plan, file: PlannedFile) -> bool:
+    """Tell whether a file of an earlier run is still what it was; forget it if not."""
+    record = workspace.files[file.name]
+    try:
+        check_hash(workspace.path(file.name), record["size"], record["sha256"])
+        if specs := specs_of(plan, file):
+            check_tensors(workspace.path(file.name), specs)
+    except (CheckFailed, OSError):
+        workspace.forget(file.name)
+        return False
+    return True
+
+
+def _read_back_all(output: Path, plan: Plan, records: Mapping[str, Mapping[str, Any]], quiet: bool) -> None:
+    """Check every file of a finished bundle; raises CheckFailed for one that is not what its manifest says."""
+    disable = True if quiet else None
+    with tqdm(total=plan.nbytes, desc="reading back", unit="B", unit_scale=True, disable=disable) as bar:
+        for file in plan.files:
+            path = output / file.name
+            if file.name not in records or not path.is_file():
+                raise CheckFailed(f"{path}: missing from a finished bundle: make it again with --force")
+            check_hash(path, records[file.name]["size"], records[file.name]["sha256"])
+            if specs := specs_of(plan, file):
+                check_tensors(path, specs)
+            bar.update(file.nbytes)
+
+
+@contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    """Turn an error of the disk into one line; what is complete stays."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or str(error)
+        where = error.filename or output
+        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        raise UserError(f"{where}: {what}: {hint} and run the command again, it goes on where it stopped") from None

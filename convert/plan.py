@@ -1,0 +1,206 @@
+"""The plan of a conversion: what becomes of every source tensor, in which file, in how many bytes.
+
+A pure value, made from an inventory of the source, a recipe and its target; nothing is read or written for it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .architecture import Architecture
+from .names import roles
+from .output import Output
+from .problems import refuse
+from .recipe import DTYPES, Recipe
+from .source import CODEC, CONFIG, TOKENIZER, VOICES, WEIGHTS
+from .targets import TARGETS, Target
+from .tensorfile import Spec, header_of
+from .voices import PRESETS
+
+METADATA = {"format": "mlx"}
+BLOCK_WEIGHTS = 1 << 22  # weights that one thread quantizes at a time
+_MANIFEST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a plan needs to know of a source.
+
+    identity: its Hub id or folder name. sizes: bytes of its files. voices: name -> (frames, token slots).
+    others: members of its archive of voices that are no voices. filled: tensors copied from other depformer steps.
+    """
+
+    identity: str
+    architecture: Architecture
+    sizes: dict[str, int]
+    voices: dict[str, tuple[int, int]]
+    others: tuple[str, ...] = ()
+    filled: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of the bundle: tensors, a voice, a copy of a source file, or text. Exactly one of them is set."""
+
+    name: str
+    nbytes: int
+    outputs: tuple[Output, ...] = ()
+    voice: str = ""
+    copy: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do. dropped: what of the source does not get into the bundle, with the reason."""
+
+    inventory: Inventory
+    recipe: Recipe
+    target: Target
+    files: tuple[PlannedFile, ...]
+    dropped: dict[str, str]
+
+    @property
+    def outputs(self) -> list[Output]:
+        """Every output tensor of the model, in the order in which it is written."""
+        return [output for file in self.files for output in file.outputs]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the source's model."""
+        return sum(Spec(r.name, "BF16", r.shape).parameters for r in roles(self.inventory.architecture).values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of the model's output tensors for each of its parameters."""
+        return 8 * sum(output.nbytes for output in self.outputs) / self.parameters
+
+    @property
+    def free_disk(self) -> int:
+        """Bytes that the output's disk must have free."""
+        return self.nbytes + _MANIFEST_BYTES
+
+    def peak_memory(self, workers: int) -> int:
+        """Return about how many bytes a conversion holds at most, above Python and its imports.
+
+        Blocks under way (input, output and float32 between them), scales and biases of the largest tensor, voices,
+        and what the compiled kernels take.
+        """
+        sides = max((sum(spec.nbytes for spec in output.specs()[1:]) for output in self.outputs), default=0)
+        voices = sum(frames * self.inventory.architecture.dim * 4 for frames, _ in self.inventory.voices.values())
+        return 2 * workers * BLOCK_WEIGHTS * 8 + sides + voices + (64 << 20)
+
+
+def make_plan(inventory: Inventory, recipe: Recipe) -> Plan:
+    """Make the plan of a conversion.
+
+    Raises UserError with all that the target cannot load, and all tensors that the recipe's groups do not divide.
+    """
+    target = TARGETS[recipe.target]
+    dtype = DTYPES[recipe.dtype]
+    outputs = [
+        replace(output, dtype=dtype, form=recipe.form(output.role, output.step))
+        for output in target.layout(inventory.architecture)
+    ]
+    refuse(target.problems(inventory.architecture, outputs) + _problems(recipe, outputs))
+    files = [_tensors(name, group) for name, group in target.split(outputs).items()]
+    if target.indexed:
+        files.append(_index(files))
+    dropped = dict.fromkeys(inventory.others, "not a voice")
+    if target.voice_cache:
+        files += [_voice(name, inventory, dtype, target) for name in sorted(inventory.voices)]
+        dropped[VOICES] = "its voices stand in voices/"
+    files += [PlannedFile(name, inventory.sizes[source], copy=source) for source, name in target.copies.items()]
+    config = target.config(inventory.architecture, outputs, inventory.identity, sorted(inventory.voices))
+    files.append(_text("config.json", config))
+    plan = Plan(inventory, recipe, target, tuple(files), dropped)
+    _check_total(plan)
+    return plan
+
+
+def _problems(recipe: Recipe, outputs: Sequence[Output]) -> list[str]:
+    """Return rules that match nothing, and tensors whose rows their group size does not divide."""
+    problems = []
+    for rule in recipe.rules:
+        matched = [o for o in outputs if o.role.kind != "norm" and rule.matches(o.role, o.step)]
+        if not matched:
+            where = f" (line {rule.line})" if rule.line else ""
+            problems.append(f"recipe {recipe.name}: a rule{where} matches no tensor of this model: correct it")
+    uneven = Counter(
+        (output.role.component, output.role.module, output.shape[-1], output.form.group_size)
+        for output in outputs
+        if output.form and output.shape[-1] % output.form.group_size
+    )
+    for (component, module, columns, size), count in uneven.items():
+        allowed = [str(smaller) for smaller in (64, 32) if columns % smaller == 0 and smaller < size]
+        hint = f"use group size {' or '.join(allowed)}" if allowed else "keep them float"
+        problems.append(
+            f"{component} {module}: rows of {columns} weights are not divided by groups of {size} "
+            f"({count} tensors): {hint}"
+        )
+    return problems
+
+
+def _tensors(name: str, outputs: Sequence[Output]) -> PlannedFile:
+    """Plan a file of tensors. An odd number of 2-byte values goes last, so that uint32 words stay aligned."""
+    ordered = sorted(outputs, key=lambda output: output.nbytes % 4 != 0)
+    header = header_of([spec for output in ordered for spec in output.specs()], METADATA)
+    return PlannedFile(name, len(header) + sum(output.nbytes for output in ordered), tuple(ordered))
+
+
+def voice_specs(inventory: Inventory, name: str, dtype: str, cache: str) -> list[Spec]:
+    """Return the tensors of a voice's file."""
+    frames, slots = inventory.voices[name]
+    return [
+        Spec("cache", cache, (1, 1 + inventory.architecture.n_q, slots)),
+        Spec("embeddings", dtype, (frames, 1, 1, inventory.architecture.dim)),
+    ]
+
+
+def _voice(name: str, inventory: Inventory, dtype: str, target: Target) -> PlannedFile:
+    specs = voice_specs(inventory, name, dtype, target.voice_cache or "")
+    size = len(header_of(specs, METADATA)) + sum(spec.nbytes for spec in specs)
+    return PlannedFile(f"voices/{name}.safetensors", size, voice=name)
+
+
+def _text(name: str, value: dict[str, Any]) -> PlannedFile:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return PlannedFile(name, len(text.encode()), text=text)
+
+
+def _index(files: Sequence[PlannedFile]) -> PlannedFile:
+    """Plan the index that says which file holds which tensor."""
+    weights = {spec.name: file.name for file in files for output in file.outputs for spec in output.specs()}
+    total = sum(output.nbytes for file in files for output in file.outputs)
+    return _text(
+        "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))},
+    )
+
+
+def _check_total(plan: Plan) -> None:
+    """Make sure that every row of every source tensor is claimed, and no output name comes twice."""
+    names = Counter((file.name, spec.name) for file in plan.files for o in file.outputs for spec in o.specs())
+    wrong = [name for (_, name), count in names.items() if count > 1]
+    claimed: dict[str, set[tuple[int, int]]] = {}
+    for output in plan.outputs:
+        claimed.setdefault(output.role.name, set()).add(output.rows)
+    for name, role in roles(plan.inventory.architecture).items():
+        rows = Spec(name, "BF16", role.shape).rows
+        if sum(last - first for first, last in claimed.get(name, ())) != rows:
+            wrong.append(name)
+    if wrong:
+        raise AssertionError(f"the target {plan.target.name} does not account for {', '.join(wrong[:5])}")
+
+
+def inventory_of_7b(identity: str) -> Inventory:
+    """Return what is known of PersonaPlex-7B before it is downloaded: its published layout and sizes."""
+    sizes = {WEIGHTS: 16_742_870_000, CODEC: 384_644_900, TOKENIZER: 552_778, VOICES: 6_106_583, CONFIG: 64}
+    return Inventory(identity, Architecture(), sizes, dict.fromkeys(PRESETS, (51, 4)))
