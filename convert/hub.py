@@ -19,6 +19,20 @@ from .problems import UserError, refuse
 HOW_TO_LOG_IN = "log in with `hf auth login`, or put a token with read access into HF_TOKEN"
 
 
+def cached(repository: str, revision: str | None, files: Sequence[str]) -> tuple[Path, str] | None:
+    """Return folder and commit of files that the Hub's cache holds already, None if one is not there.
+
+    A revision other than a commit is looked up in the cache, not on the Hub: ask ``download`` for the newest.
+    """
+    try:
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=list(files), local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return (folder, folder.name) if all((folder / name).is_file() for name in files) else None
+
+
 def download(repository: str, revision: str | None, files: Sequence[str], quiet: bool = False) -> tuple[Path, str]:
     """Download files of a model repository into the Hub's cache; return their folder and the commit.
 

@@ -20,7 +20,7 @@ from .tensorfile import Spec, header_of
 from .voices import PRESETS
 
 METADATA = {"format": "mlx"}
-BLOCK_WEIGHTS = 1 << 22  # weights that one thread quantizes at a time
+BLOCK_WEIGHTS = 1 << 20  # weights that one thread quantizes at a time
 _MANIFEST_BYTES = 1 << 20
 
 

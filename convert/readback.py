@@ -1,7 +1,6 @@
 """Reading back what was written, with the library that consumers load it with."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,14 +21,9 @@ MLX_DTYPES = {
 
 
 def check_hash(path: Path, size: int, sha256: str) -> None:
-    """Read a file from the disk (not from the page cache, where the system lets us) and compare size and sha256.
-
-    Raises CheckFailed.
-    """
+    """Read a file and compare size and sha256 with what was written; raises CheckFailed."""
     digest, found = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while block := file.read(BLOCK):
             digest.update(block)
             found += len(block)

@@ -1,5 +1,6 @@
 """A recipe: which tensors are quantized how, for which target. A plain value; its files are read in ``recipes``."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -76,11 +77,12 @@ def uniform(form: Affine | None, target: str, dtype: str, components: tuple[str,
 
 def to_toml(recipe: Recipe) -> str:
     """Write a recipe as the TOML that its loader reads."""
-    lines = [f'description = "{recipe.description}"', f'target = "{recipe.target}"', f'dtype = "{recipe.dtype}"']
+    pairs = (("description", recipe.description), ("target", recipe.target), ("dtype", recipe.dtype))
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in pairs]
     for rule in recipe.rules:
         lines += ["", "[[rules]]"]
         lines += [
-            f"{key} = [{', '.join(f'{chr(34)}{value}{chr(34)}' for value in values)}]"
+            f"{key} = {json.dumps(list(values), ensure_ascii=False)}"
             for key, values in (("components", rule.components), ("modules", rule.modules))
             if values
         ]

@@ -14,7 +14,7 @@ from .parallel import cores, in_order
 from .problems import UserError
 from .tensorfile import TensorFile
 
-BLOCK = 8 << 20  # bytes read at a time
+BLOCK = 2 << 20  # bytes read at a time
 
 
 @dataclass(frozen=True)

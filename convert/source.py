@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from . import demo, hub
 from .architecture import Architecture, from_config, read_config
 from .checkpoint import Checkpoint, open_checkpoint
 from .problems import UserError, refuse
@@ -57,8 +58,27 @@ def locate(source: str, revision: str | None = None, quiet: bool = False) -> Loc
 
     Downloads what is not in the Hub's cache; makes the demo. Raises UserError if it is nowhere or not accessible.
     """
-    from . import demo, hub
+    if is_hub_id(source):
+        folder, commit = hub.download(source, revision, FILES, quiet)
+        return Location(source, folder, commit)
+    return _local(source, quiet)
 
+
+def locate_here(source: str, revision: str | None = None, quiet: bool = False) -> Location | None:
+    """Find a source without the network: None for a Hub id whose files are not all in the cache."""
+    if is_hub_id(source):
+        found = hub.cached(source, revision, FILES)
+        return Location(source, *found) if found else None
+    return _local(source, quiet)
+
+
+def is_hub_id(source: str) -> bool:
+    """Tell whether a source is looked for on the Hub: it is no demo and nothing on this machine, and has its form."""
+    local = source in demo.SIZES or source.startswith((".", os.sep, "~")) or Path(source).exists()
+    return not local and _HUB_ID.fullmatch(source) is not None
+
+
+def _local(source: str, quiet: bool) -> Location:
     if source in demo.SIZES:
         folder = demo.cached(source, quiet)
         return Location(source, folder)
@@ -67,13 +87,10 @@ def locate(source: str, revision: str | None = None, quiet: bool = False) -> Loc
         missing = [name for name in FILES if not (folder / name).is_file()]
         refuse([f"{folder / name}: not there; a source folder holds {', '.join(FILES)}" for name in missing])
         return Location(folder.resolve().name, folder)
-    if folder.exists() or source.startswith((".", os.sep, "~")) or not _HUB_ID.fullmatch(source):
-        raise UserError(
-            f"{source}: neither a folder nor a Hub id: give a folder that holds {WEIGHTS}, an id such as {DEFAULT}, "
-            f"or one of {', '.join(demo.SIZES)}"
-        )
-    folder, commit = hub.download(source, revision, FILES, quiet)
-    return Location(source, folder, commit)
+    raise UserError(
+        f"{source}: neither a folder nor a Hub id: give a folder that holds {WEIGHTS}, an id such as {DEFAULT}, "
+        f"or one of {', '.join(demo.SIZES)}"
+    )
 
 
 def open_source(location: Location, fill_depformer_steps: bool = False) -> Source:

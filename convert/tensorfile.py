@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -148,30 +149,45 @@ def header_of(specs: Sequence[Spec], metadata: dict[str, str]) -> bytes:
 
 
 class HashingFile:
-    """A new file that knows the sha256 of what was written to it; on the disk when ``finish`` returns."""
+    """A new file that knows the sha256 of what was written to it; on the disk when ``finish`` returns.
+
+    Each piece is written by a thread of its own while it is hashed and the next one is made.
+    """
 
     def __init__(self, path: Path) -> None:
         """Create the file, or empty it."""
         self._file = path.open("wb", buffering=0)
         self._hash = hashlib.sha256()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="ppx-write")
+        self._writing: Future[None] | None = None
         self.size = 0
 
-    def append(self, data: bytes | memoryview | NDArray[Any]) -> None:
-        """Write bytes at the end."""
+    def append(self, data: bytes | NDArray[Any]) -> None:
+        """Write bytes at the end; they must not change afterwards. An error may come with the next call."""
         view = memoryview(data).cast("B")
+        self._settle()
+        self._writing = self._writer.submit(self._write, view)
         self._hash.update(view)
         self.size += len(view)
+
+    def _write(self, view: memoryview) -> None:
         while view:
             view = view[self._file.write(view) or 0 :]
 
+    def _settle(self) -> None:
+        if self._writing:
+            self._writing.result()
+
     def finish(self) -> str:
         """Flush to the disk, close, and return the sha256."""
+        self._settle()
         os.fsync(self._file.fileno())
-        self._file.close()
+        self.close()
         return self._hash.hexdigest()
 
     def close(self) -> None:
         """Close without flushing: after an error."""
+        self._writer.shutdown()
         self._file.close()
 
 

@@ -1,0 +1,91 @@
+"""A plan in a few lines: what people and programs read of a dry run."""
+
+from typing import Any
+
+from .plan import Plan
+from .tensorfile import Spec
+
+
+def groups(plan: Plan) -> list[dict[str, Any]]:
+    """Return the fate of every tensor, those alike taken together, in the order of the files.
+
+    Each: file, component, module, fate (``4 bit g64 lsq``, or the dtype that it keeps), tensors, parameters, bytes.
+    """
+    found: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    for file in plan.files:
+        for output in file.outputs:
+            fate = output.form.label if output.form else f"kept, {plan.recipe.dtype}"
+            key = (file.name, output.role.component, output.role.module, fate)
+            names = ("file", "component", "module", "fate")
+            entry = found.setdefault(
+                key, {**dict(zip(names, key, strict=True)), "tensors": 0, "parameters": 0, "bytes": 0}
+            )
+            entry["tensors"] += 1
+            entry["parameters"] += Spec(output.name, output.dtype, output.shape).parameters
+            entry["bytes"] += output.nbytes
+    return list(found.values())
+
+
+def summary(plan: Plan, workers: int) -> dict[str, Any]:
+    """Return what a dry run says, as JSON-ready values."""
+    return {
+        "source": plan.inventory.identity,
+        "target": plan.target.name,
+        "recipe": plan.recipe.name,
+        "dtype": plan.recipe.dtype,
+        "tensors": groups(plan),
+        "filled": dict(plan.inventory.filled),
+        "dropped": plan.dropped,
+        "files": {file.name: file.nbytes for file in plan.files},
+        "total_bytes": plan.nbytes,
+        "parameters": plan.parameters,
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "peak_memory_bytes": plan.peak_memory(workers),
+        "free_disk_bytes": plan.free_disk,
+    }
+
+
+def text(plan: Plan, workers: int) -> str:
+    """Return what a dry run prints."""
+    said = summary(plan, workers)
+    lines = [
+        f"{said['source']} -> {said['target']}, recipe {said['recipe']}, {said['dtype']}",
+        "",
+        f"{'tensors':>7}  {'parameters':>12}  {'bytes':>9}  {'what':<34}  fate",
+    ]
+    current = ""
+    for entry in said["tensors"]:
+        if entry["file"] != current:
+            current = entry["file"]
+            lines.append(f"{current} ({size(said['files'][current])})")
+        what = f"{entry['component']} {entry['module']}"
+        lines.append(
+            f"{entry['tensors']:>7}  {entry['parameters']:>12,}  {size(entry['bytes']):>9}  {what:<34}  {entry['fate']}"
+        )
+    voices = [file for file in plan.files if file.voice]
+    if voices:
+        lines.append(f"voices/ ({size(sum(file.nbytes for file in voices))}): {len(voices)} presets")
+    lines += [
+        f"{file.name} ({size(file.nbytes)}): {f'copy of {file.copy}' if file.copy else 'written from the plan'}"
+        for file in plan.files
+        if file.copy or file.text
+    ]
+    lines += [f"{name}: filled from {origin}" for name, origin in plan.inventory.filled]
+    lines += [f"{name}: dropped, {reason}" for name, reason in plan.dropped.items()]
+    lines += [
+        "",
+        f"total {size(said['total_bytes'])}, {said['bits_per_weight']:.2f} bits a weight "
+        f"({said['parameters']:,} parameters)",
+        f"needs about {size(said['peak_memory_bytes'])} of memory above Python and its imports, "
+        f"and {size(said['free_disk_bytes'])} of free disk",
+    ]
+    return "\n".join(lines)
+
+
+def size(nbytes: float) -> str:
+    """Return bytes as people read them: three digits and a unit, powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if nbytes < 999.5:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{int(nbytes)} B"
+        nbytes /= 1000
+    return f"{nbytes:.2f} GB"

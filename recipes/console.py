@@ -1,0 +1,46 @@
+"""What the command-line programs share: how they end, and how they say why."""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import typer
+
+from ..convert.problems import CheckFailed, UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit statuses
+
+
+def reported(command: Callable[P, R]) -> Callable[P, R]:
+    """Let a command end in one line a problem and an exit status, never in a traceback, for what users can mend."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            for problem in error.problems:
+                say(f"error: {problem}")
+            raise typer.Exit(MISTAKE) from None
+        except CheckFailed as error:
+            say(f"check failed: {error}")
+            raise typer.Exit(FAILED) from None
+        except KeyboardInterrupt:
+            say("interrupted: what is complete is kept, the same command goes on from there")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def say(line: str) -> None:
+    """Write a line for people, beside the output."""
+    typer.echo(line, err=True)
+
+
+def quiet(as_json: bool) -> bool:
+    """Tell whether progress bars would only disturb: output for a program, or nobody looks at standard error."""
+    return as_json or not sys.stderr.isatty()

@@ -1,0 +1,165 @@
+"""ppx-convert: from a PyTorch checkpoint to an MLX bundle."""
+
+import json
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..convert import conversion, describe, source
+from ..convert.parallel import cores
+from ..convert.plan import inventory_of_7b, make_plan
+from ..convert.problems import UserError
+from ..convert.recipe import DTYPES, Recipe, uniform
+from ..convert.targets import DEFAULT, TARGETS
+from ..quant.affine import DEFAULT_METHOD, METHODS, Affine
+from . import console, loader
+
+EXAMPLES = f"""\b
+Examples:
+  ppx-convert --bits 4 --group-size 64
+      download {source.DEFAULT}, write a 4-bit bundle for {DEFAULT}
+  ppx-convert ./my-finetune --recipe moshi-q8 --output my-q8
+      convert a local checkpoint for moshi_mlx and personaplex-mlx
+  ppx-convert demo --dry-run
+      show what would be written, from a source that needs no download
+"""
+DEFAULT_RECIPE = "4bit"
+DEFAULT_GROUP_SIZE = 64
+
+TargetName = StrEnum("TargetName", {name: name for name in TARGETS})  # type: ignore[misc]
+DtypeName = StrEnum("DtypeName", {name: name for name in DTYPES})  # type: ignore[misc]
+MethodName = StrEnum("MethodName", {name: name for name in METHODS})  # type: ignore[misc]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(epilog=EXAMPLES)
+@console.reported
+def convert(
+    where: Annotated[
+        str, typer.Argument(metavar="[SOURCE]", help="Hub id, folder with its five files, demo or demo:7b.")
+    ] = source.DEFAULT,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder.  [default: SOURCE-TARGET-RECIPE, here]")
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help=f"Shipped ({', '.join(loader.shipped())}) or a TOML file.  [default: {DEFAULT_RECIPE}]"),
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Uniform recipe: 2, 3, 4, 5, 6 or 8.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help=f"Uniform recipe: 32, 64 or 128.  [default: {DEFAULT_GROUP_SIZE}]")
+    ] = None,
+    no_quantize: Annotated[bool, typer.Option("--no-quantize", help="Keep everything float.")] = False,
+    target: Annotated[
+        TargetName | None, typer.Option(help=f"What will load it.  [default: the recipe's, else {DEFAULT}]")
+    ] = None,
+    dtype: Annotated[
+        DtypeName | None, typer.Option(help="Of floats, scales and biases.  [default: the recipe's or the target's]")
+    ] = None,
+    method: Annotated[
+        MethodName | None, typer.Option(help=f"Quantizer.  [default: the recipe's, else {DEFAULT_METHOD}]")
+    ] = None,
+    fill_depformer_steps: Annotated[
+        bool, typer.Option("--fill-depformer-steps", help="Copy steps 0-7 of a base Moshi to 8-15.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace another bundle, or a begun one.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Threads.  [default: one a core]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write and download nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Convert a PersonaPlex checkpoint into a folder that an MLX runtime loads.
+
+    Reads the source twice (once to check it, once to convert), never holds it in memory, reads back what it wrote,
+    and leaves a manifest. A killed run goes on where it stopped when the same command is given again.
+    """
+    quiet = console.quiet(as_json)
+    chosen = _recipe(recipe, bits, group_size, no_quantize, target, dtype, method)
+    if source.is_hub_id(where):
+        conversion.check_recipe(chosen)
+    folder = output or Path(f"{Path(where).resolve().name.replace(':', '-')}-{chosen.target}-{chosen.name}")
+    if dry_run:
+        plan = _plan(where, revision, chosen, fill_depformer_steps, quiet)
+        said = describe.summary(plan, jobs or cores()) | {"output": str(folder)}
+        typer.echo(json.dumps(said, indent=1) if as_json else describe.text(plan, jobs or cores()))
+        return
+    conversion.check_output(folder, force)
+    opened, plan = conversion.prepare(source.locate(where, revision, quiet), chosen, fill_depformer_steps)
+    done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet)
+    if as_json:
+        typer.echo(json.dumps({"output": str(done.folder), "files_made": done.made, **done.manifest}, indent=1))
+    else:
+        typer.echo(_report(done))
+
+
+def _recipe(
+    name: str | None,
+    bits: int | None,
+    group_size: int | None,
+    no_quantize: bool,
+    target: str | None,
+    dtype: str | None,
+    method: str | None,
+) -> Recipe:
+    """Return the recipe that the options mean; raises UserError where they contradict each other."""
+    asked = {"--recipe": name, "--bits": bits, "--no-quantize": no_quantize or None}
+    given = [option for option, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} contradict each other: give one of them")
+    if group_size is not None and bits is None:
+        raise UserError("--group-size says nothing without --bits: give both")
+    if no_quantize and method:
+        raise UserError("--method says nothing with --no-quantize: leave one out")
+    if bits is not None or no_quantize:
+        consumer = TARGETS[target or DEFAULT]
+        form = None if bits is None else Affine(bits, group_size or DEFAULT_GROUP_SIZE, method or DEFAULT_METHOD)
+        if form and form.problems():
+            raise UserError([f"--{problem.replace('_', '-', 1)}" for problem in form.problems()])
+        return uniform(form, consumer.name, dtype or consumer.dtype, consumer.uniform)
+    loaded = loader.load(name or DEFAULT_RECIPE)
+    loaded = loaded.with_method(method) if method else loaded
+    return replace(loaded, target=target or loaded.target, dtype=dtype or loaded.dtype)
+
+
+def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, quiet: bool) -> conversion.Plan:
+    """Return the plan of a dry run; a Hub source that is not in the cache is planned from its published layout."""
+    location = source.locate_here(where, revision, quiet)
+    if location is not None:
+        return conversion.prepare(location, recipe, fill)[1]
+    console.say(f"{where} is not on this machine: planned from the published layout of {source.DEFAULT}")
+    return make_plan(inventory_of_7b(where), recipe)
+
+
+def _report(done: conversion.Conversion) -> str:
+    """Return what a finished conversion prints."""
+    manifest = done.manifest
+    total = sum(record["size"] for record in manifest["files"].values())
+    quantized = [entry["relative_rmse"] for entry in manifest["tensors"] if "relative_rmse" in entry]
+    lines = [
+        f"{done.folder}: {len(manifest['files'])} files, {describe.size(total)}, "
+        f"{manifest['bits_per_weight']:.2f} bits a weight, for {manifest['target']}"
+    ]
+    if quantized:
+        middle = sorted(quantized)[len(quantized) // 2]
+        lines.append(f"relative error of the weights: median {middle:.2%}, largest {max(quantized):.2%}")
+    if manifest["overflowed"] or manifest["flushed"]:
+        lines.append(
+            f"{manifest['overflowed']} values were too large for {manifest['dtype']}, {manifest['flushed']} became zero"
+        )
+    lines += [f"{name}: filled from {origin}" for name, origin in manifest["source"]["filled"].items()]
+    verb = "checked again" if not done.made else "read back and checked"
+    lines.append(f"every file was {verb}; {len(manifest['voices'])} voices; see manifest.json")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the program."""
+    app(prog_name="ppx-convert")
+
+
+if __name__ == "__main__":
+    main()
