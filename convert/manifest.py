@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .architecture import Architecture
 from .plan import Plan
 from .problems import UserError
 from .recipe import to_toml
@@ -69,6 +70,12 @@ def make_manifest(
     }
 
 
+def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
+    """Return the architecture that a manifest records."""
+    sizes = dict(manifest["architecture"])
+    return Architecture(**sizes | {"delays": tuple(sizes["delays"])})
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return a bundle's manifest, None for a folder that has none.
 
@@ -86,6 +93,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             isinstance(record["size"], int) and _SHA256.fullmatch(record["sha256"]) for record in files.values()
         )
         whole = whole and isinstance(manifest["fingerprint"], str) and isinstance(manifest["target"], str)
+        whole = whole and all(isinstance(entry["file"], str) for entry in manifest["tensors"])
+        whole = whole and isinstance(manifest["voices"], list) and isinstance(manifest["recipe"]["name"], str)
+        architecture_of(manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest of {TOOLKIT} ({error!r})") from None
     if not whole:

@@ -58,7 +58,7 @@ def scan_tensors(file: TensorFile, bar: "tqdm[Any]") -> tuple[Fingerprint, dict[
         return block[0], array, count_non_finite(array)
 
     for name, array, count in in_order(check, blocks(), cores()):
-        digest.update(array.view("u1"))
+        digest.update(array.reshape(-1).view("u1").data)
         bar.update(array.nbytes)
         if count:
             bad[name] = bad.get(name, 0) + count

@@ -108,7 +108,7 @@ class TensorFile:
         spec = self.specs[name]
         width = spec.columns * DTYPES[spec.dtype].itemsize
         array = np.empty((last - first, spec.columns), DTYPES[spec.dtype])
-        self._read_into(memoryview(array.reshape(-1).view(np.uint8)), self.offsets[name] + first * width)
+        self._read_into(array.reshape(-1).view(np.uint8).data, self.offsets[name] + first * width)
         return array
 
     def _read_into(self, view: memoryview, offset: int) -> None:
@@ -162,7 +162,7 @@ class HashingFile:
         self._writing: Future[None] | None = None
         self.size = 0
 
-    def append(self, data: bytes | NDArray[Any]) -> None:
+    def append(self, data: bytes | memoryview) -> None:
         """Write bytes at the end; they must not change afterwards. An error may come with the next call."""
         view = memoryview(data).cast("B")
         self._settle()
@@ -208,7 +208,7 @@ class TensorWriter:
             raise ValueError(f"{self._path}: {data.size} bytes of {name} came where {left} of {expected} belong")
         if data.size < left:
             self._ahead.append((name, left - data.size))
-        self._file.append(data)
+        self._file.append(data.data)
         return data.size
 
     def finish(self) -> str:

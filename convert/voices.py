@@ -8,6 +8,7 @@ import io
 import pickle
 import re
 import tarfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -89,15 +90,15 @@ def _checked(archive: tarfile.TarFile, path: Path) -> list[tarfile.TarInfo]:
 
 
 def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
-    import torch
+    import torch  # a second to import: only where a voice is read
 
     try:
-        held: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's advice on old formats is for those who save
+            held: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"refused, it asks for more than tensors ({reason}): do not use this file") from None
+        raise ValueError(f"refused, it asks for more than tensors ({_short(error)}): do not use this file") from None
     except (RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
-        raise ValueError(f"not a voice that torch can read ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"not a voice that torch can read ({_short(error)})") from None
     if not isinstance(held, dict) or set(held) != {"embeddings", "cache"}:
         keys = sorted(map(str, held)) if isinstance(held, dict) else type(held).__name__
         raise ValueError(f"holds {keys}, not embeddings and cache")
@@ -120,3 +121,7 @@ def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
     embeddings = embeddings.detach().contiguous()
     half = embeddings.view(torch.uint16).numpy().view(BFLOAT16) if embeddings.dtype == torch.bfloat16 else None
     return Voice(name, embeddings.numpy() if half is None else half, cache.detach().contiguous().numpy())
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

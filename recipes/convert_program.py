@@ -10,7 +10,7 @@ import typer
 
 from ..convert import conversion, describe, source
 from ..convert.parallel import cores
-from ..convert.plan import inventory_of_7b, make_plan
+from ..convert.plan import Plan, inventory_of_7b, make_plan
 from ..convert.problems import UserError
 from ..convert.recipe import DTYPES, Recipe, uniform
 from ..convert.targets import DEFAULT, TARGETS
@@ -125,7 +125,7 @@ def _recipe(
     return replace(loaded, target=target or loaded.target, dtype=dtype or loaded.dtype)
 
 
-def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, quiet: bool) -> conversion.Plan:
+def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, quiet: bool) -> Plan:
     """Return the plan of a dry run; a Hub source that is not in the cache is planned from its published layout."""
     location = source.locate_here(where, revision, quiet)
     if location is not None:

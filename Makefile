@@ -1,0 +1,36 @@
+# One command each, from a fresh clone: `make demo`, `make test`. Both make their own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PACKAGES := quant convert verify recipes
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/ppx-convert demo --bits 4 --group-size 64 --output demo-bundle
+	$(BIN)/ppx-inspect demo-bundle --check
+
+test: $(VENV)/tested lint
+	$(BIN)/python -m pytest -q
+
+# Types are checked under the names that users import: a link makes the checkout look like the installed package.
+lint: $(VENV)/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/types && ln -sfn ../.. build/types/ppx
+	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml $(PACKAGES:%=-p ppx.%)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	touch $@
+
+# moshi_mlx pins an old mlx; it runs with the current one, so it goes in without its pins.
+$(VENV)/tested: $(VENV)/installed
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps moshi_mlx
+	touch $@
+
+clean:
+	rm -rf build demo-bundle demo-bundle.partial $(VENV)

@@ -1,0 +1,98 @@
+"""ppx-inspect: what a source or bundle holds."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from ..convert.describe import size
+from ..convert.problems import CheckFailed, UserError
+from ..convert.source import locate_here
+from ..verify.contents import Contents, read_contents
+from ..verify.integrity import differences
+from . import console
+
+EXAMPLES = """\b
+Examples:
+  ppx-inspect my-bundle
+      components, bytes, bits a weight, voices
+  ppx-inspect my-bundle --check
+      hash every file and compare with the manifest
+  ppx-inspect demo --tensors --json
+      every tensor of a source, for a program
+"""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(epilog=EXAMPLES)
+@console.reported
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a source or bundle, or demo.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Hash a bundle's files, compare with its manifest.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a source or bundle holds: components, parameters, bytes, dtypes, bits a weight, voices."""
+    quiet = console.quiet(as_json)
+    contents = read_contents(_folder(path, quiet))
+    if check and contents.manifest is None:
+        raise UserError(f"{path}: is a source, which has no manifest to check against: leave --check out")
+    said = contents.to_json(tensors)
+    if check:
+        total = sum(contents.files.values())
+        with tqdm(total=total, desc="checking", unit="B", unit_scale=True, disable=True if quiet else None) as bar:
+            said["differences"] = differences(contents, bar)
+    typer.echo(json.dumps(said, indent=1) if as_json else _text(contents, tensors))
+    if check and said["differences"]:
+        raise CheckFailed("; ".join(said["differences"]))
+    if check and not as_json:
+        typer.echo("every file is the one that the manifest names")
+
+
+def _folder(path: str, quiet: bool) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    location = locate_here(path, quiet=quiet)
+    if location is None:
+        raise UserError(
+            f"{path}: not a folder, and not in the Hub's cache: download it with ppx-convert or hf download"
+        )
+    return location.folder
+
+
+def _text(contents: Contents, every_tensor: bool) -> str:
+    """Return what is printed for people."""
+    total = sum(contents.files.values())
+    lines = [f"{contents.folder}: a {contents.kind}, {len(contents.files)} files, {size(total)}"]
+    if contents.manifest:
+        made = contents.manifest
+        lines.append(
+            f"made from {made['source']['id']} for {made['target']}, recipe {made['recipe']['name']}, {made['dtype']}"
+        )
+    lines += ["", f"{'component':<12}{'tensors':>8}{'parameters':>16}{'bytes':>11}{'bits/weight':>13}  dtypes"]
+    for row in contents.components():
+        bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
+        lines.append(
+            f"{row['component']:<12}{row['tensors']:>8}{row['parameters']:>16,}{size(row['bytes']):>11}{bits:>13}  "
+            f"{', '.join(row['dtypes'])}"
+        )
+    lines += ["", f"{len(contents.voices)} voices: {', '.join(contents.voices)}"]
+    if every_tensor:
+        lines.append("")
+        lines += [
+            f"{held.file}  {held.name}  {held.dtype} {list(held.shape)}  {size(held.nbytes)}"
+            for held in contents.tensors
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the program."""
+    app(prog_name="ppx-inspect")
+
+
+if __name__ == "__main__":
+    main()

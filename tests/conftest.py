@@ -1,0 +1,73 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parent / "data"
+PROGRAMS = {
+    "ppx-convert": "ppx.recipes.convert_program",
+    "ppx-inspect": "ppx.recipes.inspect_program",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep the tests away from the user's caches, tokens and the network."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        patch.setenv("HF_HOME", str(cache / "hub"))
+        patch.delenv("HF_TOKEN", raising=False)
+        yield cache
+
+
+@pytest.fixture(scope="session")
+def pico():
+    return DATA / "pico"
+
+
+@pytest.fixture
+def pico_copy(pico, tmp_path):
+    """Pico in a folder that a test may damage."""
+    target = tmp_path / "pico"
+    shutil.copytree(pico, target, ignore=shutil.ignore_patterns("golden", "*_tokens.safetensors"))
+    return target
+
+
+@pytest.fixture(scope="session")
+def layout():
+    return lambda name: json.loads((DATA / "layouts" / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def program():
+    """Run one of the programs as a user does; returns the finished process."""
+
+    def run(name, *arguments, cwd, status=0, environment=None):
+        command = [sys.executable, "-m", PROGRAMS[name], *map(str, arguments)]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {})
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status, f"{done.args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def bundle(program, pico, tmp_path_factory):
+    """Return the folder of pico converted with some options; made once a session for each."""
+    made = {}
+
+    def convert(*options):
+        if options not in made:
+            folder = tmp_path_factory.mktemp("bundles")
+            program("ppx-convert", pico, *options, "--output", "bundle", cwd=folder)
+            made[options] = folder / "bundle"
+        return made[options]
+
+    return convert

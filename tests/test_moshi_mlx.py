@@ -1,0 +1,99 @@
+"""Bundles for moshi-mlx, in the real moshi_mlx 0.3.0 beside the current mlx, through their own config.json."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from moshi_mlx import models as moshi_models
+from safetensors.numpy import load_file
+
+QUANTIZED = {"moshi-q4": (4, 32), "moshi-q8": (8, 64), "bf16": None}
+FRAMES = 16  # moshi_mlx attends to one key too many beyond pico's context of 16
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with mx.stream(mx.cpu):
+        yield
+
+
+def load(folder):
+    """Load a bundle as moshi_mlx's own programs do."""
+    config = json.loads((folder / "config.json").read_text())
+    name = config["moshi_name"]
+    model = moshi_models.Lm(moshi_models.LmConfig.from_config_dict(config))
+    model.set_dtype(mx.bfloat16)
+    for end, (bits, size) in {".q4.safetensors": (4, 32), ".q8.safetensors": (8, 64)}.items():
+        if name.endswith(end):
+            nn.quantize(model, bits=bits, group_size=size)
+    model.load_weights(str(folder / name), strict=True)
+    return model
+
+
+def embed(table, tokens):
+    """Look tokens up; -1 gives zeros (nn.QuantizedEmbedding, which replaces moshi's own class, does not know it)."""
+    found = table(mx.maximum(tokens, 0))
+    return mx.where((tokens >= 0)[..., None], found, mx.zeros_like(found))
+
+
+def logits(model, tokens):
+    """Text logits [B, T, card] and audio logits [B, steps, T, card], teacher-forced: step k reads codebook k - 1."""
+    frames = embed(model.text_emb, tokens[:, 0])
+    for stream, table in enumerate(model.audio_embs, 1):
+        frames = frames + embed(table, tokens[:, stream])
+    hidden = []
+    for cache in model.transformer_cache:
+        cache.reset()
+    for t in range(tokens.shape[2]):
+        hidden.append(model.transformer(frames[:, t : t + 1], cache=model.transformer_cache))
+    hidden = model.out_norm(mx.concatenate(hidden, axis=1))
+    audio = []
+    rows = hidden.reshape(-1, 1, hidden.shape[-1])
+    for cache in model.depformer_cache:
+        cache.reset()
+    for step, piece in enumerate(model.depformer.slices):
+        read = embed(piece.emb, tokens[:, step].reshape(-1, 1))
+        xs = piece.transformer(piece.linear_in(rows) + read, cache=model.depformer_cache)
+        audio.append(piece.linear_out(xs).reshape(tokens.shape[0], tokens.shape[2], -1))
+    return model.text_linear(hidden), mx.stack(audio, axis=1)
+
+
+def divergence(reference, other):
+    """Mean Kullback-Leibler divergence, in nats."""
+    p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (reference, other))
+    return (mx.exp(p) * (p - q)).sum(-1).mean().item()
+
+
+@pytest.fixture(scope="module")
+def golden(pico):
+    held = load_file(pico / "golden" / "forward_float32.safetensors")
+    return {
+        "tokens": mx.array(held["tokens"][:, :, :FRAMES]),
+        "text": mx.array(held["text_logits"][:, :FRAMES]),
+        "audio": mx.array(held["audio_logits"][:, :, :FRAMES]),
+    }
+
+
+# Bounds in nats, a few times what quantization of this model costs; a wrong name, order or scale costs over 1.
+@pytest.mark.parametrize(("recipe", "text_bound", "audio_bound"), [("moshi-q4", 0.05, 0.3), ("moshi-q8", 0.002, 0.005)])
+def test_quantized_bundles_load_strictly_and_predict_as_the_reference_does(
+    recipe, text_bound, audio_bound, bundle, golden
+):
+    text, audio = logits(load(bundle("--recipe", recipe)), golden["tokens"])
+    assert np.isfinite(np.array(audio.astype(mx.float32))).all()
+    assert divergence(golden["text"], text.astype(mx.float32)) < text_bound
+    assert divergence(golden["audio"], audio.astype(mx.float32)) < audio_bound
+
+
+def test_the_bf16_bundle_in_float32_gives_the_golden_logits(bundle, golden):
+    model = load(bundle("--recipe", "bf16"))
+    model.set_dtype(mx.float32)
+    for ours, reference in zip(logits(model, golden["tokens"]), (golden["text"], golden["audio"]), strict=True):
+        assert mx.abs(ours - reference).max().item() <= 1e-4 * mx.abs(reference).max().item()
+
+
+@pytest.mark.parametrize("recipe", QUANTIZED)
+def test_the_runtimes_own_step_runs(recipe, bundle):
+    load(bundle("--recipe", recipe)).warmup()

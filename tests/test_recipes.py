@@ -1,0 +1,120 @@
+import dataclasses
+
+import pytest
+from ppx.convert.plan import inventory_of_7b, make_plan
+from ppx.convert.problems import UserError
+from ppx.convert.recipe import Recipe, Rule, to_toml, uniform
+from ppx.convert.targets import TARGETS
+from ppx.quant.affine import Affine
+from ppx.recipes import loader
+
+SEVEN_B = inventory_of_7b("x/y")
+
+
+def without_lines(recipe):
+    return dataclasses.replace(recipe, rules=tuple(dataclasses.replace(rule, line=0) for rule in recipe.rules))
+
+
+@pytest.mark.parametrize("name", loader.shipped())
+def test_shipped_recipes_can_be_loaded_by_their_target(name):
+    recipe = loader.load(name)
+    plan = make_plan(SEVEN_B, recipe)
+    assert plan.target.name == recipe.target
+    assert recipe.description
+    assert set(recipe.parity) == set(loader.PARITY)
+
+
+@pytest.mark.parametrize("name", loader.shipped())
+def test_a_recipe_survives_the_way_to_toml_and_back(name):
+    recipe = loader.load(name)
+    assert without_lines(loader.parse(to_toml(recipe), name, name)) == without_lines(recipe)
+
+
+def test_the_first_rule_that_matches_decides():
+    plan = make_plan(SEVEN_B, loader.load("mixed"))
+    bits = {output.path: output.form.bits for output in plan.outputs if output.form}
+    assert bits["transformer.layers.0.self_attn.in_proj"] == 6
+    assert bits["transformer.layers.1.self_attn.in_proj"] == 4
+    assert bits["depformer.slices.7.transformer.layers.3.gating.linear_in"] == 6
+    assert bits["depformer.slices.8.transformer.layers.3.gating.linear_in"] == 3
+    assert not any(output.form for output in plan.outputs if output.role.component in ("embeddings", "heads"))
+
+
+def test_all_mistakes_are_listed_with_their_lines():
+    text = """target = "nope"
+dtype = 3
+foo = 1
+[[rules]]
+components = ["temporal", "x"]
+bits = 7
+[[rules]]
+layers = "3-1"
+keep = true
+bits = 4
+[[rules]]
+modules = 3
+steps = "a"
+bits = 4
+group_size = 48
+method = "best"
+[parity]
+zz = 1
+agent_kl = -1
+"""
+    with pytest.raises(UserError) as caught:
+        loader.parse(text, "t", "t.toml")
+    expected = [
+        (1, "target is 'nope'"), (2, "dtype is 3"), (3, "unknown key 'foo'"), (4, "no group_size"),
+        (5, "unknown component 'x'"), (6, "bits is 7"), (8, "runs backwards"), (10, "bits beside keep"),
+        (12, "modules is 3"), (13, "steps is 'a'"), (15, "group_size is 48"), (16, "method is 'best'"),
+        (18, "unknown limit 'zz'"), (19, "agent_kl is -1"),
+    ]  # fmt: skip
+    assert len(caught.value.problems) == len(expected)
+    for problem, (line, what) in zip(caught.value.problems, expected, strict=True):
+        assert problem.startswith(f"t.toml, line {line}: ")
+        assert what in problem
+
+
+def test_what_is_no_toml_says_where():
+    with pytest.raises(UserError, match=r"not TOML.*line 2"):
+        loader.parse('target = "mlx"\nrules = = []', "t", "t.toml")
+    with pytest.raises(UserError, match="no such recipe or file: shipped are 4bit"):
+        loader.load("5bit")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (uniform(Affine(4, 64), "moshi-mlx", "bfloat16", TARGETS["moshi-mlx"].uniform), "moshi-q4, moshi-q8 or bf16"),
+        (uniform(Affine(4, 32), "moshi-mlx", "bfloat16", ("temporal",)), "every linear and embedding"),
+        (uniform(Affine(4, 64), "speech-swift", "float16", ("temporal", "heads")), "loads heads as floats"),
+        (uniform(Affine(4, 64), "speech-swift", "float16", ("depformer",)), "quantize both"),
+        (
+            Recipe("r", "speech-swift", "float16", (Rule(Affine(6, 64), layers=((0, 3),)), Rule(Affine(4, 64)))),
+            "one setting for all quantized layers, not 4 bit group 64, 6 bit group 64",
+        ),
+        (
+            Recipe("r", "speech-swift", "float16", (Rule(Affine(4, 64), ("temporal",), layers=((0, 3),)),)),
+            "all linear layers of the temporal quantized or none",
+        ),
+        (
+            Recipe("r", "mlx", "float16", (Rule(Affine(4, 64), layers=((40, 50),), line=7),)),
+            r"a rule \(line 7\) matches no tensor",
+        ),
+    ],
+)
+def test_what_a_target_cannot_load_is_refused(recipe, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(SEVEN_B, recipe)
+
+
+def test_rows_that_a_group_does_not_divide_are_all_named(pico):
+    from ppx.convert.conversion import inventory
+    from ppx.convert.source import locate, open_source
+
+    plain = inventory(open_source(locate(str(pico))))
+    with pytest.raises(UserError) as caught:
+        make_plan(plain, uniform(Affine(4, 128), "mlx", "bfloat16", ("temporal", "depformer")))
+    said = "\n".join(caught.value.problems)
+    assert "temporal gating.linear_out: rows of 704 weights are not divided by groups of 128 (2 tensors)" in said
+    assert "use group size 64 or 32" in said

@@ -1,0 +1,137 @@
+"""What a source or bundle holds: its tensors by component, counted from the headers of its files."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..convert.architecture import from_config, read_config
+from ..convert.manifest import architecture_of, read_manifest
+from ..convert.names import roles
+from ..convert.problems import UserError
+from ..convert.source import CODEC, CONFIG, VOICES, WEIGHTS
+from ..convert.speech_swift import CODEC as SWIFT_CODEC
+from ..convert.tensorfile import DTYPES, TensorFile
+from ..convert.voices import read_voices
+from ..convert.workspace import MANIFEST
+
+MODEL = ("temporal", "depformer", "embeddings", "heads")
+ORDER = (*MODEL, "codec", "voices", "other")
+
+
+@dataclass(frozen=True)
+class Held:
+    """One stored tensor. parameters: the weights that it stands for; scales and biases stand for none."""
+
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    component: str
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found in a folder. kind: ``source`` or ``bundle``. manifest: a bundle's, None for a source."""
+
+    folder: Path
+    kind: str
+    tensors: list[Held]
+    files: dict[str, int]
+    voices: list[str]
+    manifest: dict[str, Any] | None
+
+    def components(self) -> list[dict[str, Any]]:
+        """Return tensors, parameters, bytes, dtypes and bits a weight of each component, then of the whole model."""
+        rows = [_row(name, [held for held in self.tensors if held.component == name]) for name in ORDER]
+        model = [held for held in self.tensors if held.component in MODEL]
+        return [row for row in rows if row["tensors"]] + [_row("model", model)]
+
+    def to_json(self, every_tensor: bool = False) -> dict[str, Any]:
+        """Return it as JSON-ready values."""
+        said: dict[str, Any] = {
+            "path": str(self.folder),
+            "kind": self.kind,
+            "components": self.components(),
+            "files": self.files,
+            "voices": self.voices,
+        }
+        if self.manifest:
+            keys = ("source", "target", "dtype", "recipe", "toolkit", "overflowed", "flushed")
+            said |= {key: self.manifest.get(key) for key in keys}
+        if every_tensor:
+            said["tensors"] = [asdict(held) for held in self.tensors]
+        return said
+
+
+def _row(name: str, tensors: list[Held]) -> dict[str, Any]:
+    parameters, nbytes = sum(held.parameters for held in tensors), sum(held.nbytes for held in tensors)
+    return {
+        "component": name,
+        "tensors": len(tensors),
+        "parameters": parameters,
+        "bytes": nbytes,
+        "dtypes": sorted({held.dtype for held in tensors}),
+        "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
+    }
+
+
+def read_contents(folder: Path) -> Contents:
+    """Look at a source or bundle; reads headers, voices and the manifest, no weights.
+
+    Raises UserError for a folder that is neither, and for files that are damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder: give one that holds a source or a bundle")
+    manifest = read_manifest(folder)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
+    if manifest is not None:
+        known = _known(manifest)
+        tensors = [held for name in files if name.endswith(".safetensors") for held in _held(folder, name, known)]
+        return Contents(folder, "bundle", tensors, files, list(manifest["voices"]), manifest)
+    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: neither a bundle (no {MANIFEST}) nor a source (no {WEIGHTS} and {CONFIG})")
+    architecture = from_config(read_config(folder / CONFIG))
+    parts = {(WEIGHTS, name): (role.component, None) for name, role in roles(architecture).items()}
+    tensors = [held for name in (WEIGHTS, CODEC) if name in files for held in _held(folder, name, parts)]
+    voices = [voice.name for voice in read_voices(folder / VOICES, architecture)[0]] if VOICES in files else []
+    return Contents(folder, "source", tensors, files, voices, None)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, sorted; hidden ones are passed over, and folders behind links."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+Known = Mapping[tuple[str, str], tuple[str, int | None]]  # file and tensor -> component, parameters if not its values
+
+
+def _known(manifest: dict[str, Any]) -> Known:
+    """Return what a manifest says of each tensor: its component, and how many weights it stands for."""
+    found: dict[tuple[str, str], tuple[str, int | None]] = {}
+    of_source = roles(architecture_of(manifest))
+    for entry in manifest["tensors"]:
+        role = of_source.get(entry.get("source", ""))
+        if role:
+            first, last = entry["rows"]
+            found |= {(entry["file"], name): (role.component, 0) for name in entry["outputs"]}
+            found[entry["file"], entry["outputs"][0]] = (role.component, (last - first) * role.shape[-1])
+    return found
+
+
+def _held(folder: Path, file: str, known: Known) -> Iterator[Held]:
+    """Yield the tensors of a file."""
+    place = {CODEC: "codec", SWIFT_CODEC: "codec"}.get(file) or ("voices" if file.startswith("voices") else "other")
+    with TensorFile(folder / file) as opened:
+        for name, spec in opened.specs.items():
+            component, parameters = known.get((file, name), (place, None))
+            count = spec.parameters if parameters is None else parameters
+            yield Held(file, name, spec.dtype, spec.shape, component, count, spec.nbytes)
+        if opened.unknown:
+            dtypes = sorted({*opened.unknown.values()} - DTYPES.keys())
+            raise UserError(f"{folder / file}: holds tensors of dtype {', '.join(dtypes)}, which no runtime here loads")
