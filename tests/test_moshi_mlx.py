@@ -4,7 +4,6 @@ import json
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 from moshi_mlx import models as moshi_models
 from safetensors.numpy import load_file
@@ -76,15 +75,17 @@ def golden(pico):
     }
 
 
-# Bounds in nats, a few times what quantization of this model costs; a wrong name, order or scale costs over 1.
-@pytest.mark.parametrize(("recipe", "text_bound", "audio_bound"), [("moshi-q4", 0.05, 0.3), ("moshi-q8", 0.002, 0.005)])
+# Bounds in nats, a few times what quantization costs this model; one wrong name, order or scale costs over 1.
+# In float32: the rounding of bfloat16 arithmetic alone costs as much as 8-bit weights do.
+@pytest.mark.parametrize(("recipe", "text_bound", "audio_bound"), [("moshi-q4", 0.02, 0.15), ("moshi-q8", 2e-4, 1e-3)])
 def test_quantized_bundles_load_strictly_and_predict_as_the_reference_does(
     recipe, text_bound, audio_bound, bundle, golden
 ):
-    text, audio = logits(load(bundle("--recipe", recipe)), golden["tokens"])
-    assert np.isfinite(np.array(audio.astype(mx.float32))).all()
-    assert divergence(golden["text"], text.astype(mx.float32)) < text_bound
-    assert divergence(golden["audio"], audio.astype(mx.float32)) < audio_bound
+    model = load(bundle("--recipe", recipe))
+    model.set_dtype(mx.float32)
+    text, audio = logits(model, golden["tokens"])
+    assert divergence(golden["text"], text) < text_bound
+    assert divergence(golden["audio"], audio) < audio_bound
 
 
 def test_the_bf16_bundle_in_float32_gives_the_golden_logits(bundle, golden):
