@@ -47,7 +47,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     filled: dict[str, str]
 
-    def read(self, name: str, first: int, last: int) -> NDArray[Any]:
+    def read(self, name: str, first: int, last: int, once: bool = False) -> NDArray[Any]:
         """Return rows ``first`` to ``last`` of a tensor seen as a matrix, in the checkpoint's dtype."""
         tensor, pieces, begin = self.tensors[name], [], 0
         for part in tensor.parts:
@@ -55,7 +55,7 @@ class Checkpoint:
             if low < high and part.tensor == ZEROS:
                 pieces.append(np.zeros((high - low, tensor.spec.columns), DTYPES[tensor.spec.dtype]))
             elif low < high:
-                pieces.append(self.file.read(part.tensor, low, high))
+                pieces.append(self.file.read(part.tensor, low, high, once))
             begin += part.rows
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 

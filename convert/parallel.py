@@ -9,6 +9,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+AHEAD = 4  # items under way for each worker: enough to keep it busy while the consumer waits for a disk
+
 
 def cores() -> int:
     """Return how many processors this process may use."""
@@ -16,7 +18,7 @@ def cores() -> int:
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield ``function(item)`` for each item, in order, with at most ``workers`` running and as many waiting.
+    """Yield ``function(item)`` for each item, in order, with at most ``workers`` running and a few more waiting.
 
     The function must release the GIL for most of its time (reads, hashes and the quantization kernels do).
     """
@@ -25,7 +27,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
-                if len(waiting) >= 2 * workers:
+                if len(waiting) >= AHEAD * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -12,15 +12,16 @@ from typing import Any
 from .architecture import Architecture
 from .names import roles
 from .output import Output
+from .parallel import AHEAD
 from .problems import refuse
 from .recipe import DTYPES, Recipe
 from .source import CODEC, CONFIG, TOKENIZER, VOICES, WEIGHTS
 from .targets import TARGETS, Target
-from .tensorfile import Spec, header_of
+from .tensorfile import HashingFile, Spec, header_of
 from .voices import PRESETS
 
 METADATA = {"format": "mlx"}
-BLOCK_WEIGHTS = 1 << 20  # weights that one thread quantizes at a time
+BLOCK_WEIGHTS = 1 << 21  # weights that one thread quantizes at a time
 _MANIFEST_BYTES = 1 << 20
 
 
@@ -90,12 +91,13 @@ class Plan:
     def peak_memory(self, workers: int) -> int:
         """Return about how many bytes a conversion holds at most, above Python and its imports.
 
-        Blocks under way (input, output and float32 between them), scales and biases of the largest tensor, voices,
-        and what the compiled kernels take.
+        Blocks being made (input and output), blocks made and waiting, what waits for the disk, scales and biases of
+        the largest tensor, voices, and what the compiled kernels take.
         """
         sides = max((sum(spec.nbytes for spec in output.specs()[1:]) for output in self.outputs), default=0)
         voices = sum(frames * self.inventory.architecture.dim * 4 for frames, _ in self.inventory.voices.values())
-        return 2 * workers * BLOCK_WEIGHTS * 8 + sides + voices + (64 << 20)
+        blocks = workers * BLOCK_WEIGHTS * 6 + AHEAD * workers * BLOCK_WEIGHTS * 2
+        return blocks + HashingFile.QUEUED + sides + voices + (64 << 20)
 
 
 def make_plan(inventory: Inventory, recipe: Recipe) -> Plan:

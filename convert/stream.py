@@ -91,7 +91,7 @@ def blocks(outputs: tuple[Output, ...]) -> Iterator[Block]:
 def _make(checkpoint: Checkpoint, block: Block) -> Quantized | Cast:
     """Read a block and quantize or cast it."""
     output, start = block.output, block.output.rows[0]
-    array = checkpoint.read(output.role.name, start + block.first, start + block.last)
+    array = checkpoint.read(output.role.name, start + block.first, start + block.last, once=True)
     if output.form is None:
         return cast(array, DTYPES[output.dtype])
     try:

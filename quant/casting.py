@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
+
+from . import kernels
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,9 @@ def cast(array: NDArray[np.generic], dtype: np.dtype[np.generic]) -> Cast:
 
 def count_non_finite(array: NDArray[np.generic]) -> int:
     """Return how many values of a float array are NaN or infinite."""
-    if array.dtype.itemsize == 2 and array.dtype != np.float16:
-        exponents = np.bitwise_and(array.view(np.uint16), np.uint16(0x7F80))
-        return int(np.count_nonzero(exponents == 0x7F80)) if exponents.size and exponents.max() == 0x7F80 else 0
+    if array.dtype == ml_dtypes.bfloat16:
+        mask = np.uint16(0x7F80)
+        words = np.ascontiguousarray(array).reshape(-1).view(np.uint16)
+        if kernels.largest_masked(words, mask) < mask:
+            return 0
     return array.size - int(np.count_nonzero(np.isfinite(array)))

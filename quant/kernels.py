@@ -28,6 +28,15 @@ def clip_step(bits: int) -> float:
     return {2: 0.03, 3: 0.02, 4: 0.02, 5: 0.015}.get(bits, 0.005)
 
 
+@njit(nogil=True, cache=True)
+def largest_masked(words, mask):
+    """Return the largest ``word & mask`` of uint16 words: with a mask of exponents, whether any is not finite."""
+    top = np.uint16(0)
+    for j in range(words.shape[0]):
+        top = np.uint16(max(top, np.uint16(words[j] & mask)))
+    return top
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def _stored(value, storage):
     """Round a float32 to the nearest value of the storage dtype, ties to even, saturated at its largest."""
@@ -168,12 +177,18 @@ def _search(centered, low, extent, top, step, codes, products):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _pack(codes, bits, packed):
+def _pack(codes, whole, bits, packed):
     """Write codes as a little-endian bit stream: eight codes take ``bits`` bytes."""
+    if bits == 4:  # the common case, without the detour; sums of two codes are exact as floats
+        for i in range(packed.shape[0]):
+            packed[i] = np.uint8(np.int32(codes[2 * i] + np.float32(16) * codes[2 * i + 1]))
+        return
+    for j in range(codes.shape[0]):
+        whole[j] = np.uint8(np.int32(codes[j]))
     for i in range(codes.shape[0] // 8):
         stream = np.uint64(0)
         for j in range(8):
-            stream |= np.uint64(codes[8 * i + j]) << np.uint64(bits * j)
+            stream |= np.uint64(whole[8 * i + j]) << np.uint64(bits * j)
         for j in range(bits):
             packed[bits * i + j] = np.uint8(stream >> np.uint64(8 * j))
 
@@ -251,6 +266,4 @@ def quantize_groups(words, shift, bits, storage, search, step, packed, scales, b
         statistics[SQUARED_ERROR] += error
         statistics[SQUARED_NORM] += _squared_norm(values, terms)
         scales[g], biases[g] = scale, bias
-        for j in range(size):
-            whole[j] = np.uint8(np.int32(codes[j]))
-        _pack(whole, bits, packed[g])
+        _pack(codes, whole, bits, packed[g])

@@ -1,0 +1,136 @@
+"""What the documents, the layout and the house rules promise."""
+
+import ast
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from ppx.convert.describe import size
+from ppx.convert.plan import inventory_of_7b, make_plan
+from ppx.recipes import loader
+
+ROOT = Path(__file__).parent.parent
+ORDER = ("quant", "convert", "verify", "recipes")
+README = (ROOT / "README.md").read_text()
+
+
+def modules():
+    return [path for folder in ORDER for path in (ROOT / folder).glob("*.py")]
+
+
+def imported_folders(path):
+    """Folders of the package that a module imports from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            parts = (node.module or "").split(".")
+            if node.level == 2:
+                yield from ([parts[0]] if parts[0] else [alias.name for alias in node.names])
+            elif node.level == 0 and parts[0] == "ppx":
+                yield parts[1] if len(parts) > 1 else "recipes"
+            else:
+                assert node.level < 3
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("ppx."))
+
+
+def test_imports_run_in_one_direction():
+    seen = set()
+    for path in modules():
+        for folder in imported_folders(path):
+            assert ORDER.index(folder) <= ORDER.index(path.parent.name), f"{path} imports {folder}"
+            seen.add((path.parent.name, folder))
+    assert {("convert", "quant"), ("verify", "convert"), ("recipes", "verify")} <= seen
+
+
+def test_numerics_know_no_files_and_no_network():
+    for path in (ROOT / "quant").glob("*.py"):
+        assert not re.search(r"\b(pathlib|open\(|huggingface_hub|safetensors|typer)\b", path.read_text()), path
+
+
+def test_modules_can_be_read_in_one_sitting():
+    for path in modules():
+        assert len(path.read_text().splitlines()) <= 320, path
+
+
+def test_pickles_are_loaded_with_weights_only():
+    for path in modules():
+        for call in re.findall(r"torch\.load\([^\n]*", path.read_text()):
+            assert "weights_only=True" in call, path
+
+
+def test_every_program_of_the_readme_is_installed_and_the_other_way_round():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(re.findall(r"^(?:\$ )?(ppx-[a-z]+)", README, re.MULTILINE)) == set(scripts)
+
+
+def test_the_readmes_first_block_names_targets_of_the_makefile():
+    block = re.search(r"```sh\n(.*?)```", README, re.DOTALL)[1]
+    commands = re.findall(r"^make (\w+)", block, re.MULTILINE)
+    assert commands == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{command}: " in makefile for command in commands)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def readme_commands():
+    blocks = re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("ppx-convert")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme_plan(command, program, tmp_path):
+    name, *arguments = shlex.split(command)
+    program(name, *[a for a in arguments if a != "--dry-run"], "--dry-run", cwd=tmp_path)
+
+
+def test_the_readmes_session_is_a_real_one(program, tmp_path):
+    session = re.search(r"```console\n(.*?)```", README, re.DOTALL)[1]
+    steps = re.findall(r"\$ (.*)\n((?:(?!\$ ).*\n)*)", session)
+    assert len(steps) == 2
+    for command, output in steps:
+        name, *arguments = shlex.split(command)
+        assert program(name, *arguments, cwd=tmp_path).stdout == output
+
+
+def test_the_readmes_table_of_recipes():
+    rows = re.findall(
+        r"^\| `([\w-]+)`(?: \(default\))? \| ([\w-]+) \| ([\d.]+ GB) \| ([\d.]+) \|", README, re.MULTILINE
+    )
+    assert sorted(row[0] for row in rows) == loader.shipped()
+    for name, target, total, bits in rows:
+        plan = make_plan(inventory_of_7b("x/y"), loader.load(name))
+        assert (target, total, bits) == (plan.target.name, size(plan.nbytes), f"{plan.bits_per_weight:.2f}"), name
+
+
+@pytest.mark.parametrize("name", ["ppx-convert", "ppx-inspect"])
+def test_help_has_examples_and_no_option_without_a_word(name, program, tmp_path):
+    said = program(name, "--help", cwd=tmp_path, environment={"COLUMNS": "200"}).stdout
+    assert "Examples:" in said
+    assert "\x1b" not in said
+    said = re.sub(r"\n {10,}", "  ", said)  # help on the line below a long option
+    for option in re.findall(r"^  (?:-\w, )?--[\w-]+.*$", said, re.MULTILINE):
+        assert re.search(r"\S  +\S", option.strip()), option
+
+
+def test_the_example_of_the_recipes_page_is_a_recipe():
+    text = re.search(r"```toml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)[1]
+    plan = make_plan(inventory_of_7b("x/y"), loader.parse(text, "example", "example"))
+    methods = {(output.form.bits, output.form.method) for output in plan.outputs if output.form}
+    assert methods == {(6, "lsq"), (4, "rtn")}
+
+
+def test_every_field_of_the_manifest_is_documented(bundle):
+    page = (ROOT / "docs" / "bundle.md").read_text()
+    manifest = json.loads((bundle("--recipe", "4bit") / "manifest.json").read_text())
+    for field in [*manifest, *(key for entry in manifest["tensors"] for key in entry)]:
+        assert f"`{field}`" in page, field
+
+
+def test_output_without_a_terminal_is_plain(pico, program, tmp_path):
+    done = program("ppx-convert", pico, "-o", "out", cwd=tmp_path, environment={"FORCE_COLOR": "", "NO_COLOR": "1"})
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
