@@ -83,10 +83,13 @@ def convert(
     what the user can mend, CheckFailed if the disk does not give back what was written.
     """
     workers = workers or cores()
+    if output.is_symlink() or output.name in ("", ".."):
+        output = output.resolve()  # so that the folder beside which the workspace lies is the one that is renamed
     present = check_output(output, force)
-    with _disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _check_disk(plan, output)
+    if present is None:
+        with _disk_errors(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _check_disk(plan, output)
     prints = fingerprint(source, quiet)
     mark = plan_fingerprint(plan, prints)
     if present is not None:
@@ -129,7 +132,7 @@ def _make_files(
         tqdm(total=plan.nbytes, desc="converting", unit="B", unit_scale=True, disable=disable) as bar,
         ThreadPoolExecutor(1, thread_name_prefix="ppx-readback") as reader,
     ):
-        checking: list[tuple[str, dict[str, Any], Future[None]]] = []
+        checks: list[Future[None]] = []
         for file in plan.files:
             bar.set_postfix_str(file.name, refresh=False)
             if file.name in workspace.files and _is_whole(workspace, plan, file):
@@ -147,22 +150,22 @@ def _make_files(
                 sha256 = write_text(temporary, file.text, bar)
             workspace.rename(file.name)
             made += 1
-            record = {"size": file.nbytes, "sha256": sha256, "tensors": tensors}
-            _settle(workspace, checking)
             if specs := specs_of(plan, file):
                 check_tensors(workspace.path(file.name), specs)
-            path = workspace.path(file.name)
-            checking.append((file.name, record, reader.submit(check_hash, path, file.nbytes, sha256)))
-        _settle(workspace, checking)
+            record = {"size": file.nbytes, "sha256": sha256, "tensors": tensors}
+            checks.append(reader.submit(_read_back, workspace, file.name, record))
+            for check in checks:
+                if check.done():
+                    check.result()
+        for check in checks:
+            check.result()
     return made
 
 
-def _settle(workspace: Workspace, checking: list[tuple[str, dict[str, Any], Future[None]]]) -> None:
-    """Wait for files that are being read back, and note them in the journal."""
-    while checking:
-        name, record, future = checking.pop(0)
-        future.result()
-        workspace.commit(name, record)
+def _read_back(workspace: Workspace, name: str, record: dict[str, Any]) -> None:
+    """Compare a written file with what was meant to be written, and note in the journal that it is complete."""
+    check_hash(workspace.path(name), record["size"], record["sha256"])
+    workspace.commit(name, record)
 
 
 def specs_of(plan: Plan, file: PlannedFile) -> list[Spec]:

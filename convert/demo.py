@@ -40,14 +40,20 @@ SIZES = {
     ),
     "demo:7b": Architecture(),
 }
-_CODEC_BYTES = {"demo": 1 << 16, "demo:7b": 384_644_900}
+FULL_SIZE = "demo:7b"
+_CODEC_BYTES = {"demo": 1 << 16, FULL_SIZE: 384_644_900}
 _BLOCK = 1 << 22  # weights made at a time; part of what the seed means
 
 
-def cached(size: str, quiet: bool = False) -> Path:
-    """Return the folder of a demo source in the user's cache; makes it if it is not there."""
+def folder_of(size: str) -> Path:
+    """Return where a demo source is kept: in the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppx-convert"
-    folder = cache / f"{size.replace(':', '-')}-{VERSION}"
+    return cache / f"{size.replace(':', '-')}-{VERSION}"
+
+
+def cached(size: str, quiet: bool = False) -> Path:
+    """Return the folder of a demo source; makes it if it is not there."""
+    folder = folder_of(size)
     if not folder.is_dir():
         make(size, folder, quiet)
     return folder

@@ -65,10 +65,15 @@ def locate(source: str, revision: str | None = None, quiet: bool = False) -> Loc
 
 
 def locate_here(source: str, revision: str | None = None, quiet: bool = False) -> Location | None:
-    """Find a source without the network: None for a Hub id whose files are not all in the cache."""
+    """Find a source without the network: None for a Hub id whose files are not all in the cache.
+
+    None as well for a full-size demo that was not made yet; the small one is made.
+    """
     if is_hub_id(source):
         found = hub.cached(source, revision, FILES)
         return Location(source, *found) if found else None
+    if source == demo.FULL_SIZE and not demo.folder_of(source).is_dir():
+        return None
     return _local(source, quiet)
 
 

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,6 +50,7 @@ class Workspace:
         kept = journal["files"] if journal and journal["fingerprint"] == fingerprint else {}
         self.files: dict[str, dict[str, Any]] = kept
         self._fingerprint = fingerprint
+        self._journal_lock = threading.Lock()
         self._clear()
 
     def _clear(self) -> None:
@@ -78,15 +80,17 @@ class Workspace:
         sync_folder(self.path(name).parent)
 
     def commit(self, name: str, record: dict[str, Any]) -> None:
-        """Note in the journal that a file is complete and was read back."""
-        self.files[name] = record
-        self._save()
+        """Note in the journal that a file is complete and was read back; may be called from another thread."""
+        with self._journal_lock:
+            self.files[name] = record
+            self._save()
 
     def forget(self, name: str) -> None:
         """Take a file out of the journal, and remove it: it has to be made again."""
-        self.files.pop(name, None)
-        self.path(name).unlink(missing_ok=True)
-        self._save()
+        with self._journal_lock:
+            self.files.pop(name, None)
+            self.path(name).unlink(missing_ok=True)
+            self._save()
 
     def _save(self) -> None:
         text = json.dumps({"fingerprint": self._fingerprint, "files": self.files})

@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @console.reported
 def convert(
     where: Annotated[
-        str, typer.Argument(metavar="[SOURCE]", help="Hub id, folder with its five files, demo or demo:7b.")
+        str, typer.Argument(metavar="SOURCE", help="Hub id, folder with its five files, demo or demo:7b.")
     ] = source.DEFAULT,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
     output: Annotated[
@@ -81,6 +81,8 @@ def convert(
     chosen = _recipe(recipe, bits, group_size, no_quantize, target, dtype, method)
     if source.is_hub_id(where):
         conversion.check_recipe(chosen)
+    elif revision:
+        raise UserError(f"--revision says nothing of {where}, which is not on the Hub: leave it out")
     folder = output or Path(f"{Path(where).resolve().name.replace(':', '-')}-{chosen.target}-{chosen.name}")
     if dry_run:
         plan = _plan(where, revision, chosen, fill_depformer_steps, quiet)

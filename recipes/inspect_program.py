@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..convert.describe import size
 from ..convert.problems import CheckFailed, UserError
-from ..convert.source import locate_here
+from ..convert.source import is_hub_id, locate, locate_here
 from ..verify.contents import Contents, read_contents
 from ..verify.integrity import differences
 from . import console
@@ -55,11 +55,9 @@ def inspect(
 def _folder(path: str, quiet: bool) -> Path:
     if Path(path).is_dir():
         return Path(path)
-    location = locate_here(path, quiet=quiet)
+    location = locate_here(path, quiet=quiet) if is_hub_id(path) else locate(path, quiet=quiet)
     if location is None:
-        raise UserError(
-            f"{path}: not a folder, and not in the Hub's cache: download it with ppx-convert or hf download"
-        )
+        raise UserError(f"{path}: not a folder, and not in the Hub's cache: run `hf download {path}` first")
     return location.folder
 
 

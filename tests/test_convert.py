@@ -228,6 +228,7 @@ def test_a_dry_run_writes_nothing_and_adds_up(pico, program, tmp_path, bundle):
         (["--recipe", "nope"], "no such recipe or file"),
         (["--target", "moshi-mlx", "--bits", "4"], "moshi-mlx loads every linear and embedding"),
         (["--bits", "4", "--group-size", "128"], "not divided by groups of 128"),
+        (["--revision", "main"], "which is not on the Hub"),
     ],
 )
 def test_mistakes_end_in_a_line_and_write_nothing(options, message, pico, program, tmp_path):
@@ -284,6 +285,24 @@ def test_a_full_disk_ends_in_a_line_and_leaves_no_bundle(pico, program, tmp_path
     assert not (tmp_path / "out").exists()
     program("ppx-convert", pico, "-o", "out", cwd=tmp_path)
     assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_an_empty_folder_a_link_and_the_working_folder_can_be_outputs(pico, program, tmp_path):
+    for name in ("empty", "real", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("real")
+    program("ppx-convert", pico, "-o", "empty", cwd=tmp_path)
+    program("ppx-convert", pico, "-o", "link", cwd=tmp_path)
+    program("ppx-convert", pico, "-o", ".", cwd=tmp_path / "here")
+    for name in ("empty", "real", "here"):
+        assert (tmp_path / name / "manifest.json").is_file()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_dry_run_of_the_full_size_demo_makes_none(program, tmp_path, own_cache):
+    done = program("ppx-convert", "demo:7b", "--dry-run", cwd=tmp_path)
+    assert "total 5.81 GB" in done.stdout
+    assert not (own_cache / "ppx-convert" / "demo-7b-1").exists()
 
 
 def test_a_folder_that_cannot_be_written(pico, program, tmp_path):
