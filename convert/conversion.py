@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def convert(
             )
         _read_back_all(output, plan, present["files"], quiet)
         return Conversion(output, present, 0)
-    with _disk_errors(output), Workspace(output, mark, force) as workspace:
+    with _disk_errors(output), closing(Workspace(output, mark, force)) as workspace:
         made = _make_files(workspace, source, plan, prints, workers, quiet)
         manifest = make_manifest(plan, source.location, prints, workspace.files)
         workspace.publish(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ml_dtypes
@@ -73,7 +72,7 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class TensorFile:
-    """An open safetensors file. Its header is checked by the safetensors library; values are read with ``pread``.
+    """An open safetensors file, to be closed. The safetensors library checks its header; values come with ``pread``.
 
     Not memory-mapped: mapped pages would count as this process's memory, and a truncated file would kill it.
     """
@@ -133,14 +132,6 @@ class TensorFile:
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
-
-    def __enter__(self) -> "TensorFile":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def header_of(specs: Sequence[Spec], metadata: dict[str, str]) -> bytes:

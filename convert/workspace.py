@@ -9,7 +9,6 @@ import os
 import shutil
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .problems import UserError
@@ -21,7 +20,7 @@ _OWN = (JOURNAL, f"{JOURNAL}.tmp", LOCK)
 
 
 class Workspace:
-    """An open, locked workspace. Files are written under a temporary name and committed one by one."""
+    """An open, locked workspace, to be closed. Files are written under a temporary name and committed one by one."""
 
     def __init__(self, output: Path, fingerprint: str, force: bool = False) -> None:
         """Open the workspace of an output folder; ``fingerprint`` stands for all that decides the bundle's bytes.
@@ -112,14 +111,6 @@ class Workspace:
     def close(self) -> None:
         """Let go of the lock."""
         os.close(self._lock)
-
-    def __enter__(self) -> "Workspace":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _journal(folder: Path) -> dict[str, Any] | None:

@@ -1,7 +1,10 @@
 """Names and shapes at full size, against the layouts of the real files."""
 
+from contextlib import closing
+
 import pytest
 from ppx.convert.architecture import Architecture, from_config, read_config, to_config
+from ppx.convert.conversion import specs_of
 from ppx.convert.names import COMPONENTS, roles
 from ppx.convert.plan import inventory_of_7b, make_plan
 from ppx.convert.problems import UserError
@@ -20,7 +23,7 @@ def test_every_name_of_the_real_checkpoint_has_one_role(layout):
 
 def test_pico_is_of_its_configs_architecture(pico):
     architecture = from_config(read_config(pico / "config.json"))
-    with TensorFile(pico / "model.safetensors") as file:
+    with closing(TensorFile(pico / "model.safetensors")) as file:
         found = {name: spec.shape for name, spec in file.specs.items()}
     assert {name: role.shape for name, role in roles(architecture).items()} == found
 
@@ -38,6 +41,8 @@ def test_speech_swift_layout_at_full_size(layout):
     real = layout("speech-swift.4bit-g64")
     plan, files = planned("4bit")
     assert files == {name: tensors for name, tensors in real.items() if not name.startswith("voices/")}
+    voice = next(file for file in plan.files if file.name == "voices/NATF0.safetensors")
+    assert {spec.name: [spec.dtype, list(spec.shape)] for spec in specs_of(plan, voice)} == real[voice.name]
     assert plan.bits_per_weight == pytest.approx(5.18, abs=0.01)
 
 

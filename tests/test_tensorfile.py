@@ -1,4 +1,5 @@
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def test_rows_are_read(tmp_path):
     path = tmp_path / "x.safetensors"
     array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     save_file({"a": array, "z": np.zeros(5, np.float16)}, path)
-    with TensorFile(path) as file:
+    with closing(TensorFile(path)) as file:
         np.testing.assert_array_equal(file.read("a", 1, 4), array.reshape(6, 4)[1:4])
         assert file.specs["z"].shape == (5,)
 
@@ -82,7 +83,7 @@ def test_damaged_files_end_in_one_line(kind, tmp_path):
 def test_a_file_cut_off_while_it_is_read(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": np.zeros((4, 8), np.float32)}, path)
-    with TensorFile(path) as file:
+    with closing(TensorFile(path)) as file:
         with path.open("r+b") as other:
             other.truncate(path.stat().st_size - 8)
         with pytest.raises(UserError, match="while it was read"):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def _known(manifest: dict[str, Any]) -> Known:
 def _held(folder: Path, file: str, known: Known) -> Iterator[Held]:
     """Yield the tensors of a file."""
     place = {CODEC: "codec", SWIFT_CODEC: "codec"}.get(file) or ("voices" if file.startswith("voices") else "other")
-    with TensorFile(folder / file) as opened:
+    with closing(TensorFile(folder / file)) as opened:
         for name, spec in opened.specs.items():
             component, parameters = known.get((file, name), (place, None))
             count = spec.parameters if parameters is None else parameters
