@@ -52,22 +52,24 @@ def _hidden(dim: int, feedforward: int) -> int:
     return 11 * dim // 4 if feedforward == 4 * dim else 2 * feedforward // 3
 
 
-_SIZES = {  # key in config.json -> field
-    "dim": "dim",
-    "num_layers": "num_layers",
-    "num_heads": "num_heads",
-    "context": "context",
-    "max_period": "max_period",
-    "text_card": "text_card",
-    "existing_text_padding_id": "text_padding",
-    "n_q": "n_q",
-    "card": "card",
-    "depformer_dim": "depformer_dim",
-    "depformer_num_layers": "depformer_num_layers",
-    "depformer_num_heads": "depformer_num_heads",
-    "dep_q": "steps",
+_SIZES = {  # key in config.json -> field, and the largest that is taken for a size: far above any real one, so that a
+    # stranger's config cannot make us count to a billion
+    "dim": ("dim", 1 << 17),
+    "num_layers": ("num_layers", 1024),
+    "num_heads": ("num_heads", 1024),
+    "context": ("context", 1 << 24),
+    "max_period": ("max_period", 1 << 30),
+    "text_card": ("text_card", 1 << 22),
+    "existing_text_padding_id": ("text_padding", 1 << 22),
+    "n_q": ("n_q", 128),
+    "card": ("card", 1 << 22),
+    "depformer_dim": ("depformer_dim", 1 << 17),
+    "depformer_num_layers": ("depformer_num_layers", 256),
+    "depformer_num_heads": ("depformer_num_heads", 1024),
+    "dep_q": ("steps", 128),
 }
 _OPTIONAL = {"existing_text_padding_id", "max_period", "context"}
+_WIDEST = 1 << 20  # of an MLP
 _FIXED: dict[str, tuple[Any, ...]] = {  # what the converter and every runtime take for granted
     "causal": (True,),
     "layer_scale": (None,),
@@ -87,7 +89,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {  # what the converter and every runtime t
     "depformer_weights_per_step_schedule": (None,),
     "depformer_low_rank_embeddings": (None,),
 }
-_LARGEST = 1 << 20  # far above any real size: a stranger's config must not make us compute with absurd numbers
 
 
 def from_config(config: dict[str, Any]) -> Architecture:
@@ -99,35 +100,44 @@ def from_config(config: dict[str, Any]) -> Architecture:
     if "dim" not in config:
         return Architecture()
     problems, sizes = [], {}
-    for key, field in _SIZES.items():
+    for key, (field, largest) in _SIZES.items():
         value = config.get(key)
         if value is None and key in _OPTIONAL:
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
-            problems.append(f"config.json: {key} is {value!r}: a positive whole number is needed")
+        if type(value) is not int or not 0 < value <= largest:
+            problems.append(f"config.json: {key} is {_shown(value)}: a whole number from 1 to {largest} is needed")
         else:
             sizes[field] = value
     scale = config.get("hidden_scale", Architecture.hidden_scale)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale <= 64:
-        problems.append(f"config.json: hidden_scale is {scale!r}: a number from 0 to 64 is needed")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0.1 <= scale <= 64:
+        problems.append(f"config.json: hidden_scale is {_shown(scale)}: a number from 0.1 to 64 is needed")
         scale = Architecture.hidden_scale
     feedforward = config.get("depformer_dim_feedforward")
     if feedforward is None:  # kyutai/personaplex-rl-seamless leaves it to the scale
         feedforward = int(scale * sizes.get("depformer_dim", Architecture.depformer_dim))
-    if not isinstance(feedforward, int) or not 0 < feedforward <= _LARGEST:
-        problems.append(f"config.json: depformer_dim_feedforward is {feedforward!r}: a positive whole number is needed")
+    if type(feedforward) is not int or not 3 <= feedforward <= _WIDEST:
+        problems.append(
+            f"config.json: depformer_dim_feedforward is {_shown(feedforward)}: "
+            f"a whole number from 3 to {_WIDEST} is needed"
+        )
         feedforward = Architecture.depformer_dim_feedforward
     delays = config.get("delays", list(DELAYS))
     streams = 1 + sizes.get("n_q", Architecture.n_q)
-    if not isinstance(delays, list) or not all(isinstance(d, int) and 0 <= d < 100 for d in delays):
+    if not isinstance(delays, list) or not all(type(d) is int and 0 <= d < 100 for d in delays):
         problems.append("config.json: delays is not a list of small whole numbers")
     elif len(delays) != streams:
         problems.append(f"config.json: delays has {len(delays)} entries: 1 + n_q = {streams} streams need one each")
     for key, allowed in _FIXED.items():
         if key in config and config[key] not in allowed:
-            problems.append(f"config.json: {key} is {config[key]!r}: only {allowed[0]!r} is PersonaPlex's architecture")
+            problems.append(
+                f"config.json: {key} is {_shown(config[key])}: only {allowed[0]!r} is PersonaPlex's architecture"
+            )
     refuse(problems)
     return Architecture(**sizes, hidden_scale=float(scale), depformer_dim_feedforward=feedforward, delays=tuple(delays))
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:60]
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -136,7 +146,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if path.stat().st_size > 1 << 20:
             raise UserError(f"{path}: over 1 MiB, which no config.json is")
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}): download it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds a {type(config).__name__}, not an object: download it again")

@@ -88,6 +88,7 @@ def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps
 def _claim(file: TensorFile, expected: dict[str, Role]) -> dict[str, Tensor]:
     """Give every tensor of the file its one role; raises UserError with all that do not fit."""
     problems = [f"{name}: missing" for name in expected if name not in file.offsets]
+    problems += [f"{name}: stands there twice" for name in file.doubled]
     for name in file.offsets:
         dtype = file.unknown.get(name) or file.specs[name].dtype
         if name not in expected:
@@ -98,7 +99,8 @@ def _claim(file: TensorFile, expected: dict[str, Role]) -> dict[str, Tensor]:
             shapes = [list(shape) for shape in (file.specs[name].shape, expected[name].shape)]
             problems.append(f"{name}: shape {shapes[0]}, where config.json makes it {shapes[1]}")
     if problems:
-        problems.append(f"{file.path}: {len(problems)} tensors do not fit: is this a PersonaPlex checkpoint?")
+        where = f"{file.path}: {len(problems)} tensors do not fit the architecture"
+        problems.insert(0, f"{where} (config.json's, or PersonaPlex-7B's where it gives no dim)")
     refuse(problems)
     return {
         name: Tensor(role, file.specs[name], (Part(name, file.specs[name].rows),)) for name, role in expected.items()

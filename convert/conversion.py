@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .manifest import fingerprint as plan_fingerprint
-from .manifest import make_manifest, read_manifest
+from .manifest import make_manifest, read_manifest, strangers
 from .parallel import cores
 from .plan import Inventory, Plan, PlannedFile, inventory_of_7b, make_plan, voice_specs
 from .problems import CheckFailed, UserError
@@ -23,7 +23,7 @@ from .scan import Fingerprint
 from .source import FILES, Location, Source, fingerprint, open_source
 from .stream import write_copy, write_tensors, write_text, write_voice
 from .tensorfile import Spec
-from .workspace import Workspace
+from .workspace import Workspace, clear_leftovers
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,23 @@ def inventory(source: Source) -> Inventory:
     )
 
 
-def prepare(location: Location, recipe: Recipe, fill_depformer_steps: bool = False) -> tuple[Source, Plan]:
-    """Open a source and make the plan; raises UserError with all problems of both."""
-    source = open_source(location, fill_depformer_steps)
+def prepare(
+    location: Location, recipe: Recipe, fill_depformer_steps: bool = False, thorough: bool = False, quiet: bool = False
+) -> tuple[Source, Plan]:
+    """Open a source and make the plan.
+
+    Raises UserError with all problems of both; where there are any, thorough reads the weights as well, to list those
+    that are not finite with the rest.
+    """
+    try:
+        source = open_source(location, fill_depformer_steps, thorough, quiet)
+    except UserError as error:
+        problems = list(error.problems)
+        try:
+            check_recipe(recipe)
+        except UserError as other:
+            problems += other.problems
+        raise UserError(problems) from None
     return source, make_plan(inventory(source), recipe)
 
 
@@ -71,6 +85,8 @@ def check_output(output: Path, force: bool = False) -> dict[str, Any] | None:
     manifest = read_manifest(output)
     if manifest is None and any(output.iterdir()):
         raise UserError(f"{output}: holds files that are no bundle: choose another --output, or empty it")
+    if manifest and force and (others := strangers(output, manifest)):
+        raise UserError(f"{output}: holds files that are not of its bundle ({', '.join(others)}): move them first")
     return None if force else manifest
 
 
@@ -91,19 +107,23 @@ def convert(
             output.parent.mkdir(parents=True, exist_ok=True)
             _check_disk(plan, output)
     prints = fingerprint(source, quiet)
-    mark = plan_fingerprint(plan, prints)
+    mark = plan_fingerprint(plan, source.location, prints)
     if present is not None:
         if present["fingerprint"] != mark:
             raise UserError(
-                f"{output}: holds a bundle of another source or with other settings: choose another --output, "
-                "or replace it with --force"
+                f"{output}: holds a bundle of another source, with other settings or of other versions: "
+                "choose another --output, or replace it with --force"
             )
         _read_back_all(output, plan, present["files"], quiet)
+        clear_leftovers(output)
         return Conversion(output, present, 0)
     with _disk_errors(output), closing(Workspace(output, mark, force)) as workspace:
         made = _make_files(workspace, source, plan, prints, workers, quiet)
+        if not source.checkpoint.file.is_unchanged():
+            raise UserError(f"{source.checkpoint.file.path}: changed while it was converted: run the command again")
         manifest = make_manifest(plan, source.location, prints, workspace.files)
-        workspace.publish(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        check_output(output, force)  # once more: another run may have ended meanwhile
+        workspace.publish(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", replaces=force)
     return Conversion(output, manifest, made)
 
 
@@ -123,7 +143,7 @@ def _make_files(
 ) -> int:
     """Write every file that the workspace does not hold yet; return how many.
 
-    While one file is written, the last one is read back from the disk.
+    While one file is written, the ones before are read back.
     """
     made = 0
     voices = {voice.name: voice for voice in source.voices}
@@ -196,9 +216,12 @@ def _read_back_all(output: Path, plan: Plan, records: Mapping[str, Mapping[str, 
             path = output / file.name
             if file.name not in records or not path.is_file():
                 raise CheckFailed(f"{path}: missing from a finished bundle: make it again with --force")
-            check_hash(path, records[file.name]["size"], records[file.name]["sha256"])
-            if specs := specs_of(plan, file):
-                check_tensors(path, specs)
+            try:
+                check_hash(path, records[file.name]["size"], records[file.name]["sha256"])
+                if specs := specs_of(plan, file):
+                    check_tensors(path, specs)
+            except CheckFailed as error:
+                raise CheckFailed(f"{error}; or make the bundle again with --force") from None
             bar.update(file.nbytes)
 
 
@@ -210,5 +233,10 @@ def _disk_errors(output: Path) -> Iterator[None]:
     except OSError as error:
         what = error.strerror or str(error)
         where = error.filename or output
-        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
-        raise UserError(f"{where}: {what}: {hint} and run the command again, it goes on where it stopped") from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = (
+            "free some space, and run the command again: it goes on"
+            if full
+            else "mend that, or choose another --output"
+        )
+        raise UserError(f"{where}: {what}: {hint}") from None

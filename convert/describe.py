@@ -21,6 +21,9 @@ def groups(plan: Plan) -> list[dict[str, Any]]:
                 key, {**dict(zip(names, key, strict=True)), "tensors": 0, "parameters": 0, "bytes": 0}
             )
             entry["tensors"] += 1
+            for place, number in (("layers", output.role.layer), ("steps", output.step)):
+                if number is not None and number not in entry.setdefault(place, []):
+                    entry[place].append(number)
             entry["parameters"] += Spec(output.name, output.dtype, output.shape).parameters
             entry["bytes"] += output.nbytes
     return list(found.values())
@@ -51,7 +54,7 @@ def text(plan: Plan, workers: int) -> str:
     lines = [
         f"{said['source']} -> {said['target']}, recipe {said['recipe']}, {said['dtype']}",
         "",
-        f"{'tensors':>7}  {'parameters':>12}  {'bytes':>9}  {'what':<34}  fate",
+        f"{'tensors':>7}  {'parameters':>12}  {'bytes':>9}  {'what':<32}  {'fate':<16}  where",
     ]
     current = ""
     for entry in said["tensors"]:
@@ -59,9 +62,9 @@ def text(plan: Plan, workers: int) -> str:
             current = entry["file"]
             lines.append(f"{current} ({size(said['files'][current])})")
         what = f"{entry['component']} {entry['module']}"
-        lines.append(
-            f"{entry['tensors']:>7}  {entry['parameters']:>12,}  {size(entry['bytes']):>9}  {what:<34}  {entry['fate']}"
-        )
+        where = "; ".join(f"{place} {_ranges(entry[place])}" for place in ("layers", "steps") if place in entry)
+        counts = f"{entry['tensors']:>7}  {entry['parameters']:>12,}  {size(entry['bytes']):>9}"
+        lines.append(f"{counts}  {what:<32}  {entry['fate']:<16}  {where}".rstrip())
     voices = [file for file in plan.files if file.voice]
     if voices:
         lines.append(f"voices/ ({size(sum(file.nbytes for file in voices))}): {len(voices)} presets")
@@ -80,6 +83,17 @@ def text(plan: Plan, workers: int) -> str:
         f"and {size(said['free_disk_bytes'])} of free disk",
     ]
     return "\n".join(lines)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return numbers as a recipe writes them: ``0-3,31``."""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in parts)
 
 
 def size(nbytes: float) -> str:

@@ -56,7 +56,9 @@ def download(repository: str, revision: str | None, files: Sequence[str], quiet:
         raise UserError(f"{repository}: not a Hub id ({error})") from None
     except LocalEntryNotFoundError:
         hint = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "check the network"
-        raise UserError(f"{repository}: not in the cache, and {constants.ENDPOINT} was not reached: {hint}") from None
+        raise UserError(
+            f"{repository}: no folder here, not in the Hub's cache, and {constants.ENDPOINT} was not reached: {hint}"
+        ) from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "no status")
         raise UserError(f"{repository}: the Hub answered {status}: try again, what has come down is kept") from None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .architecture import Architecture
+from .architecture import Architecture, from_config, to_config
 from .plan import Plan
 from .problems import UserError
 from .recipe import to_toml
@@ -20,13 +21,16 @@ from .workspace import MANIFEST
 VERSION = 1
 TOOLKIT = "ppx-convert"
 _LIBRARIES = ("ml_dtypes", "mlx", "numba", "numpy", "safetensors", "torch")
+_NOT_OURS = f"not a manifest of {TOOLKIT}: move the folder away, and make the bundle again"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def fingerprint(plan: Plan, prints: Mapping[str, Fingerprint]) -> str:
-    """Return what stands for everything that decides a bundle's bytes: toolkit, source, recipe and plan."""
+def fingerprint(plan: Plan, location: Location, prints: Mapping[str, Fingerprint]) -> str:
+    """Return what stands for everything that decides a bundle: toolkit, libraries, source, recipe and plan."""
     decisive = {
         "toolkit": version(TOOLKIT),
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "revision": location.revision,
         "source": {name: found.sha256 for name, found in prints.items()},
         "recipe": to_toml(plan.recipe),
         "identity": plan.inventory.identity,
@@ -46,7 +50,7 @@ def make_manifest(
     tensors = [{"file": file.name, **entry} for file in plan.files for entry in records[file.name].get("tensors", ())]
     return {
         "manifest_version": VERSION,
-        "fingerprint": fingerprint(plan, prints),
+        "fingerprint": fingerprint(plan, location, prints),
         "toolkit": {"name": TOOLKIT, "version": version(TOOLKIT)},
         "libraries": {name: version(name) for name in _LIBRARIES},
         "source": {
@@ -57,7 +61,11 @@ def make_manifest(
         },
         "target": plan.target.name,
         "dtype": plan.recipe.dtype,
-        "recipe": {"name": plan.recipe.name, "text": to_toml(plan.recipe)},
+        "recipe": {
+            "name": plan.recipe.name,
+            "text": to_toml(plan.recipe),
+            "original": plan.recipe.original or None,
+        },
         "architecture": asdict(plan.inventory.architecture),
         "parameters": plan.parameters,
         "bits_per_weight": round(plan.bits_per_weight, 4),
@@ -73,7 +81,10 @@ def make_manifest(
 def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
     """Return the architecture that a manifest records."""
     sizes = dict(manifest["architecture"])
-    return Architecture(**sizes | {"delays": tuple(sizes["delays"])})
+    architecture = Architecture(**sizes | {"delays": tuple(sizes["delays"])})
+    if from_config(to_config(architecture)) != architecture:  # raises for sizes that no model has
+        raise ValueError("its architecture is not one")
+    return architecture
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -86,21 +97,59 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text("utf-8"))
-        files = manifest["files"]
         if manifest["manifest_version"] != VERSION:
             raise UserError(f"{path}: version {manifest['manifest_version']!r}: this toolkit reads version {VERSION}")
-        whole = isinstance(files, dict) and all(
-            isinstance(record["size"], int) and _SHA256.fullmatch(record["sha256"]) for record in files.values()
-        )
-        whole = whole and isinstance(manifest["fingerprint"], str) and isinstance(manifest["target"], str)
-        whole = whole and all(isinstance(entry["file"], str) for entry in manifest["tensors"])
-        whole = whole and isinstance(manifest["voices"], list) and isinstance(manifest["recipe"]["name"], str)
+        whole = _is_manifest(manifest)
+        outside = [name for name in manifest["files"] if not _inside(folder, name)]
         architecture_of(manifest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest of {TOOLKIT} ({error!r})") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: {_NOT_OURS} ({str(error)[:80]!r})") from None
     if not whole:
-        raise UserError(f"{path}: not a manifest of {TOOLKIT}: fields are missing or of the wrong type")
-    outside = [name for name in files if not (folder / name).resolve().is_relative_to(folder.resolve())]
+        raise UserError(f"{path}: {_NOT_OURS} (fields are missing or of the wrong type)")
     if outside:
         raise UserError(f"{path}: names files outside of its folder: {', '.join(outside)}: do not trust this bundle")
     return dict(manifest)
+
+
+def _inside(folder: Path, name: str) -> bool:
+    return name.isprintable() and (folder / name).resolve().is_relative_to(folder.resolve())
+
+
+def _is_manifest(manifest: dict[str, Any]) -> bool:
+    """Tell whether what this toolkit uses of a manifest has the right types; may raise where it has not."""
+    texts = [manifest["fingerprint"], manifest["target"], manifest["dtype"], manifest["recipe"]["name"]]
+    texts += [manifest["source"]["id"], *manifest["voices"]]
+    files = manifest["files"].values()
+    return (
+        all(isinstance(text, str) and text.isprintable() for text in texts)
+        and all(type(record["size"]) is int and _SHA256.fullmatch(record["sha256"]) for record in files)
+        and all(_is_entry(entry) for entry in manifest["tensors"])
+    )
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    if "source" not in entry:  # of a voice
+        return isinstance(entry["file"], str)
+    first, last = entry["rows"]
+    names = [entry["file"], entry["source"], *entry["outputs"]]
+    return bool(entry["outputs"]) and type(first) is type(last) is int and all(isinstance(name, str) for name in names)
+
+
+def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return files in a bundle's folder that neither its manifest names nor this toolkit adds to a bundle."""
+    return [name for name in files_of(folder) if name not in manifest["files"] and not _added(name)]
+
+
+def _added(name: str) -> bool:
+    return name in (MANIFEST, "README.md") or name.startswith("parity/")
+
+
+def files_of(folder: Path) -> dict[str, int]:
+    """Return name and size of the files below a folder, sorted; hidden ones are passed over, and links to nowhere."""
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+            if path.is_file():
+                found[str(path.relative_to(folder))] = path.stat().st_size
+    return found

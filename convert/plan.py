@@ -130,11 +130,15 @@ def make_plan(inventory: Inventory, recipe: Recipe) -> Plan:
 def _problems(recipe: Recipe, outputs: Sequence[Output]) -> list[str]:
     """Return rules that match nothing, and tensors whose rows their group size does not divide."""
     problems = []
+    weights = [output for output in outputs if output.role.kind != "norm"]
+    left = set(range(len(weights)))
     for rule in recipe.rules:
-        matched = [o for o in outputs if o.role.kind != "norm" and rule.matches(o.role, o.step)]
-        if not matched:
+        matched = {place for place, output in enumerate(weights) if rule.matches(output.role, output.step)}
+        if not matched & left:
             where = f" (line {rule.line})" if rule.line else ""
-            problems.append(f"recipe {recipe.name}: a rule{where} matches no tensor of this model: correct it")
+            why = "decides nothing, rules before it do" if matched else "matches no tensor of this model"
+            problems.append(f"recipe {recipe.name}: a rule{where} {why}: correct it")
+        left -= matched
     uneven = Counter(
         (output.role.component, output.role.module, output.shape[-1], output.form.group_size)
         for output in outputs

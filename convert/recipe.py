@@ -45,7 +45,7 @@ class Recipe:
     """Ordered rules (the first that matches decides, what none matches stays float), a target, a dtype, and limits.
 
     dtype: ``bfloat16`` or ``float16``, of what stays float and of scales and biases. parity: limits that
-    a verification holds the bundle to, by figure.
+    a verification holds the bundle to, by figure. original: the text of the file that it was read from.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     description: str = ""
     parity: Mapping[str, float] = field(default_factory=dict)
+    original: str = ""
 
     def form(self, role: Role, step: int | None) -> Affine | None:
         """Return how an output is quantized, None if it stays float; norms always do."""

@@ -45,6 +45,7 @@ def scan_tensors(file: TensorFile, bar: "tqdm[Any]") -> tuple[Fingerprint, dict[
     Reads tensor by tensor in the order of the file, which leaves no byte out: the format allows no gaps.
     """
     digest = hashlib.sha256(file.header)
+    bar.update(len(file.header))
     bad: dict[str, int] = {}
 
     def blocks() -> Iterator[tuple[str, int, int]]:

@@ -2,8 +2,10 @@
 
 import os
 import re
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -12,7 +14,9 @@ from .architecture import Architecture, from_config, read_config
 from .checkpoint import Checkpoint, open_checkpoint
 from .problems import UserError, refuse
 from .scan import Fingerprint, hash_file, scan_tensors
+from .tensorfile import TensorFile
 from .voices import Voice, read_voices
+from .workspace import MANIFEST
 
 DEFAULT = "nvidia/personaplex-7b-v1"
 WEIGHTS = "model.safetensors"
@@ -87,21 +91,32 @@ def _local(source: str, quiet: bool) -> Location:
     if source in demo.SIZES:
         folder = demo.cached(source, quiet)
         return Location(source, folder)
-    folder = Path(source).expanduser()
+    try:
+        folder = Path(source).expanduser()
+    except RuntimeError:  # ~stranger
+        folder = Path(source)
     if folder.is_dir():
         missing = [name for name in FILES if not (folder / name).is_file()]
-        refuse([f"{folder / name}: not there; a source folder holds {', '.join(FILES)}" for name in missing])
+        if missing and (folder / MANIFEST).is_file():
+            raise UserError(f"{source}: is a bundle, which is made from a source: give the checkpoint it came from")
+        if missing:
+            raise UserError(f"{source}: {', '.join(missing)} not there; a source folder holds {', '.join(FILES)}")
         return Location(folder.resolve().name, folder)
+    if folder.is_file():
+        raise UserError(f"{source}: is a file: give the folder that holds it")
     raise UserError(
         f"{source}: neither a folder nor a Hub id: give a folder that holds {WEIGHTS}, an id such as {DEFAULT}, "
         f"or one of {', '.join(demo.SIZES)}"
     )
 
 
-def open_source(location: Location, fill_depformer_steps: bool = False) -> Source:
+def open_source(
+    location: Location, fill_depformer_steps: bool = False, thorough: bool = False, quiet: bool = False
+) -> Source:
     """Open a source's files and check all that can be seen without reading the weights.
 
-    Raises UserError with every problem of the configuration, the checkpoint and the voices.
+    Raises UserError with every problem of the configuration, the checkpoint and the voices; if there are any, thorough
+    reads the weights too, and adds the tensors that hold values that are not finite.
     """
     architecture = from_config(read_config(location.folder / CONFIG))
     problems: list[str] = []
@@ -113,8 +128,34 @@ def open_source(location: Location, fill_depformer_steps: bool = False) -> Sourc
         voices, others = read_voices(location.folder / VOICES, architecture)
     except UserError as error:
         problems += error.problems
+    try:
+        TensorFile(location.folder / CODEC).close()
+    except UserError as error:
+        problems += error.problems
+    if not (location.folder / TOKENIZER).stat().st_size:
+        problems.append(f"{location.folder / TOKENIZER}: is empty: download it again")
+    if problems and thorough:
+        problems += _not_finite(location.folder / WEIGHTS, quiet)
     refuse(problems)
     return Source(location, checkpoint, voices, others)
+
+
+def _not_finite(weights: Path, quiet: bool) -> list[str]:
+    """Read a checkpoint that has other problems, and return its tensors with values that are not finite."""
+    try:
+        with closing(TensorFile(weights)) as file, _bar(weights.stat().st_size, quiet) as bar:
+            return _listed(scan_tensors(file, bar)[1])
+    except UserError:  # not readable, which is listed already
+        return []
+
+
+def _listed(bad: dict[str, int]) -> list[str]:
+    return [f"{name}: {count} values are NaN or infinite: this checkpoint is damaged" for name, count in bad.items()]
+
+
+def _bar(total: int, quiet: bool) -> "tqdm[NoReturn]":
+    disable = True if quiet else None
+    return tqdm(total=total, desc="checking source", unit="B", unit_scale=True, disable=disable)
 
 
 def fingerprint(source: Source, quiet: bool = False) -> dict[str, Fingerprint]:
@@ -122,12 +163,10 @@ def fingerprint(source: Source, quiet: bool = False) -> dict[str, Fingerprint]:
 
     Raises UserError that lists every tensor with values that are not finite.
     """
-    with tqdm(
-        total=source.nbytes, desc="checking source", unit="B", unit_scale=True, disable=True if quiet else None
-    ) as bar:
+    with _bar(source.nbytes, quiet) as bar:
         found, bad = scan_tensors(source.checkpoint.file, bar)
         prints = {WEIGHTS: found} | {
             name: hash_file(source.location.folder / name, bar) for name in FILES if name != WEIGHTS
         }
-    refuse([f"{name}: {count} values are NaN or infinite: this checkpoint is damaged" for name, count in bad.items()])
+    refuse(_listed(bad))
     return prints

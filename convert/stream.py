@@ -108,6 +108,7 @@ def write_tensors(
     """Write a file of tensors; return its sha256 and the manifest's entry for each output."""
     writer = TensorWriter(path, [spec for output in file.outputs for spec in output.specs()], METADATA)
     entries = []
+    bar.update(writer.header_bytes)
     try:
         made = in_order(lambda block: (block, _make(checkpoint, block)), blocks(file.outputs), workers)
         loss = _no_loss(file.outputs[0])
@@ -134,6 +135,7 @@ def write_voice(path: Path, voice: Voice, specs: list[Spec], bar: "tqdm[Any]") -
     """Write one voice preset; return the file's sha256 and an entry if embeddings did not fit the dtype."""
     embeddings = cast(voice.embeddings, DTYPES[specs[1].dtype])
     writer = TensorWriter(path, specs, METADATA)
+    bar.update(writer.header_bytes)
     try:
         bar.update(writer.append("cache", voice.cache.astype(DTYPES[specs[0].dtype])))
         bar.update(writer.append("embeddings", embeddings.array))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class Spec:
     @property
     def parameters(self) -> int:
         """Number of values."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -55,20 +56,12 @@ class Spec:
     @property
     def rows(self) -> int:
         """Rows when the tensor is seen as a matrix: all axes but the last."""
-        return int(np.prod(self.shape[:-1], dtype=np.int64))
+        return math.prod(self.shape[:-1])
 
     @property
     def columns(self) -> int:
         """Length of the last axis."""
         return self.shape[-1] if self.shape else 1
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    doubled = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if doubled:
-        raise ValueError(f"{', '.join(doubled)} stands there twice")
-    return dict(pairs)
 
 
 class TensorFile:
@@ -81,18 +74,26 @@ class TensorFile:
         """Open a file; raises UserError if it is not there or not a whole safetensors file."""
         self.path = path
         try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        try:
+            self._opened_as = self._state()
             with safe_open(path, framework="numpy"):
                 pass
-            self._descriptor = os.open(path, os.O_RDONLY)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a complete safetensors file ({error}): download it again") from None
-        try:
-            length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
-            self.header = os.pread(self._descriptor, 8 + length, 0)
-            parsed = json.loads(self.header[8:], object_pairs_hook=_no_doubles)
-        except ValueError as error:
             self.close()
-            raise UserError(f"{path}: the header is not right ({error}): download it again") from None
+            raise UserError(f"{path}: not a complete safetensors file ({error}): download it again") from None
+        names: list[str] = []  # of every object in the header, the tensors' among them
+
+        def keep_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            names.extend(name for name, value in pairs if isinstance(value, dict))
+            return dict(pairs)
+
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        self.header = os.pread(self._descriptor, 8 + length, 0)
+        parsed = json.loads(self.header[8:], object_pairs_hook=keep_names)
+        self.doubled = sorted({name for name in names if names.count(name) > 1}) if len(names) > len(parsed) else []
         self.metadata: dict[str, str] = parsed.pop("__metadata__", None) or {}
         placed = sorted((fields["data_offsets"][0], name, fields) for name, fields in parsed.items())
         self.offsets = {name: len(self.header) + begin for begin, name, _ in placed}
@@ -128,6 +129,14 @@ class TensorFile:
             if not count:
                 raise UserError(f"{self.path}: ends at byte {offset + done}, while it was read: download it again")
             done += count
+
+    def _state(self) -> tuple[int, ...]:
+        found = self.path.stat()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def is_unchanged(self) -> bool:
+        """Tell whether the file at its path is still the one that was opened, by its inode, size and time."""
+        return self._state() == self._opened_as
 
     def close(self) -> None:
         """Close the file."""
@@ -208,6 +217,7 @@ class TensorWriter:
         self._path = path
         self._file = HashingFile(path)
         self._file.append(header_of(specs, metadata))
+        self.header_bytes = self._file.size
         self._ahead = [(spec.name, spec.nbytes) for spec in reversed(specs)]
 
     def append(self, name: str, array: NDArray[Any]) -> int:

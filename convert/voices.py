@@ -9,6 +9,7 @@ import pickle
 import re
 import tarfile
 import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,8 +25,10 @@ PRESETS = tuple(
     f"{style}{sex}{number}" for style, count in (("NAT", 4), ("VAR", 5)) for sex in "FM" for number in range(count)
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_LARGEST_MEMBER = 64 << 20
+_LARGEST_MEMBER = 16 << 20
+_LARGEST_ARCHIVE = 1 << 30
 _MOST_MEMBERS = 2000
+_UNREADABLE = (RuntimeError, ValueError, EOFError, LookupError, OSError, TypeError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def read_voices(path: Path, architecture: Architecture) -> tuple[list[Voice], li
                     found.append(_voice(name.stem, data.read() if data else b"", architecture))
                 except ValueError as error:
                     problems.append(f"{path}: {member.name}: {error}")
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"{path}: not a readable .tgz ({error}): download it again") from None
     names = [voice.name for voice in found]
     problems += [f"{path}: the voice {name} is there twice" for name in sorted(set(names)) if names.count(name) > 1]
@@ -70,17 +73,17 @@ def read_voices(path: Path, architecture: Architecture) -> tuple[list[Voice], li
 
 def _checked(archive: tarfile.TarFile, path: Path) -> list[tarfile.TarInfo]:
     """Return the archive's files, after all of its members were looked at."""
-    files, problems = [], []
+    files, problems, total = [], [], 0
     for number, member in enumerate(archive):
-        if number >= _MOST_MEMBERS:
-            raise UserError(f"{path}: holds more than {_MOST_MEMBERS} members, which no archive of voices does")
         place = PurePosixPath(member.name)
+        total += member.size
+        if number >= _MOST_MEMBERS or member.size > _LARGEST_MEMBER or total > _LARGEST_ARCHIVE:
+            problems.append(f"{path}: {member.name!r} makes it larger than any archive of voices")
+            break  # what follows would be decompressed to be looked at
         if place.is_absolute() or ".." in place.parts or "\\" in member.name:
             problems.append(f"{path}: {member.name!r} points outside of the archive")
         elif member.issym() or member.islnk():
             problems.append(f"{path}: {member.name!r} is a link")
-        elif member.isfile() and member.size > _LARGEST_MEMBER:
-            problems.append(f"{path}: {member.name!r} has {member.size} bytes, which no voice has")
         elif member.isfile():
             files.append(member)
         elif not member.isdir():
@@ -97,7 +100,7 @@ def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
             held: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"refused, it asks for more than tensors ({_short(error)}): do not use this file") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
+    except _UNREADABLE as error:  # a damaged pickle can end in any of them
         raise ValueError(f"not a voice that torch can read ({_short(error)})") from None
     if not isinstance(held, dict) or set(held) != {"embeddings", "cache"}:
         keys = sorted(map(str, held)) if isinstance(held, dict) else type(held).__name__
@@ -109,18 +112,20 @@ def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
     ):
         if not isinstance(tensor, torch.Tensor) or tensor.dtype not in dtypes or tensor.layout != torch.strided:
             raise ValueError(f"{key} is {getattr(tensor, 'dtype', type(tensor).__name__)}: one of {dtypes} is needed")
+        if not tensor.is_contiguous() or tensor.nbytes > len(data):  # a view can claim more than the file holds
+            raise ValueError(f"{key} claims {tensor.nbytes} bytes of a file of {len(data)}")
     streams = 1 + architecture.n_q
     if embeddings.ndim != 4 or embeddings.shape[1:] != (1, 1, architecture.dim) or not len(embeddings):
         raise ValueError(f"embeddings have shape {list(embeddings.shape)}, not [frames, 1, 1, {architecture.dim}]")
-    if cache.ndim != 3 or cache.shape[:2] != (1, streams):
+    if cache.ndim != 3 or cache.shape[:2] != (1, streams) or not cache.shape[2]:
         raise ValueError(f"cache has shape {list(cache.shape)}, not [1, {streams}, slots]")
     if not bool(torch.isfinite(embeddings).all()):
         raise ValueError("embeddings are not finite")
     if int(cache.min()) < -2 or int(cache.max()) > max(architecture.text_card, architecture.card):
         raise ValueError("cache holds numbers that are no tokens of this model")
-    embeddings = embeddings.detach().contiguous()
+    embeddings = embeddings.detach()
     half = embeddings.view(torch.uint16).numpy().view(BFLOAT16) if embeddings.dtype == torch.bfloat16 else None
-    return Voice(name, embeddings.numpy() if half is None else half, cache.detach().contiguous().numpy())
+    return Voice(name, embeddings.numpy() if half is None else half, cache.detach().numpy())
 
 
 def _short(error: Exception) -> str:

@@ -4,9 +4,11 @@ A journal names the files that are complete and were read back, so that a killed
 """
 
 import fcntl
+import glob
 import json
 import os
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -95,22 +97,37 @@ class Workspace:
         text = json.dumps({"fingerprint": self._fingerprint, "files": self.files})
         write_durably(self.folder / JOURNAL, text)
 
-    def publish(self, manifest: str) -> None:
-        """Write the manifest, and give the folder its final name; an older bundle there is replaced."""
+    def publish(self, manifest: str, replaces: bool) -> None:
+        """Write the manifest, and give the folder its final name.
+
+        replaces: whether a bundle at the output may be put out of the way; it is removed when the new one is there.
+        Raises UserError if something stands at the output and must not be replaced; the workspace then stays.
+        """
         write_durably(self.folder / MANIFEST, manifest)
-        old = self.output.with_name(f".{self.output.name}.old")
         if self.output.exists() and any(self.output.iterdir()):
-            self.output.rename(old)
+            if not replaces:
+                raise UserError(f"{self.output}: something was put there meanwhile: move it, and run the command again")
+            aside = Path(tempfile.mkdtemp(prefix=_aside(self.output), dir=self.output.parent))
+            self.output.rename(aside / self.output.name)
         self.folder.rename(self.output)
         sync_folder(self.output.parent)
-        for name in _OWN:
-            (self.output / name).unlink(missing_ok=True)
-        if (old / MANIFEST).is_file():
-            shutil.rmtree(old)
+        clear_leftovers(self.output)
 
     def close(self) -> None:
         """Let go of the lock."""
         os.close(self._lock)
+
+
+def _aside(output: Path) -> str:
+    return f".{output.name}.ppx-replaced-"
+
+
+def clear_leftovers(output: Path) -> None:
+    """Remove what a finished bundle no longer needs: its journal and lock, and bundles that it replaced."""
+    for name in _OWN:
+        (output / name).unlink(missing_ok=True)
+    for folder in output.parent.glob(f"{glob.escape(_aside(output))}*"):
+        shutil.rmtree(folder)
 
 
 def _journal(folder: Path) -> dict[str, Any] | None:
@@ -120,7 +137,7 @@ def _journal(folder: Path) -> dict[str, Any] | None:
         plain = isinstance(journal["fingerprint"], str) and all(
             isinstance(r["size"], int) and isinstance(r["sha256"], str) for r in journal["files"].values()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     return journal if plain else None
 

@@ -42,7 +42,8 @@ class Affine:
             ("group_size", self.group_size, GROUP_SIZES),
             ("method", self.method, METHODS),
         ):
-            if value not in allowed:
+            right_type = isinstance(value, type(allowed[0])) and not isinstance(value, bool)  # 4.0 == 4, and True == 1
+            if not right_type or value not in allowed:
                 found.append(f"{what} is {value!r}: use one of {', '.join(map(str, allowed))}")
         return found
 
@@ -92,7 +93,7 @@ def quantize(weight: NDArray[np.generic], form: Affine, storage: np.dtype[np.gen
     scale and bias is that of ``mx.quantize`` on the CPU; with ``lsq`` no group has more squared error than with it.
 
     Raises ValueError for settings that the format does not have, a dtype that it cannot hold, columns that a group
-    does not divide, and weights that are not finite.
+    does not divide, and weights that are not finite or whose group spans more than float32 holds.
     """
     storage = weight.dtype if storage is None else np.dtype(storage)
     problems = form.problems()
@@ -127,7 +128,9 @@ def quantize(weight: NDArray[np.generic], form: Affine, storage: np.dtype[np.gen
         statistics,
     )
     if statistics[kernels.NON_FINITE]:
-        raise ValueError(f"{int(statistics[kernels.NON_FINITE])} groups hold values that are NaN or infinite")
+        raise ValueError(
+            f"{int(statistics[kernels.NON_FINITE])} groups hold values that are NaN, infinite, or too far apart"
+        )
     return Quantized(
         weight=packed.reshape(rows, -1).view("<u4"),
         scales=scales.astype(storage).reshape(rows, -1),

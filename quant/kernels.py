@@ -237,7 +237,7 @@ def quantize_groups(words, shift, bits, storage, search, step, packed, scales, b
     search: false for the grid of ``mx.quantize``, true to look for a better one from there.
     packed: uint8 ``[groups, group_size * bits // 8]``; scales, biases: float32 ``[groups]``, already rounded to
     storage. statistics: float64 ``[STATISTICS]``, added to: squared error, squared norm, scales and biases that
-    overflowed or became zero in storage, groups that held a value that is not finite.
+    overflowed or became zero in storage, groups that are not finite or span too much.
     """
     groups, size = words.shape
     top = np.float32((1 << bits) - 1)
@@ -249,7 +249,7 @@ def quantize_groups(words, shift, bits, storage, search, step, packed, scales, b
     terms = np.empty(size, np.float64)
     for g in range(groups):
         low, high = _load(words[g], shift, bits_of)
-        if not (np.isfinite(low) and np.isfinite(high)):
+        if not np.isfinite(high - low):  # NaN and infinities sort to the ends
             statistics[NON_FINITE] += 1
             continue
         exact_scale, exact_bias = _mlx_grid(low, high, top)

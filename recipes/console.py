@@ -3,10 +3,12 @@
 import functools
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import ParamSpec, TypeVar
 
 import typer
 
+from ..convert.manifest import TOOLKIT
 from ..convert.problems import CheckFailed, UserError
 
 P = ParamSpec("P")
@@ -29,8 +31,11 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
         except CheckFailed as error:
             say(f"check failed: {error}")
             raise typer.Exit(FAILED) from None
+        except OSError as error:
+            say(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
+            raise typer.Exit(MISTAKE) from None
         except KeyboardInterrupt:
-            say("interrupted: what is complete is kept, the same command goes on from there")
+            say("interrupted: the same command goes on with the files that are complete")
             raise typer.Exit(INTERRUPTED) from None
 
     return run
@@ -43,4 +48,11 @@ def say(line: str) -> None:
 
 def quiet(as_json: bool) -> bool:
     """Tell whether progress bars would only disturb: output for a program, or nobody looks at standard error."""
-    return as_json or not sys.stderr.isatty()
+    return as_json or sys.stderr is None or not sys.stderr.isatty()
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and end, where it is asked for."""
+    if asked:
+        typer.echo(f"{TOOLKIT} {version(TOOLKIT)}")
+        raise typer.Exit

@@ -14,6 +14,7 @@ from ..convert.plan import Plan, inventory_of_7b, make_plan
 from ..convert.problems import UserError
 from ..convert.recipe import DTYPES, Recipe, uniform
 from ..convert.targets import DEFAULT, TARGETS
+from ..convert.workspace import MANIFEST
 from ..quant.affine import DEFAULT_METHOD, METHODS, Affine
 from . import console, loader
 
@@ -70,7 +71,10 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle, or a begun one.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Threads.  [default: one a core]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write and download nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; errors go to standard error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=console.show_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Convert a PersonaPlex checkpoint into a folder that an MLX runtime loads.
 
@@ -78,7 +82,8 @@ def convert(
     and leaves a manifest. A killed run goes on where it stopped when the same command is given again.
     """
     quiet = console.quiet(as_json)
-    chosen = _recipe(recipe, bits, group_size, no_quantize, target, dtype, method)
+    named = (None if option is None else str(option) for option in (target, dtype, method))
+    chosen = _recipe(recipe, bits, group_size, no_quantize, *named)
     if source.is_hub_id(where):
         conversion.check_recipe(chosen)
     elif revision:
@@ -90,7 +95,8 @@ def convert(
         typer.echo(json.dumps(said, indent=1) if as_json else describe.text(plan, jobs or cores()))
         return
     conversion.check_output(folder, force)
-    opened, plan = conversion.prepare(source.locate(where, revision, quiet), chosen, fill_depformer_steps)
+    location = source.locate(where, revision, quiet)
+    opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, thorough=True, quiet=quiet)
     done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet)
     if as_json:
         typer.echo(json.dumps({"output": str(done.folder), "files_made": done.made, **done.manifest}, indent=1))
@@ -122,9 +128,9 @@ def _recipe(
         if form and form.problems():
             raise UserError([f"--{problem.replace('_', '-', 1)}" for problem in form.problems()])
         return uniform(form, consumer.name, dtype or consumer.dtype, consumer.uniform)
-    loaded = loader.load(name or DEFAULT_RECIPE)
+    loaded = loader.load(name or DEFAULT_RECIPE, target)
     loaded = loaded.with_method(method) if method else loaded
-    return replace(loaded, target=target or loaded.target, dtype=dtype or loaded.dtype)
+    return replace(loaded, dtype=dtype or loaded.dtype)
 
 
 def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, quiet: bool) -> Plan:
@@ -139,19 +145,17 @@ def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, quiet: b
 def _report(done: conversion.Conversion) -> str:
     """Return what a finished conversion prints."""
     manifest = done.manifest
-    total = sum(record["size"] for record in manifest["files"].values())
+    total = sum(record["size"] for record in manifest["files"].values()) + (done.folder / MANIFEST).stat().st_size
     quantized = [entry["relative_rmse"] for entry in manifest["tensors"] if "relative_rmse" in entry]
     lines = [
-        f"{done.folder}: {len(manifest['files'])} files, {describe.size(total)}, "
+        f"{done.folder}: {len(manifest['files']) + 1} files, {describe.size(total)}, "
         f"{manifest['bits_per_weight']:.2f} bits a weight, for {manifest['target']}"
     ]
     if quantized:
         middle = sorted(quantized)[len(quantized) // 2]
         lines.append(f"relative error of the weights: median {middle:.2%}, largest {max(quantized):.2%}")
-    if manifest["overflowed"] or manifest["flushed"]:
-        lines.append(
-            f"{manifest['overflowed']} values were too large for {manifest['dtype']}, {manifest['flushed']} became zero"
-        )
+    lost = [(manifest["overflowed"], "too large"), (manifest["flushed"], "too small, and became zero")]
+    lines += [f"{count} values were {what} in {manifest['dtype']}" for count, what in lost if count]
     lines += [f"{name}: filled from {origin}" for name, origin in manifest["source"]["filled"].items()]
     verb = "checked again" if not done.made else "read back and checked"
     lines.append(f"every file was {verb}; {len(manifest['voices'])} voices; see manifest.json")

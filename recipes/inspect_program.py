@@ -8,6 +8,7 @@ import typer
 from tqdm import tqdm
 
 from ..convert.describe import size
+from ..convert.manifest import read_manifest
 from ..convert.problems import CheckFailed, UserError
 from ..convert.source import is_hub_id, locate, locate_here
 from ..verify.contents import Contents, read_contents
@@ -33,23 +34,33 @@ def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a source or bundle, or demo.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Hash a bundle's files, compare with its manifest.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; errors go to standard error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=console.show_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Show what a source or bundle holds: components, parameters, bytes, dtypes, bits a weight, voices."""
     quiet = console.quiet(as_json)
-    contents = read_contents(_folder(path, quiet))
-    if check and contents.manifest is None:
-        raise UserError(f"{path}: is a source, which has no manifest to check against: leave --check out")
-    said = contents.to_json(tensors)
-    if check:
-        total = sum(contents.files.values())
-        with tqdm(total=total, desc="checking", unit="B", unit_scale=True, disable=True if quiet else None) as bar:
-            said["differences"] = differences(contents, bar)
+    folder = _folder(path, quiet)
+    found = _check(path, folder, quiet) if check else []
+    if found:
+        if as_json:
+            typer.echo(json.dumps({"path": str(folder), "differences": found}, indent=1))
+        raise CheckFailed("; ".join(found))
+    contents = read_contents(folder)
+    said = contents.to_json(tensors) | ({"differences": found} if check else {})
     typer.echo(json.dumps(said, indent=1) if as_json else _text(contents, tensors))
-    if check and said["differences"]:
-        raise CheckFailed("; ".join(said["differences"]))
     if check and not as_json:
         typer.echo("every file is the one that the manifest names")
+
+
+def _check(path: str, folder: Path, quiet: bool) -> list[str]:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{path}: has no manifest to check against: leave --check out")
+    total = sum(record["size"] for record in manifest["files"].values())
+    with tqdm(total=total, desc="checking", unit="B", unit_scale=True, disable=True if quiet else None) as bar:
+        return differences(folder, manifest, bar)
 
 
 def _folder(path: str, quiet: bool) -> Path:
@@ -65,6 +76,8 @@ def _text(contents: Contents, every_tensor: bool) -> str:
     """Return what is printed for people."""
     total = sum(contents.files.values())
     lines = [f"{contents.folder}: a {contents.kind}, {len(contents.files)} files, {size(total)}"]
+    if contents.missing:
+        lines.append(f"missing: {', '.join(contents.missing)}")
     if contents.manifest:
         made = contents.manifest
         lines.append(

@@ -1,5 +1,6 @@
 """Reading recipes: TOML files, checked whole, with the line of every mistake."""
 
+import math
 import re
 import tomllib
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 from ..convert.names import COMPONENTS
 from ..convert.problems import UserError, refuse
 from ..convert.recipe import DTYPES, Recipe, Rule
+from ..convert.targets import DEFAULT as DEFAULT_TARGET
 from ..convert.targets import TARGETS
 from ..quant.affine import DEFAULT_METHOD, Affine
 
@@ -27,30 +29,31 @@ def shipped() -> list[str]:
     )
 
 
-def load(name_or_file: str) -> Recipe:
-    """Load a shipped recipe by name, or one from a file.
+def load(name_or_file: str, target: str | None = None) -> Recipe:
+    """Load a shipped recipe by name, or one from a file, for another target than it names if one is given.
 
     Raises UserError that lists all of a recipe's mistakes, each with its line.
     """
     if name_or_file in shipped():
-        return parse((files(__package__) / f"{name_or_file}.toml").read_text("utf-8"), name_or_file, name_or_file)
-    path = Path(name_or_file).expanduser()
+        text = (files(__package__) / f"{name_or_file}.toml").read_text("utf-8")
+        return parse(text, name_or_file, name_or_file, target)
     try:
+        path = Path(name_or_file).expanduser()
         if path.stat().st_size > _LARGEST:
             raise UserError(f"{path}: over 1 MiB, which no recipe is")
         text = path.read_text("utf-8")
     except FileNotFoundError:
         raise UserError(f"{name_or_file}: no such recipe or file: shipped are {', '.join(shipped())}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as text ({error})") from None
-    return parse(text, path.stem, str(path))
+    except (OSError, RuntimeError, ValueError):
+        raise UserError(f"{name_or_file}: not a text file that can be read: give a recipe in TOML") from None
+    return parse(text, path.stem, str(path), target)
 
 
-def parse(text: str, name: str, where: str) -> Recipe:
-    """Parse a recipe; ``where`` is what messages call it."""
+def parse(text: str, name: str, where: str, override: str | None = None) -> Recipe:
+    """Parse a recipe; ``where`` is what messages call it, ``override`` a target in place of its own."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is one; numbers of 5000 digits are another
         raise UserError(f"{where}: not TOML: {error}") from None
     lines = _lines(text)
     problems: list[tuple[int, str]] = []
@@ -62,12 +65,12 @@ def parse(text: str, name: str, where: str) -> Recipe:
     for key in data:
         if key not in _TOP:
             wrong(key, f"unknown key {key!r}: use {', '.join(_TOP)}")
-    target, dtype = data.get("target"), data.get("dtype")
-    if target not in TARGETS:
-        wrong("target", f"target is {target!r}: use one of {', '.join(TARGETS)}")
-    if dtype is None and target in TARGETS:
-        dtype = TARGETS[target].dtype
-    if dtype not in DTYPES:
+    target = override or data.get("target", DEFAULT_TARGET)
+    if not isinstance(target, str) or target not in TARGETS:
+        target = DEFAULT_TARGET
+        wrong("target", f"target is {data.get('target')!r}: use one of {', '.join(TARGETS)}")
+    dtype = data.get("dtype", TARGETS[target].dtype)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         wrong("dtype", f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
     description = data.get("description", "")
     if not isinstance(description, str):
@@ -84,13 +87,13 @@ def parse(text: str, name: str, where: str) -> Recipe:
     for key, value in parity.items():
         if key not in PARITY:
             wrong(f"parity.{key}", f"unknown limit {key!r}: use {', '.join(PARITY)}")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             wrong(f"parity.{key}", f"{key} is {value!r}: a number of at least 0 is needed")
     refuse([message for _, message in sorted(problems)])
-    return Recipe(name, str(target), str(dtype), tuple(r for r in rules if r), description, parity)
+    return Recipe(name, str(target), str(dtype), tuple(rules), str(description), parity, text)
 
 
-def _rule(data: dict[str, Any], number: int, line: int, wrong: Wrong) -> Rule | None:
+def _rule(data: dict[str, Any], number: int, line: int, wrong: Wrong) -> Rule:
     """Read one rule; tells ``wrong(key, message, rule)`` of every mistake."""
     for key in data:
         if key not in _RULE:

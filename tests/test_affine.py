@@ -154,8 +154,16 @@ def test_a_matrix_of_zeros_stays_one():
 def test_values_that_are_not_finite_are_refused(dtype, bad, method):
     weight = np.ones((3, 128), np.float32)
     weight[1, 70] = bad
-    with pytest.raises(ValueError, match="1 groups hold values that are NaN or infinite"):
+    with pytest.raises(ValueError, match="1 groups hold values that are NaN, infinite"):
         quantize(weight.astype(DTYPES[dtype][0]), Affine(4, 64, method))
+
+
+def test_a_group_that_spans_more_than_float32_holds_is_refused():
+    weight = np.zeros((1, 64), np.float32)
+    weight[0, :2] = 3e38, -3e38
+    for method in ("rtn", "lsq"):
+        with pytest.raises(ValueError, match="too far apart"):
+            quantize(weight, Affine(4, 64, method))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +171,7 @@ def test_values_that_are_not_finite_are_refused(dtype, bad, method):
     [
         (Affine(4, 64), (2, 96), "rows of 96 weights are not divided by groups of 64"),
         (Affine(7, 64), (2, 64), "bits is 7: use one of 2, 3, 4, 5, 6, 8"),
+        (Affine(4.0, 64), (2, 64), "bits is 4.0: use one of"),
         (Affine(4, 16), (2, 64), "group_size is 16: use one of 32, 64, 128"),
         (Affine(4, 64, "best"), (2, 64), "method is 'best': use one of lsq, rtn"),
         (Affine(4, 64), (64,), "give a matrix"),

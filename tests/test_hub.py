@@ -148,7 +148,7 @@ def test_a_repository_of_another_kind(convert, hub):
 
 def test_no_network(convert):
     done = convert(REPOSITORY, status=2, HF_ENDPOINT="http://127.0.0.1:9")
-    assert "not in the cache, and http://127.0.0.1:9 was not reached" in done.stderr
+    assert "not in the Hub's cache, and http://127.0.0.1:9 was not reached" in done.stderr
     assert "HF_HUB_OFFLINE is set" in convert(REPOSITORY, status=2, HF_HUB_OFFLINE="1").stderr
 
 

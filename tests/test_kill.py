@@ -116,4 +116,4 @@ def test_control_c_ends_in_a_line(tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate()
     assert process.returncode == 130
-    assert said == "interrupted: what is complete is kept, the same command goes on from there\n"
+    assert said == "interrupted: the same command goes on with the files that are complete\n"

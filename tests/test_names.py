@@ -1,5 +1,6 @@
 """Names and shapes at full size, against the layouts of the real files."""
 
+import json
 from contextlib import closing
 
 import pytest
@@ -8,7 +9,9 @@ from ppx.convert.conversion import specs_of
 from ppx.convert.names import COMPONENTS, roles
 from ppx.convert.plan import inventory_of_7b, make_plan
 from ppx.convert.problems import UserError
+from ppx.convert.recipe import uniform
 from ppx.convert.tensorfile import TensorFile
+from ppx.quant.affine import Affine
 from ppx.recipes import loader
 
 LONG = {"U32": "uint32", "BF16": "bfloat16", "F16": "float16"}
@@ -54,6 +57,19 @@ def test_moshi_mlx_layout_at_full_size(recipe, name, layout):
     assert found == layout(f"personaplex-mlx.{name}.safetensors")
 
 
+def test_mlx_layout_at_full_size(layout):
+    """The names and shapes that moshi_mlx knows, in shards, with the same setting for all."""
+    components = ("temporal", "depformer", "embeddings", "heads")
+    plan = make_plan(inventory_of_7b("x/y"), uniform(Affine(8, 64), "mlx", "bfloat16", components))
+    shards = [file for file in plan.files if file.outputs]
+    assert [file.name for file in shards] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert max(file.nbytes for file in shards) < 5.01 * 2**30
+    found = {s.name: [LONG[s.dtype], list(s.shape)] for file in shards for o in file.outputs for s in o.specs()}
+    assert found == layout("personaplex-mlx.model.q8.safetensors")
+    index = json.loads(next(file.text for file in plan.files if file.name.endswith("index.json")))
+    assert index["weight_map"] == {s.name: f.name for f in shards for o in f.outputs for s in o.specs()}
+
+
 def test_a_config_survives_the_way_there_and_back(pico):
     architecture = from_config(read_config(pico / "config.json"))
     assert from_config(to_config(architecture)) == architecture
@@ -80,7 +96,25 @@ def test_all_mistakes_of_a_config_are_listed():
         assert any(key in problem for problem in caught.value.problems), key
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", "\x00"])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"num_layers": 1 << 20},
+        {"dep_q": 1 << 20},
+        {"dim": True},
+        {"dim": 4096.0},
+        {"depformer_dim_feedforward": 1},
+        {"hidden_scale": float("nan")},
+        {"delays": [True] * 17},
+        {"gating": {"a": []}},
+    ],
+)
+def test_absurd_sizes_are_refused_at_once(odd):
+    with pytest.raises(UserError, match=next(iter(odd))):
+        from_config(to_config(Architecture()) | odd)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "\x00", "[" * 100000])
 def test_a_config_that_is_none(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match="download it again"):

@@ -12,7 +12,9 @@ SEVEN_B = inventory_of_7b("x/y")
 
 
 def without_lines(recipe):
-    return dataclasses.replace(recipe, rules=tuple(dataclasses.replace(rule, line=0) for rule in recipe.rules))
+    return dataclasses.replace(
+        recipe, original="", rules=tuple(dataclasses.replace(rule, line=0) for rule in recipe.rules)
+    )
 
 
 @pytest.mark.parametrize("name", loader.shipped())
@@ -73,6 +75,26 @@ agent_kl = -1
     for problem, (line, what) in zip(caught.value.problems, expected, strict=True):
         assert problem.startswith(f"t.toml, line {line}: ")
         assert what in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('target = ["mlx"]', r"target is \['mlx'\]"),
+        ('target = "mlx"\ndtype = [1]', r"dtype is \[1\]"),
+        (
+            'target = "mlx"\n[[rules]]\nbits = 4.0\ngroup_size = 64.0',
+            r"bits is 4\.0(.|\n)*line 4: group_size is 64\.0",
+        ),
+        ('target = "mlx"\n[[rules]]\nbits = true\ngroup_size = 64', "bits is True"),
+        ('target = "mlx"\n[parity]\nagent_kl = nan', "agent_kl is nan"),
+        (f"x = {'1' * 5000}", "not TOML"),
+        (f"x = {'[' * 5000}", "not TOML"),
+    ],
+)
+def test_odd_values_are_mistakes_too(text, message):
+    with pytest.raises(UserError, match=message):
+        loader.parse(text, "t", "t.toml")
 
 
 def test_what_is_no_toml_says_where():

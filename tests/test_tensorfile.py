@@ -70,7 +70,7 @@ def damage(kind, data):
     return len(raw).to_bytes(8, "little") + raw + data[8 + length :]
 
 
-@pytest.mark.parametrize("kind", ["truncated", "empty", "huge header", "doubled", "offsets"])
+@pytest.mark.parametrize("kind", ["truncated", "empty", "huge header", "offsets"])
 def test_damaged_files_end_in_one_line(kind, tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": np.zeros(8, np.float32)}, path)
@@ -78,6 +78,16 @@ def test_damaged_files_end_in_one_line(kind, tmp_path):
     with pytest.raises(UserError, match="download it again") as caught:
         TensorFile(path)
     assert len(caught.value.problems) == 1
+
+
+def test_doubled_names_are_noticed(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": np.zeros(8, np.float32)}, path)
+    with closing(TensorFile(path)) as file:
+        assert file.doubled == []
+    path.write_bytes(damage("doubled", path.read_bytes()))
+    with closing(TensorFile(path)) as file:
+        assert file.doubled == ["a"]
 
 
 def test_a_file_cut_off_while_it_is_read(tmp_path):

@@ -123,11 +123,52 @@ def test_a_pickle_that_wants_code_gets_none(tmp_path, architecture):
         (voice(embeddings="x"), "embeddings is str"),
         (voice(cache=torch.zeros(1, 16, 4, dtype=torch.int64)), r"cache has shape \[1, 16, 4\]"),
         (voice(cache=torch.full((1, 17, 4), 1 << 40)), "no tokens of this model"),
+        (voice(cache=torch.zeros(1, 17, 0, dtype=torch.int64)), r"cache has shape \[1, 17, 0\]"),
+        (voice(cache=torch.zeros(1, 17, 1, dtype=torch.int64).expand(1, 17, 10**9)), "claims 136000000000 bytes"),
+        (voice(embeddings=torch.zeros(1, 1, 1, 256).expand(10**8, 1, 1, 256)), "claims 102400000000 bytes"),
     ],
 )
 def test_a_voice_that_is_none_is_named(data, message, tmp_path, architecture):
     with pytest.raises(UserError, match=f"voices/BAD.pt: .*{message}"):
         read_voices(archive(tmp_path / "v.tgz", [("voices/BAD.pt", data)]), architecture)
+
+
+def test_damaged_voices_end_in_a_line(tmp_path, architecture):
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(voice())
+        for place in random.integers(0, len(data), 3):
+            data[place] = random.integers(256)
+        try:
+            read_voices(
+                archive(tmp_path / "v.tgz", [("voices/BAD.pt", bytes(data))], leave_out=PRESETS[1:]), architecture
+            )
+        except UserError as error:
+            assert error.problems  # noqa: PT017
+
+
+def test_damaged_archives_end_in_a_line(pico, tmp_path, architecture):
+    random = np.random.default_rng(0)
+    whole = (pico / "voices.tgz").read_bytes()
+    refused = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in random.integers(10, len(data), 3):
+            data[place] = random.integers(256)
+        (tmp_path / "v.tgz").write_bytes(data)
+        try:
+            read_voices(tmp_path / "v.tgz", architecture)
+        except UserError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_member_of_absurd_size_is_not_unpacked(tmp_path, architecture):
+    path = tmp_path / "v.tgz"
+    with tarfile.open(path, "w:gz") as made:
+        add(made, "voices/BIG.pt", bytes(20 << 20))
+    with pytest.raises(UserError, match="larger than any archive of voices"):
+        read_voices(path, architecture)
 
 
 def test_missing_and_doubled_voices(tmp_path, architecture):

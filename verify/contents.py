@@ -1,6 +1,5 @@
 """What a source or bundle holds: its tensors by component, counted from the headers of its files."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -8,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.architecture import from_config, read_config
-from ..convert.manifest import architecture_of, read_manifest
+from ..convert.manifest import architecture_of, files_of, read_manifest
 from ..convert.names import roles
 from ..convert.problems import UserError
-from ..convert.source import CODEC, CONFIG, VOICES, WEIGHTS
+from ..convert.source import CODEC, CONFIG, FILES, VOICES, WEIGHTS
 from ..convert.speech_swift import CODEC as SWIFT_CODEC
 from ..convert.tensorfile import DTYPES, TensorFile
 from ..convert.voices import read_voices
@@ -36,12 +35,17 @@ class Held:
 
 @dataclass(frozen=True)
 class Contents:
-    """What was found in a folder. kind: ``source`` or ``bundle``. manifest: a bundle's, None for a source."""
+    """What was found in a folder.
+
+    kind: ``source`` or ``bundle``. missing: files that belong to it and are not there. manifest: a bundle's, None for
+    a source.
+    """
 
     folder: Path
     kind: str
     tensors: list[Held]
     files: dict[str, int]
+    missing: list[str]
     voices: list[str]
     manifest: dict[str, Any] | None
 
@@ -58,6 +62,7 @@ class Contents:
             "kind": self.kind,
             "components": self.components(),
             "files": self.files,
+            "missing": self.missing,
             "voices": self.voices,
         }
         if self.manifest:
@@ -88,25 +93,20 @@ def read_contents(folder: Path) -> Contents:
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder: give one that holds a source or a bundle")
     manifest = read_manifest(folder)
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)}
+    if manifest is None and not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
+        raise UserError(f"{folder}: neither a bundle (no {MANIFEST}) nor a source (no {WEIGHTS} and {CONFIG})")
+    files = files_of(folder)
     if manifest is not None:
+        missing = [name for name in manifest["files"] if name not in files]
         known = _known(manifest)
         tensors = [held for name in files if name.endswith(".safetensors") for held in _held(folder, name, known)]
-        return Contents(folder, "bundle", tensors, files, list(manifest["voices"]), manifest)
-    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: neither a bundle (no {MANIFEST}) nor a source (no {WEIGHTS} and {CONFIG})")
+        return Contents(folder, "bundle", tensors, files, missing, list(manifest["voices"]), manifest)
     architecture = from_config(read_config(folder / CONFIG))
     parts = {(WEIGHTS, name): (role.component, None) for name, role in roles(architecture).items()}
     tensors = [held for name in (WEIGHTS, CODEC) if name in files for held in _held(folder, name, parts)]
     voices = [voice.name for voice in read_voices(folder / VOICES, architecture)[0]] if VOICES in files else []
-    return Contents(folder, "source", tensors, files, voices, None)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, sorted; hidden ones are passed over, and folders behind links."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+    missing = [name for name in FILES if name not in files]
+    return Contents(folder, "source", tensors, files, missing, voices, None)
 
 
 Known = Mapping[tuple[str, str], tuple[str, int | None]]  # file and tensor -> component, parameters if not its values
@@ -116,12 +116,15 @@ def _known(manifest: dict[str, Any]) -> Known:
     """Return what a manifest says of each tensor: its component, and how many weights it stands for."""
     found: dict[tuple[str, str], tuple[str, int | None]] = {}
     of_source = roles(architecture_of(manifest))
+    counted: set[str] = set()
     for entry in manifest["tensors"]:
         role = of_source.get(entry.get("source", ""))
         if role:
             first, last = entry["rows"]
             found |= {(entry["file"], name): (role.component, 0) for name in entry["outputs"]}
-            found[entry["file"], entry["outputs"][0]] = (role.component, (last - first) * role.shape[-1])
+            if role.name not in counted:  # a norm that the steps share stands there for each, and counts once
+                found[entry["file"], entry["outputs"][0]] = (role.component, (last - first) * role.shape[-1])
+            counted |= {role.name} if role.kind == "norm" else set()
     return found
 
 
