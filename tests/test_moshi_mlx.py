@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from moshi_mlx import models as moshi_models
+from moshi_mlx.utils import Sampler
 from safetensors.numpy import load_file
 
 QUANTIZED = {"moshi-q4": (4, 32), "moshi-q8": (8, 64), "bf16": None}
@@ -96,5 +97,11 @@ def test_the_bf16_bundle_in_float32_gives_the_golden_logits(bundle, golden):
 
 
 @pytest.mark.parametrize("recipe", QUANTIZED)
-def test_the_runtimes_own_step_runs(recipe, bundle):
-    load(bundle("--recipe", recipe)).warmup()
+def test_the_runtimes_own_step_gives_tokens(recipe, bundle):
+    model = load(bundle("--recipe", recipe))
+    start = mx.array([[model.cfg.text_out_vocab_size]])
+    silence = [mx.array([[0]])] * model.cfg.audio_codebooks
+    text, audio = model.sample(start, silence, Sampler(), Sampler())
+    assert 0 <= text.item() < 400
+    assert audio.size == 16
+    assert 0 <= audio.min().item() <= audio.max().item() < 128

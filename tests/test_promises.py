@@ -84,7 +84,8 @@ def readme_commands():
 @pytest.mark.parametrize("command", readme_commands())
 def test_commands_of_the_readme_plan(command, program, tmp_path):
     name, *arguments = shlex.split(command)
-    program(name, *[a for a in arguments if a != "--dry-run"], "--dry-run", cwd=tmp_path)
+    done = program(name, *[a for a in arguments if a != "--dry-run"], "--dry-run", cwd=tmp_path)
+    assert "bits a weight" in done.stdout
 
 
 def test_the_readmes_session_is_a_real_one(program, tmp_path):
