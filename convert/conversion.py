@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from .manifest import fingerprint as plan_fingerprint
 from .manifest import make_manifest, read_manifest, strangers
 from .parallel import cores
 from .plan import Inventory, Plan, PlannedFile, inventory_of_7b, make_plan, voice_specs
 from .problems import CheckFailed, UserError
+from .progress import byte_bar
 from .readback import check_hash, check_tensors
 from .recipe import DTYPES, Recipe
 from .scan import Fingerprint
@@ -147,9 +146,8 @@ def _make_files(
     """
     made = 0
     voices = {voice.name: voice for voice in source.voices}
-    disable = True if quiet else None
     with (
-        tqdm(total=plan.nbytes, desc="converting", unit="B", unit_scale=True, disable=disable) as bar,
+        byte_bar("converting", plan.nbytes, quiet) as bar,
         ThreadPoolExecutor(1, thread_name_prefix="ppx-readback") as reader,
     ):
         checks: list[Future[None]] = []
@@ -210,8 +208,7 @@ def _is_whole(workspace: Workspace, plan: Plan, file: PlannedFile) -> bool:
 
 def _read_back_all(output: Path, plan: Plan, records: Mapping[str, Mapping[str, Any]], quiet: bool) -> None:
     """Check every file of a finished bundle; raises CheckFailed for one that is not what its manifest says."""
-    disable = True if quiet else None
-    with tqdm(total=plan.nbytes, desc="reading back", unit="B", unit_scale=True, disable=disable) as bar:
+    with byte_bar("reading back", plan.nbytes, quiet) as bar:
         for file in plan.files:
             path = output / file.name
             if file.name not in records or not path.is_file():

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from ..quant.affine import BFLOAT16
 from .architecture import Architecture, to_config
 from .names import Role, roles
 from .parallel import cores, in_order
+from .progress import byte_bar
 from .tensorfile import Spec, TensorWriter
 from .voices import PRESETS
 
@@ -94,7 +94,7 @@ def _weights(path: Path, architecture: Architecture, quiet: bool) -> None:
     writer = TensorWriter(path, specs, {})
     total = sum(spec.nbytes for spec in specs)
     try:
-        with tqdm(total=total, desc="making demo", unit="B", unit_scale=True, disable=True if quiet else None) as bar:
+        with byte_bar("making demo", total, quiet) as bar:
             for name, block in in_order(lambda item: (item[1].name, _block(*item)), blocks(), cores()):
                 bar.update(writer.append(name, block))
         writer.finish()

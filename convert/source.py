@@ -5,14 +5,12 @@ import re
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
-
-from tqdm import tqdm
 
 from . import demo, hub
 from .architecture import Architecture, from_config, read_config
 from .checkpoint import Checkpoint, open_checkpoint
 from .problems import UserError, refuse
+from .progress import byte_bar
 from .scan import Fingerprint, hash_file, scan_tensors
 from .tensorfile import TensorFile
 from .voices import Voice, read_voices
@@ -143,7 +141,7 @@ def open_source(
 def _not_finite(weights: Path, quiet: bool) -> list[str]:
     """Read a checkpoint that has other problems, and return its tensors with values that are not finite."""
     try:
-        with closing(TensorFile(weights)) as file, _bar(weights.stat().st_size, quiet) as bar:
+        with closing(TensorFile(weights)) as file, byte_bar("checking source", weights.stat().st_size, quiet) as bar:
             return _listed(scan_tensors(file, bar)[1])
     except UserError:  # not readable, which is listed already
         return []
@@ -153,17 +151,12 @@ def _listed(bad: dict[str, int]) -> list[str]:
     return [f"{name}: {count} values are NaN or infinite: this checkpoint is damaged" for name, count in bad.items()]
 
 
-def _bar(total: int, quiet: bool) -> "tqdm[NoReturn]":
-    disable = True if quiet else None
-    return tqdm(total=total, desc="checking source", unit="B", unit_scale=True, disable=disable)
-
-
 def fingerprint(source: Source, quiet: bool = False) -> dict[str, Fingerprint]:
     """Read all of a source once: return size and sha256 of every file.
 
     Raises UserError that lists every tensor with values that are not finite.
     """
-    with _bar(source.nbytes, quiet) as bar:
+    with byte_bar("checking source", source.nbytes, quiet) as bar:
         found, bad = scan_tensors(source.checkpoint.file, bar)
         prints = {WEIGHTS: found} | {
             name: hash_file(source.location.folder / name, bar) for name in FILES if name != WEIGHTS

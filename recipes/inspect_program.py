@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
 from ..convert.describe import size
 from ..convert.manifest import read_manifest
 from ..convert.problems import CheckFailed, UserError
+from ..convert.progress import byte_bar
 from ..convert.source import is_hub_id, locate, locate_here
 from ..verify.contents import Contents, read_contents
 from ..verify.integrity import differences
@@ -59,7 +59,7 @@ def _check(path: str, folder: Path, quiet: bool) -> list[str]:
     if manifest is None:
         raise UserError(f"{path}: has no manifest to check against: leave --check out")
     total = sum(record["size"] for record in manifest["files"].values())
-    with tqdm(total=total, desc="checking", unit="B", unit_scale=True, disable=True if quiet else None) as bar:
+    with byte_bar("checking", total, quiet) as bar:
         return differences(folder, manifest, bar)
 
 
