@@ -113,7 +113,10 @@ def test_control_c_ends_in_a_line(tmp_path):
     process = subprocess.Popen(COMMAND, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "out.partial" / "temporal.safetensors.tmp").exists():
         assert process.poll() is None
+    process.send_signal(signal.SIGSTOP)  # so that it cannot finish before the signal that is meant reaches it
+    assert not (tmp_path / "out").exists()
     process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
     _, said = process.communicate()
     assert process.returncode == 130
     assert said == "interrupted: the same command goes on with the files that are complete\n"
