@@ -1,0 +1,182 @@
+"""An open bundle: which stored tensor is which part of the model, and a way to read it as MLX arrays."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ..convert.architecture import Architecture, read_config
+from ..convert.manifest import architecture_of, read_manifest
+from ..convert.names import roles
+from ..convert.output import Output
+from ..convert.problems import UserError
+from ..convert.recipe import DTYPES
+from ..convert.source import CONFIG, VOICES
+from ..convert.targets import TARGETS, Target
+from ..convert.tensorfile import Spec, TensorFile
+from ..convert.voices import Voice, read_voices
+from ..quant.affine import BFLOAT16, Affine
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Values as they are stored: float ``weight``, or packed codes with ``scales`` and ``biases``."""
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    form: Affine | None = None
+
+    def float32(self, stream: mx.Stream | mx.Device | None = None) -> mx.array:
+        """Return the values in float32; packed ones come from ``mx.dequantize``, with scales and biases as float32."""
+        if self.form is None or self.scales is None or self.biases is None:
+            return self.weight.astype(mx.float32, stream=stream)
+        sides = (side.astype(mx.float32, stream=stream) for side in (self.scales, self.biases))
+        return mx.dequantize(
+            self.weight, *sides, group_size=self.form.group_size, bits=self.form.bits, stream=stream
+        )
+
+    def rows(self, first: int, last: int) -> "Matrix":
+        """Return some of its rows."""
+        sides = (None if side is None else side[first:last] for side in (self.scales, self.biases))
+        return Matrix(self.weight[first:last], *sides, self.form)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a manifest says of a bundle's tensors.
+
+    outputs: what each source tensor became, by its name: one output, or one for each depformer step. files: the file
+    of each output (names are unique in a file only).
+    """
+
+    target: Target
+    architecture: Architecture
+    outputs: dict[str, list[Output]]
+    files: dict[Output, str]
+
+    def every(self) -> list[Output]:
+        """Return all outputs."""
+        return [output for held in self.outputs.values() for output in held]
+
+    def specs(self) -> dict[str, list[Spec]]:
+        """Return the tensors that each file of weights must hold."""
+        found: dict[str, list[Spec]] = {}
+        for output in self.every():
+            found.setdefault(self.files[output], []).extend(output.specs())
+        return found
+
+
+def layout_of(folder: Path) -> tuple[dict[str, Any], Layout]:
+    """Read a bundle's manifest; return it, and where every tensor of the model must lie.
+
+    Raises UserError for a folder that is no bundle of this toolkit's.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder: give a bundle that ppx-convert wrote")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder}: holds no manifest.json: give a bundle that ppx-convert wrote")
+    target, dtype = TARGETS.get(manifest["target"]), DTYPES.get(manifest["dtype"])
+    if target is None or dtype is None:
+        raise UserError(f"{folder}: made for {manifest['target']} in {manifest['dtype']}, which this version is not")
+    entries = {(entry["source"], entry["outputs"][0]): entry for entry in manifest["tensors"] if "outputs" in entry}
+    architecture = architecture_of(manifest)
+    outputs = [
+        replace(output, dtype=dtype, form=_form(entries.get((output.role.name, output.name), {})))
+        for output in target.layout(architecture)
+    ]
+    names = target.split(outputs)
+    files = {output: file for file, held in names.items() for output in held}
+    by_source: dict[str, list[Output]] = {}
+    for output in outputs:
+        by_source.setdefault(output.role.name, []).append(output)
+    return manifest, Layout(target, architecture, by_source, files)
+
+
+def _form(entry: dict[str, Any]) -> Affine | None:
+    if "bits" not in entry:
+        return None
+    form = Affine(entry["bits"], entry["group_size"])
+    if form.problems():
+        raise UserError(f"manifest.json: {entry['outputs'][0]}: {'; '.join(form.problems())}")
+    return form
+
+
+class Bundle:
+    """An open bundle, to be closed. Its files hold what its layout says: that is checked before one is opened."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], layout: Layout) -> None:
+        """Open every file of weights; raises UserError if one is not there or not whole."""
+        self.folder, self.manifest, self.layout = folder, manifest, layout
+        self.architecture = layout.architecture
+        self._stack = ExitStack()
+        self._files: dict[str, TensorFile] = {}
+        with ExitStack() as stack:
+            for name in sorted(set(layout.files.values())):
+                self._files[name] = TensorFile(folder / name)
+                stack.callback(self._files[name].close)
+            self._stack = stack.pop_all()
+
+    def output(self, name: str, step: int | None = None) -> Output:
+        """Return the output that holds a source tensor, or a depformer step of it."""
+        held = self.layout.outputs[name]
+        return held[step or 0] if len(held) > 1 else held[0]
+
+    def matrix(self, name: str, step: int | None = None) -> Matrix:
+        """Read a tensor of the model, by its name in the checkpoint; of a stacked one the rows of a step."""
+        output = self.output(name, step)
+        height = (output.rows[1] - output.rows[0]) // output.parts
+        first = (step or 0) * height if output.parts > 1 else 0
+        return self.read(output, first, first + height)
+
+    def read(self, output: Output, first: int, last: int) -> Matrix:
+        """Read rows of an output."""
+        file = self._files[self.layout.files[output]]
+        parts = [to_mlx(file.read(spec.name, first, last)) for spec in output.specs()]
+        return Matrix(*parts, form=output.form) if output.form else Matrix(parts[0])
+
+    def voices(self) -> list[Voice]:
+        """Read the bundle's voices; raises UserError with what is wrong with them."""
+        if self.layout.target.voice_cache is None:
+            return read_voices(self.folder / VOICES, self.architecture)[0]
+        return [_voice(self.folder, name) for name in self.manifest["voices"]]
+
+    def reach(self) -> tuple[int, int]:
+        """Return how many frames and how many depformer steps a runtime lets attend, by the bundle's config.json."""
+        config = read_config(self.folder / CONFIG)
+        spans = [config.get("context"), config.get("depformer_context")]
+        if isinstance(config.get("temporal"), dict) and isinstance(config.get("depformer"), dict):
+            spans = [config["temporal"].get("context"), config["depformer"].get("context")]
+        found = [span if type(span) is int and span > 0 else None for span in spans]
+        return found[0] or self.architecture.context, found[1] or self.architecture.steps
+
+    def close(self) -> None:
+        """Close its files."""
+        self._stack.close()
+
+
+def to_mlx(array: NDArray[Any]) -> mx.array:
+    """Return a numpy array as an MLX one of the same dtype."""
+    if array.dtype == BFLOAT16:
+        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(array)
+
+
+def _voice(folder: Path, name: str) -> Voice:
+    """Read a voice's own file."""
+    path = folder / "voices" / f"{name}.safetensors"
+    file = TensorFile(path)
+    try:
+        if set(file.specs) != {"cache", "embeddings"}:
+            raise UserError(f"{path}: holds {', '.join(file.specs) or 'nothing'}, not cache and embeddings")
+        arrays = {
+            key: file.read(key, 0, spec.rows).reshape(spec.shape) for key, spec in file.specs.items()
+        }
+        return Voice(name, arrays["embeddings"], arrays["cache"].astype(np.int64))
+    finally:
+        file.close()
