@@ -120,7 +120,8 @@ def write_tensors(
             if block.last == output.rows[1] - output.rows[0]:
                 for spec, side in zip(output.specs()[1:], zip(*loss.sides, strict=True), strict=True):
                     bar.update(writer.append(spec.name, np.concatenate(side)))
-                entries.append(loss.record(output))
+                checksums = [f"{writer.checksums[spec.name]:08x}" for spec in output.specs()]
+                entries.append(loss.record(output) | {"crc32": checksums})
                 loss = _no_loss(file.outputs[min(len(entries), len(file.outputs) - 1)])
         return writer.finish(), entries
     finally:

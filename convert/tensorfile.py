@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -211,7 +212,10 @@ class HashingFile:
 
 
 class TensorWriter:
-    """A safetensors file under way: header first, then the tensors' bytes in the order that was declared."""
+    """A safetensors file under way: header first, then the tensors' bytes in the order that was declared.
+
+    checksums: the CRC-32 of each tensor's bytes, by which a damaged one is found in a file whose sha256 is wrong.
+    """
 
     def __init__(self, path: Path, specs: Sequence[Spec], metadata: dict[str, str]) -> None:
         self._path = path
@@ -219,6 +223,7 @@ class TensorWriter:
         self._file.append(header_of(specs, metadata))
         self.header_bytes = self._file.size
         self._ahead = [(spec.name, spec.nbytes) for spec in reversed(specs)]
+        self.checksums = {spec.name: 0 for spec in specs}
 
     def append(self, name: str, array: NDArray[Any]) -> int:
         """Write the next rows of a tensor; returns their bytes. Raises ValueError if it is not this one's turn."""
@@ -228,6 +233,7 @@ class TensorWriter:
             raise ValueError(f"{self._path}: {data.size} bytes of {name} came where {left} of {expected} belong")
         if data.size < left:
             self._ahead.append((name, left - data.size))
+        self.checksums[name] = zlib.crc32(data.data, self.checksums[name])
         self._file.append(data.data)
         return data.size
 

@@ -1,0 +1,240 @@
+"""A checkpoint and its bundle, side by side through their layers: weights, activations and predictions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..convert.output import Output
+from ..convert.source import Source
+from . import weights
+from .bundle import Bundle
+from .figures import Predictions, difference, mean_of
+from .material import Material
+from .mlx_model import MlxModel, model_of
+from .model import Floats, Model, Tokens
+from .places import Place, places
+from .reference import TorchModel, reference_of
+
+_LOGITS = 1 << 24  # logits held at a time, of each model
+_TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Measured:
+    """What a comparison found; its rows are those of the report (docs/verification.md)."""
+
+    weights: list[dict[str, Any]] = field(default_factory=list)
+    activations: list[dict[str, Any]] = field(default_factory=list)
+    predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Three models under way through the same material.
+
+    reference: float32. noise: the checkpoint's own weights, computed in the bundle's 16-bit dtype. bundle: MLX on what
+    the bundle stores. None of them holds more than one block's weights.
+    """
+
+    source: Source
+    stored: Bundle
+    reference: TorchModel
+    noise: TorchModel
+    bundle: MlxModel
+    material: Material
+    measured: Measured
+    bar: "tqdm[Any]"
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """All three, by name."""
+        return {"reference": self.reference, "noise": self.noise, "bundle": self.bundle}
+
+    def look_at(self, outputs: list[Output], kept: dict[tuple[str, int | None], Floats] | None = None) -> None:
+        """Compare outputs with the checkpoint; keep their float32 values, for each depformer step where it has its own.
+
+        A step's rows of a stacked output are kept under that step.
+        """
+        for output in outputs:
+            values = np.empty(output.shape, np.float32) if kept is not None else None
+            self.measured.weights += weights.compare(self.stored, self.source.checkpoint, output, values)
+            self.bar.update(self._share(output))
+            if kept is None or values is None:
+                continue
+            parts = np.split(values, output.parts)
+            for index, part in enumerate(parts):
+                kept[output.role.name, index if output.parts > 1 else output.step] = part
+
+    def _share(self, output: Output) -> int:
+        """Return the checkpoint's bytes that an output stands for."""
+        return 2 * (output.rows[1] - output.rows[0]) * output.shape[-1]
+
+    def block(self, place: Place, streams: dict[str, Floats]) -> dict[str, Floats]:
+        """Go through one block with all models; note how far apart they are."""
+        names = [name for name in self.stored.layout.outputs if _belongs(name, place)]
+        kept: dict[tuple[str, int | None], Floats] = {}
+        self.look_at([output for name in names for output in self.stored.layout.outputs[name]], kept)
+
+        def read(name: str, step: int | None) -> torch.Tensor:
+            found = next(kept[key] for key in ((name, step), (name, None), *_own(kept, name)) if key in kept)
+            return torch.from_numpy(found)
+
+        local = replace(self.reference, weights=read, context=self.bundle.context, steps_seen=self.bundle.steps_seen)
+        start = streams["reference"]
+        added, after = self.reference.block(place, start)
+        once = {"bundle": local.block(place, start)[0], "noise": self.noise.block(place, start)[0]}
+        kept.clear()
+        after_all = {"reference": after}
+        after_all |= {name: self.models[name].block(place, streams[name])[1] for name in once}
+        self.measured.activations += _rows(place, added, once, after_all)
+        return after_all
+
+
+def _own(kept: dict[tuple[str, int | None], Floats], name: str) -> list[tuple[str, int | None]]:
+    """Return the keys of a tensor that is one depformer step's by its name."""
+    return [key for key in kept if key[0] == name]
+
+
+def _belongs(name: str, place: Place) -> bool:
+    """Tell whether a tensor of the checkpoint is read by a block."""
+    parts = ("norm1", "self_attn") if place.part == "attention" else ("norm2", "gating")
+    return any(name.startswith(f"{place.prefix}.{part}.") for part in parts)
+
+
+def _rows(
+    place: Place, added: Floats, once: dict[str, Floats], after: dict[str, Floats]
+) -> list[dict[str, Any]]:
+    """Return a block's row, or one for each depformer step."""
+    steps = range(added.shape[1]) if place.component == "depformer" else (None,)
+    found = []
+    for step in steps:
+        part = slice(None) if step is None else (slice(None), step)
+        row: dict[str, Any] = {"component": place.component, "layer": place.layer, "part": place.part, "step": step}
+        for name, prefix in (("bundle", ""), ("noise", "noise_")):
+            row[f"{prefix}local"] = difference(added[part], once[name][part])
+            row[f"{prefix}accumulated"] = difference(after["reference"][part], after[name][part])
+        found.append(row)
+    return found
+
+
+def compare(
+    source: Source,
+    stored: Bundle,
+    material: Material,
+    bar: "tqdm[Any]",
+    arithmetic: str = "float32",
+    device: str = "cpu",
+) -> Measured:
+    """Take a bundle and its checkpoint through material; return all that was measured.
+
+    arithmetic: dtype of the bundle's activations. device: where PyTorch runs. The bar advances by the checkpoint's
+    bytes. Raises UserError for files that break off or change while they are read.
+    """
+    noise = replace(reference_of(source.checkpoint, _TORCH[stored.manifest["dtype"]], device))
+    walk = Walk(
+        source,
+        stored,
+        reference_of(source.checkpoint, device=device),
+        noise,
+        model_of(stored, arithmetic),
+        material,
+        Measured(),
+        bar,
+    )
+    with torch.inference_mode():
+        hidden = _temporal(walk)
+        _text(walk, hidden)
+        _audio(walk, hidden)
+    return walk.measured
+
+
+def _temporal(walk: Walk) -> dict[str, Floats]:
+    """Go through the temporal transformer; return its normalized output, ``[sequences, frames, dim]`` of each model."""
+    arch, material = walk.source.architecture, walk.material
+    outputs = walk.stored.layout.outputs
+    walk.look_at([o for held in outputs.values() for o in held if o.role.component == "embeddings"])
+    voices = {"reference": walk.source.voices, "noise": walk.source.voices, "bundle": walk.stored.voices()}
+    streams = {
+        name: model.embed(material.tokens, material.vectors(voices[name], arch.dim))
+        for name, model in walk.models.items()
+    }
+    walk.measured.activations += _edge("embeddings", streams)
+    for place in places(arch, "temporal"):
+        streams = walk.block(place, streams)
+    walk.look_at(outputs["out_norm.alpha"])
+    streams = {name: model.out_norm(streams[name]) for name, model in walk.models.items()}
+    walk.measured.activations += _edge("out_norm", streams)
+    return streams
+
+
+def _edge(name: str, streams: dict[str, Floats], step: int | None = None) -> list[dict[str, Any]]:
+    """Return the row of what stands between blocks: its error is accumulated, it has none of its own."""
+    found = {key: difference(streams["reference"], streams[key]) for key in ("bundle", "noise")}
+    component = "depformer" if name == "input" else "temporal"
+    row = {"component": component, "layer": None, "part": name, "step": step}
+    return [row | {"local": None, "accumulated": found["bundle"], "noise_local": None, "noise_accumulated": found["noise"]}]
+
+
+def _text(walk: Walk, hidden: dict[str, Floats]) -> None:
+    """Compare text predictions."""
+    material = walk.material
+    walk.look_at(walk.stored.layout.outputs["text_linear.weight"])
+    heads = {name: model.text_logits for name, model in walk.models.items()}
+    chosen = material.counted[:, 0]
+    states = {name: array[chosen] for name, array in hidden.items()}
+    targets = material.targets[:, 0][chosen] if material.scored else None
+    found = _predict(heads, states, targets, walk.source.architecture.text_card)
+    walk.measured.predictions["text"] = found
+
+
+def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
+    """Go through the depformer and compare its predictions, codebook by codebook."""
+    arch, material = walk.source.architecture, walk.material
+    outputs = walk.stored.layout.outputs
+    counted, targets = material.counted[:, 1 : arch.steps + 1], material.targets
+    chosen = counted.any(1)  # frames where some codebook counts
+    measured = walk.measured
+    known = targets.transpose(0, 2, 1)[chosen]
+    states = {name: array[chosen] for name, array in hidden.items()}
+    streams = {name: np.empty((len(known), arch.steps, arch.depformer_dim), np.float32) for name in walk.models}
+    for step in range(arch.steps):
+        walk.look_at(outputs[f"depformer_in.{step}.weight"])
+        for name, model in walk.models.items():
+            streams[name][:, step] = model.step_input(step, states[name], known[:, step])
+        measured.activations += _edge("input", {name: array[:, step] for name, array in streams.items()}, step)
+    for place in places(arch, "depformer"):
+        streams = walk.block(place, streams)
+    of_steps = counted.transpose(0, 2, 1)[chosen]
+    for step in range(arch.steps):
+        walk.look_at(outputs[f"linears.{step}.weight"])
+        rows = of_steps[:, step]
+        heads = {name: _head(model, step) for name, model in walk.models.items()}
+        states = {name: np.ascontiguousarray(array[rows, step]) for name, array in streams.items()}
+        tokens = known[rows, step + 1] if material.scored else None
+        measured.predictions[f"codebook_{step}"] = _predict(heads, states, tokens, arch.card)
+    half = arch.n_q // 2
+    of = [measured.predictions[f"codebook_{step}"] for step in range(arch.steps)]
+    for name, streams_of in (("agent", of[:half]), ("user", of[half:])):
+        measured.predictions[name] = {key: mean_of([stream[key] for stream in streams_of]) for key in ("bundle", "noise")}
+
+
+def _head(model: Model, step: int) -> Callable[[Floats], Floats]:
+    return lambda x: model.audio_logits(step, x)
+
+
+def _predict(
+    heads: dict[str, Callable[[Floats], Floats]], states: dict[str, Floats], targets: Tokens | None, card: int
+) -> dict[str, Any]:
+    """Return the figures of one stream's predictions, for the bundle and for the noise floor."""
+    seen = {"bundle": Predictions(), "noise": Predictions()}
+    height = max(1, _LOGITS // card)
+    for first in range(0, len(states["reference"]), height):
+        rows = slice(first, first + height)
+        reference = heads["reference"](states["reference"][rows])
+        for name, predictions in seen.items():
+            predictions.add(reference, heads[name](states[name][rows]), None if targets is None else targets[rows])
+    return {name: predictions.summary() for name, predictions in seen.items()}

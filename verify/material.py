@@ -1,0 +1,135 @@
+"""What both models are given to read: token files, the model's own system prompt, or encoded audio."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..convert.architecture import Architecture
+from ..convert.problems import UserError
+from ..convert.tensorfile import TensorFile
+from ..convert.voices import Voice
+from .model import Floats, Tokens
+from .session import Frame, prompt_columns, system_prompt
+
+DEFAULT_VOICES = ("NATF2", "NATM1", "VARF0", "VARM2")
+DEFAULT_SEQUENCES = 3
+PROMPT = (
+    "You are a wise and friendly teacher. Answer questions or provide advice in a clear and engaging way."
+)
+_LARGEST = 1 << 30  # bytes of a token file
+
+
+@dataclass(frozen=True)
+class Material:
+    """Sequences for a teacher-forced comparison; everything is delayed, as the model reads it.
+
+    tokens: ``[sequences, streams, frames]``, what is read. targets: the same shape, what comes next (which the
+    depformer reads too); -1 where nothing is known. counted: the same shape, where a prediction is looked at. voices:
+    the voice whose embeddings stand in a sequence's first frames, for each sequence; empty where none does.
+    scored: whether targets are what someone said, so that their likelihood means something.
+    """
+
+    description: dict[str, Any]
+    tokens: Tokens
+    targets: Tokens
+    counted: NDArray[np.bool_]
+    voices: tuple[str, ...] = ()
+    scored: bool = True
+
+    def vectors(self, voices: Sequence[Voice], dim: int) -> Floats | None:
+        """Return the embeddings of its voices, as a bundle or source holds them, in place: ``[seq., frames, dim]``."""
+        if not self.voices:
+            return None
+        held = {voice.name: voice.embeddings.reshape(-1, dim).astype(np.float32) for voice in voices}
+        found = np.zeros((len(self.voices), self.tokens.shape[2], dim), np.float32)
+        for number, name in enumerate(self.voices):
+            embeddings = held[name][: found.shape[1]]
+            found[number, : len(embeddings)] = embeddings
+        return found
+
+
+def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[str, Any]) -> Material:
+    """Make material of tokens ``[sequences, streams, frames]`` as heard: delays are applied, initial tokens put first.
+
+    A prediction counts where the token that it is for is one of the sequence's own.
+    """
+    sequences, streams, frames = tokens.shape
+    columns = np.empty((sequences, streams, frames + 1), np.int32)
+    counted = np.ones((sequences, streams, frames), bool)
+    for stream, delay in enumerate(architecture.delays):
+        columns[:, stream, : delay + 1] = architecture.card if stream else architecture.text_card
+        columns[:, stream, delay + 1 :] = tokens[:, stream, : max(frames - delay, 0)]
+        counted[:, stream, :delay] = False
+    return Material(description, columns[:, :, :-1], columns[:, :, 1:], counted & (columns[:, :, 1:] >= 0))
+
+
+def read_tokens(path: Path, architecture: Architecture, sequences: int | None, frames: int | None) -> Material:
+    """Read a safetensors file with ``tokens`` ``[N, streams, T]``; raises UserError for tokens of another model."""
+    if path.is_file() and path.stat().st_size > _LARGEST:
+        raise UserError(f"{path}: over 1 GiB, which no file of tokens is")
+    file = TensorFile(path)
+    try:
+        spec = file.specs.get("tokens")
+        streams = 1 + architecture.n_q
+        if spec is None or spec.dtype not in ("I16", "I32", "I64") or len(spec.shape) != 3 or spec.shape[1] != streams:
+            found = f"{spec.dtype} {list(spec.shape)}" if spec else f"{', '.join(file.specs) or 'nothing'}"
+            raise UserError(f"{path}: holds {found}: integers called tokens, [sequences, {streams}, frames], are needed")
+        if 0 in spec.shape:
+            raise UserError(f"{path}: tokens are empty: {list(spec.shape)}")
+        held = file.read("tokens", 0, spec.rows).reshape(spec.shape)[:sequences, :, :frames]
+    finally:
+        file.close()
+    largest = np.array([architecture.text_card] + [architecture.card] * architecture.n_q)[:, None]
+    if held.min() < -1 or bool((held >= largest).any()):
+        raise UserError(f"{path}: holds tokens that this model does not have: it was made for another one")
+    tokens = held.astype(np.int32)
+    shape = {"sequences": tokens.shape[0], "frames": tokens.shape[2]}
+    return from_tokens(tokens, architecture, {"kind": "tokens", "file": path.name} | shape)
+
+
+def from_system_prompt(
+    architecture: Architecture,
+    voices: Sequence[Voice],
+    names: Sequence[str],
+    text: Sequence[int],
+    frames: int | None,
+    description: dict[str, Any],
+) -> Material:
+    """Make material of how every conversation begins: a voice, silence, the text prompt, silence; a sequence a voice.
+
+    Text predictions count everywhere, audio from the voice's end on: before, what the model said is not known. All
+    sequences are cut to the shortest one's length.
+    """
+    held = {voice.name: voice for voice in voices}
+    prompt = system_prompt(architecture, text)
+    length = min(len(held[name].embeddings) for name in names) + len(prompt)
+    length = min(length, frames or length)
+    shape = (len(names), 1 + architecture.n_q, length)
+    tokens, targets, counted = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, bool)
+    counted[:, 0] = True
+    for number, name in enumerate(names):
+        begin = len(held[name].embeddings)
+        read, completed = prompt_columns(architecture, held[name], prompt)
+        tokens[number, :, begin:] = read[:, : max(length - begin, 0)]
+        targets[number, :, begin:] = completed[:, : max(length - begin, 0)]
+        counted[number, :, begin:] = True
+    shown = {"sequences": len(names), "frames": length, "voices": list(names)}
+    return Material(description | shown, tokens, targets, counted, tuple(names), scored=False)
+
+
+def prompt_tokens(model_file: Path, architecture: Architecture, text: str) -> list[int]:
+    """Return the tokens of a text prompt as the reference tags it; raises UserError for an unusable tokenizer."""
+    import sentencepiece
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        tokens = [int(token) for token in processor.encode(f"<system> {text} <system>")]
+    except (RuntimeError, OSError, TypeError) as error:
+        raise UserError(f"{model_file}: not a sentencepiece model ({str(error)[:80]}): download it again") from None
+    if not all(0 <= token < architecture.text_card for token in tokens):
+        raise UserError(f"{model_file}: gives tokens that this model does not have: it belongs to another one")
+    return tokens

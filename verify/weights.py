@@ -1,0 +1,169 @@
+"""Weights as they are stored, against those of the checkpoint, tensor by tensor and step by step."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ..convert.checkpoint import Checkpoint
+from ..convert.output import Output
+from ..convert.parallel import cores, in_order
+from ..convert.tensorfile import DTYPES
+from ..quant.affine import BFLOAT16
+from ..quant.casting import cast
+from .bundle import Bundle, Matrix
+from .figures import root_ratio
+from .model import Floats
+
+_BLOCK = 1 << 21  # weights looked at at a time
+_PACKED = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of an output that are measured for themselves: a depformer step's, or the q, k or v of a packed matrix."""
+
+    output: Output
+    first: int
+    last: int
+    step: int | None
+    part: str | None
+
+
+@dataclass
+class Sums:
+    """What adds up over a piece. at: row and column of the largest difference in the stored tensor."""
+
+    error: float = 0.0
+    norm: float = 0.0
+    length: float = 0.0
+    along: float = 0.0
+    clipped: int = 0
+    unequal: int = 0
+    max_abs: float = 0.0
+    at: tuple[int, int] = (0, 0)
+
+    def add(self, other: "Sums") -> None:
+        """Add what was seen of other rows."""
+        for name in ("error", "norm", "length", "along", "clipped", "unequal"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        if not other.max_abs <= self.max_abs:  # NaN is the largest of all
+            self.max_abs, self.at = other.max_abs, other.at
+
+
+def pieces(output: Output) -> Iterator[Piece]:
+    """Cut an output into what is measured for itself."""
+    height = (output.rows[1] - output.rows[0]) // output.parts
+    names: tuple[str | None, ...] = _PACKED if output.role.module == "self_attn.in_proj" else (None,)
+    for index in range(output.parts):
+        step = index if output.parts > 1 else output.step
+        for place, name in enumerate(names):
+            first = index * height + place * height // len(names)
+            yield Piece(output, first, first + height // len(names), step, name)
+
+
+def compare(
+    bundle: Bundle, checkpoint: Checkpoint, output: Output, kept: Floats | None = None
+) -> list[dict[str, Any]]:
+    """Compare an output with the rows of the checkpoint that it was made from; return a row for each piece.
+
+    kept: ``[rows, columns]``, filled with the stored values in float32. Packed codes are decoded by ``mx.dequantize``.
+    """
+    step = max(1, _BLOCK // output.shape[-1])
+    blocks = [
+        (number, first, min(first + step, piece.last))
+        for number, piece in enumerate(pieces(output))
+        for first in range(piece.first, piece.last, step)
+    ]
+    sums = [Sums() for _ in pieces(output)]
+
+    def look(block: tuple[int, int, int]) -> tuple[int, Sums]:
+        number, first, last = block
+        start = output.rows[0]
+        stored = bundle.read(output, first, last)
+        values = np.array(stored.float32(mx.cpu))
+        if kept is not None:
+            kept[first:last] = values
+        return number, _look(values, stored, checkpoint.read(output.role.name, start + first, start + last), first)
+
+    for number, found in in_order(look, blocks, cores()):
+        sums[number].add(found)
+    return [_row(piece, found, bundle) for piece, found in zip(pieces(output), sums, strict=True)]
+
+
+def _look(values: Floats, stored: Matrix, source: NDArray[Any], first: int) -> Sums:
+    """Measure rows of stored values against the checkpoint's."""
+    values = values.reshape(source.shape)
+    wide = _float32(source)
+    apart = values - wide
+    place = int(np.abs(apart).argmax())
+    row, column = divmod(place, source.shape[1])
+    flat = [array.reshape(-1) for array in (apart, wide, values)]
+    found = Sums(
+        *(float(np.dot(array, array)) for array in flat),
+        along=float(np.dot(flat[1], flat[2])),
+        max_abs=float(abs(apart[row, column])),
+        at=(first + row, column),
+    )
+    if stored.form is None:
+        expected = cast(source, DTYPES[_CODES[stored.weight.dtype]]).array
+        found.unequal = int(np.count_nonzero(_float32(expected) != values))
+    else:
+        found.clipped = _clipped(wide, stored)
+    return found
+
+
+_CODES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
+
+
+def _float32(array: NDArray[Any]) -> Floats:
+    if array.dtype == BFLOAT16:  # the upper half of a float32
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def _clipped(weights: Floats, stored: Matrix) -> int:
+    """Count weights that lie more than half a step outside of the range that the codes of their group reach."""
+    form, scales, biases = stored.form, stored.scales, stored.biases
+    if form is None or scales is None or biases is None:
+        return 0
+    step, start = (np.array(side.astype(mx.float32, stream=mx.cpu)) for side in (scales, biases))
+    end = start + step * ((1 << form.bits) - 1)
+    slack = np.abs(step) / 2
+    low, high = np.minimum(start, end) - slack, np.maximum(start, end) + slack
+    groups = weights.reshape(len(weights), -1, form.group_size)
+    wide = (groups.min(-1) < low) | (groups.max(-1) > high)  # most groups reach far enough: look closer at the others
+    beyond = (groups[wide] < low[wide][:, None]) | (groups[wide] > high[wide][:, None])
+    return int(np.count_nonzero(beyond))
+
+
+def _row(piece: Piece, found: Sums, bundle: Bundle) -> dict[str, Any]:
+    output = piece.output
+    count = (piece.last - piece.first) * output.shape[-1]
+    role = output.role
+    return {
+        "tensor": output.name,
+        "file": bundle.layout.files[output],
+        "component": role.component,
+        "module": role.module,
+        "layer": role.layer,
+        "step": piece.step,
+        "part": piece.part,
+        "bits": output.form.bits if output.form else None,
+        "group_size": output.form.group_size if output.form else None,
+        "bits_per_weight": 8 * output.nbytes / math.prod(output.shape),
+        "parameters": count,
+        "relative_rmse": root_ratio(found.error, found.norm),
+        "sqnr_db": 10 * math.log10(found.norm / found.error) if found.error > 0 and found.norm > 0 else None,
+        "cosine": found.along / math.sqrt(found.norm * found.length) if found.norm * found.length > 0 else None,
+        "max_abs": found.max_abs,
+        "max_abs_at": list(found.at),
+        "clipped": found.clipped / count if output.form else None,
+        "unequal": None if output.form else found.unequal,
+        "squared_error": found.error,
+        "squared_norm": found.norm,
+    }
