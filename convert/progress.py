@@ -1,4 +1,4 @@
-"""The progress bar that every long step shows: bytes, speed and time left, and nothing where no one looks."""
+"""The progress bars that every long step shows: amount, speed and time left, and nothing where no one looks."""
 
 from typing import Any
 
@@ -7,4 +7,9 @@ from tqdm import tqdm
 
 def byte_bar(label: str, total: int, quiet: bool) -> "tqdm[Any]":
     """Return a bar over bytes; tqdm keeps it silent where standard error is no terminal, ``quiet`` everywhere."""
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=True if quiet else None)
+    return bar(label, total, "B", quiet)
+
+
+def bar(label: str, total: int, unit: str, quiet: bool) -> "tqdm[Any]":
+    """Return a bar over anything; bytes (``B``) are shown with their thousands."""
+    return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", disable=True if quiet else None)

@@ -15,8 +15,8 @@ from ..convert.voices import Voice
 from .model import Floats, Tokens
 from .session import Frame, prompt_columns, system_prompt
 
-DEFAULT_VOICES = ("NATF2", "NATM1", "VARF0", "VARM2")
-DEFAULT_SEQUENCES = 3
+DEFAULT_SEQUENCES = 3  # of the system prompt: voices
+DEFAULT_FRAMES = 96  # of the system prompt, whose text takes about 25 of them
 PROMPT = (
     "You are a wise and friendly teacher. Answer questions or provide advice in a clear and engaging way."
 )

@@ -1,0 +1,150 @@
+"""ppx-verify: does a bundle still compute what its checkpoint computes?"""
+
+import json
+import shlex
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..convert import source
+from ..convert.manifest import read_manifest
+from ..convert.problems import CheckFailed, UserError
+from ..verify import report as reports
+from ..verify import side_by_side
+from ..verify.verification import ARITHMETICS, DEVICES, Request, on_device, verify
+from . import console
+
+EXAMPLES = """\b
+Examples:
+  ppx-verify my-bundle --reference nvidia/personaplex-7b-v1
+      compare a bundle with its checkpoint, and write my-bundle/parity/report.html
+  ppx-verify my-bundle --reference ./my-finetune --tokens heldout.safetensors --sequences 24 --frames 200
+      the same, on recorded conversations
+  ppx-verify my-4bit my-8bit
+      print two reports side by side
+"""
+DeviceName = StrEnum("DeviceName", {name: name for name in DEVICES})  # type: ignore[misc]
+ArithmeticName = StrEnum("ArithmeticName", {name: name for name in ARITHMETICS})  # type: ignore[misc]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(epilog=EXAMPLES)
+@console.reported
+def verify_bundle(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that ppx-convert wrote.")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="Another bundle or report: print both side by side.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="The checkpoint.  [default: the one it was made from, if found]")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="safetensors with tokens [N, streams, T] to read, as heard.")
+    ] = None,
+    audio: Annotated[Path | None, typer.Option(help="WAV file to encode with the source's codec and read.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="At most so many sequences, or voices.")] = None,
+    frames: Annotated[int | None, typer.Option(min=2, help="At most so many frames of each (80 ms).")] = None,
+    rollout: Annotated[int, typer.Option(min=0, max=10000, help="Also speak so many frames, greedily, on both.")] = 0,
+    arithmetic: Annotated[
+        ArithmeticName, typer.Option(help="Activations of the bundle: float32, or its own 16-bit dtype.")
+    ] = ArithmeticName.float32,
+    device: Annotated[
+        DeviceName | None, typer.Option(help="Where to compute.  [default: gpu if MLX has one, else cpu]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON; errors go to standard error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=console.show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compare a bundle with its checkpoint, layer by layer, and leave a report in BUNDLE/parity.
+
+    With nothing at hand it reads what every conversation starts with: a few voices, silence, a text prompt, silence.
+    Ends with 0 if the bundle passes, 1 if it fails, 2 if it could not be compared.
+    """
+    if other is not None:
+        if reference or tokens or audio:
+            raise UserError("two bundles are compared by their reports: leave --reference, --tokens and --audio out")
+        _print_both(bundle, other, as_json)
+        return
+    if tokens and audio:
+        raise UserError("--tokens and --audio contradict each other: give one of them")
+    quiet = console.quiet(as_json)
+    asked = Request(tokens, audio, sequences, frames, rollout, str(arithmetic), on_device(device and str(device)))
+    opened = source.open_source(source.locate(_reference(bundle, reference), quiet=quiet), _is_filled(bundle))
+    found = reports.finish(verify(opened, bundle, asked, _command(bundle, reference, asked), quiet))
+    reports.write(found, bundle)
+    typer.echo(json.dumps(found, indent=1) if as_json else said(found, bundle))
+    fail_if_failed(found)
+
+
+def _reference(bundle: Path, named: str | None) -> str:
+    """Return the source to compare with: the one that is named, else the one in the manifest if it can be found."""
+    if named:
+        return named
+    manifest = read_manifest(bundle) if bundle.is_dir() else None
+    if manifest is None:
+        raise UserError(f"{bundle}: not a bundle that ppx-convert wrote (no manifest.json)")
+    identity: str = manifest["source"]["id"]
+    if source.is_hub_id(identity) or identity in source.demo.SIZES:
+        return identity
+    raise UserError(f"{bundle}: was made from a folder called {identity}: give it as --reference")
+
+
+def _is_filled(bundle: Path) -> bool:
+    manifest = read_manifest(bundle) if bundle.is_dir() else None
+    return bool(manifest and manifest["source"].get("filled"))
+
+
+def _command(bundle: Path, reference: str | None, asked: Request) -> str:
+    """Return the command that runs a verification again; folders are named without what is above them."""
+    words = ["ppx-verify", bundle.resolve().name]
+    if reference:
+        words += ["--reference", reference if source.is_hub_id(reference) else Path(reference).name]
+    for option, path in (("--tokens", asked.tokens), ("--audio", asked.audio)):
+        words += [option, path.name] if path else []
+    for option, number in (("--sequences", asked.sequences), ("--frames", asked.frames), ("--rollout", asked.rollout)):
+        words += [option, str(number)] if number else []
+    words += ["--arithmetic", asked.arithmetic] if asked.arithmetic != ARITHMETICS[0] else []
+    return shlex.join(words)
+
+
+def said(found: Mapping[str, Any], bundle: Path) -> str:
+    """Return what a verification prints for people."""
+    verdict = "passes" if found["verdict"]["passed"] else "fails"
+    material = found["material"]
+    lines = [f"{bundle} {verdict}: {material['sequences']} sequences of {material['frames']} frames, {material['kind']}"]
+    lines.append(f"{'':<42}{'bundle':>10}  {'limit':>8}  {'noise floor':>12}")
+    for row in reports.figures(found):
+        bound = f"{row['sign']} {reports.short(row['bound'])}"
+        mark = "" if row["passed"] else "  fails"
+        lines.append(
+            f"{row['name']:<42}{reports.short(row['bundle']):>10}  {bound:>8}  {reports.short(row['noise']):>12}{mark}"
+        )
+    lines.append(f"report: {bundle / reports.FOLDER / reports.HTML}")
+    return "\n".join(lines)
+
+
+def fail_if_failed(found: Mapping[str, Any]) -> None:
+    """Raise CheckFailed with the reasons why a report does not pass."""
+    failures = found["verdict"]["failures"]
+    if failures:
+        more = f"; and {len(failures) - 3} more, in the report" if len(failures) > 3 else ""
+        raise CheckFailed("; ".join(failure["message"] for failure in failures[:3]) + more)
+
+
+def _print_both(first: Path, second: Path, as_json: bool) -> None:
+    found = side_by_side.compare(reports.read(first), reports.read(second))
+    typer.echo(json.dumps(found, indent=1) if as_json else side_by_side.text((str(first), str(second)), found))
+
+
+def main() -> None:
+    """Run the program."""
+    app(prog_name="ppx-verify")
+
+
+if __name__ == "__main__":
+    main()

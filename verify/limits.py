@@ -1,0 +1,198 @@
+"""What a bundle is held to, and the verdict. Why the limits are what they are: docs/verification.md."""
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from statistics import median
+from typing import Any
+
+from ..convert.output import Output
+from .kernels import BOUND as KERNEL_BOUND
+
+FIGURES = {  # limit -> stream and figure of the predictions
+    "text_kl": ("text", "kl", "mean"),
+    "codebook0_kl": ("codebook_0", "kl", "mean"),
+    "agent_kl": ("agent", "kl", "mean"),
+    "agent_top1": ("agent", "top1", "agreement"),
+}
+NAMES = {
+    "text_kl": "KL of text",
+    "codebook0_kl": "KL of codebook 0",
+    "agent_kl": "KL of the agent's codebooks",
+    "agent_top1": "agreement on the agent's likeliest token",
+}
+_DEFAULTS: dict[int, tuple[float, float, float, float]] = {  # bits of the coarsest tensor that counts -> in that order
+    2: (0.25, 2.5, 2.0, 0.15),
+    3: (0.05, 0.5, 0.35, 0.4),
+    4: (0.02, 0.15, 0.1, 0.55),
+    5: (0.006, 0.04, 0.03, 0.72),
+    6: (0.002, 0.01, 0.008, 0.85),
+    8: (0.0005, 0.002, 0.001, 0.95),
+    16: (0.0005, 0.001, 0.001, 0.95),
+}
+TIMES_GAUSSIAN = 3.0  # a tensor's error over that of Gaussian weights
+RECORDED_WITHIN = 0.01  # of the manifest's figure: the rest is float32 rounding
+_STANDS_OUT = 3.0  # times the median of its kind
+
+
+def limits_of(manifest: Mapping[str, Any], outputs: Iterable[Output], agent_steps: int) -> dict[str, float]:
+    """Return a bundle's limits: its recipe's, and defaults for the coarsest bits among what a conversation uses."""
+    forms = [output.form for output in outputs if output.form and (output.step is None or output.step < agent_steps)]
+    bits = min((form.bits for form in forms), default=16)
+    limits = dict(zip(FIGURES, _DEFAULTS[bits], strict=True))
+    try:
+        parity = tomllib.loads(manifest["recipe"]["text"]).get("parity", {})
+    except (KeyError, TypeError, ValueError):
+        parity = {}
+    named = {key: parity[key] for key in FIGURES if isinstance(parity, dict) and type(parity.get(key)) in (int, float)}
+    return limits | named
+
+
+def gaussian_rmse(bits: int, group_size: int) -> float:
+    """Return the relative error of Gaussian weights rounded to ``2**bits`` even steps between a group's ends.
+
+    The expected range of a group over its steps, uniform within a step.
+    """
+    spacing = 0.001
+    normal = (0.5 * math.erfc(-spacing * index / math.sqrt(2)) for index in range(-8000, 8000))
+    expected_range = spacing * sum(1 - p**group_size - (1 - p) ** group_size for p in normal)
+    return expected_range / ((1 << bits) - 1) / math.sqrt(12)
+
+
+def failure(check: str, place: str, message: str, value: float | None = None, bound: float | None = None) -> dict[str, Any]:
+    """Return one entry of a verdict."""
+    return {"check": check, "place": place, "message": message, "value": value, "bound": bound}
+
+
+def kernel_failures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the settings whose kernels compute something else than they should."""
+    return [
+        failure(
+            "kernels",
+            f"{row['bits']} bit group {row['group_size']}",
+            f"quantized_matmul of {row['positions']} positions is off by {row['relative_l2']:.2g} (at most "
+            f"{KERNEL_BOUND:g}): this MLX is broken here, the bundle may be sound; try --device cpu or another version",
+            row["relative_l2"],
+            KERNEL_BOUND,
+        )
+        for row in rows
+        if not row["relative_l2"] <= KERNEL_BOUND
+    ]
+
+
+def weight_failures(rows: Iterable[dict[str, Any]], manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return tensors that are not what the checkpoint's values make at their setting, or not those that were written."""
+    found = []
+    sums: dict[tuple[str, str, int | None], list[float]] = {}
+    bounds: dict[tuple[int, int], float] = {}
+    for row in rows:
+        place = name_of(row)
+        if row["bits"] is None:
+            if row["unequal"]:
+                found.append(
+                    failure(
+                        "weights",
+                        place,
+                        f"{place}: {row['unequal']} of {row['parameters']} values are not the source's; the largest "
+                        f"difference is {row['max_abs']:.3g} at {row['max_abs_at']}",
+                        row["relative_rmse"],
+                        0.0,
+                    )
+                )
+            continue
+        setting = (row["bits"], row["group_size"])
+        bound = bounds.setdefault(setting, TIMES_GAUSSIAN * gaussian_rmse(*setting))
+        if not row["relative_rmse"] <= bound:
+            message = f"{place}: relative error {row['relative_rmse']:.2%}, at most {bound:.2%} at {row['bits']} bit"
+            found.append(failure("weights", place, message, row["relative_rmse"], bound))
+        for step in {None, row["step"]}:
+            total = sums.setdefault((row["file"], row["tensor"], step), [0.0, 0.0])
+            total[0] += row["squared_error"]
+            total[1] += row["squared_norm"]
+    return found + _not_as_recorded(sums, manifest)
+
+
+def _not_as_recorded(
+    sums: Mapping[tuple[str, str, int | None], list[float]], manifest: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return tensors whose error is not the one that the conversion measured."""
+    found = []
+    for entry in manifest["tensors"]:
+        if "relative_rmse" not in entry:
+            continue
+        recorded: dict[int | None, Any] = {None: entry["relative_rmse"]}
+        recorded |= dict(enumerate(entry.get("relative_rmse_by_step", ())))
+        for step, figure in recorded.items():
+            error, norm = sums.get((entry["file"], entry["outputs"][0], step), (math.nan, 1.0))
+            now = math.sqrt(error / norm) if norm else 0.0
+            if isinstance(figure, int | float) and not abs(now - figure) <= RECORDED_WITHIN * max(figure, 1e-6):
+                place = entry["outputs"][0] + ("" if step is None else f" step {step}")
+                message = f"{place}: relative error {now:.3%}, where the conversion measured {figure:.3%}"
+                found.append(failure("weights", place, message, now, figure))
+    return found
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """Return what to call a row of the weights."""
+    step = "" if row["step"] is None else f" step {row['step']}"
+    return row["tensor"] + step + (f" {row['part']}" if row["part"] else "")
+
+
+def prediction_failures(
+    predictions: Mapping[str, Any],
+    limits: Mapping[str, float],
+    activations: list[dict[str, Any]],
+    noise_allowed: bool,
+    agent_steps: int,
+) -> list[dict[str, Any]]:
+    """Return the limits that predictions are beyond, each with the block where that starts.
+
+    noise_allowed: whether the bundle was computed in 16 bit, so that the noise floor is added to what is allowed.
+    """
+    found = []
+    for limit, bound in limits.items():
+        stream, figure, key = FIGURES[limit]
+        pair = [predictions[stream][which][figure] for which in ("bundle", "noise")]
+        if pair[0] is None:
+            continue
+        value, noise = (figures[key] for figures in pair)
+        more_is_better = figure == "top1"
+        slack = (1 - noise if more_is_better else noise) if noise_allowed else 0.0
+        allowed = bound - slack if more_is_better else bound + slack
+        if (value >= allowed) if more_is_better else (value <= allowed):
+            continue
+        last = {"text": -1, "codebook_0": 0}.get(stream, agent_steps - 1)
+        place = start(activations, last)
+        word = "at least" if more_is_better else "at most"
+        message = f"{NAMES[limit]} is {value:.4g}, {word} {allowed:.4g} is allowed: {place}"
+        found.append(failure("predictions", place, message, value, allowed))
+    return found
+
+
+def start(activations: list[dict[str, Any]], last_step: int) -> str:
+    """Return where an error starts: the first block whose own error stands out among its kind.
+
+    last_step: blocks of later depformer steps do not reach the figure in question; -1 for a figure of the text.
+    """
+    rows = [row for row in activations if row["local"] and (row["step"] is None or row["step"] <= last_step)]
+    errors: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        errors.setdefault((row["component"], row["part"]), []).append(row["local"]["relative_l2"])
+    for row in rows:
+        own, usual = row["local"]["relative_l2"], median(errors[row["component"], row["part"]])
+        if not own <= _STANDS_OUT * max(usual, row["noise_local"]["relative_l2"]):
+            return f"it starts at {block_name(row)}, whose own error is {own:.3g} (its kind's median: {usual:.3g})"
+    if not rows:
+        return "it starts before the first block"
+    worst = max(rows, key=lambda row: row["local"]["relative_l2"])
+    return (
+        f"no block stands out: it starts at {block_name(rows[0])} (own error {rows[0]['local']['relative_l2']:.3g}) and "
+        f"builds up; the largest is {block_name(worst)} ({worst['local']['relative_l2']:.3g})"
+    )
+
+
+def block_name(row: Mapping[str, Any]) -> str:
+    """Return what to call a row of the activations."""
+    layer = "" if row["layer"] is None else f" layer {row['layer']}"
+    step = "" if row["step"] is None else f" of step {row['step']}"
+    return f"{row['component']}{layer} {row['part']}{step}"

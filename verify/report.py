@@ -1,0 +1,159 @@
+"""The report of a verification: ``parity/report.json`` in the bundle, a page to look at, and one screen to read."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from ..convert.describe import size
+from ..convert.problems import UserError
+from . import plots
+from .limits import FIGURES, NAMES, block_name, name_of
+from .verification import REPORT_VERSION
+
+FOLDER = "parity"
+JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
+_DIGITS = 6
+_WORST = 5
+_LARGEST = 256 << 20
+
+
+def write(report: Mapping[str, Any], folder: Path) -> Path:
+    """Write a report's three files into a bundle's ``parity`` folder, all at once; return the folder."""
+    target, partial = folder / FOLDER, folder / f".{FOLDER}-partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    contents = {JSON: text, MARKDOWN: markdown(report), HTML: html(report)}
+    for name, content in contents.items():
+        with (partial / name).open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    return target
+
+
+def finish(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report as it is written: floats of 6 digits, what is not finite as None, sums left out."""
+    rows = [{key: row[key] for key in row if not key.startswith("squared")} for row in report["weights"]]
+    return dict(_plain(report | {"weights": rows}))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read the report of a bundle, or a report's file; raises UserError for anything else."""
+    file = path / FOLDER / JSON if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path}: holds no {FOLDER}/{JSON}: run ppx-verify {path} --reference SOURCE first")
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise UserError(f"{file}: over 256 MiB, which no report is")
+        report = json.loads(file.read_text("utf-8"))
+        known = report["report_version"] == REPORT_VERSION and _is_report(report)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file}: not a report of ppx-verify ({str(error)[:60]!r})") from None
+    if not known:
+        raise UserError(f"{file}: not a report that this version reads: run ppx-verify again")
+    return dict(report)
+
+
+def _is_report(report: Mapping[str, Any]) -> bool:
+    """Tell whether what is used of a report has the right types; may raise where it has not."""
+    bundle = report["bundle"]
+    return (
+        type(report["verdict"]["passed"]) is bool
+        and isinstance(bundle["recipe"], str)
+        and isinstance(bundle["target"], str)
+        and all(isinstance(bundle[key], int | float) for key in ("bytes", "bits_per_weight"))
+        and all(isinstance(row["tensor"], str) for row in report["weights"])
+        and all(isinstance(row["component"], str) for row in report["activations"])
+        and isinstance(report["predictions"], dict)
+        and isinstance(report["material"], dict)
+    )
+
+
+def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the limited figures of a report: what it is, value, bound, noise floor and whether it passes."""
+    rows = []
+    failed = {failure["message"].split(" is ")[0] for failure in report["verdict"]["failures"]}
+    for limit, bound in report["limits"].items():
+        stream, figure, key = FIGURES[limit]
+        held = report["predictions"].get(stream, {})
+        values = {which: held[which][figure] for which in held if held[which][figure]}
+        row = {which: values[which][key] if which in values else None for which in ("bundle", "noise")}
+        error = values["bundle"]["standard_error"] if "bundle" in values else None
+        passed = NAMES[limit] not in failed
+        sign = "≥" if figure == "top1" else "≤"
+        rows.append({"name": NAMES[limit], "bound": bound, "sign": sign, "error": error, "passed": passed} | row)
+    return rows
+
+
+def worst(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the worst five tensors, blocks and streams, as lines."""
+    tensors = [row for row in report["weights"] if row["relative_rmse"] is None or row["relative_rmse"] > 0]
+    tensors.sort(key=lambda row: -(math.inf if row["relative_rmse"] is None else row["relative_rmse"]))
+    blocks = [row for row in report["activations"] if row["local"]]
+    blocks.sort(key=lambda row: -(row["local"]["relative_l2"] or math.inf))
+    streams = [
+        (name, held["bundle"]["kl"])
+        for name, held in report["predictions"].items()
+        if name not in ("agent", "user") and held["bundle"]["kl"]
+    ]
+    streams.sort(key=lambda pair: -(pair[1]["mean"] or math.inf))
+    return {
+        "tensors, relative error": [f"{name_of(row)}: {_percent(row['relative_rmse'])}" for row in tensors[:_WORST]],
+        "blocks, own error": [f"{block_name(row)}: {_percent(row['local']['relative_l2'])}" for row in blocks[:_WORST]],
+        "streams, KL": [f"{name.replace('_', ' ')}: {short(kl['mean'])}" for name, kl in streams[:_WORST]],
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2%}"
+
+
+def short(value: float | None) -> str:
+    """Return a figure in a few digits."""
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
+
+
+def _environment() -> Environment:
+    found = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    found.filters |= {"short": short, "size": size, "percent": _percent, "block": block_name, "tensor": name_of}
+    return found
+
+
+def _render(name: str, report: Mapping[str, Any], **more: Any) -> str:
+    environment = _environment()
+    environment.autoescape = name.endswith(".html")
+    template = environment.from_string((files(__package__) / name).read_text("utf-8"))
+    return template.render(report=report, figures=figures(report), worst=worst(report), **more)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return the report on one screen."""
+    return _render("summary.md", report)
+
+
+def html(report: Mapping[str, Any]) -> str:
+    """Return the report as a page of its own: no network, its pictures inside."""
+    return _render("page.html", report, pictures=plots.pictures(report))

@@ -1,0 +1,77 @@
+"""A greedy session on the checkpoint and on its bundle, each on its own words: when do they part, and how far?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ..convert.source import Source
+from ..convert.voices import Voice
+from .bundle import Bundle
+from .mlx_model import model_of
+from .reference import reference_of
+from .session import SILENCE, Frame, greedy, system_prompt
+
+_KEPT = 2 << 30  # bytes: a checkpoint up to this size is kept in memory, a larger one is read again for every frame
+
+
+@dataclass(frozen=True)
+class Script:
+    """What is given of a session: a voice's name, the tokens of a text prompt, and the user's frames."""
+
+    voice: str
+    prompt: Sequence[int]
+    user: Sequence[Sequence[int]]
+
+
+def script(source: Source, voice: str, prompt: Sequence[int], frames: int, heard: Sequence[Sequence[int]]) -> Script:
+    """Return the script of a session of so many frames; the user is silent where nothing was heard."""
+    a = source.architecture
+    silence = [token % a.card for token in SILENCE[: a.n_q // 2]]
+    user = [*heard[:frames], *[silence] * (frames - len(heard))]
+    return Script(voice, prompt, user)
+
+
+def run(
+    source: Source, stored: Bundle, played: Script, bar: "tqdm[Any]", arithmetic: str = "float32", device: str = "cpu"
+) -> dict[str, Any]:
+    """Run a session on both; return where the agent's text and codebooks part, and how many tokens agree a frame."""
+    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic)
+    if source.checkpoint.file.path.stat().st_size <= _KEPT:
+        reference = replace(reference, weights=cache(reference.weights))
+        bundle = replace(bundle, read=cache(bundle.read))
+    frames = [*system_prompt(source.architecture, played.prompt), *(Frame(user=tokens) for tokens in played.user)]
+    spoken = []
+    for model, voices in ((reference, source.voices), (bundle, stored.voices())):
+        # while it streams, the reference's ring of keys hides the oldest one
+        streaming = replace(model, context=model.context - 1, steps_seen=model.steps_seen - 1)
+        voice = next(voice for voice in voices if voice.name == played.voice)
+        spoken.append(_agent(streaming, source, voice, frames, len(played.user), bar))
+    same = spoken[0] == spoken[1]
+    parted = np.argwhere(~same)
+    first = None
+    if len(parted):
+        frame, stream = (int(value) for value in parted[0])
+        first = {"frame": frame, "stream": "text" if stream == 0 else f"codebook {stream - 1}"}
+    return {
+        "voice": played.voice,
+        "frames": len(played.user),
+        "first_difference": first,
+        "agreement": [float(share) for share in same.mean(1)],
+        "agreement_text": float(same[:, 0].mean()),
+        "agreement_agent": float(same[:, 1:].mean()),
+    }
+
+
+def _agent(
+    model: Any, source: Source, voice: Voice, frames: Sequence[Frame], count: int, bar: "tqdm[Any]"
+) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """Return the agent's own tokens, ``[frames, 1 + codebooks]``."""
+    own = []
+    for step in greedy(model, source.architecture, voice, frames):
+        own.append(step.tokens[: 1 + source.architecture.n_q // 2])
+        bar.update()
+    return np.stack(own[len(own) - count :])

@@ -1,0 +1,202 @@
+"""A whole verification: is the bundle whole, are its weights the checkpoint's, and does it predict what that does?"""
+
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..convert.manifest import TOOLKIT
+from ..convert.names import roles
+from ..convert.problems import UserError
+from ..convert.progress import bar, byte_bar
+from ..convert.scan import hash_file
+from ..convert.source import TOKENIZER, WEIGHTS, Source
+from ..convert.workspace import MANIFEST
+from . import kernels, limits, rollout, structure
+from .bundle import Bundle, Layout, layout_of
+from .comparison import Measured, compare
+from .material import DEFAULT_FRAMES, DEFAULT_SEQUENCES, PROMPT, Material, from_system_prompt, prompt_tokens, read_tokens
+
+REPORT_VERSION = 1
+ARITHMETICS = ("float32", "bundle")
+DEVICES = ("cpu", "gpu")
+LIBRARIES = ("mlx", "numpy", "torch")
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to verify. tokens, audio: files to read instead of the system prompt. rollout: frames of a greedy session.
+
+    sequences, frames: at most so many of each, None for all, or as many as are usual for the system prompt.
+    arithmetic: of the bundle's activations, ``float32``, or ``bundle`` for its own dtype.
+    """
+
+    tokens: Path | None = None
+    audio: Path | None = None
+    sequences: int | None = None
+    frames: int | None = None
+    rollout: int = 0
+    arithmetic: str = "float32"
+    device: str = "cpu"
+
+
+def material_of(source: Source, request: Request) -> Material:
+    """Return what a request asks to read."""
+    a, folder = source.architecture, source.location.folder
+    if request.tokens:
+        return read_tokens(request.tokens, a, request.sequences, request.frames)
+    if request.audio:
+        from .audio import read_audio
+
+        return read_audio(request.audio, source, request.frames)
+    voices = [voice.name for voice in source.voices]
+    chosen = _spread(voices, request.sequences or DEFAULT_SEQUENCES)
+    text = prompt_tokens(folder / TOKENIZER, a, PROMPT)
+    description = {"kind": "system prompt", "text": PROMPT}
+    return from_system_prompt(a, source.voices, chosen, text, request.frames or DEFAULT_FRAMES, description)
+
+
+def _spread(names: Sequence[str], count: int) -> list[str]:
+    """Return so many names, evenly spread over them: voices of every kind."""
+    count = min(count, len(names))
+    return [names[index * len(names) // count] for index in range(count)]
+
+
+def verify(source: Source, folder: Path, request: Request, command: str, quiet: bool = False) -> dict[str, Any]:
+    """Compare a bundle with its source; return the report (docs/verification.md).
+
+    Raises UserError for what cannot be compared: no bundle, another source, tokens of another model.
+    """
+    began = time.time()
+    manifest, layout = layout_of(folder)
+    _check_origin(source, manifest, quiet)
+    material = material_of(source, request)
+    total = sum(record["size"] for record in manifest["files"].values())
+    with byte_bar("hashing bundle", total, quiet) as progress:
+        problems, readable = structure.problems(folder, manifest, layout, progress)
+    forms = [output.form for output in layout.every() if output.form]
+    report: dict[str, Any] = {
+        "report_version": REPORT_VERSION,
+        "verdict": {},
+        "limits": limits.limits_of(manifest, layout.every(), source.architecture.n_q // 2),
+        "bundle": _identity(folder, manifest, total),
+        "source": {key: manifest["source"][key] for key in ("id", "revision", "files")},
+        "material": material.description,
+        "arithmetic": manifest["dtype"] if request.arithmetic == "bundle" else "float32",
+        "structure": {"problems": problems, "files": len(manifest["files"]), "tensors": _count(layout)},
+        "kernels": kernels.self_test(forms),
+        "weights": [],
+        "activations": [],
+        "predictions": {},
+        "rollout": None,
+        "ran_on": _ran_on(request),
+        "command": command,
+    }
+    if readable:
+        with closing(Bundle(folder, manifest, layout)) as stored:
+            _measure(report, source, stored, material, request, quiet)
+    report["verdict"] = _verdict(report, manifest, source.architecture.n_q // 2)
+    report["times"] = {"began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began))}
+    report["times"]["seconds"] = round(time.time() - began, 1)
+    return report
+
+
+def _measure(
+    report: dict[str, Any], source: Source, stored: Bundle, material: Material, request: Request, quiet: bool
+) -> None:
+    """Fill in what only a bundle tells that can be read."""
+    report["structure"]["problems"] += structure.voice_problems(stored, source.voices)
+    if any("voice" in problem for problem in report["structure"]["problems"]) and material.voices:
+        return  # the sequences begin with voices
+    size = sum(2 * role.shape[0] * role.shape[-1] for role in roles(source.architecture).values())
+    with byte_bar("comparing", size, quiet) as progress:
+        found: Measured = compare(source, stored, material, progress, report["arithmetic"], _torch_device(request))
+    report["weights"], report["activations"] = found.weights, found.activations
+    report["predictions"] = found.predictions
+    if request.rollout:
+        report["rollout"] = _roll(source, stored, material, request, report["arithmetic"], quiet)
+
+
+def _roll(
+    source: Source, stored: Bundle, material: Material, request: Request, arithmetic: str, quiet: bool
+) -> dict[str, Any]:
+    a = source.architecture
+    half = a.n_q // 2
+    heard = [] if material.voices else material.tokens[0, 1 + half :, 1:].T.clip(0, a.card - 1).tolist()
+    text = prompt_tokens(source.location.folder / TOKENIZER, a, PROMPT)
+    voice = material.voices[0] if material.voices else source.voices[0].name
+    played = rollout.script(source, voice, text, request.rollout, heard)
+    total = 2 * (len(text) + 2 * 6 + request.rollout)
+    with bar("speaking", total, "frame", quiet) as progress:
+        return rollout.run(source, stored, played, progress, arithmetic, _torch_device(request))
+
+
+def _verdict(report: dict[str, Any], manifest: dict[str, Any], agent_steps: int) -> dict[str, Any]:
+    """Return whether a report passes, and every reason why it does not, the most telling first."""
+    found = [limits.failure("structure", problem.split(": ")[0], problem) for problem in report["structure"]["problems"]]
+    found += limits.kernel_failures(report["kernels"])
+    if report["weights"]:
+        found += limits.weight_failures(report["weights"], manifest)
+    if report["predictions"]:
+        noise_allowed = report["arithmetic"] != "float32"
+        found += limits.prediction_failures(
+            report["predictions"], report["limits"], report["activations"], noise_allowed, agent_steps
+        )
+    elif not found:
+        found.append(limits.failure("predictions", "bundle", "nothing was compared"))
+    return {"passed": not found, "failures": found}
+
+
+def _check_origin(source: Source, manifest: dict[str, Any], quiet: bool) -> None:
+    """Raise UserError if a bundle was made from other weights than the source's."""
+    recorded = manifest["source"]["files"].get(WEIGHTS, {}).get("sha256")
+    path = source.location.folder / WEIGHTS
+    with byte_bar("hashing source", path.stat().st_size, quiet) as progress:
+        found = hash_file(path, progress).sha256
+    if found != recorded:
+        raise UserError(
+            f"{source.location.identity}: its {WEIGHTS} is not the one that the bundle was made from "
+            f"({manifest['source']['id']}): give that one as --reference"
+        )
+
+
+def _identity(folder: Path, manifest: dict[str, Any], total: int) -> dict[str, Any]:
+    keys = ("fingerprint", "target", "dtype", "bits_per_weight", "parameters", "files")
+    size = total + (folder / MANIFEST).stat().st_size
+    return {"recipe": manifest["recipe"]["name"], "bytes": size} | {key: manifest[key] for key in keys}
+
+
+def _count(layout: Layout) -> int:
+    return sum(len(output.specs()) for output in layout.every())
+
+
+def _ran_on(request: Request) -> dict[str, Any]:
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "device": {"mlx": str(mx.default_device()), "torch": _torch_device(request)},
+        "python": platform.python_version(),
+        "toolkit": f"{TOOLKIT} {version(TOOLKIT)}",
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def on_device(asked: str | None) -> str:
+    """Make MLX compute on a device, its own choice if none is asked for; return which. Raises UserError without one."""
+    if asked == "gpu" and not mx.is_available(mx.gpu):
+        raise UserError("--device gpu: MLX has no GPU here: leave it out")
+    if asked:
+        mx.set_default_device(mx.gpu if asked == "gpu" else mx.cpu)
+    return "gpu" if mx.default_device() == mx.gpu else "cpu"
+
+
+def _torch_device(request: Request) -> str:
+    import torch
+
+    return "cuda" if request.device == "gpu" and torch.cuda.is_available() else "cpu"
