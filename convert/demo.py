@@ -25,7 +25,7 @@ from .progress import byte_bar
 from .tensorfile import Spec, TensorWriter
 from .voices import PRESETS
 
-VERSION = 1  # of the recipe below: a cached demo of another version is made again
+VERSION = 2  # of the recipe below: a cached demo of another version is made again
 SEED = 7
 SIZES = {
     "demo": Architecture(
@@ -95,21 +95,30 @@ def _weights(path: Path, architecture: Architecture, quiet: bool) -> None:
     total = sum(spec.nbytes for spec in specs)
     try:
         with byte_bar("making demo", total, quiet) as bar:
-            for name, block in in_order(lambda item: (item[1].name, _block(*item)), blocks(), cores()):
+            for name, block in in_order(lambda item: (item[1].name, _block(architecture, *item)), blocks(), cores()):
                 bar.update(writer.append(name, block))
         writer.finish()
     finally:
         writer.close()
 
 
-def _block(index: int, role: Role, first: int, last: int, columns: int) -> NDArray[np.generic]:
-    """Make rows of one tensor, from a stream of random numbers of their own."""
+def _block(
+    architecture: Architecture, index: int, role: Role, first: int, last: int, columns: int
+) -> NDArray[np.generic]:
+    """Make rows of one tensor, from a stream of random numbers of their own.
+
+    What a block adds is smaller the more blocks there are, as in GPT-2 before its training: errors then add up about
+    as they do in trained models, where in a plain random one they grow from layer to layer.
+    """
     random = np.random.Generator(np.random.SFC64([SEED, index, first]))
     values = random.standard_normal((last - first, columns), dtype=np.float32)
     if role.kind == "norm":
         return (1 + 0.1 * values).astype(BFLOAT16)
     spread = np.exp(0.25 * random.standard_normal((last - first, 1), dtype=np.float32))
     scale = np.float32(0.3 if role.kind == "embedding" else columns**-0.5)
+    if role.module in ("self_attn.out_proj", "gating.linear_out"):
+        depth = architecture.num_layers if role.component == "temporal" else architecture.depformer_num_layers
+        scale *= np.float32((2 * depth) ** -0.5)
     values *= spread * scale
     count = values.size // 8192
     values.reshape(-1)[random.integers(0, values.size, count)] *= 6

@@ -1,10 +1,11 @@
 """ppx-convert: from a PyTorch checkpoint to an MLX bundle."""
 
 import json
+import shlex
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,10 +14,12 @@ from ..convert.parallel import cores
 from ..convert.plan import Plan, inventory_of_7b, make_plan
 from ..convert.problems import UserError
 from ..convert.recipe import DTYPES, Recipe, uniform
+from ..convert.source import Source
 from ..convert.targets import DEFAULT, TARGETS
 from ..convert.workspace import MANIFEST
 from ..quant.affine import DEFAULT_METHOD, METHODS, Affine
-from . import console, loader
+from ..verify.request import Request
+from . import console, loader, parity
 
 EXAMPLES = f"""\b
 Examples:
@@ -68,6 +71,9 @@ def convert(
     fill_depformer_steps: Annotated[
         bool, typer.Option("--fill-depformer-steps", help="Copy steps 0-7 of a base Moshi to 8-15.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the bundle with its source at the end.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle, or a begun one.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, max=256, help="Threads.  [default: one a core]")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write and download nothing.")] = False,
@@ -79,7 +85,8 @@ def convert(
     """Convert a PersonaPlex checkpoint into a folder that an MLX runtime loads.
 
     Reads the source twice (once to check it, once to convert), never holds it in memory, reads back what it wrote,
-    and leaves a manifest. A killed run goes on where it stopped when the same command is given again.
+    and leaves a manifest. A killed run goes on where it stopped when the same command is given again. In the end it
+    compares what the bundle predicts with what its source predicts; ppx-verify repeats that, and has more to choose.
     """
     quiet = console.quiet(as_json)
     named = (None if option is None else str(option) for option in (target, dtype, method))
@@ -98,10 +105,23 @@ def convert(
     location = source.locate(where, revision, quiet)
     opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, thorough=True, quiet=quiet)
     done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet)
-    if as_json:
-        typer.echo(json.dumps({"output": str(done.folder), "files_made": done.made, **done.manifest}, indent=1))
-    else:
+    if not as_json:
         typer.echo(_report(done))
+    found = _verify(opened, done.folder, quiet) if verify else None
+    if found and not as_json:
+        typer.echo(parity.text(found, done.folder))
+    if as_json:
+        said = {"output": str(done.folder), "files_made": done.made, **done.manifest}
+        typer.echo(json.dumps(said | ({"verdict": found["verdict"]} if found else {}), indent=1))
+    if found:
+        parity.fail_if_failed(found)
+
+
+def _verify(opened: Source, folder: Path, quiet: bool) -> dict[str, Any]:
+    """Verify a bundle that was just made; return the report."""
+    identity = opened.location.identity
+    command = shlex.join(["ppx-verify", folder.resolve().name, "--reference", identity])
+    return parity.leave_report(opened, folder, Request(), command, quiet, same_source=True)
 
 
 def _recipe(

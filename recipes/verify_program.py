@@ -2,20 +2,19 @@
 
 import json
 import shlex
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from ..convert import source
+from ..convert import demo, source
 from ..convert.manifest import read_manifest
-from ..convert.problems import CheckFailed, UserError
+from ..convert.problems import UserError
 from ..verify import report as reports
 from ..verify import side_by_side
-from ..verify.verification import ARITHMETICS, DEVICES, Request, on_device, verify
-from . import console
+from ..verify.request import ARITHMETICS, DEVICES, Request
+from . import console, parity
 
 EXAMPLES = """\b
 Examples:
@@ -40,7 +39,8 @@ def verify_bundle(
         Path | None, typer.Argument(metavar="[OTHER]", help="Another bundle or report: print both side by side.")
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="The checkpoint.  [default: the one it was made from, if found]")
+        str | None,
+        typer.Option(metavar="SOURCE", help="The checkpoint.  [default: the one it was made from, if found]"),
     ] = None,
     tokens: Annotated[
         Path | None, typer.Option(help="safetensors with tokens [N, streams, T] to read, as heard.")
@@ -50,12 +50,14 @@ def verify_bundle(
     frames: Annotated[int | None, typer.Option(min=2, help="At most so many frames of each (80 ms).")] = None,
     rollout: Annotated[int, typer.Option(min=0, max=10000, help="Also speak so many frames, greedily, on both.")] = 0,
     arithmetic: Annotated[
-        ArithmeticName, typer.Option(help="Activations of the bundle: float32, or its own 16-bit dtype.")
-    ] = ArithmeticName.float32,
+        ArithmeticName | None, typer.Option(help="Of the bundle's activations.  [default: float32]")
+    ] = None,
     device: Annotated[
         DeviceName | None, typer.Option(help="Where to compute.  [default: gpu if MLX has one, else cpu]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON; errors go to standard error.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON; errors go to standard error.")
+    ] = False,
     _version: Annotated[
         bool, typer.Option("--version", callback=console.show_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -73,12 +75,13 @@ def verify_bundle(
     if tokens and audio:
         raise UserError("--tokens and --audio contradict each other: give one of them")
     quiet = console.quiet(as_json)
-    asked = Request(tokens, audio, sequences, frames, rollout, str(arithmetic), on_device(device and str(device)))
+    asked = Request(
+        tokens, audio, sequences, frames, rollout, str(arithmetic or ARITHMETICS[0]), device and str(device)
+    )
     opened = source.open_source(source.locate(_reference(bundle, reference), quiet=quiet), _is_filled(bundle))
-    found = reports.finish(verify(opened, bundle, asked, _command(bundle, reference, asked), quiet))
-    reports.write(found, bundle)
-    typer.echo(json.dumps(found, indent=1) if as_json else said(found, bundle))
-    fail_if_failed(found)
+    found = parity.leave_report(opened, bundle, asked, _command(bundle, reference, asked), quiet)
+    typer.echo(json.dumps(found, indent=1) if as_json else parity.text(found, bundle))
+    parity.fail_if_failed(found)
 
 
 def _reference(bundle: Path, named: str | None) -> str:
@@ -89,7 +92,7 @@ def _reference(bundle: Path, named: str | None) -> str:
     if manifest is None:
         raise UserError(f"{bundle}: not a bundle that ppx-convert wrote (no manifest.json)")
     identity: str = manifest["source"]["id"]
-    if source.is_hub_id(identity) or identity in source.demo.SIZES:
+    if source.is_hub_id(identity) or identity in demo.SIZES:
         return identity
     raise UserError(f"{bundle}: was made from a folder called {identity}: give it as --reference")
 
@@ -110,30 +113,6 @@ def _command(bundle: Path, reference: str | None, asked: Request) -> str:
         words += [option, str(number)] if number else []
     words += ["--arithmetic", asked.arithmetic] if asked.arithmetic != ARITHMETICS[0] else []
     return shlex.join(words)
-
-
-def said(found: Mapping[str, Any], bundle: Path) -> str:
-    """Return what a verification prints for people."""
-    verdict = "passes" if found["verdict"]["passed"] else "fails"
-    material = found["material"]
-    lines = [f"{bundle} {verdict}: {material['sequences']} sequences of {material['frames']} frames, {material['kind']}"]
-    lines.append(f"{'':<42}{'bundle':>10}  {'limit':>8}  {'noise floor':>12}")
-    for row in reports.figures(found):
-        bound = f"{row['sign']} {reports.short(row['bound'])}"
-        mark = "" if row["passed"] else "  fails"
-        lines.append(
-            f"{row['name']:<42}{reports.short(row['bundle']):>10}  {bound:>8}  {reports.short(row['noise']):>12}{mark}"
-        )
-    lines.append(f"report: {bundle / reports.FOLDER / reports.HTML}")
-    return "\n".join(lines)
-
-
-def fail_if_failed(found: Mapping[str, Any]) -> None:
-    """Raise CheckFailed with the reasons why a report does not pass."""
-    failures = found["verdict"]["failures"]
-    if failures:
-        more = f"; and {len(failures) - 3} more, in the report" if len(failures) > 3 else ""
-        raise CheckFailed("; ".join(failure["message"] for failure in failures[:3]) + more)
 
 
 def _print_both(first: Path, second: Path, as_json: bool) -> None:

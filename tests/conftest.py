@@ -11,7 +11,12 @@ DATA = Path(__file__).parent / "data"
 PROGRAMS = {
     "ppx-convert": "ppx.recipes.convert_program",
     "ppx-inspect": "ppx.recipes.inspect_program",
+    "ppx-verify": "ppx.recipes.verify_program",
 }
+
+
+def pytest_addoption(parser):
+    parser.addoption("--source", type=Path, help="a source folder with golden files, tested as pico is")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,8 +31,9 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pico():
-    return DATA / "pico"
+def pico(request):
+    """The folder of the small trained model, or of another one with golden files that --source names."""
+    return request.config.getoption("--source") or DATA / "pico"
 
 
 @pytest.fixture
@@ -45,9 +51,14 @@ def layout():
 
 @pytest.fixture(scope="session")
 def program():
-    """Run one of the programs as a user does; returns the finished process."""
+    """Run one of the programs as a user does; returns the finished process.
+
+    ppx-convert verifies only where a test says --verify: it takes seconds.
+    """
 
     def run(name, *arguments, cwd, status=0, environment=None):
+        if name == "ppx-convert" and "--verify" not in arguments:
+            arguments = (*arguments, "--no-verify")
         command = [sys.executable, "-m", PROGRAMS[name], *map(str, arguments)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {})
         done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)

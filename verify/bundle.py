@@ -1,5 +1,6 @@
 """An open bundle: which stored tensor is which part of the model, and a way to read it as MLX arrays."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 
 from ..convert.architecture import Architecture, read_config
 from ..convert.manifest import architecture_of, read_manifest
-from ..convert.names import roles
 from ..convert.output import Output
 from ..convert.problems import UserError
 from ..convert.recipe import DTYPES
@@ -23,27 +23,46 @@ from ..quant.affine import BFLOAT16, Affine
 
 
 @dataclass(frozen=True)
+class Packing:
+    """What turns codes into values: ``scales`` and ``biases`` of each group, as they are stored."""
+
+    scales: mx.array
+    biases: mx.array
+    form: Affine
+
+
+@dataclass(frozen=True)
 class Matrix:
-    """Values as they are stored: float ``weight``, or packed codes with ``scales`` and ``biases``."""
+    """Values as they are stored: floats, or packed codes with their packing."""
 
     weight: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
-    form: Affine | None = None
+    packing: Packing | None = None
 
-    def float32(self, stream: mx.Stream | mx.Device | None = None) -> mx.array:
+    def float32(self, stream: mx.Stream | mx.Device | mx.DeviceType | None = None) -> mx.array:
         """Return the values in float32; packed ones come from ``mx.dequantize``, with scales and biases as float32."""
-        if self.form is None or self.scales is None or self.biases is None:
-            return self.weight.astype(mx.float32, stream=stream)
-        sides = (side.astype(mx.float32, stream=stream) for side in (self.scales, self.biases))
-        return mx.dequantize(
-            self.weight, *sides, group_size=self.form.group_size, bits=self.form.bits, stream=stream
-        )
+        where: Any = stream
+        if self.packing is None:
+            return self.weight.astype(mx.float32, stream=where)
+        form = self.packing.form
+        scales, biases = (side.astype(mx.float32, stream=where) for side in (self.packing.scales, self.packing.biases))
+        return mx.dequantize(self.weight, scales, biases, group_size=form.group_size, bits=form.bits, stream=where)
 
-    def rows(self, first: int, last: int) -> "Matrix":
+    def take(self, rows: slice | mx.array) -> "Matrix":
         """Return some of its rows."""
-        sides = (None if side is None else side[first:last] for side in (self.scales, self.biases))
-        return Matrix(self.weight[first:last], *sides, self.form)
+        packing = self.packing
+        if packing is None:
+            return Matrix(self.weight[rows])
+        return Matrix(self.weight[rows], Packing(packing.scales[rows], packing.biases[rows], packing.form))
+
+
+def joined(parts: Sequence[Matrix]) -> Matrix:
+    """Return matrices of one kind below each other."""
+    weight = mx.concatenate([part.weight for part in parts])
+    packings = [part.packing for part in parts if part.packing]
+    if not packings:
+        return Matrix(weight)
+    scales, biases = (mx.concatenate([getattr(packing, side) for packing in packings]) for side in ("scales", "biases"))
+    return Matrix(weight, Packing(scales, biases, packings[0].form))
 
 
 @dataclass(frozen=True)
@@ -137,8 +156,11 @@ class Bundle:
     def read(self, output: Output, first: int, last: int) -> Matrix:
         """Read rows of an output."""
         file = self._files[self.layout.files[output]]
-        parts = [to_mlx(file.read(spec.name, first, last)) for spec in output.specs()]
-        return Matrix(*parts, form=output.form) if output.form else Matrix(parts[0])
+        weight, *sides = (to_mlx(file.read(spec.name, first, last)) for spec in output.specs())
+        if output.form is None:
+            return Matrix(weight)
+        scales, biases = sides
+        return Matrix(weight, Packing(scales, biases, output.form))
 
     def voices(self) -> list[Voice]:
         """Read the bundle's voices; raises UserError with what is wrong with them."""
@@ -174,9 +196,7 @@ def _voice(folder: Path, name: str) -> Voice:
     try:
         if set(file.specs) != {"cache", "embeddings"}:
             raise UserError(f"{path}: holds {', '.join(file.specs) or 'nothing'}, not cache and embeddings")
-        arrays = {
-            key: file.read(key, 0, spec.rows).reshape(spec.shape) for key, spec in file.specs.items()
-        }
+        arrays = {key: file.read(key, 0, spec.rows).reshape(spec.shape) for key, spec in file.specs.items()}
         return Voice(name, arrays["embeddings"], arrays["cache"].astype(np.int64))
     finally:
         file.close()

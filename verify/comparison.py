@@ -60,7 +60,8 @@ class Walk:
         A step's rows of a stacked output are kept under that step.
         """
         for output in outputs:
-            values = np.empty(output.shape, np.float32) if kept is not None else None
+            shape = (output.rows[1] - output.rows[0], output.shape[-1])
+            values = np.empty(shape, np.float32) if kept is not None else None
             self.measured.weights += weights.compare(self.stored, self.source.checkpoint, output, values)
             self.bar.update(self._share(output))
             if kept is None or values is None:
@@ -105,9 +106,7 @@ def _belongs(name: str, place: Place) -> bool:
     return any(name.startswith(f"{place.prefix}.{part}.") for part in parts)
 
 
-def _rows(
-    place: Place, added: Floats, once: dict[str, Floats], after: dict[str, Floats]
-) -> list[dict[str, Any]]:
+def _rows(place: Place, added: Floats, once: dict[str, Floats], after: dict[str, Floats]) -> list[dict[str, Any]]:
     """Return a block's row, or one for each depformer step."""
     steps = range(added.shape[1]) if place.component == "depformer" else (None,)
     found = []
@@ -176,14 +175,16 @@ def _edge(name: str, streams: dict[str, Floats], step: int | None = None) -> lis
     found = {key: difference(streams["reference"], streams[key]) for key in ("bundle", "noise")}
     component = "depformer" if name == "input" else "temporal"
     row = {"component": component, "layer": None, "part": name, "step": step}
-    return [row | {"local": None, "accumulated": found["bundle"], "noise_local": None, "noise_accumulated": found["noise"]}]
+    return [
+        row | {"local": None, "accumulated": found["bundle"], "noise_local": None, "noise_accumulated": found["noise"]}
+    ]
 
 
 def _text(walk: Walk, hidden: dict[str, Floats]) -> None:
     """Compare text predictions."""
     material = walk.material
     walk.look_at(walk.stored.layout.outputs["text_linear.weight"])
-    heads = {name: model.text_logits for name, model in walk.models.items()}
+    heads: dict[str, Callable[[Floats], Floats]] = {name: model.text_logits for name, model in walk.models.items()}
     chosen = material.counted[:, 0]
     states = {name: array[chosen] for name, array in hidden.items()}
     targets = material.targets[:, 0][chosen] if material.scored else None
@@ -219,7 +220,9 @@ def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
     half = arch.n_q // 2
     of = [measured.predictions[f"codebook_{step}"] for step in range(arch.steps)]
     for name, streams_of in (("agent", of[:half]), ("user", of[half:])):
-        measured.predictions[name] = {key: mean_of([stream[key] for stream in streams_of]) for key in ("bundle", "noise")}
+        measured.predictions[name] = {
+            key: mean_of([stream[key] for stream in streams_of]) for key in ("bundle", "noise")
+        }
 
 
 def _head(model: Model, step: int) -> Callable[[Floats], Floats]:

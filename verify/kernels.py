@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..quant.affine import Affine
-from .bundle import Matrix
+from .bundle import Matrix, Packing
 from .figures import difference
 from .mlx_model import product, streams
 
@@ -25,7 +25,8 @@ def self_test(forms: Iterable[Affine]) -> list[dict[str, Any]]:
     weight = random.standard_normal((_ROWS, _COLUMNS)).astype(np.float32)
     found = []
     for bits, size in sorted({(form.bits, form.group_size) for form in forms}):
-        packed = Matrix(*mx.quantize(mx.array(weight), group_size=size, bits=bits), Affine(bits, size))
+        codes, scales, biases = mx.quantize(mx.array(weight), group_size=size, bits=bits)
+        packed = Matrix(codes, Packing(scales, biases, Affine(bits, size)))
         plain = np.array(packed.float32(mx.cpu)).astype(np.float64)
         for positions in _POSITIONS:
             x = random.standard_normal((positions, _COLUMNS)).astype(np.float32)

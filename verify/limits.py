@@ -59,7 +59,9 @@ def gaussian_rmse(bits: int, group_size: int) -> float:
     return expected_range / ((1 << bits) - 1) / math.sqrt(12)
 
 
-def failure(check: str, place: str, message: str, value: float | None = None, bound: float | None = None) -> dict[str, Any]:
+def failure(
+    check: str, place: str, message: str, value: float | None = None, bound: float | None = None
+) -> dict[str, Any]:
     """Return one entry of a verdict."""
     return {"check": check, "place": place, "message": message, "value": value, "bound": bound}
 
@@ -81,7 +83,7 @@ def kernel_failures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def weight_failures(rows: Iterable[dict[str, Any]], manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return tensors that are not what the checkpoint's values make at their setting, or not those that were written."""
+    """Return tensors that are not what their setting makes of the checkpoint, or not what the conversion measured."""
     found = []
     sums: dict[tuple[str, str, int | None], list[float]] = {}
     bounds: dict[tuple[int, int], float] = {}
@@ -135,7 +137,7 @@ def _not_as_recorded(
 def name_of(row: Mapping[str, Any]) -> str:
     """Return what to call a row of the weights."""
     step = "" if row["step"] is None else f" step {row['step']}"
-    return row["tensor"] + step + (f" {row['part']}" if row["part"] else "")
+    return f"{row['tensor']}{step}" + (f" {row['part']}" if row["part"] else "")
 
 
 def prediction_failures(
@@ -185,10 +187,8 @@ def start(activations: list[dict[str, Any]], last_step: int) -> str:
     if not rows:
         return "it starts before the first block"
     worst = max(rows, key=lambda row: row["local"]["relative_l2"])
-    return (
-        f"no block stands out: it starts at {block_name(rows[0])} (own error {rows[0]['local']['relative_l2']:.3g}) and "
-        f"builds up; the largest is {block_name(worst)} ({worst['local']['relative_l2']:.3g})"
-    )
+    first, most = (f"{block_name(row)} (own error {row['local']['relative_l2']:.3g})" for row in (rows[0], worst))
+    return f"no block stands out: it starts at {first} and builds up; the largest is {most}"
 
 
 def block_name(row: Mapping[str, Any]) -> str:

@@ -13,13 +13,11 @@ from ..convert.problems import UserError
 from ..convert.tensorfile import TensorFile
 from ..convert.voices import Voice
 from .model import Floats, Tokens
-from .session import Frame, prompt_columns, system_prompt
+from .session import prompt_columns, system_prompt
 
 DEFAULT_SEQUENCES = 3  # of the system prompt: voices
 DEFAULT_FRAMES = 96  # of the system prompt, whose text takes about 25 of them
-PROMPT = (
-    "You are a wise and friendly teacher. Answer questions or provide advice in a clear and engaging way."
-)
+PROMPT = "You are a wise and friendly teacher. Answer questions or provide advice in a clear and engaging way."
 _LARGEST = 1 << 30  # bytes of a token file
 
 
@@ -77,7 +75,9 @@ def read_tokens(path: Path, architecture: Architecture, sequences: int | None, f
         streams = 1 + architecture.n_q
         if spec is None or spec.dtype not in ("I16", "I32", "I64") or len(spec.shape) != 3 or spec.shape[1] != streams:
             found = f"{spec.dtype} {list(spec.shape)}" if spec else f"{', '.join(file.specs) or 'nothing'}"
-            raise UserError(f"{path}: holds {found}: integers called tokens, [sequences, {streams}, frames], are needed")
+            raise UserError(
+                f"{path}: holds {found}: integers called tokens, [sequences, {streams}, frames], are needed"
+            )
         if 0 in spec.shape:
             raise UserError(f"{path}: tokens are empty: {list(spec.shape)}")
         held = file.read("tokens", 0, spec.rows).reshape(spec.shape)[:sequences, :, :frames]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..convert.architecture import Architecture
 from ..convert.parallel import cores
-from .bundle import Bundle, Matrix
+from .bundle import Bundle, Matrix, joined
 from .model import Floats, Memory, Tokens
 from .places import Place
 from .reference import EPSILON
@@ -19,17 +19,18 @@ Read = Callable[[str, int | None], Matrix]  # name in the checkpoint and depform
 
 def product(x: mx.array, matrix: Matrix, stream: mx.Stream | mx.Device | None = None) -> mx.array:
     """Return ``x @ matrix.T`` for ``x [rows, columns]``, in the dtype of ``x``."""
-    if matrix.form is None:
+    packing = matrix.packing
+    if packing is None:
         weight = matrix.weight.astype(x.dtype, stream=stream)
         return mx.matmul(weight, x.T, stream=stream).T  # several times faster on a CPU than x @ weight.T
     return mx.quantized_matmul(
         x,
         matrix.weight,
-        matrix.scales,
-        matrix.biases,
+        packing.scales,
+        packing.biases,
         transpose=True,
-        group_size=matrix.form.group_size,
-        bits=matrix.form.bits,
+        group_size=packing.form.group_size,
+        bits=packing.form.bits,
         stream=stream,
     ).astype(x.dtype, stream=stream)
 
@@ -78,9 +79,7 @@ class MlxModel:
     def step_input(self, step: int, hidden: Floats, previous: Tokens) -> Floats:
         """Project the hidden state and add the previous token's embedding."""
         name = f"depformer_emb.{step - 1}.weight" if step else "depformer_text_emb.weight"
-        return _out(
-            self._linear(f"depformer_in.{step}.weight", None, self._in(hidden)) + self._look_up(name, previous)
-        )
+        return _out(self._linear(f"depformer_in.{step}.weight", None, self._in(hidden)) + self._look_up(name, previous))
 
     def audio_logits(self, step: int, x: Floats) -> Floats:
         """Apply a codebook's head."""
@@ -101,7 +100,7 @@ class MlxModel:
         height = matrix.weight.shape[0]
         edges = [height * part // len(self.streams) for part in range(len(self.streams) + 1)]
         parts = [
-            product(flat, matrix.rows(first, last), stream)
+            product(flat, matrix.take(slice(first, last)), stream)
             for first, last, stream in zip(edges, edges[1:], self.streams, strict=False)
         ]
         result = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
@@ -116,9 +115,7 @@ class MlxModel:
         scale = mx.rsqrt(EPSILON + wide.square().mean(-1, keepdims=True))
         return (wide * (alpha * scale)).astype(x.dtype)
 
-    def _attention(
-        self, place: Place, x: mx.array, memory: Memory | None, first: int, steps: range | None
-    ) -> mx.array:
+    def _attention(self, place: Place, x: mx.array, memory: Memory | None, first: int, steps: range | None) -> mx.array:
         """Attend from each frame or depformer step to those before it and itself."""
         batch, length, dim = x.shape
         packed, joined = f"{place.prefix}.self_attn.in_proj_weight", f"{place.prefix}.self_attn.out_proj.weight"
@@ -140,7 +137,7 @@ class MlxModel:
             )
         if memory is not None:
             if first:
-                k, v = (mx.concatenate(pair, axis=2) for pair in zip(memory[place], (k, v), strict=True))
+                k, v = (mx.concatenate(list(pair), axis=2) for pair in zip(memory[place], (k, v), strict=True))
             mx.eval(k, v)
             memory[place] = (k[:, :, -reach:], v[:, :, -reach:])
         distance = mx.arange(first, first + length)[:, None] - mx.arange(first + length - k.shape[2], first + length)
@@ -185,10 +182,8 @@ def model_of(bundle: Bundle, dtype: str = "float32") -> MlxModel:
         output = bundle.output(name)
         ids, places = np.unique(tokens, return_inverse=True)
         rows = [bundle.read(output, int(row), int(row) + 1) for row in ids]
-        sides = zip(*((row.weight, row.scales, row.biases) for row in rows), strict=True)
         where = mx.array(places.reshape(-1).astype(np.int32))
-        parts = (None if side[0] is None else mx.concatenate(list(side))[where] for side in sides)
-        return Matrix(*parts, output.form)
+        return joined(rows).take(where)
 
     context, steps_seen = bundle.reach()
     return MlxModel(bundle.architecture, bundle.matrix, lookup, DTYPES[dtype], context, steps_seen, streams())

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "ppx", "font.size": 9, "font.family": "sans-serif"}
+_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "ppx", "font.size": 9, "font.family": "sans-serif"}
 _INK, _FAINT = "#010203", "#040506"  # replaced by the page's own colours
 _COLOURS = {"attention": "#2b7bba", "mlp": "#d9730d", "noise": "#7a8288"}
 _FLOOR = 1e-9  # of a logarithmic axis: a difference of nothing is drawn there
@@ -17,14 +17,17 @@ _FLOOR = 1e-9  # of a logarithmic axis: a difference of nothing is drawn there
 
 def pictures(report: Mapping[str, Any]) -> dict[str, str]:
     """Return the pictures that a report's figures allow, as SVG text by name."""
+    import matplotlib as mpl  # half a second to import: only where something is drawn
+
     found = {}
-    if report["activations"]:
-        found["drift"] = _drift(report["activations"])
-        found["steps"] = _steps(report["activations"])
-    if report["predictions"]:
-        found["predictions"] = _predictions(report["predictions"])
-    if report["rollout"]:
-        found["rollout"] = _rollout(report["rollout"])
+    with mpl.rc_context(_STYLE):
+        if report["activations"]:
+            found["drift"] = _drift(report["activations"])
+            found["steps"] = _steps(report["activations"])
+        if report["predictions"]:
+            found["predictions"] = _predictions(report["predictions"])
+        if report["rollout"]:
+            found["rollout"] = _rollout(report["rollout"])
     return found
 
 
@@ -47,11 +50,8 @@ def _figure(height: float, rows: int = 1) -> "tuple[Figure, Sequence[Axes]]":
 
 
 def _svg(figure: "Figure") -> str:
-    import matplotlib as mpl
-
     text = io.StringIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+    figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
@@ -60,6 +60,8 @@ def _svg(figure: "Figure") -> str:
 
 def _drift(activations: Sequence[Mapping[str, Any]]) -> str:
     """Draw the error of the temporal transformer's blocks over its depth."""
+    from matplotlib.ticker import MaxNLocator
+
     rows = [row for row in activations if row["component"] == "temporal" and row["local"]]
     figure, (axis,) = _figure(3.4)
     for part in ("attention", "mlp"):
@@ -75,7 +77,7 @@ def _drift(activations: Sequence[Mapping[str, Any]]) -> str:
     axis.set_yscale("log")
     axis.set_xlabel("layer")
     axis.set_ylabel("relative L2 error")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axis)
     return _svg(figure)
 

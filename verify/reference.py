@@ -106,9 +106,7 @@ class TorchModel:
         wide = x.float()
         return (wide * (alpha * torch.rsqrt(EPSILON + wide.square().mean(-1, keepdim=True)))).to(x.dtype)
 
-    def _attention(
-        self, place: Place, x: Tensor, memory: Memory | None, first: int, steps: range | None
-    ) -> Tensor:
+    def _attention(self, place: Place, x: Tensor, memory: Memory | None, first: int, steps: range | None) -> Tensor:
         """Attend from each frame or depformer step to those before it and itself."""
         batch, length, dim = x.shape
         packed, joined = f"{place.prefix}.self_attn.in_proj_weight", f"{place.prefix}.self_attn.out_proj.weight"
@@ -157,7 +155,7 @@ def _rotate(x: Tensor, positions: Tensor, max_period: int) -> Tensor:
     half = x.shape[-1] // 2
     exponents = torch.arange(half, device=x.device, dtype=torch.float32)
     angles = positions[:, None].float() * torch.exp(exponents * (-math.log(max_period) / half))
-    real, imaginary = x.float().unflatten(-1, (half, 2)).unbind(-1)
+    real, imaginary = x.float().reshape(*x.shape[:-1], half, 2).unbind(-1)
     cos, sin = torch.cos(angles), torch.sin(angles)
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).to(x.dtype)
 

@@ -15,8 +15,8 @@ from ..convert.describe import size
 from ..convert.problems import UserError
 from . import plots
 from .limits import FIGURES, NAMES, block_name, name_of
-from .verification import REPORT_VERSION
 
+REPORT_VERSION = 1
 FOLDER = "parity"
 JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 _DIGITS = 6
@@ -45,7 +45,7 @@ def write(report: Mapping[str, Any], folder: Path) -> Path:
 def finish(report: dict[str, Any]) -> dict[str, Any]:
     """Return a report as it is written: floats of 6 digits, what is not finite as None, sums left out."""
     rows = [{key: row[key] for key in row if not key.startswith("squared")} for row in report["weights"]]
-    return dict(_plain(report | {"weights": rows}))
+    return dict(_plain({"report_version": REPORT_VERSION} | report | {"weights": rows}))
 
 
 def _plain(value: Any) -> Any:

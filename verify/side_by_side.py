@@ -64,8 +64,7 @@ def _own_error(row: Mapping[str, Any]) -> float | None:
 def _tensor(row: Mapping[str, Any]) -> str:
     """Return what a row of the weights is, in words that do not depend on the target's names."""
     layer = "" if row["layer"] is None else f" layer {row['layer']}"
-    name = name_of({"tensor": f"{row['component']}{layer} {row['module']}", "step": row["step"], "part": row["part"]})
-    return name
+    return name_of({"tensor": f"{row['component']}{layer} {row['module']}", "step": row["step"], "part": row["part"]})
 
 
 def _most_different(first: list[Any], second: list[Any], name: Any, value: Any) -> dict[str, Any]:
@@ -92,7 +91,5 @@ def text(names: tuple[str, str], found: Mapping[str, Any]) -> str:
         count = found[what]["better"]
         lines.append("")
         lines.append(f"{what}: A is better in {count['a']}, B in {count['b']}, the same in {count['same']}")
-        lines += [
-            f"  {row['name']}: {short(row['a'])} | {short(row['b'])}" for row in found[what]["most_different"]
-        ]
+        lines += [f"  {row['name']}: {short(row['a'])} | {short(row['b'])}" for row in found[what]["most_different"]]
     return "\n".join(lines)

@@ -4,7 +4,6 @@ import platform
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,18 @@ from ..convert.workspace import MANIFEST
 from . import kernels, limits, rollout, structure
 from .bundle import Bundle, Layout, layout_of
 from .comparison import Measured, compare
-from .material import DEFAULT_FRAMES, DEFAULT_SEQUENCES, PROMPT, Material, from_system_prompt, prompt_tokens, read_tokens
+from .material import (
+    DEFAULT_FRAMES,
+    DEFAULT_SEQUENCES,
+    PROMPT,
+    Material,
+    from_system_prompt,
+    prompt_tokens,
+    read_tokens,
+)
+from .request import Request
 
-REPORT_VERSION = 1
-ARITHMETICS = ("float32", "bundle")
-DEVICES = ("cpu", "gpu")
 LIBRARIES = ("mlx", "numpy", "torch")
-
-
-@dataclass(frozen=True)
-class Request:
-    """How to verify. tokens, audio: files to read instead of the system prompt. rollout: frames of a greedy session.
-
-    sequences, frames: at most so many of each, None for all, or as many as are usual for the system prompt.
-    arithmetic: of the bundle's activations, ``float32``, or ``bundle`` for its own dtype.
-    """
-
-    tokens: Path | None = None
-    audio: Path | None = None
-    sequences: int | None = None
-    frames: int | None = None
-    rollout: int = 0
-    arithmetic: str = "float32"
-    device: str = "cpu"
 
 
 def material_of(source: Source, request: Request) -> Material:
@@ -68,21 +56,25 @@ def _spread(names: Sequence[str], count: int) -> list[str]:
     return [names[index * len(names) // count] for index in range(count)]
 
 
-def verify(source: Source, folder: Path, request: Request, command: str, quiet: bool = False) -> dict[str, Any]:
+def verify(
+    source: Source, folder: Path, request: Request, command: str, quiet: bool = False, same_source: bool = False
+) -> dict[str, Any]:
     """Compare a bundle with its source; return the report (docs/verification.md).
 
+    command: what the report says to run again. same_source: whether it is known that the bundle was made from this.
     Raises UserError for what cannot be compared: no bundle, another source, tokens of another model.
     """
     began = time.time()
     manifest, layout = layout_of(folder)
-    _check_origin(source, manifest, quiet)
+    _choose_device(request.device)
+    if not same_source:
+        _check_origin(source, manifest, quiet)
     material = material_of(source, request)
     total = sum(record["size"] for record in manifest["files"].values())
     with byte_bar("hashing bundle", total, quiet) as progress:
         problems, readable = structure.problems(folder, manifest, layout, progress)
     forms = [output.form for output in layout.every() if output.form]
     report: dict[str, Any] = {
-        "report_version": REPORT_VERSION,
         "verdict": {},
         "limits": limits.limits_of(manifest, layout.every(), source.architecture.n_q // 2),
         "bundle": _identity(folder, manifest, total),
@@ -139,7 +131,9 @@ def _roll(
 
 def _verdict(report: dict[str, Any], manifest: dict[str, Any], agent_steps: int) -> dict[str, Any]:
     """Return whether a report passes, and every reason why it does not, the most telling first."""
-    found = [limits.failure("structure", problem.split(": ")[0], problem) for problem in report["structure"]["problems"]]
+    found = [
+        limits.failure("structure", problem.split(": ")[0], problem) for problem in report["structure"]["problems"]
+    ]
     found += limits.kernel_failures(report["kernels"])
     if report["weights"]:
         found += limits.weight_failures(report["weights"], manifest)
@@ -187,16 +181,15 @@ def _ran_on(request: Request) -> dict[str, Any]:
     }
 
 
-def on_device(asked: str | None) -> str:
-    """Make MLX compute on a device, its own choice if none is asked for; return which. Raises UserError without one."""
+def _choose_device(asked: str | None) -> None:
+    """Make MLX compute on a device, its own choice if none is asked for; raises UserError if it is not there."""
     if asked == "gpu" and not mx.is_available(mx.gpu):
         raise UserError("--device gpu: MLX has no GPU here: leave it out")
     if asked:
         mx.set_default_device(mx.gpu if asked == "gpu" else mx.cpu)
-    return "gpu" if mx.default_device() == mx.gpu else "cpu"
 
 
 def _torch_device(request: Request) -> str:
     import torch
 
-    return "cuda" if request.device == "gpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if request.device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -15,7 +15,7 @@ from ..convert.parallel import cores, in_order
 from ..convert.tensorfile import DTYPES
 from ..quant.affine import BFLOAT16
 from ..quant.casting import cast
-from .bundle import Bundle, Matrix
+from .bundle import Bundle, Matrix, Packing
 from .figures import root_ratio
 from .model import Floats
 
@@ -66,9 +66,7 @@ def pieces(output: Output) -> Iterator[Piece]:
             yield Piece(output, first, first + height // len(names), step, name)
 
 
-def compare(
-    bundle: Bundle, checkpoint: Checkpoint, output: Output, kept: Floats | None = None
-) -> list[dict[str, Any]]:
+def compare(bundle: Bundle, checkpoint: Checkpoint, output: Output, kept: Floats | None = None) -> list[dict[str, Any]]:
     """Compare an output with the rows of the checkpoint that it was made from; return a row for each piece.
 
     kept: ``[rows, columns]``, filled with the stored values in float32. Packed codes are decoded by ``mx.dequantize``.
@@ -85,7 +83,7 @@ def compare(
         number, first, last = block
         start = output.rows[0]
         stored = bundle.read(output, first, last)
-        values = np.array(stored.float32(mx.cpu))
+        values = np.array(stored.float32(mx.cpu)).reshape(last - first, -1)
         if kept is not None:
             kept[first:last] = values
         return number, _look(values, stored, checkpoint.read(output.role.name, start + first, start + last), first)
@@ -97,23 +95,19 @@ def compare(
 
 def _look(values: Floats, stored: Matrix, source: NDArray[Any], first: int) -> Sums:
     """Measure rows of stored values against the checkpoint's."""
-    values = values.reshape(source.shape)
     wide = _float32(source)
     apart = values - wide
     place = int(np.abs(apart).argmax())
     row, column = divmod(place, source.shape[1])
     flat = [array.reshape(-1) for array in (apart, wide, values)]
-    found = Sums(
-        *(float(np.dot(array, array)) for array in flat),
-        along=float(np.dot(flat[1], flat[2])),
-        max_abs=float(abs(apart[row, column])),
-        at=(first + row, column),
-    )
-    if stored.form is None:
+    error, norm, length = (float(np.dot(array, array)) for array in flat)
+    found = Sums(error, norm, length, along=float(np.dot(flat[1], flat[2])))
+    found.max_abs, found.at = float(abs(apart[row, column])), (first + row, column)
+    if stored.packing is None:
         expected = cast(source, DTYPES[_CODES[stored.weight.dtype]]).array
         found.unequal = int(np.count_nonzero(_float32(expected) != values))
     else:
-        found.clipped = _clipped(wide, stored)
+        found.clipped = _clipped(wide, stored.packing)
     return found
 
 
@@ -126,12 +120,10 @@ def _float32(array: NDArray[Any]) -> Floats:
     return array.astype(np.float32)
 
 
-def _clipped(weights: Floats, stored: Matrix) -> int:
+def _clipped(weights: Floats, packing: Packing) -> int:
     """Count weights that lie more than half a step outside of the range that the codes of their group reach."""
-    form, scales, biases = stored.form, stored.scales, stored.biases
-    if form is None or scales is None or biases is None:
-        return 0
-    step, start = (np.array(side.astype(mx.float32, stream=mx.cpu)) for side in (scales, biases))
+    form = packing.form
+    step, start = (np.array(side.astype(mx.float32, stream=mx.cpu)) for side in (packing.scales, packing.biases))
     end = start + step * ((1 << form.bits) - 1)
     slack = np.abs(step) / 2
     low, high = np.minimum(start, end) - slack, np.maximum(start, end) + slack

@@ -1,0 +1,46 @@
+"""What the programs that verify share: run it, leave the report, say what came of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..convert.problems import CheckFailed
+from ..convert.source import Source
+from ..verify import report as reports
+from ..verify.request import Request
+
+_SAID = 3  # reasons that are printed; the report has them all
+
+
+def leave_report(
+    source: Source, bundle: Path, asked: Request, command: str, quiet: bool, same_source: bool = False
+) -> dict[str, Any]:
+    """Verify a bundle, write its report beside it, and return it."""
+    from ..verify.verification import verify  # imports torch and mlx: seconds that --help does not need
+
+    found = reports.finish(verify(source, bundle, asked, command, quiet, same_source))
+    reports.write(found, bundle)
+    return found
+
+
+def text(found: Mapping[str, Any], bundle: Path) -> str:
+    """Return what a verification prints for people."""
+    verdict = "passes" if found["verdict"]["passed"] else "fails"
+    material = found["material"]
+    sequences = f"{material['sequences']} sequence{'s' if material['sequences'] > 1 else ''}"
+    lines = [f"{bundle} {verdict} the comparison: {sequences} of {material['frames']} frames, {material['kind']}"]
+    lines.append(f"{'':<41}{'bundle':>8}  {'limit':>8}  {'noise floor':>11}")
+    for row in reports.figures(found):
+        bound = f"{row['sign']} {reports.short(row['bound'])}"
+        values = f"{reports.short(row['bundle']):>8}  {bound:>8}  {reports.short(row['noise']):>11}"
+        lines.append(f"{row['name']:<41}{values}{'' if row['passed'] else '  fails'}")
+    lines.append(f"report: {bundle / reports.FOLDER / reports.HTML}")
+    return "\n".join(lines)
+
+
+def fail_if_failed(found: Mapping[str, Any]) -> None:
+    """Raise CheckFailed with the reasons why a report does not pass."""
+    failures = found["verdict"]["failures"]
+    if failures:
+        more = f"; and {len(failures) - _SAID} more, in the report" if len(failures) > _SAID else ""
+        raise CheckFailed("; ".join(failure["message"] for failure in failures[:_SAID]) + more)

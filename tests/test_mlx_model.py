@@ -1,0 +1,112 @@
+"""The MLX model of a bundle against the same golden files, for all three targets."""
+
+from contextlib import closing
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from golden import assert_near, assert_same_session, recorded, session
+from ppx.convert.source import locate, open_source
+from ppx.quant.affine import BITS, GROUP_SIZES, Affine
+from ppx.verify.bundle import Bundle, layout_of
+from ppx.verify.kernels import BOUND, self_test
+from ppx.verify.mlx_model import model_of
+from ppx.verify.places import places
+from ppx.verify.reference import TorchModel, to_torch
+from safetensors.torch import load_file
+
+FLOAT = {
+    "speech-swift": ("--no-quantize", "--target", "speech-swift", "--dtype", "bfloat16"),
+    "moshi-mlx": ("--recipe", "bf16"),
+    "mlx": ("--no-quantize", "--target", "mlx"),
+}
+QUANTIZED = {
+    "speech-swift": ("--recipe", "4bit"),
+    "moshi-mlx": ("--recipe", "moshi-q4"),
+    "mlx": ("--recipe", "mixed"),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    before = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(before)
+
+
+def opened(folder):
+    return closing(Bundle(folder, *layout_of(folder)))
+
+
+@pytest.mark.parametrize("target", FLOAT)
+def test_every_recorded_tensor(target, bundle, pico):
+    golden = load_file(pico / "golden" / "forward_float32.safetensors")
+    with opened(bundle(*FLOAT[target])) as held:
+        found = recorded(model_of(held), held.architecture, golden["tokens"].numpy())
+    assert_near(found, golden, 1e-5)
+
+
+@pytest.mark.parametrize("target", FLOAT)
+def test_a_greedy_session_token_for_token(target, bundle, pico):
+    source = open_source(locate(str(pico)))
+    with opened(bundle(*FLOAT[target])) as held:
+        voices = {voice.name: voice for voice in held.voices()}
+        assert len(voices) == 18
+        own = type(source)(source.location, source.checkpoint, list(voices.values()), [])  # the bundle's own voices
+        steps, golden = session(own, model_of(held), pico)
+    assert_same_session(steps, golden, 1e-5)
+
+
+@pytest.mark.parametrize("target", QUANTIZED)
+def test_packed_weights_compute_what_their_values_compute(target, bundle, pico):
+    """MLX on packed weights, and PyTorch on the values that mx.dequantize makes of them: the same to float32."""
+    golden = load_file(pico / "golden" / "forward_float32.safetensors")
+    tokens = golden["tokens"].numpy()
+    with opened(bundle(*QUANTIZED[target])) as held:
+        assert any(output.form for output in held.layout.every())
+        a = held.architecture
+
+        def weights(name, step):
+            return to_torch(np.array(held.matrix(name, step).float32()))
+
+        def rows(name, ids):
+            return weights(name, None)[torch.from_numpy(ids).long()]
+
+        plain = TorchModel(a, weights, rows, torch.float32, a.context, a.steps)
+        expected = recorded(plain, a, tokens)
+        found = recorded(model_of(held), a, tokens)
+    for name, array in found.items():
+        assert np.abs(array - expected[name]).max() <= 1e-5 * np.abs(expected[name]).max(), name
+        assert not np.allclose(array, golden[name].numpy(), rtol=1e-3) or name == "temporal.embed"
+
+
+def test_frames_in_one_pass_and_one_by_one(bundle, pico):
+    tokens = load_file(pico / "golden" / "forward_float32.safetensors")["tokens"].numpy()
+    with opened(bundle(*QUANTIZED["speech-swift"])) as held:
+        model, memory = model_of(held), {}
+        whole = model.embed(tokens)
+        pieces = [whole[:, first : first + 1] for first in range(whole.shape[1])]
+        for place in places(held.architecture, "temporal"):
+            _, whole = model.block(place, whole)
+            pieces = [model.block(place, piece, memory, first)[1] for first, piece in enumerate(pieces)]
+    np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_it_attends_as_far_as_the_bundles_config_says(bundle):
+    for options in FLOAT.values():
+        with opened(bundle(*options)) as held:
+            assert held.reach() == (held.architecture.context, held.architecture.steps)
+
+
+def test_the_kernels_of_this_mlx_compute_what_they_should():
+    rows = self_test(Affine(bits, size) for bits in BITS for size in GROUP_SIZES)
+    assert len(rows) == 3 * len(BITS) * len(GROUP_SIZES)
+    assert max(row["relative_l2"] for row in rows) < BOUND / 20
+
+
+def test_a_broken_kernel_is_seen(monkeypatch):
+    real = mx.quantized_matmul
+    monkeypatch.setattr(mx, "quantized_matmul", lambda *args, **named: real(*args, **named) * 1.001)
+    assert min(row["relative_l2"] for row in self_test([Affine(4, 64)])) > BOUND

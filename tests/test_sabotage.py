@@ -1,0 +1,318 @@
+"""Bundles that are broken on purpose: the report must fail and name the place.
+
+Most are broken twice: as a damaged disk does it, and by somebody who then writes the hashes anew, so that only the
+figures can tell.
+"""
+
+import hashlib
+import json
+import shutil
+import zlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from ppx.convert.source import locate, open_source
+from ppx.convert.tensorfile import TensorFile
+from ppx.verify.request import Request
+from ppx.verify.verification import verify
+
+QUICK = Request(sequences=1, frames=40, device="cpu")
+SWIFT = ("--recipe", "4bit")
+
+
+@pytest.fixture(scope="module")
+def source(pico):
+    return open_source(locate(str(pico)))
+
+
+@pytest.fixture
+def broken(bundle, tmp_path):
+    """A copy of a bundle, to be broken."""
+
+    def copy(*options):
+        shutil.copytree(bundle(*options), tmp_path / "broken")
+        return tmp_path / "broken"
+
+    return copy
+
+
+@pytest.fixture
+def reasons(source):
+    """Verify a bundle that must fail; return its reasons."""
+
+    def run(folder, request=QUICK):
+        found = verify(source, folder, request, "", quiet=True)["verdict"]
+        assert not found["passed"]
+        return found["failures"]
+
+    return run
+
+
+def change(folder, file, name, function):
+    """Replace a tensor's values in place by what a function makes of them."""
+    opened = TensorFile(folder / file)
+    spec = opened.specs[name]
+    array = opened.read(name, 0, spec.rows).reshape(spec.shape)
+    changed = np.ascontiguousarray(function(array.copy()))
+    assert changed.shape == array.shape
+    assert changed.dtype == array.dtype
+    assert changed.tobytes() != array.tobytes()
+    with (folder / file).open("r+b") as stream:
+        stream.seek(opened.offsets[name])
+        stream.write(changed.tobytes())
+    opened.close()
+
+
+def seal(folder):
+    """Write the hashes of a changed bundle anew, as somebody would who hides what was done."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, record in manifest["files"].items():
+        data = (folder / name).read_bytes()
+        record |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    for entry in manifest["tensors"]:
+        opened = TensorFile(folder / entry["file"])
+        arrays = [opened.read(name, 0, opened.specs[name].rows) for name in entry["outputs"]]
+        entry["crc32"] = [f"{zlib.crc32(array.tobytes()):08x}" for array in arrays]
+        opened.close()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def named(failures, *words, check=None):
+    """Tell whether some reason of a kind holds all words."""
+    return any(
+        all(word in failure["message"] for word in words) and check in (None, failure["check"]) for failure in failures
+    )
+
+
+def swap(first, last, other):
+    """Swap two ranges of rows of the same length."""
+
+    def swapped(array):
+        height = last - first
+        held = array[first:last].copy()
+        array[first:last] = array[other : other + height]
+        array[other : other + height] = held
+        return array
+
+    return swapped
+
+
+def test_an_untouched_bundle_passes(source, bundle):
+    for options in (SWIFT, ("--recipe", "moshi-q4"), ("--recipe", "mixed")):
+        found = verify(source, bundle(*options), QUICK, "", quiet=True)
+        assert found["verdict"] == {"passed": True, "failures": []}
+        assert found["predictions"]["agent"]["bundle"]["kl"]["mean"] > 0.001
+
+
+def test_one_flipped_bit_of_a_packed_weight(broken, reasons):
+    folder = broken(*SWIFT)
+
+    def flip(array):
+        array[3, 5] ^= 1 << 17
+        return array
+
+    change(folder, "temporal.safetensors", "layers.1.gating.linear_in.weight", flip)
+    found = reasons(folder)
+    assert named(found, "temporal.safetensors", "sha256", check="structure")
+    assert named(found, "temporal.safetensors: layers.1.gating.linear_in.weight: its bytes", check="structure")
+    assert sum("its bytes" in failure["message"] for failure in found) == 1
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_scales_of_two_tensors_swapped(sealed, broken, reasons):
+    folder = broken(*SWIFT)
+    names = [f"layers.{layer}.gating.linear_out.scales" for layer in (0, 1)]
+    opened = TensorFile(folder / "temporal.safetensors")
+    held = [opened.read(name, 0, opened.specs[name].rows) for name in names]
+    opened.close()
+    for name, array in zip(names, reversed(held), strict=True):
+        change(folder, "temporal.safetensors", name, lambda _, array=array: array)
+    if sealed:
+        seal(folder)
+    found = reasons(folder)
+    for layer in (0, 1):
+        assert named(found, f"layers.{layer}.gating.linear_out.weight: relative error", check="weights")
+        assert sealed or named(found, f"layers.{layer}.gating.linear_out.scales", "its bytes", check="structure")
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_q_and_k_swapped_in_one_layer(sealed, broken, reasons):
+    folder = broken(*SWIFT)
+    for name in ("in_proj_weight", "in_proj_scales", "in_proj_biases"):
+        change(folder, "temporal.safetensors", f"layers.1.self_attn.{name}", swap(0, 256, 256))
+    if sealed:
+        seal(folder)
+    found = reasons(folder)
+    for part in "qk":
+        assert named(found, f"layers.1.self_attn.in_proj_weight {part}: relative error", check="weights")
+    assert not named(found, "layers.1.self_attn.in_proj_weight v: relative error", check="weights")
+    assert not named(found, "layers.0.")
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize(
+    ("options", "file", "name"),
+    [
+        (SWIFT, "temporal.safetensors", "layers.1.norm2.alpha"),
+        (SWIFT, "temporal.safetensors", "out_norm.alpha"),
+        (SWIFT, "depformer.safetensors", "layers.0.norm1.alpha"),
+        (("--recipe", "mixed"), "model.safetensors", "depformer.slices.9.transformer.layers.1.norm2.weight"),
+    ],
+)
+def test_a_norm_off_by_one_per_cent(sealed, options, file, name, broken, reasons):
+    folder = broken(*options)
+    change(folder, file, name, lambda array: (array.astype(np.float32) * 1.01).astype(array.dtype))
+    if sealed:
+        seal(folder)
+    found = reasons(folder)
+    assert named(found, name.removesuffix(".weight"), "values are not the source's", check="weights")
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("step", [5, 12])
+def test_a_depformer_steps_weights_replaced_by_its_neighbours(sealed, step, broken, reasons):
+    folder = broken(*SWIFT)
+
+    def copied(array):
+        height = len(array) // 16
+        array[step * height : (step + 1) * height] = array[(step + 1) * height : (step + 2) * height]
+        return array
+
+    for name in ("in_proj_weight", "in_proj_scales", "in_proj_biases"):
+        change(folder, "depformer.safetensors", f"layers.1.self_attn.{name}", copied)
+    if sealed:
+        seal(folder)
+    found = reasons(folder)
+    assert named(found, f"layers.1.self_attn.in_proj_weight step {step} q: relative error", check="weights")
+    assert not named(found, f"step {step + 1} ", check="weights")
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_one_voice_zeroed(sealed, broken, reasons):
+    folder = broken(*SWIFT)
+    change(folder, "voices/VARM3.safetensors", "embeddings", np.zeros_like)
+    if sealed:
+        seal(folder)
+    found = reasons(folder)
+    assert named(found, "voice VARM3: embeddings", "not the source's", check="structure")
+    assert not named(found, "voice VARM2")
+
+
+def test_a_missing_tensor(broken, reasons):
+    folder = broken(*SWIFT)
+    path = folder / "depformer.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+    end = header.pop(name)["data_offsets"][0]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :][:end])
+    seal_without = json.loads((folder / "manifest.json").read_text())
+    data = path.read_bytes()
+    seal_without["files"]["depformer.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(seal_without))
+    found = reasons(folder)
+    assert named(found, "depformer.safetensors", name, "nothing", check="structure")
+
+
+def test_a_tensor_that_nobody_expects(broken, reasons):
+    folder = broken(*SWIFT)
+    path = folder / "temporal.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    end = max(fields["data_offsets"][1] for name, fields in header.items() if name != "__metadata__")
+    header["layers.9.norm1.alpha"] = {"dtype": "F16", "shape": [2], "data_offsets": [end, end + 4]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :] + bytes(4))
+    found = reasons(folder)
+    assert named(found, "temporal.safetensors: layers.9.norm1.alpha", "where nothing is expected", check="structure")
+
+
+def test_a_truncated_file(broken, reasons):
+    folder = broken(*SWIFT)
+    path = folder / "temporal.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    found = reasons(folder)
+    assert named(found, "temporal.safetensors", "not a complete safetensors file", check="structure")
+
+
+def test_a_missing_file(broken, reasons):
+    folder = broken(*SWIFT)
+    (folder / "mimi.safetensors").unlink()
+    assert named(reasons(folder), "mimi.safetensors: missing", check="structure")
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize(
+    ("options", "key"), [(SWIFT, "depformer.context"), (("--recipe", "moshi-q8"), "depformer_context")]
+)
+def test_the_depformers_context_clipped_to_eight(sealed, options, key, broken, reasons, source, bundle):
+    folder = broken(*options)
+    config = json.loads((folder / "config.json").read_text())
+    inner = config
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = inner[parent]
+    assert inner[last] == 16
+    inner[last] = 8
+    (folder / "config.json").write_text(json.dumps(config))
+    if sealed:
+        seal(folder)
+    assert named(reasons(folder), f"config.json: {key} is 8, where 16 is expected", check="structure")
+    clipped, whole = (own_errors(source, path) for path in (folder, bundle(*options)))
+    assert clipped[:8] == whole[:8]
+    assert all(now > before for now, before in zip(clipped[8:], whole[8:], strict=True))
+
+
+def own_errors(source, folder):
+    """The own error of the depformer's first attention at each step."""
+    rows = verify(source, folder, QUICK, "", quiet=True)["activations"]
+    place = ("depformer", 0, "attention")
+    return [row["local"]["relative_l2"] for row in rows if (row["component"], row["layer"], row["part"]) == place]
+
+
+def min_max(weights, bits, size):
+    """The quantizer that MLX dropped: even steps from a group's smallest to its largest weight."""
+    groups = weights.reshape(len(weights), -1, size)
+    low, high = groups.min(-1), groups.max(-1)
+    steps = np.maximum((high - low) / (2**bits - 1), 1e-7).astype(np.float16)
+    codes = np.clip(np.rint((groups - low[..., None]) / steps[..., None]), 0, 2**bits - 1).astype(np.uint32)
+    places = 32 // bits
+    words = codes.reshape(len(weights), -1, places) << (bits * np.arange(places, dtype=np.uint32))
+    return {"weight": words.sum(-1, dtype=np.uint32), "scales": steps, "biases": low.astype(np.float16)}
+
+
+def test_two_bits_min_max_under_the_limits_of_four(pico, source, program, tmp_path, reasons):
+    (tmp_path / "two.toml").write_text(
+        'target = "speech-swift"\n[[rules]]\ncomponents = ["temporal", "depformer"]\nbits = 2\ngroup_size = 64\n'
+        'method = "rtn"\n[parity]\ntext_kl = 0.02\ncodebook0_kl = 0.2\nagent_kl = 0.1\nagent_top1 = 0.5\n'
+    )
+    program("ppx-convert", pico, "--recipe", "two.toml", "-o", "two", cwd=tmp_path)
+    folder = tmp_path / "two"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in manifest["tensors"]:
+        if "bits" not in entry:
+            continue
+        first, last = entry["rows"]
+        made = min_max(source.checkpoint.read(entry["source"], first, last).astype(np.float32), 2, 64)
+        for name, side in zip(entry["outputs"], ("weight", "scales", "biases"), strict=True):
+            change(folder, entry["file"], name, lambda _, array=made[side]: array)
+        entry.pop("relative_rmse")
+        entry.pop("relative_rmse_by_step", None)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    seal(folder)
+    found = reasons(folder)
+    assert {failure["check"] for failure in found} == {"predictions"}
+    assert named(found, "KL of the agent's codebooks is", "at most 0.1 is allowed", "it starts at temporal layer 0")
+    assert all(failure["value"] is not None and failure["bound"] is not None for failure in found)
+
+
+def test_a_broken_kernel_is_blamed_and_not_the_bundle(bundle, reasons, monkeypatch):
+    real = mx.quantized_matmul
+    monkeypatch.setattr(mx, "quantized_matmul", lambda *args, **named: real(*args, **named) * 1.01)
+    found = reasons(bundle(*SWIFT))
+    assert found[0]["check"] == "kernels"
+    assert "this MLX is broken here" in found[0]["message"]
