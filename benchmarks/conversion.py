@@ -95,7 +95,7 @@ def measure(source: Path, folder: Path, methods: list[str], rounds: int) -> dict
         results = {}
         for method in methods:
             evict(source)
-            command = [sys.executable, "-m", "ppx.recipes.convert_program", "demo:7b", "--bits", "4"]
+            command = [sys.executable, "-m", "ppx.recipes.convert_program", "demo:7b", "--bits", "4", "--no-verify"]
             results[method] = run([*command, "--group-size", "64", "--method", method, "--output", str(target)])
             nbytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
             shutil.rmtree(target)

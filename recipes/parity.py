@@ -34,6 +34,11 @@ def text(found: Mapping[str, Any], bundle: Path) -> str:
         bound = f"{row['sign']} {reports.short(row['bound'])}"
         values = f"{reports.short(row['bundle']):>8}  {bound:>8}  {reports.short(row['noise']):>11}"
         lines.append(f"{row['name']:<41}{values}{'' if row['passed'] else '  fails'}")
+    if session := found["rollout"]:
+        first = session["first_difference"]
+        parts = f"parts at frame {first['frame']} ({first['stream']})" if first else "never parts"
+        share = f"{session['agreement_agent']:.0%} of the agent's tokens agree"
+        lines.append(f"a greedy session of {session['frames']} frames on both: {parts}; {share}")
     lines.append(f"report: {bundle / reports.FOLDER / reports.HTML}")
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from ppx.convert.describe import size
 from ppx.convert.plan import inventory_of_7b, make_plan
 from ppx.recipes import loader
+from ppx.verify import limits
 
 ROOT = Path(__file__).parent.parent
 ORDER = ("quant", "convert", "verify", "recipes")
@@ -88,13 +90,35 @@ def test_commands_of_the_readme_plan(command, program, tmp_path):
     assert "bits a weight" in done.stdout
 
 
+def test_verifications_of_the_readme_run(bundle, pico, program, tmp_path):
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("ppx-verify")]
+    assert len(commands) == 3
+    for name, options in (("my-bundle", "4bit"), ("my-4bit", "4bit"), ("my-8bit", "8bit")):
+        shutil.copytree(bundle("--recipe", options), tmp_path / name)
+    tokens = pico / "heldout_tokens.safetensors"
+    here = {"nvidia/personaplex-7b-v1": pico, "./my-finetune": pico, "heldout.safetensors": tokens}
+    for name in ("my-4bit", "my-8bit"):
+        program("ppx-verify", name, "--reference", pico, "--sequences", "1", "--frames", "40", cwd=tmp_path)
+    for command in commands:
+        name, *arguments = shlex.split(command)
+        said = program(name, *[here.get(argument, argument) for argument in arguments], cwd=tmp_path).stdout
+        assert "KL of the agent's codebooks" in said
+
+
 def test_the_readmes_session_is_a_real_one(program, tmp_path):
     session = re.search(r"```console\n(.*?)```", README, re.DOTALL)[1]
     steps = re.findall(r"\$ (.*)\n((?:(?!\$ ).*\n)*)", session)
     assert len(steps) == 2
     for command, output in steps:
         name, *arguments = shlex.split(command)
-        assert program(name, *arguments, cwd=tmp_path).stdout == output
+        as_it_stands = ["--verify"] if name == "ppx-convert" else []  # which it does without being told
+        said = program(name, *arguments, *as_it_stands, cwd=tmp_path).stdout
+        number = r"\d+(?:\.\d+)?(?:e-\d+)?"
+        assert re.split(number, said) == re.split(number, output)
+        pairs = zip(re.findall(number, said), re.findall(number, output), strict=True)
+        for mine, printed in pairs:  # processors sum in different orders
+            assert float(mine) == pytest.approx(float(printed), rel=0.02), (mine, printed)
 
 
 def test_the_readmes_table_of_recipes():
@@ -107,7 +131,7 @@ def test_the_readmes_table_of_recipes():
         assert (target, total, bits) == (plan.target.name, size(plan.nbytes), f"{plan.bits_per_weight:.2f}"), name
 
 
-@pytest.mark.parametrize("name", ["ppx-convert", "ppx-inspect"])
+@pytest.mark.parametrize("name", ["ppx-convert", "ppx-inspect", "ppx-verify"])
 def test_help_has_examples_and_no_option_without_a_word(name, program, tmp_path):
     said = program(name, "--help", cwd=tmp_path, environment={"COLUMNS": "200"}).stdout
     assert "Examples:" in said
@@ -135,3 +159,28 @@ def test_output_without_a_terminal_is_plain(pico, program, tmp_path):
     done = program("ppx-convert", pico, "-o", "out", cwd=tmp_path, environment={"FORCE_COLOR": "", "NO_COLOR": "1"})
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
+
+
+def test_every_field_of_the_report_is_documented(bundle, program, pico, tmp_path):
+    page = (ROOT / "docs" / "verification.md").read_text()
+    shutil.copytree(bundle("--recipe", "4bit"), tmp_path / "mine")
+    options = ("--reference", pico, "--tokens", pico / "heldout_tokens.safetensors", "--sequences", "1")
+    program("ppx-verify", "mine", *options, "--frames", "20", "--rollout", "2", cwd=tmp_path)
+    report = json.loads((tmp_path / "mine" / "parity" / "report.json").read_text())
+    seen = [report, report["verdict"], report["bundle"], report["structure"], report["rollout"], report["times"]]
+    seen += [
+        report["kernels"][0],
+        report["weights"][0],
+        report["activations"][0],
+        report["activations"][0]["accumulated"],
+    ]
+    seen += list(report["predictions"]["text"]["bundle"].values())[1:] + [report["predictions"]["text"]]
+    for field in [field for fields in seen for field in fields]:
+        assert f"`{field}`" in page, field
+
+
+def test_the_documented_limits_are_the_defaults():
+    page = (ROOT / "docs" / "verification.md").read_text()
+    rows = re.findall(r"^\| (\d+|16 \(float\)) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    found = {int(bits.split()[0]): tuple(float(value) for value in values) for bits, *values in rows}
+    assert found == limits.DEFAULTS

@@ -83,7 +83,7 @@ def _is_report(report: Mapping[str, Any]) -> bool:
         and isinstance(bundle["recipe"], str)
         and isinstance(bundle["target"], str)
         and all(isinstance(bundle[key], int | float) for key in ("bytes", "bits_per_weight"))
-        and all(isinstance(row["tensor"], str) for row in report["weights"])
+        and all(isinstance(row["tensor"], str) and isinstance(row["source"], str) for row in report["weights"])
         and all(isinstance(row["component"], str) for row in report["activations"])
         and isinstance(report["predictions"], dict)
         and isinstance(report["material"], dict)

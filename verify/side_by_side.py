@@ -62,9 +62,8 @@ def _own_error(row: Mapping[str, Any]) -> float | None:
 
 
 def _tensor(row: Mapping[str, Any]) -> str:
-    """Return what a row of the weights is, in words that do not depend on the target's names."""
-    layer = "" if row["layer"] is None else f" layer {row['layer']}"
-    return name_of({"tensor": f"{row['component']}{layer} {row['module']}", "step": row["step"], "part": row["part"]})
+    """Return what a row of the weights is, by its name in the checkpoint, which does not depend on the target."""
+    return name_of({**row, "tensor": row["source"]})
 
 
 def _most_different(first: list[Any], second: list[Any], name: Any, value: Any) -> dict[str, Any]:

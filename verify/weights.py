@@ -139,6 +139,7 @@ def _row(piece: Piece, found: Sums, bundle: Bundle) -> dict[str, Any]:
     role = output.role
     return {
         "tensor": output.name,
+        "source": role.name,
         "file": bundle.layout.files[output],
         "component": role.component,
         "module": role.module,
