@@ -10,7 +10,8 @@ from golden import assert_near, assert_same_session, recorded, session
 from ppx.convert.source import locate, open_source
 from ppx.quant.affine import BITS, GROUP_SIZES, Affine
 from ppx.verify.bundle import Bundle, layout_of
-from ppx.verify.kernels import BOUND, self_test
+from ppx.verify.kernels import self_test
+from ppx.verify.limits import KERNEL_BOUND
 from ppx.verify.mlx_model import model_of
 from ppx.verify.places import places
 from ppx.verify.reference import TorchModel, to_torch
@@ -103,10 +104,10 @@ def test_it_attends_as_far_as_the_bundles_config_says(bundle):
 def test_the_kernels_of_this_mlx_compute_what_they_should():
     rows = self_test(Affine(bits, size) for bits in BITS for size in GROUP_SIZES)
     assert len(rows) == 3 * len(BITS) * len(GROUP_SIZES)
-    assert max(row["relative_l2"] for row in rows) < BOUND / 20
+    assert max(row["relative_l2"] for row in rows) < KERNEL_BOUND / 20
 
 
 def test_a_broken_kernel_is_seen(monkeypatch):
     real = mx.quantized_matmul
     monkeypatch.setattr(mx, "quantized_matmul", lambda *args, **named: real(*args, **named) * 1.001)
-    assert min(row["relative_l2"] for row in self_test([Affine(4, 64)])) > BOUND
+    assert min(row["relative_l2"] for row in self_test([Affine(4, 64)])) > KERNEL_BOUND

@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -174,7 +176,7 @@ def test_every_field_of_the_report_is_documented(bundle, program, pico, tmp_path
         report["activations"][0],
         report["activations"][0]["accumulated"],
     ]
-    seen += list(report["predictions"]["text"]["bundle"].values())[1:] + [report["predictions"]["text"]]
+    seen += [report["predictions"]["text"], *list(report["predictions"]["text"]["bundle"].values())[1:]]
     for field in [field for fields in seen for field in fields]:
         assert f"`{field}`" in page, field
 
@@ -184,3 +186,13 @@ def test_the_documented_limits_are_the_defaults():
     rows = re.findall(r"^\| (\d+|16 \(float\)) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
     found = {int(bits.split()[0]): tuple(float(value) for value in values) for bits, *values in rows}
     assert found == limits.DEFAULTS
+
+
+def test_programs_start_without_the_slow_libraries():
+    """Help, dry runs and mistakes should not wait for torch and its kind."""
+    slow = ("torch", "matplotlib", "sentencepiece")
+    for entry in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].values():
+        module = entry.split(":")[0]
+        code = f"import sys, {module}; print([name for name in {slow} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]", module
