@@ -17,7 +17,10 @@ R = TypeVar("R")
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit statuses
 
 
-def reported(command: Callable[P, R]) -> Callable[P, R]:
+CONVERSION = "interrupted: the same command goes on with the files that are complete"
+
+
+def reported(command: Callable[P, R], interrupted: str = CONVERSION) -> Callable[P, R]:
     """Let a command end in one line a problem and an exit status, never in a traceback, for what users can mend."""
 
     @functools.wraps(command)
@@ -35,7 +38,7 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             say(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
             raise typer.Exit(MISTAKE) from None
         except KeyboardInterrupt:
-            say("interrupted: the same command goes on with the files that are complete")
+            say(interrupted)
             raise typer.Exit(INTERRUPTED) from None
 
     return run

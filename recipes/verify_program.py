@@ -1,17 +1,19 @@
 """ppx-verify: does a bundle still compute what its checkpoint computes?"""
 
 import json
+import re
 import shlex
+from collections.abc import Mapping
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..convert import demo, source
 from ..convert.manifest import read_manifest
 from ..convert.problems import UserError
-from ..verify import report as reports
 from ..verify import side_by_side
 from ..verify.request import ARITHMETICS, DEVICES, Request
 from . import console, parity
@@ -32,7 +34,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 
 @app.command(epilog=EXAMPLES)
-@console.reported
+@partial(console.reported, interrupted="interrupted: the report was not written; the same command begins anew")
 def verify_bundle(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that ppx-convert wrote.")],
     other: Annotated[
@@ -78,28 +80,30 @@ def verify_bundle(
     asked = Request(
         tokens, audio, sequences, frames, rollout, str(arithmetic or ARITHMETICS[0]), device and str(device)
     )
-    opened = source.open_source(source.locate(_reference(bundle, reference), quiet=quiet), _is_filled(bundle))
+    made_from = _manifest(bundle)["source"]
+    location = source.locate(*_reference(bundle, reference, made_from), quiet=quiet)
+    opened = source.open_source(location, bool(made_from.get("filled")))
     found = parity.leave_report(opened, bundle, asked, _command(bundle, reference, asked), quiet)
     typer.echo(json.dumps(found, indent=1) if as_json else parity.text(found, bundle))
     parity.fail_if_failed(found)
 
 
-def _reference(bundle: Path, named: str | None) -> str:
-    """Return the source to compare with: the one that is named, else the one in the manifest if it can be found."""
-    if named:
-        return named
+def _manifest(bundle: Path) -> dict[str, Any]:
     manifest = read_manifest(bundle) if bundle.is_dir() else None
     if manifest is None:
-        raise UserError(f"{bundle}: not a bundle that ppx-convert wrote (no manifest.json)")
-    identity: str = manifest["source"]["id"]
-    if source.is_hub_id(identity) or identity in demo.SIZES:
-        return identity
+        raise UserError(f"{bundle}: not a bundle: give a folder that ppx-convert wrote (with a manifest.json)")
+    return manifest
+
+
+def _reference(bundle: Path, named: str | None, made_from: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the source to compare with, and its commit: the one that is named, else the one it was made from."""
+    identity = named or str(made_from["id"])
+    if identity == made_from["id"] and source.is_hub_id(identity):
+        commit = str(made_from.get("revision"))
+        return identity, commit if re.fullmatch("[0-9a-f]{40}", commit) else None
+    if named or identity in demo.SIZES:
+        return identity, None
     raise UserError(f"{bundle}: was made from a folder called {identity}: give it as --reference")
-
-
-def _is_filled(bundle: Path) -> bool:
-    manifest = read_manifest(bundle) if bundle.is_dir() else None
-    return bool(manifest and manifest["source"].get("filled"))
 
 
 def _command(bundle: Path, reference: str | None, asked: Request) -> str:
@@ -116,7 +120,7 @@ def _command(bundle: Path, reference: str | None, asked: Request) -> str:
 
 
 def _print_both(first: Path, second: Path, as_json: bool) -> None:
-    found = side_by_side.compare(reports.read(first), reports.read(second))
+    found = side_by_side.compare_reports(first, second)
     typer.echo(json.dumps(found, indent=1) if as_json else side_by_side.text((str(first), str(second)), found))
 
 

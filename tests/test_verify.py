@@ -7,6 +7,7 @@ import wave
 
 import numpy as np
 import pytest
+from ppx.convert.tensorfile import TensorFile
 from ppx.verify import report as reports
 from safetensors.numpy import load_file, save_file
 
@@ -32,8 +33,9 @@ def left(folder):
 
 def test_an_untouched_float_bundle_passes_with_its_noise_floor(mine, program, pico, tmp_path):
     folder = mine(*FLOAT)
-    done = program("ppx-verify", folder, "--reference", pico, *QUICK, cwd=tmp_path)
+    done = program("ppx-verify", folder, "--reference", pico, *QUICK, "--rollout", "8", cwd=tmp_path)
     assert "passes the comparison: 1 sequence of 40 frames, system prompt" in done.stdout
+    assert "a greedy session of 8 frames on both: never parts; 100% of the agent's tokens agree" in done.stdout
     report = left(folder)
     assert report["verdict"] == {"passed": True, "failures": []}
     for stream in ("text", "codebook_0", "agent"):
@@ -127,6 +129,15 @@ def test_recorded_tokens_are_scored(mine, program, pico, tmp_path):
     assert held["kl"]["mean"] == pytest.approx(np.mean(eight), rel=1e-4)
 
 
+def test_figures_of_mx_quantize_are_those_that_the_reference_code_gives(bundle, program, pico, tmp_path):
+    """The agent's divergence that NVIDIA's code shows with weights that mx.quantize made: 24 sequences, 200 frames."""
+    shutil.copytree(bundle("--bits", "4", "--method", "rtn", "--dtype", "bfloat16"), tmp_path / "mine")
+    options = ("--tokens", pico / "heldout_tokens.safetensors", "--sequences", "24", "--frames", "200")
+    program("ppx-verify", "mine", "--reference", pico, *options, cwd=tmp_path)
+    found = left(tmp_path / "mine")["predictions"]["agent"]["bundle"]
+    assert found["kl"]["mean"] == pytest.approx(0.0586, rel=0.01)
+
+
 def test_a_failing_bundle_ends_with_one_and_says_why(pico, program, tmp_path):
     (tmp_path / "strict.toml").write_text(
         '[[rules]]\ncomponents = ["temporal"]\nbits = 4\ngroup_size = 64\n[parity]\nagent_kl = 0.000001\n'
@@ -187,6 +198,36 @@ def test_targets_side_by_side(mine, program, pico, tmp_path):
     assert sum(found["tensors"]["better"].values()) > 250
 
 
+def test_a_bundle_that_cannot_be_read_fails_with_a_report(mine, program, pico, tmp_path):
+    folder = mine(*SWIFT)
+    path = folder / "depformer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    done = program("ppx-verify", folder, "--reference", pico, cwd=tmp_path, status=1)
+    assert "depformer.safetensors" in done.stderr
+    assert (folder / "parity" / "report.md").read_text().startswith("# Failed")
+    assert "Why it fails" in (folder / "parity" / "report.html").read_text()
+    assert left(folder)["predictions"] == {}
+    (folder / "config.json").write_text("{")
+    program("ppx-verify", folder, "--reference", pico, cwd=tmp_path, status=1)
+    assert any("config.json" in failure["place"] for failure in left(folder)["verdict"]["failures"])
+
+
+def test_weights_that_are_not_finite_fail_with_a_report(mine, program, pico, tmp_path):
+    folder = mine(*SWIFT)
+    opened = TensorFile(folder / "temporal.safetensors")
+    with (folder / "temporal.safetensors").open("r+b") as file:
+        file.seek(opened.offsets["layers.1.gating.linear_out.scales"])
+        file.write(np.array([np.nan], np.float16).tobytes())
+    opened.close()
+    program("ppx-verify", folder, "--reference", pico, *QUICK, cwd=tmp_path, status=1)
+    report = left(folder)
+    messages = [failure["message"] for failure in report["verdict"]["failures"]]
+    assert any("layers.1.gating.linear_out.weight: relative error nan" in message for message in messages)
+    assert any("it starts at temporal layer 1 mlp" in message for message in messages)
+    assert report["predictions"]["text"]["bundle"]["kl"]["mean"] is None
+    assert "not finite" in (folder / "parity" / "report.md").read_text()
+
+
 class TestWhatCannotBeCompared:
     def test_another_source(self, bundle, program, tmp_path):
         done = program("ppx-verify", bundle(*SWIFT), "--reference", "demo", cwd=tmp_path, status=2)
@@ -198,7 +239,7 @@ class TestWhatCannotBeCompared:
         assert "was made from a folder called pico: give it as --reference" in done.stderr
 
     def test_no_bundle(self, pico, program, tmp_path):
-        for path, words in ((pico, "no manifest.json"), (tmp_path / "nothing", "not a folder")):
+        for path, words in ((pico, "not a bundle"), (tmp_path / "nothing", "not a bundle")):
             done = program("ppx-verify", path, "--reference", pico, cwd=tmp_path, status=2)
             assert words in done.stderr
 
@@ -210,6 +251,21 @@ class TestWhatCannotBeCompared:
             (tmp_path / f"{number}.json").write_text(text)
             done = program("ppx-verify", f"{number}.json", f"{number}.json", cwd=tmp_path, status=2)
             assert "not a report" in done.stderr
+
+    def test_a_report_that_commands_a_terminal(self, mine, pico, program, tmp_path):
+        folder = mine(*SWIFT)
+        program("ppx-verify", folder, "--reference", pico, *QUICK, cwd=tmp_path)
+        report = left(folder)
+        for damage in (
+            {"command": "\x1b[2J"},
+            {"limits": {"other": 1}},
+            {"weights": [{}]},
+            {"predictions": {"text": 1}},
+        ):
+            (tmp_path / "bad.json").write_text(json.dumps(report | damage))
+            done = program("ppx-verify", folder, "bad.json", cwd=tmp_path, status=2)
+            assert "not a report" in done.stderr
+            assert "\x1b" not in done.stderr
 
     @pytest.mark.parametrize(
         ("tokens", "words"),

@@ -166,7 +166,8 @@ class Bundle:
         """Read the bundle's voices; raises UserError with what is wrong with them."""
         if self.layout.target.voice_cache is None:
             return read_voices(self.folder / VOICES, self.architecture)[0]
-        return [_voice(self.folder, name) for name in self.manifest["voices"]]
+        files = sorted(name for name in self.manifest["files"] if name.startswith("voices/"))
+        return [_voice(self.folder / name) for name in files]  # the manifest names no file outside of the folder
 
     def reach(self) -> tuple[int, int]:
         """Return how many frames and how many depformer steps a runtime lets attend, by the bundle's config.json."""
@@ -189,14 +190,13 @@ def to_mlx(array: NDArray[Any]) -> mx.array:
     return mx.array(array)
 
 
-def _voice(folder: Path, name: str) -> Voice:
+def _voice(path: Path) -> Voice:
     """Read a voice's own file."""
-    path = folder / "voices" / f"{name}.safetensors"
     file = TensorFile(path)
     try:
         if set(file.specs) != {"cache", "embeddings"}:
             raise UserError(f"{path}: holds {', '.join(file.specs) or 'nothing'}, not cache and embeddings")
         arrays = {key: file.read(key, 0, spec.rows).reshape(spec.shape) for key, spec in file.specs.items()}
-        return Voice(name, arrays["embeddings"], arrays["cache"].astype(np.int64))
+        return Voice(path.stem, arrays["embeddings"], arrays["cache"].astype(np.int64))
     finally:
         file.close()

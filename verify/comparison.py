@@ -54,21 +54,19 @@ class Walk:
         """All three, by name."""
         return {"reference": self.reference, "noise": self.noise, "bundle": self.bundle}
 
-    def look_at(self, outputs: list[Output], kept: dict[tuple[str, int | None], Floats] | None = None) -> None:
-        """Compare outputs with the checkpoint; keep their float32 values, for each depformer step where it has its own.
+    def look_at(self, name: str, keep: bool = False) -> list[Floats]:
+        """Compare all that a source tensor became with it; keep its float32 values if asked to.
 
-        A step's rows of a stacked output are kept under that step.
+        Returns a matrix for each depformer step where it has them, else one, or nothing.
         """
-        for output in outputs:
+        kept: list[Floats] = []
+        for output in self.stored.layout.outputs[name]:
             shape = (output.rows[1] - output.rows[0], output.shape[-1])
-            values = np.empty(shape, np.float32) if kept is not None else None
+            values = np.empty(shape, np.float32) if keep else None
             self.measured.weights += weights.compare(self.stored, self.source.checkpoint, output, values)
             self.bar.update(self._share(output))
-            if kept is None or values is None:
-                continue
-            parts = np.split(values, output.parts)
-            for index, part in enumerate(parts):
-                kept[output.role.name, index if output.parts > 1 else output.step] = part
+            kept += [] if values is None else np.split(values, output.parts)
+        return kept
 
     def _share(self, output: Output) -> int:
         """Return the checkpoint's bytes that an output stands for."""
@@ -77,12 +75,10 @@ class Walk:
     def block(self, place: Place, streams: dict[str, Floats]) -> dict[str, Floats]:
         """Go through one block with all models; note how far apart they are."""
         names = [name for name in self.stored.layout.outputs if _belongs(name, place)]
-        kept: dict[tuple[str, int | None], Floats] = {}
-        self.look_at([output for name in names for output in self.stored.layout.outputs[name]], kept)
+        kept = {name: self.look_at(name, keep=True) for name in names}
 
         def read(name: str, step: int | None) -> torch.Tensor:
-            found = next(kept[key] for key in ((name, step), (name, None), *_own(kept, name)) if key in kept)
-            return torch.from_numpy(found)
+            return torch.from_numpy(kept[name][(step or 0) if len(kept[name]) > 1 else 0])
 
         local = replace(self.reference, weights=read, context=self.bundle.context, steps_seen=self.bundle.steps_seen)
         start = streams["reference"]
@@ -93,11 +89,6 @@ class Walk:
         after_all |= {name: self.models[name].block(place, streams[name])[1] for name in once}
         self.measured.activations += _rows(place, added, once, after_all)
         return after_all
-
-
-def _own(kept: dict[tuple[str, int | None], Floats], name: str) -> list[tuple[str, int | None]]:
-    """Return the keys of a tensor that is one depformer step's by its name."""
-    return [key for key in kept if key[0] == name]
 
 
 def _belongs(name: str, place: Place) -> bool:
@@ -133,7 +124,7 @@ def compare(
     arithmetic: dtype of the bundle's activations. device: where PyTorch runs. The bar advances by the checkpoint's
     bytes. Raises UserError for files that break off or change while they are read.
     """
-    noise = replace(reference_of(source.checkpoint, _TORCH[stored.manifest["dtype"]], device))
+    noise = reference_of(source.checkpoint, _TORCH[stored.manifest["dtype"]], device)
     walk = Walk(
         source,
         stored,
@@ -154,17 +145,17 @@ def compare(
 def _temporal(walk: Walk) -> dict[str, Floats]:
     """Go through the temporal transformer; return its normalized output, ``[sequences, frames, dim]`` of each model."""
     arch, material = walk.source.architecture, walk.material
-    outputs = walk.stored.layout.outputs
-    walk.look_at([o for held in outputs.values() for o in held if o.role.component == "embeddings"])
-    voices = {"reference": walk.source.voices, "noise": walk.source.voices, "bundle": walk.stored.voices()}
-    streams = {
-        name: model.embed(material.tokens, material.vectors(voices[name], arch.dim))
-        for name, model in walk.models.items()
-    }
+    for name, held in walk.stored.layout.outputs.items():
+        if held[0].role.component == "embeddings":
+            walk.look_at(name)
+    own = walk.stored.voices() if material.voices else []
+    vectors = {name: material.vectors(walk.source.voices, arch.dim) for name in ("reference", "noise")}
+    vectors["bundle"] = material.vectors(own, arch.dim)
+    streams = {name: model.embed(material.tokens, vectors[name]) for name, model in walk.models.items()}
     walk.measured.activations += _edge("embeddings", streams)
     for place in places(arch, "temporal"):
         streams = walk.block(place, streams)
-    walk.look_at(outputs["out_norm.alpha"])
+    walk.look_at("out_norm.alpha")
     streams = {name: model.out_norm(streams[name]) for name, model in walk.models.items()}
     walk.measured.activations += _edge("out_norm", streams)
     return streams
@@ -183,7 +174,7 @@ def _edge(name: str, streams: dict[str, Floats], step: int | None = None) -> lis
 def _text(walk: Walk, hidden: dict[str, Floats]) -> None:
     """Compare text predictions."""
     material = walk.material
-    walk.look_at(walk.stored.layout.outputs["text_linear.weight"])
+    walk.look_at("text_linear.weight")
     heads: dict[str, Callable[[Floats], Floats]] = {name: model.text_logits for name, model in walk.models.items()}
     chosen = material.counted[:, 0]
     states = {name: array[chosen] for name, array in hidden.items()}
@@ -195,7 +186,6 @@ def _text(walk: Walk, hidden: dict[str, Floats]) -> None:
 def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
     """Go through the depformer and compare its predictions, codebook by codebook."""
     arch, material = walk.source.architecture, walk.material
-    outputs = walk.stored.layout.outputs
     counted, targets = material.counted[:, 1 : arch.steps + 1], material.targets
     chosen = counted.any(1)  # frames where some codebook counts
     measured = walk.measured
@@ -203,7 +193,7 @@ def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
     states = {name: array[chosen] for name, array in hidden.items()}
     streams = {name: np.empty((len(known), arch.steps, arch.depformer_dim), np.float32) for name in walk.models}
     for step in range(arch.steps):
-        walk.look_at(outputs[f"depformer_in.{step}.weight"])
+        walk.look_at(f"depformer_in.{step}.weight")
         for name, model in walk.models.items():
             streams[name][:, step] = model.step_input(step, states[name], known[:, step])
         measured.activations += _edge("input", {name: array[:, step] for name, array in streams.items()}, step)
@@ -211,7 +201,7 @@ def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
         streams = walk.block(place, streams)
     of_steps = counted.transpose(0, 2, 1)[chosen]
     for step in range(arch.steps):
-        walk.look_at(outputs[f"linears.{step}.weight"])
+        walk.look_at(f"linears.{step}.weight")
         rows = of_steps[:, step]
         heads = {name: _head(model, step) for name, model in walk.models.items()}
         states = {name: np.ascontiguousarray(array[rows, step]) for name, array in streams.items()}

@@ -68,6 +68,7 @@ def read(path: Path) -> dict[str, Any]:
             raise UserError(f"{file}: over 256 MiB, which no report is")
         report = json.loads(file.read_text("utf-8"))
         known = report["report_version"] == REPORT_VERSION and _is_report(report)
+        figures(report), worst(report)  # use most of it
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a report of ppx-verify ({str(error)[:60]!r})") from None
     if not known:
@@ -78,16 +79,24 @@ def read(path: Path) -> dict[str, Any]:
 def _is_report(report: Mapping[str, Any]) -> bool:
     """Tell whether what is used of a report has the right types; may raise where it has not."""
     bundle = report["bundle"]
+    rows = [*report["weights"], *report["activations"]]
     return (
         type(report["verdict"]["passed"]) is bool
-        and isinstance(bundle["recipe"], str)
-        and isinstance(bundle["target"], str)
         and all(isinstance(bundle[key], int | float) for key in ("bytes", "bits_per_weight"))
-        and all(isinstance(row["tensor"], str) and isinstance(row["source"], str) for row in report["weights"])
-        and all(isinstance(row["component"], str) for row in report["activations"])
-        and isinstance(report["predictions"], dict)
+        and all(isinstance(row["source"], str) for row in report["weights"])
+        and all(isinstance(row["component"], str) for row in rows)
         and isinstance(report["material"], dict)
+        and _is_printable(report)
     )
+
+
+def _is_printable(value: Any) -> bool:
+    """Tell whether no text in a report can command a terminal."""
+    if isinstance(value, str):
+        return value.isprintable()
+    if isinstance(value, Mapping):
+        return all(_is_printable(inner) for pair in value.items() for inner in pair)
+    return all(_is_printable(inner) for inner in value) if isinstance(value, list) else True
 
 
 def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -109,20 +118,24 @@ def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 def worst(report: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the worst five tensors, blocks and streams, as lines."""
     tensors = [row for row in report["weights"] if row["relative_rmse"] is None or row["relative_rmse"] > 0]
-    tensors.sort(key=lambda row: -(math.inf if row["relative_rmse"] is None else row["relative_rmse"]))
+    tensors.sort(key=lambda row: -_badness(row["relative_rmse"]))
     blocks = [row for row in report["activations"] if row["local"]]
-    blocks.sort(key=lambda row: -(row["local"]["relative_l2"] or math.inf))
+    blocks.sort(key=lambda row: -_badness(row["local"]["relative_l2"]))
     streams = [
         (name, held["bundle"]["kl"])
         for name, held in report["predictions"].items()
         if name not in ("agent", "user") and held["bundle"]["kl"]
     ]
-    streams.sort(key=lambda pair: -(pair[1]["mean"] or math.inf))
+    streams.sort(key=lambda pair: -_badness(pair[1]["mean"]))
     return {
         "tensors, relative error": [f"{name_of(row)}: {_percent(row['relative_rmse'])}" for row in tensors[:_WORST]],
         "blocks, own error": [f"{block_name(row)}: {_percent(row['local']['relative_l2'])}" for row in blocks[:_WORST]],
         "streams, KL": [f"{name.replace('_', ' ')}: {short(kl['mean'])}" for name, kl in streams[:_WORST]],
     }
+
+
+def _badness(value: float | None) -> float:
+    return math.inf if value is None else value  # None stands for what is not finite
 
 
 def _percent(value: float | None) -> str:

@@ -1,13 +1,24 @@
 """Two reports beside each other: which bundle is better, and where."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..convert.describe import size
+from ..convert.problems import UserError
 from .limits import block_name, name_of
-from .report import figures, short
+from .report import figures, read, short
 
 _LISTED = 5
+
+
+def compare_reports(first: Path, second: Path) -> dict[str, Any]:
+    """Compare the reports of two bundles, or two report files; raises UserError for what is none."""
+    reports = [read(path) for path in (first, second)]
+    try:
+        return compare(*reports)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{first}, {second}: not reports of ppx-verify ({str(error)[:60]!r})") from None
 
 
 def differs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

@@ -50,6 +50,10 @@ def problems(folder: Path, manifest: dict[str, Any], layout: Layout, bar: "tqdm[
             if expected.get(key) != held.get(key):
                 found.append(f"{name}: {key}: {_shown(held.get(key))}, where {_shown(expected.get(key))} is expected")
                 readable = readable and key not in expected
+    try:
+        read_config(folder / CONFIG)
+    except UserError as error:
+        return found + error.problems, False
     return found + _settings(folder, manifest, layout), readable
 
 
