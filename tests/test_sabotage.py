@@ -199,6 +199,22 @@ def test_one_voice_zeroed(sealed, broken, reasons):
     assert not named(found, "voice VARM2")
 
 
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize(
+    ("options", "name"), [(SWIFT, "mimi.safetensors"), (("--recipe", "moshi-q4"), "tokenizer_spm_32k_3.model")]
+)
+def test_a_codec_or_tokenizer_that_is_not_the_sources(sealed, options, name, broken, reasons):
+    folder = broken(*options)
+    data = bytearray((folder / name).read_bytes())
+    data[-3] ^= 1
+    (folder / name).write_bytes(data)
+    if sealed:
+        seal(folder)
+    assert named(
+        reasons(folder), f"{name}: is not the source's" if sealed else f"{name}: its sha256", check="structure"
+    )
+
+
 def test_a_missing_tensor(broken, reasons):
     folder = broken(*SWIFT)
     path = folder / "depformer.safetensors"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..convert.architecture import Architecture
+from ..convert.problems import UserError
 from ..convert.voices import Voice
 from .model import Floats, Memory, Model, Tokens
 from .places import places
@@ -41,7 +42,7 @@ def system_prompt(architecture: Architecture, text: Sequence[int]) -> list[Frame
 class Columns:
     """The delayed columns of tokens under way, ``[streams]`` each, beginning with a voice's last ones.
 
-    Raises ValueError for a voice whose ring is too short for the delays.
+    Raises UserError for a voice whose ring is too short for the delays.
     """
 
     architecture: Architecture
@@ -54,7 +55,10 @@ class Columns:
         ring = self.voice.cache[0]
         longest = max(self.architecture.delays)
         if ring.shape[1] < longest + 2:
-            raise ValueError(f"voice {self.voice.name} holds {ring.shape[1]} columns: {longest + 2} are needed")
+            raise UserError(
+                f"voice {self.voice.name}: holds {ring.shape[1]} columns of tokens, where the model's delays need "
+                f"{longest + 2}: it belongs to another one"
+            )
         self.next = len(self.voice.embeddings) + 1  # the first step completes column 1
         for column in range(self.next - 1, self.next + longest):
             self.held[column] = ring[:, column % ring.shape[1]].astype(np.int32)
@@ -89,8 +93,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step of the session gave. tokens: the newest complete frame, ``[streams]``. text_logits:
-    ``[text_card]``. audio_logits: ``[steps, card]``. predicted: the greedy token of each stream."""
+    """What a step of the session gave.
+
+    tokens: the newest complete frame, ``[streams]``. text_logits: ``[text_card]``. audio_logits: ``[steps, card]``.
+    """
 
     tokens: Tokens
     text_logits: Floats

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..convert.architecture import read_config
 from ..convert.problems import UserError
 from ..convert.recipe import DTYPES
-from ..convert.scan import BLOCK
+from ..convert.scan import BLOCK, hash_file
 from ..convert.source import CONFIG
 from ..convert.tensorfile import DTYPES as NUMPY_DTYPES
 from ..convert.tensorfile import TensorFile
@@ -121,6 +121,17 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, inner in value.items():
         found |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
+    return found
+
+
+def copy_problems(manifest: dict[str, Any], layout: Layout, source: Path) -> list[str]:
+    """Return files that are copies of the source's by their names, and hold something else."""
+    found = []
+    for original, name in layout.target.copies.items():
+        with tqdm(disable=True) as unseen:  # 400 MB at most: a second
+            expected = hash_file(source / original, unseen).sha256
+        if manifest["files"].get(name, {}).get("sha256") != expected:
+            found.append(f"{name}: is not the source's {original}")
     return found
 
 

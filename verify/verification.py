@@ -30,6 +30,7 @@ from .material import (
     read_tokens,
 )
 from .request import Request
+from .session import PAUSE
 
 LIBRARIES = ("mlx", "numpy", "torch")
 
@@ -73,6 +74,7 @@ def verify(
     total = sum(record["size"] for record in manifest["files"].values())
     with byte_bar("hashing bundle", total, quiet) as progress:
         problems, readable = structure.problems(folder, manifest, layout, progress)
+    problems += structure.copy_problems(manifest, layout, source.location.folder)
     forms = [output.form for output in layout.every() if output.form]
     report: dict[str, Any] = {
         "verdict": {},
@@ -103,8 +105,9 @@ def _measure(
     report: dict[str, Any], source: Source, stored: Bundle, material: Material, request: Request, quiet: bool
 ) -> None:
     """Fill in what only a bundle tells that can be read."""
-    report["structure"]["problems"] += structure.voice_problems(stored, source.voices)
-    if any("voice" in problem for problem in report["structure"]["problems"]) and material.voices:
+    wrong = structure.voice_problems(stored, source.voices)
+    report["structure"]["problems"] += wrong
+    if wrong and material.voices:
         return  # the sequences begin with voices
     size = sum(2 * role.shape[0] * role.shape[-1] for role in roles(source.architecture).values())
     with byte_bar("comparing", size, quiet) as progress:
@@ -124,7 +127,7 @@ def _roll(
     text = prompt_tokens(source.location.folder / TOKENIZER, a, PROMPT)
     voice = material.voices[0] if material.voices else source.voices[0].name
     played = rollout.script(source, voice, text, request.rollout, heard)
-    total = 2 * (len(text) + 2 * 6 + request.rollout)
+    total = 2 * (len(text) + 2 * PAUSE + request.rollout)
     with bar("speaking", total, "frame", quiet) as progress:
         return rollout.run(source, stored, played, progress, arithmetic, _torch_device(request))
 
