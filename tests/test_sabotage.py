@@ -215,34 +215,41 @@ def test_a_codec_or_tokenizer_that_is_not_the_sources(sealed, options, name, bro
     )
 
 
-def test_a_missing_tensor(broken, reasons):
-    folder = broken(*SWIFT)
-    path = folder / "depformer.safetensors"
+def rewrite_header(path, function):
+    """Change a safetensors file by a function of its parsed header and its bytes, which it returns changed."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    name = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
-    end = header.pop(name)["data_offsets"][0]
+    header, values = function(json.loads(data[8 : 8 + length]), data[8 + length :])
     text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :][:end])
-    seal_without = json.loads((folder / "manifest.json").read_text())
-    data = path.read_bytes()
-    seal_without["files"]["depformer.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(seal_without))
-    found = reasons(folder)
-    assert named(found, "depformer.safetensors", name, "nothing", check="structure")
+    path.write_bytes(len(text).to_bytes(8, "little") + text + values)
+
+
+def test_a_missing_tensor(broken, reasons):
+    folder = broken(*SWIFT)
+    lost = []
+
+    def without_the_last(header, values):
+        name = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+        lost.append(name)
+        return header, values[: header.pop(name)["data_offsets"][0]]
+
+    rewrite_header(folder / "depformer.safetensors", without_the_last)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = (folder / "depformer.safetensors").read_bytes()
+    manifest["files"]["depformer.safetensors"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert named(reasons(folder), "depformer.safetensors", lost[0], "nothing", check="structure")
 
 
 def test_a_tensor_that_nobody_expects(broken, reasons):
     folder = broken(*SWIFT)
-    path = folder / "temporal.safetensors"
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    end = max(fields["data_offsets"][1] for name, fields in header.items() if name != "__metadata__")
-    header["layers.9.norm1.alpha"] = {"dtype": "F16", "shape": [2], "data_offsets": [end, end + 4]}
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :] + bytes(4))
+
+    def with_another(header, values):
+        end = len(values)
+        header["layers.9.norm1.alpha"] = {"dtype": "F16", "shape": [2], "data_offsets": [end, end + 4]}
+        return header, values + bytes(4)
+
+    rewrite_header(folder / "temporal.safetensors", with_another)
     found = reasons(folder)
     assert named(found, "temporal.safetensors: layers.9.norm1.alpha", "where nothing is expected", check="structure")
 
