@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -119,9 +120,12 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
     """Tell whether what this toolkit uses of a manifest has the right types; may raise where it has not."""
     texts = [manifest["fingerprint"], manifest["target"], manifest["dtype"], manifest["recipe"]["name"]]
     texts += [manifest["source"]["id"], *manifest["voices"]]
-    files = manifest["files"].values()
+    files = [*manifest["files"].values(), *manifest["source"]["files"].values()]
+    figures = [manifest["bits_per_weight"], manifest["parameters"]]
     return (
-        all(isinstance(text, str) and text.isprintable() for text in texts)
+        (manifest["source"]["revision"] is None or str(manifest["source"]["revision"]).isprintable())
+        and all(type(figure) in (int, float) and 0 <= figure < math.inf for figure in figures)
+        and all(isinstance(text, str) and text.isprintable() for text in texts)
         and all(type(record["size"]) is int and _SHA256.fullmatch(record["sha256"]) for record in files)
         and all(_is_entry(entry) for entry in manifest["tensors"])
     )
@@ -129,10 +133,17 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
 
 def _is_entry(entry: dict[str, Any]) -> bool:
     if "source" not in entry:  # of a voice
-        return isinstance(entry["file"], str)
+        return isinstance(entry["file"], str) and "outputs" not in entry
     first, last = entry["rows"]
-    names = [entry["file"], entry["source"], *entry["outputs"]]
-    return bool(entry["outputs"]) and type(first) is type(last) is int and all(isinstance(name, str) for name in names)
+    names = [entry["file"], entry["source"], *entry["outputs"], *entry.get("crc32", [])]
+    figures = [*entry.get("relative_rmse_by_step", []), *([entry["relative_rmse"]] if "relative_rmse" in entry else [])]
+    return (
+        bool(entry["outputs"])
+        and type(first) is type(last) is int
+        and ("bits" in entry) == ("group_size" in entry)
+        and all(isinstance(name, str) and name.isprintable() for name in names)
+        and all(type(figure) in (int, float) and 0 <= figure < math.inf for figure in figures)
+    )
 
 
 def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:

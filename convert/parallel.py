@@ -23,14 +23,21 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
     The function must release the GIL for most of its time (reads, hashes and the quantization kernels do).
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="ppx") as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= AHEAD * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+        yield from in_order_on(pool, function, items, AHEAD * workers)
+
+
+def in_order_on(
+    pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], ahead: int | None = None
+) -> Iterator[Result]:
+    """Do the same on threads that are there already, with at most ``ahead`` items under way."""
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= (ahead or AHEAD * cores()):
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

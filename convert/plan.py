@@ -176,8 +176,13 @@ def _voice(name: str, inventory: Inventory, dtype: str, target: Target) -> Plann
     return PlannedFile(f"voices/{name}.safetensors", size, voice=name)
 
 
+def json_text(value: dict[str, Any]) -> str:
+    """Return settings as the bundle's JSON files hold them."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def _text(name: str, value: dict[str, Any]) -> PlannedFile:
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json_text(value)
     return PlannedFile(name, len(text.encode()), text=text)
 
 

@@ -11,6 +11,11 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+def printable(text: str) -> str:
+    """Return a text in which nothing can command a terminal, or fail to be written as UTF-8."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
+
+
 def refuse(problems: Sequence[str]) -> None:
     """Raise UserError with all problems, if there are any."""
     if problems:

@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 import typer
 
 from ..convert.manifest import TOOLKIT
-from ..convert.problems import CheckFailed, UserError
+from ..convert.problems import CheckFailed, UserError, printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,7 +46,7 @@ def reported(command: Callable[P, R], interrupted: str = CONVERSION) -> Callable
 
 def say(line: str) -> None:
     """Write a line for people, beside the output."""
-    typer.echo(line, err=True)
+    typer.echo(printable(line), err=True)
 
 
 def quiet(as_json: bool) -> bool:

@@ -14,8 +14,9 @@ from ..convert.recipe import DTYPES, Recipe, Rule
 from ..convert.targets import DEFAULT as DEFAULT_TARGET
 from ..convert.targets import TARGETS
 from ..quant.affine import DEFAULT_METHOD, Affine
+from ..verify.limits import FIGURES
 
-PARITY = ("text_kl", "codebook0_kl", "agent_kl", "agent_top1")
+PARITY = tuple(FIGURES)
 _TOP = ("description", "target", "dtype", "rules", "parity")
 _RULE = ("components", "modules", "layers", "steps", "bits", "group_size", "method", "keep")
 _LARGEST = 1 << 20

@@ -34,6 +34,8 @@ def text(found: Mapping[str, Any], bundle: Path) -> str:
         bound = f"{row['sign']} {reports.short(row['bound'])}"
         values = f"{reports.short(row['bundle']):>8}  {bound:>8}  {reports.short(row['noise']):>11}"
         lines.append(f"{row['name']:<41}{values}{'' if row['passed'] else '  fails'}")
+    if found["looser_limits"]:
+        lines.append(f"its recipe allows more than is usual for its bits: {', '.join(found['looser_limits'])}")
     if session := found["rollout"]:
         first = session["first_difference"]
         parts = f"parts at frame {first['frame']} ({first['stream']})" if first else "never parts"

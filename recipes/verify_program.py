@@ -70,10 +70,12 @@ def verify_bundle(
     Ends with 0 if the bundle passes, 1 if it fails, 2 if it could not be compared.
     """
     if other is not None:
-        if reference or tokens or audio:
-            raise UserError("two bundles are compared by their reports: leave --reference, --tokens and --audio out")
+        if any((reference, tokens, audio, sequences, frames, rollout, arithmetic, device)):
+            raise UserError("two bundles are compared by their reports: leave all options but --json out")
         _print_both(bundle, other, as_json)
         return
+    if audio and sequences:
+        raise UserError("--sequences says nothing of --audio, which is one: leave it out")
     if tokens and audio:
         raise UserError("--tokens and --audio contradict each other: give one of them")
     quiet = console.quiet(as_json)
@@ -116,6 +118,7 @@ def _command(bundle: Path, reference: str | None, asked: Request) -> str:
     for option, number in (("--sequences", asked.sequences), ("--frames", asked.frames), ("--rollout", asked.rollout)):
         words += [option, str(number)] if number else []
     words += ["--arithmetic", asked.arithmetic] if asked.arithmetic != ARITHMETICS[0] else []
+    words += ["--device", asked.device] if asked.device else []
     return shlex.join(words)
 
 

@@ -23,7 +23,7 @@ def softmax(logits):
 @given(FLOATS, FLOATS)
 def test_divergence_is_the_sum_over_the_vocabulary(first, second):
     seen = Predictions()
-    seen.add(first, second, None)
+    seen.add(first, second, None, np.arange(7))
     p, q = softmax(first), softmax(second)
     expected = (p * (np.log(p) - np.log(q))).sum(-1)
     np.testing.assert_allclose(np.concatenate(seen.kl), expected.astype(float), atol=1e-9)
@@ -33,10 +33,10 @@ def test_divergence_is_the_sum_over_the_vocabulary(first, second):
 def test_a_prediction_compared_with_itself():
     logits = np.random.default_rng(0).standard_normal((40, 9), np.float32)
     seen = Predictions()
-    seen.add(logits, logits, np.arange(40, dtype=np.int32) % 9)
+    seen.add(logits, logits, np.arange(40, dtype=np.int32) % 9, np.arange(40) // 20)
     found = seen.summary()
     assert found["kl"]["mean"] == found["kl"]["max"] == 0
-    assert found["top1"] == {"agreement": 1.0, "standard_error": 0.0}
+    assert found["top1"] == {"agreement": 1.0, "standard_error": 0.0, "by_sequence": [1.0, 1.0]}
     assert found["loss"]["change"] == 0
     assert found["loss"]["perplexity_ratio"] == 1
     expected = -np.log(softmax(logits)[np.arange(40), np.arange(40) % 9]).mean()
@@ -48,14 +48,16 @@ def test_spread_and_standard_error():
     second = np.stack([np.linspace(0, 5, 1000, dtype=np.float32), np.zeros(1000, np.float32)], 1)
     seen = Predictions()
     targets = np.where(np.arange(1000) < 10, 0, -1).astype(np.int32)  # most tokens are not known
-    seen.add(first, second, targets)
+    seen.add(first, second, targets, np.arange(1000) // 250)
     found = seen.summary()
     kl = np.log(0.5) - 0.5 * (np.log(softmax(second)).sum(-1)).astype(float)
     assert found["positions"] == 1000
     assert found["loss"]["positions"] == 10
     assert found["kl"]["mean"] == pytest.approx(kl.mean())
     assert found["kl"]["p99_9"] == pytest.approx(np.percentile(kl, 99.9))
-    assert found["kl"]["standard_error"] == pytest.approx(kl.std(ddof=1) / math.sqrt(1000))
+    means = kl.reshape(4, 250).mean(1)  # sequences are independent, their positions are not
+    assert found["kl"]["standard_error"] == pytest.approx(means.std(ddof=1) / 2)
+    assert found["loss"]["standard_error"] is None  # all known tokens are in one sequence
     assert found["kl"]["median"] < found["kl"]["p90"] < found["kl"]["p99"] < found["kl"]["max"]
 
 
@@ -63,9 +65,11 @@ def test_long_inputs_in_pieces():
     random = np.random.default_rng(1)
     first, second = (random.standard_normal((9000, 600), np.float32) for _ in range(2))
     whole, pieces = Predictions(), Predictions()
-    whole.add(first, second, None)
+    numbers = np.arange(9000) // 1000
+    whole.add(first, second, None, numbers)
     for begin in range(0, 9000, 700):
-        pieces.add(first[begin : begin + 700], second[begin : begin + 700], None)
+        rows = slice(begin, begin + 700)
+        pieces.add(first[rows], second[rows], None, numbers[rows])
     assert len(whole.kl) > 1
     assert whole.summary() == pieces.summary()
 
@@ -73,17 +77,18 @@ def test_long_inputs_in_pieces():
 def test_the_mean_of_streams():
     streams = [{"positions": 0, "kl": None, "top1": None, "loss": None}]
     assert mean_of(streams)["kl"] is None
-    for kl, error in ((0.1, 0.03), (0.3, 0.04)):
+    for means in ([0.1, 0.3], [0.4, 0.4]):
         streams.append(
             {
                 "positions": 10,
-                "kl": {"mean": kl, "standard_error": error},
-                "top1": {"agreement": 0.5, "standard_error": 0.1},
+                "kl": {"mean": np.mean(means), "standard_error": 9, "by_sequence": means},
+                "top1": {"agreement": 0.5, "standard_error": 9, "by_sequence": [0.5, 0.5]},
                 "loss": None,
             }
         )
-    found = mean_of(streams)
-    assert found["kl"] == {"mean": pytest.approx(0.2), "standard_error": pytest.approx(0.025)}
+    found = mean_of(streams)  # the sequences' means are .25 and .35
+    assert found["kl"] == {"mean": pytest.approx(0.3), "standard_error": pytest.approx(0.05)}
+    assert found["top1"] == {"agreement": 0.5, "standard_error": 0}
     assert found["positions"] == 20
 
 

@@ -292,10 +292,18 @@ class TestWhatCannotBeCompared:
         done = program("ppx-verify", bundle(*SWIFT), *options, cwd=tmp_path, status=2)
         assert "not a codec that rustymimi loads" in done.stderr
 
+    @pytest.mark.parametrize("options", [("--frames", "20"), ("--frames", "24"), ("--tokens", "silent.safetensors")])
+    def test_material_that_tells_nothing_of_the_agent(self, options, bundle, pico, program, tmp_path):
+        tokens = np.full((1, 17, 9), 5, np.int32)
+        tokens[:, 1:9] = -1
+        save_file({"tokens": tokens}, tmp_path / "silent.safetensors")
+        done = program("ppx-verify", bundle(*SWIFT), "--reference", pico, *options, cwd=tmp_path, status=2)
+        assert "tell nothing of some of the agent's codebooks: give more --frames" in done.stderr
+
     def test_options_that_contradict_each_other(self, bundle, pico, program, tmp_path):
         folder = bundle(*SWIFT)
         done = program("ppx-verify", folder, folder, "--reference", pico, cwd=tmp_path, status=2)
-        assert "leave --reference" in done.stderr
+        assert "leave all options but --json out" in done.stderr
         done = program("ppx-verify", folder, "--tokens", "a", "--audio", "b", cwd=tmp_path, status=2)
         assert "contradict each other" in done.stderr
 

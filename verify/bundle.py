@@ -21,6 +21,8 @@ from ..convert.tensorfile import Spec, TensorFile
 from ..convert.voices import Voice, read_voices
 from ..quant.affine import BFLOAT16, Affine
 
+_FARTHEST = 1 << 24  # frames: far above any context
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -175,7 +177,7 @@ class Bundle:
         spans = [config.get("context"), config.get("depformer_context")]
         if isinstance(config.get("temporal"), dict) and isinstance(config.get("depformer"), dict):
             spans = [config["temporal"].get("context"), config["depformer"].get("context")]
-        found = [span if type(span) is int and span > 0 else None for span in spans]
+        found = [min(span, _FARTHEST) if type(span) is int and span > 0 else None for span in spans]
         return found[0] or self.architecture.context, found[1] or self.architecture.steps
 
     def close(self) -> None:
@@ -186,7 +188,7 @@ class Bundle:
 def to_mlx(array: NDArray[Any]) -> mx.array:
     """Return a numpy array as an MLX one of the same dtype."""
     if array.dtype == BFLOAT16:
-        return mx.array(array.view(np.uint16)).view(mx.bfloat16)
+        return mx.array(array.view(np.uint16)).view(mx.bfloat16, stream=mx.cpu)
     return mx.array(array)
 
 
@@ -197,6 +199,6 @@ def _voice(path: Path) -> Voice:
         if set(file.specs) != {"cache", "embeddings"}:
             raise UserError(f"{path}: holds {', '.join(file.specs) or 'nothing'}, not cache and embeddings")
         arrays = {key: file.read(key, 0, spec.rows).reshape(spec.shape) for key, spec in file.specs.items()}
-        return Voice(path.stem, arrays["embeddings"], arrays["cache"].astype(np.int64))
+        return Voice(path.stem, arrays["embeddings"], arrays["cache"])
     finally:
         file.close()

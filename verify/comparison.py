@@ -1,14 +1,17 @@
 """A checkpoint and its bundle, side by side through their layers: weights, activations and predictions."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ..convert.output import Output
+from ..convert.parallel import cores
 from ..convert.source import Source
 from . import weights
 from .bundle import Bundle
@@ -20,6 +23,7 @@ from .places import Place, places
 from .reference import TorchModel, reference_of
 
 _LOGITS = 1 << 24  # logits held at a time, of each model
+_POSITIONS = 2048  # frames, or rows of depformer steps, that go through a block at a time
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -47,6 +51,7 @@ class Walk:
     bundle: MlxModel
     material: Material
     measured: Measured
+    pool: ThreadPoolExecutor
     bar: "tqdm[Any]"
 
     @property
@@ -63,7 +68,7 @@ class Walk:
         for output in self.stored.layout.outputs[name]:
             shape = (output.rows[1] - output.rows[0], output.shape[-1])
             values = np.empty(shape, np.float32) if keep else None
-            self.measured.weights += weights.compare(self.stored, self.source.checkpoint, output, values)
+            self.measured.weights += weights.compare(self.stored, self.source.checkpoint, output, self.pool, values)
             self.bar.update(self._share(output))
             kept += [] if values is None else np.split(values, output.parts)
         return kept
@@ -82,13 +87,23 @@ class Walk:
 
         local = replace(self.reference, weights=read, context=self.bundle.context, steps_seen=self.bundle.steps_seen)
         start = streams["reference"]
-        added, after = self.reference.block(place, start)
-        once = {"bundle": local.block(place, start)[0], "noise": self.noise.block(place, start)[0]}
+        added, after = _block(self.reference, place, start)
+        once = {"bundle": _block(local, place, start)[0], "noise": _block(self.noise, place, start)[0]}
         kept.clear()
         after_all = {"reference": after}
-        after_all |= {name: self.models[name].block(place, streams[name])[1] for name in once}
+        after_all |= {name: _block(self.models[name], place, streams[name])[1] for name in once}
         self.measured.activations += _rows(place, added, once, after_all)
         return after_all
+
+
+def _block(model: Model, place: Place, x: Floats) -> tuple[Floats, Floats]:
+    """Go through a block with so many sequences, or rows, at a time that what it holds meanwhile stays small."""
+    frames = x.shape[1] if place.component == "temporal" else 1
+    height = max(1, _POSITIONS // frames)
+    parts = [model.block(place, x[first : first + height]) for first in range(0, len(x), height)]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([added for added, _ in parts]), np.concatenate([after for _, after in parts])
 
 
 def _belongs(name: str, place: Place) -> bool:
@@ -122,20 +137,12 @@ def compare(
     """Take a bundle and its checkpoint through material; return all that was measured.
 
     arithmetic: dtype of the bundle's activations. device: where PyTorch runs. The bar advances by the checkpoint's
-    bytes. Raises UserError for files that break off or change while they are read.
+    bytes. Raises UserError for files that break off.
     """
     noise = reference_of(source.checkpoint, _TORCH[stored.manifest["dtype"]], device)
-    walk = Walk(
-        source,
-        stored,
-        reference_of(source.checkpoint, device=device),
-        noise,
-        model_of(stored, arithmetic),
-        material,
-        Measured(),
-        bar,
-    )
-    with torch.inference_mode():
+    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic)
+    with ThreadPoolExecutor(cores(), thread_name_prefix="ppx") as pool, torch.inference_mode():
+        walk = Walk(source, stored, reference, noise, bundle, material, Measured(), pool, bar)
         hidden = _temporal(walk)
         _text(walk, hidden)
         _audio(walk, hidden)
@@ -179,7 +186,7 @@ def _text(walk: Walk, hidden: dict[str, Floats]) -> None:
     chosen = material.counted[:, 0]
     states = {name: array[chosen] for name, array in hidden.items()}
     targets = material.targets[:, 0][chosen] if material.scored else None
-    found = _predict(heads, states, targets, walk.source.architecture.text_card)
+    found = _predict(heads, states, targets, np.nonzero(chosen)[0], walk.source.architecture.text_card)
     walk.measured.predictions["text"] = found
 
 
@@ -189,7 +196,7 @@ def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
     counted, targets = material.counted[:, 1 : arch.steps + 1], material.targets
     chosen = counted.any(1)  # frames where some codebook counts
     measured = walk.measured
-    known = targets.transpose(0, 2, 1)[chosen]
+    known, sequences = targets.transpose(0, 2, 1)[chosen], np.nonzero(chosen)[0]
     states = {name: array[chosen] for name, array in hidden.items()}
     streams = {name: np.empty((len(known), arch.steps, arch.depformer_dim), np.float32) for name in walk.models}
     for step in range(arch.steps):
@@ -206,7 +213,7 @@ def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
         heads = {name: _head(model, step) for name, model in walk.models.items()}
         states = {name: np.ascontiguousarray(array[rows, step]) for name, array in streams.items()}
         tokens = known[rows, step + 1] if material.scored else None
-        measured.predictions[f"codebook_{step}"] = _predict(heads, states, tokens, arch.card)
+        measured.predictions[f"codebook_{step}"] = _predict(heads, states, tokens, sequences[rows], arch.card)
     half = arch.n_q // 2
     of = [measured.predictions[f"codebook_{step}"] for step in range(arch.steps)]
     for name, streams_of in (("agent", of[:half]), ("user", of[half:])):
@@ -220,7 +227,11 @@ def _head(model: Model, step: int) -> Callable[[Floats], Floats]:
 
 
 def _predict(
-    heads: dict[str, Callable[[Floats], Floats]], states: dict[str, Floats], targets: Tokens | None, card: int
+    heads: dict[str, Callable[[Floats], Floats]],
+    states: dict[str, Floats],
+    targets: Tokens | None,
+    sequences: NDArray[np.int64],
+    card: int,
 ) -> dict[str, Any]:
     """Return the figures of one stream's predictions, for the bundle and for the noise floor."""
     seen = {"bundle": Predictions(), "noise": Predictions()}
@@ -229,5 +240,6 @@ def _predict(
         rows = slice(first, first + height)
         reference = heads["reference"](states["reference"][rows])
         for name, predictions in seen.items():
-            predictions.add(reference, heads[name](states[name][rows]), None if targets is None else targets[rows])
+            tokens = None if targets is None else targets[rows]
+            predictions.add(reference, heads[name](states[name][rows]), tokens, sequences[rows])
     return {name: predictions.summary() for name, predictions in seen.items()}

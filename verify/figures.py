@@ -43,15 +43,19 @@ class Predictions:
 
     kl: Kullback-Leibler divergence of the bundle's distribution from the reference's, in nats. same: whether the
     likeliest token is the same. loss_reference, loss_other: negative log-likelihood of the token that came, in nats.
+    sequences, scored: the sequence that each position of the former two, and of the latter two, belongs to.
     """
 
     kl: list[NDArray[np.float64]] = field(default_factory=list)
     same: list[NDArray[np.bool_]] = field(default_factory=list)
     loss_reference: list[NDArray[np.float64]] = field(default_factory=list)
     loss_other: list[NDArray[np.float64]] = field(default_factory=list)
+    sequences: list[NDArray[np.int64]] = field(default_factory=list)
+    scored: list[NDArray[np.int64]] = field(default_factory=list)
 
-    def add(self, reference: Floats, other: Floats, targets: Tokens | None) -> None:
+    def add(self, reference: Floats, other: Floats, targets: Tokens | None, sequences: NDArray[np.int64]) -> None:
         """Look at logits ``[positions, vocabulary]`` of both, and the tokens that came, -1 where none is known."""
+        self.sequences.append(sequences)
         height = max(1, _BLOCK // reference.shape[1])
         for first in range(0, len(reference), height):
             rows = slice(first, first + height)
@@ -60,13 +64,15 @@ class Predictions:
             self.same.append((p.argmax(-1) == q.argmax(-1)).numpy())
             if targets is not None:
                 known = targets[rows] >= 0
+                self.scored.append(sequences[rows][known])
                 tokens = torch.from_numpy(targets[rows][known].astype(np.int64))[:, None]
                 for x, losses in ((p, self.loss_reference), (q, self.loss_other)):
                     losses.append(-x[torch.from_numpy(known)].gather(1, tokens)[:, 0].numpy())
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of the stream."""
-        return summarize(*(_joined(parts) for parts in (self.kl, self.same, self.loss_reference, self.loss_other)))
+        columns = (self.kl, self.same, self.loss_reference, self.loss_other, self.sequences, self.scored)
+        return summarize(*(_joined(parts) for parts in columns))
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[np.float64]:
@@ -78,15 +84,20 @@ def summarize(
     same: NDArray[np.float64],
     loss_reference: NDArray[np.float64],
     loss_other: NDArray[np.float64],
+    sequences: NDArray[np.float64],
+    scored: NDArray[np.float64],
 ) -> dict[str, Any]:
-    """Return mean and spread of a stream's figures; None for those that no position tells."""
+    """Return mean and spread of a stream's figures; None for those that no position tells.
+
+    ``by_sequence`` holds the mean of each sequence, from which standard errors come: neighbours are not independent.
+    """
     if not len(kl):
         return {"positions": 0, "kl": None, "top1": None, "loss": None}
     spread = {name: float(np.percentile(kl, share)) for name, share in PERCENTILES.items()}
     found: dict[str, Any] = {
         "positions": len(kl),
-        "kl": {"mean": float(kl.mean()), "standard_error": _standard_error(kl), **spread, "max": float(kl.max())},
-        "top1": {"agreement": float(same.mean()), "standard_error": _standard_error(same)},
+        "kl": {"mean": float(kl.mean()), **_error(kl, sequences), **spread, "max": float(kl.max())},
+        "top1": {"agreement": float(same.mean()), **_error(same, sequences)},
         "loss": None,
     }
     if len(loss_reference):
@@ -96,19 +107,25 @@ def summarize(
             "reference": float(loss_reference.mean()),
             "bundle": float(loss_other.mean()),
             "change": float(change.mean()),
-            "standard_error": _standard_error(change),
+            **_error(change, scored),
             "perplexity_ratio": math.exp(min(float(change.mean()), 700.0)),
         }
     return found
 
 
-def _standard_error(values: NDArray[np.float64]) -> float | None:
-    """Return the standard error of a mean, positions taken as independent; None for a single one."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+def _error(values: NDArray[np.float64], sequences: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the mean of each sequence, and the standard error of the whole mean that their spread gives."""
+    means = [float(values[sequences == number].mean()) for number in np.unique(sequences)]
+    return {"standard_error": _standard_error(means), "by_sequence": means}
+
+
+def _standard_error(means: list[float]) -> float | None:
+    """Return the standard error of the mean of some sequences; None for a single one, which tells no spread."""
+    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
 
 
 def mean_of(streams: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean of several streams' mean figures; their standard errors as if the streams were independent."""
+    """Return the mean of several streams' mean figures, and its standard error over sequences."""
     known = [stream for stream in streams if stream["positions"]]
     if not known:
         return {"positions": 0, "kl": None, "top1": None, "loss": None}
@@ -134,6 +151,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _mean_and_error(figures: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    errors = [figure["standard_error"] for figure in figures]
-    error = None if None in errors else math.sqrt(sum(error**2 for error in errors)) / len(errors)
-    return {key: _mean([figure[key] for figure in figures]), "standard_error": error}
+    rows = [figure["by_sequence"] for figure in figures]
+    alike = len({len(row) for row in rows}) == 1  # every stream told of every sequence
+    means = [float(mean) for mean in np.mean(rows, axis=0)] if alike else []
+    return {key: _mean([figure[key] for figure in figures]), "standard_error": _standard_error(means)}

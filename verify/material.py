@@ -19,6 +19,7 @@ DEFAULT_SEQUENCES = 3  # of the system prompt: voices
 DEFAULT_FRAMES = 96  # of the system prompt, whose text takes about 25 of them
 PROMPT = "You are a wise and friendly teacher. Answer questions or provide advice in a clear and engaging way."
 _LARGEST = 1 << 30  # bytes of a token file
+_MOST_FRAMES = 4096  # of a sequence: attention holds a square of them for each head
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,22 @@ class Material:
         return found
 
 
+def checked(material: Material, architecture: Architecture) -> Material:
+    """Return material that tells all limited figures; raises UserError for what is too long, or says too little."""
+    frames = material.tokens.shape[2]
+    if frames > _MOST_FRAMES:
+        raise UserError(
+            f"sequences of {frames} frames: at most {_MOST_FRAMES} go through a block at once: use --frames"
+        )
+    agent = material.counted[:, 1 : 1 + architecture.n_q // 2]
+    if not agent.any(axis=(0, 2)).all() or not material.counted[:, 0].any():
+        raise UserError(
+            f"{frames} frames tell nothing of some of the agent's codebooks: give more --frames (a voice takes up the "
+            "first ones), or tokens in which the agent speaks"
+        )
+    return material
+
+
 def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[str, Any]) -> Material:
     """Make material of tokens ``[sequences, streams, frames]`` as heard: delays are applied, initial tokens put first.
 
@@ -62,7 +79,8 @@ def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[st
         columns[:, stream, : delay + 1] = architecture.card if stream else architecture.text_card
         columns[:, stream, delay + 1 :] = tokens[:, stream, : max(frames - delay, 0)]
         counted[:, stream, :delay] = False
-    return Material(description, columns[:, :, :-1], columns[:, :, 1:], counted & (columns[:, :, 1:] >= 0))
+    targets = columns[:, :, 1:]
+    return checked(Material(description, columns[:, :, :-1], targets, counted & (targets >= 0)), architecture)
 
 
 def read_tokens(path: Path, architecture: Architecture, sequences: int | None, frames: int | None) -> Material:
@@ -118,7 +136,7 @@ def from_system_prompt(
         targets[number, :, begin:] = completed[:, : max(length - begin, 0)]
         counted[number, :, begin:] = True
     shown = {"sequences": len(names), "frames": length, "voices": list(names)}
-    return Material(description | shown, tokens, targets, counted, tuple(names), scored=False)
+    return checked(Material(description | shown, tokens, targets, counted, tuple(names), scored=False), architecture)
 
 
 def prompt_tokens(model_file: Path, architecture: Architecture, text: str) -> list[int]:

@@ -52,7 +52,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _plain(inner) for key, inner in value.items() if key != "by_sequence"}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
     return value
@@ -82,7 +82,7 @@ def _is_report(report: Mapping[str, Any]) -> bool:
     rows = [*report["weights"], *report["activations"]]
     return (
         type(report["verdict"]["passed"]) is bool
-        and all(isinstance(bundle[key], int | float) for key in ("bytes", "bits_per_weight"))
+        and all(math.isfinite(bundle[key]) for key in ("bytes", "bits_per_weight"))
         and all(isinstance(row["source"], str) for row in report["weights"])
         and all(isinstance(row["component"], str) for row in rows)
         and isinstance(report["material"], dict)

@@ -4,17 +4,20 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ..convert.architecture import read_config
+from ..convert.architecture import Architecture
+from ..convert.architecture import read_config as read_json
+from ..convert.plan import json_text
 from ..convert.problems import UserError
 from ..convert.recipe import DTYPES
 from ..convert.scan import BLOCK, hash_file
-from ..convert.source import CONFIG
+from ..convert.source import CONFIG, Source
 from ..convert.tensorfile import DTYPES as NUMPY_DTYPES
 from ..convert.tensorfile import TensorFile
 from ..convert.voices import Voice
@@ -25,14 +28,21 @@ from .integrity import differences
 INDEX = "model.safetensors.index.json"
 
 
-def problems(folder: Path, manifest: dict[str, Any], layout: Layout, bar: "tqdm[Any]") -> tuple[list[str], bool]:
+def problems(
+    folder: Path, manifest: dict[str, Any], layout: Layout, source: Source, bar: "tqdm[Any]"
+) -> tuple[list[str], bool]:
     """Return what is wrong with a bundle's files, one sentence each, and whether its weights can be read for all that.
 
+    What must be there follows from the source and the target; the manifest is believed for hashes and settings only.
     Reads and hashes every file. A file with another hash is looked through for the tensors that changed.
     """
     found = differences(folder, manifest, bar)
+    found += _unexpected(manifest, layout, source) + _copies(manifest, layout, source)
     found += _unaccounted(manifest, layout)
     readable = True
+    if sizes := _other_sizes(layout.architecture, source.architecture):
+        found += sizes
+        readable = False
     for name, specs in layout.specs().items():
         expected = {spec.name: (spec.dtype, spec.shape) for spec in specs}
         try:
@@ -51,10 +61,34 @@ def problems(folder: Path, manifest: dict[str, Any], layout: Layout, bar: "tqdm[
                 found.append(f"{name}: {key}: {_shown(held.get(key))}, where {_shown(expected.get(key))} is expected")
                 readable = readable and key not in expected
     try:
-        read_config(folder / CONFIG)
+        read_json(folder / CONFIG)
     except UserError as error:
         return found + error.problems, False
-    return found + _settings(folder, manifest, layout), readable
+    return found + _settings(folder, manifest, layout, source), readable
+
+
+def _unexpected(manifest: dict[str, Any], layout: Layout, source: Source) -> list[str]:
+    """Return files that the manifest names and the target does not have, or the other way round."""
+    target = layout.target
+    expected = {*layout.files.values(), *target.copies.values(), CONFIG, *([INDEX] if target.indexed else [])}
+    if target.voice_cache:
+        expected |= {f"voices/{voice.name}.safetensors" for voice in source.voices}
+    found = [f"{name}: belongs to the bundle, and manifest.json does not name it" for name in expected]
+    found = [problem for problem in found if problem.split(": ")[0] not in manifest["files"]]
+    return sorted(found) + [
+        f"{name}: stands in manifest.json, and does not belong to a bundle for {target.name}"
+        for name in sorted(manifest["files"].keys() - expected)
+    ]
+
+
+def _other_sizes(held: Architecture, expected: Architecture) -> list[str]:
+    """Return what of a bundle's architecture is not the source's."""
+    return [
+        f"manifest.json: architecture.{field.name} is {getattr(held, field.name)}, the source's is "
+        f"{getattr(expected, field.name)}"
+        for field in fields(expected)
+        if getattr(held, field.name) != getattr(expected, field.name)
+    ]
 
 
 def _shown(spec: tuple[str, tuple[int, ...]] | None) -> str:
@@ -89,47 +123,54 @@ def _changed(file: TensorFile, name: str, manifest: dict[str, Any]) -> Iterator[
                 yield f"{name}: {tensor}: its bytes are not those that were written"
 
 
-def _settings(folder: Path, manifest: dict[str, Any], layout: Layout) -> list[str]:
+def _settings(folder: Path, manifest: dict[str, Any], layout: Layout, source: Source) -> list[str]:
     """Return settings of config.json, and of the index, that are not what the conversion writes."""
     outputs, target = layout.every(), layout.target
-    config = target.config(layout.architecture, outputs, manifest["source"]["id"], sorted(manifest["voices"]))
-    found = list(_unequal(folder, CONFIG, config))
+    voices = sorted(voice.name for voice in source.voices)
+    found = [f"manifest.json: names the voices {', '.join(manifest['voices'])}"] * (manifest["voices"] != voices)
+    config = target.config(source.architecture, outputs, manifest["source"]["id"], voices)
+    found += _unequal(folder, CONFIG, config)
     if target.indexed:
         names = {spec.name: file for file, specs in layout.specs().items() for spec in specs}
         size = sum(output.nbytes for output in outputs)
-        index = {"metadata": {"total_size": size}, "weight_map": names}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
         found += _unequal(folder, INDEX, index)
     return found
 
 
-def _unequal(folder: Path, name: str, expected: dict[str, Any]) -> Iterator[str]:
-    """Yield the keys of a JSON file that are not as expected."""
+def _unequal(folder: Path, name: str, expected: dict[str, Any]) -> list[str]:
+    """Return the keys of a JSON file that are not as expected; its text must be what the conversion writes."""
+    path = folder / name
     try:
-        held = read_config(folder / name)
-    except UserError as error:
-        yield from error.problems
-        return
+        held, text = (read_json(path), path.read_text("utf-8"))
+    except (UserError, OSError, ValueError) as error:
+        return [str(error)]
+    if text == json_text(expected):
+        return []
     flat, wanted = _flat(held), _flat(json.loads(json.dumps(expected)))
+    found = []
     for key in sorted(flat.keys() | wanted.keys()):
         if flat.get(key, ...) != wanted.get(key, ...):
             shown = [repr(values[key])[:60] if key in values else "nothing" for values in (flat, wanted)]
-            yield f"{name}: {key} is {shown[0]}, where {shown[1]} is expected"
+            found.append(f"{name}: {'.'.join(key)} is {shown[0]}, where {shown[1]} is expected")
+    return found or [f"{name}: is not written as the conversion writes it: does a key stand there twice?"]
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under dotted keys."""
-    found: dict[str, Any] = {}
+def _flat(value: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Return nested settings under the path of their keys."""
+    found: dict[tuple[str, ...], Any] = {}
     for key, inner in value.items():
-        found |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) and inner else {f"{prefix}{key}": inner}
+        path = (*prefix, key)
+        found |= _flat(inner, path) if isinstance(inner, dict) and inner else {path: inner}
     return found
 
 
-def copy_problems(manifest: dict[str, Any], layout: Layout, source: Path) -> list[str]:
+def _copies(manifest: dict[str, Any], layout: Layout, source: Source) -> list[str]:
     """Return files that are copies of the source's by their names, and hold something else."""
     found = []
     for original, name in layout.target.copies.items():
         with tqdm(disable=True) as unseen:  # 400 MB at most: a second
-            expected = hash_file(source / original, unseen).sha256
+            expected = hash_file(source.location.folder / original, unseen).sha256
         if manifest["files"].get(name, {}).get("sha256") != expected:
             found.append(f"{name}: is not the source's {original}")
     return found
@@ -142,17 +183,19 @@ def voice_problems(bundle: Bundle, voices: list[Voice]) -> list[str]:
     except UserError as error:
         return error.problems
     found = [f"voice {name}: not in the source" for name in sorted(held.keys() - {voice.name for voice in voices})]
-    packed = bundle.layout.target.voice_cache is None
-    dtype = None if packed else NUMPY_DTYPES[DTYPES[bundle.manifest["dtype"]]]
+    form = bundle.layout.target.voice_cache
+    dtype = NUMPY_DTYPES[DTYPES[bundle.manifest["dtype"]]]
     for voice in voices:
         other = held.get(voice.name)
         if other is None:
             found.append(f"voice {voice.name}: missing")
             continue
-        expected = voice.embeddings if dtype is None else cast(voice.embeddings, dtype).array
-        for what, mine, theirs in (("embeddings", expected, other.embeddings), ("cache", voice.cache, other.cache)):
+        expected = cast(voice.embeddings, dtype).array if form else voice.embeddings
+        cache = voice.cache.astype(NUMPY_DTYPES[form]) if form else voice.cache
+        for what, mine, theirs in (("embeddings", expected, other.embeddings), ("cache", cache, other.cache)):
             if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-                found.append(f"voice {voice.name}: {what}: {theirs.dtype} {list(theirs.shape)}, not {list(mine.shape)}")
+                shown = [f"{array.dtype} {list(array.shape)}" for array in (theirs, mine)]
+                found.append(f"voice {voice.name}: {what}: {shown[0]}, where {shown[1]} is expected")
             elif count := int(np.count_nonzero(mine.astype(np.float32) != theirs.astype(np.float32))):
                 found.append(f"voice {voice.name}: {what}: {count} of {mine.size} values are not the source's")
     return found

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..convert.manifest import TOOLKIT
 from ..convert.names import roles
-from ..convert.problems import UserError
+from ..convert.problems import UserError, printable
 from ..convert.progress import bar, byte_bar
 from ..convert.scan import hash_file
 from ..convert.source import TOKENIZER, WEIGHTS, Source
@@ -73,18 +73,22 @@ def verify(
     material = material_of(source, request)
     total = sum(record["size"] for record in manifest["files"].values())
     with byte_bar("hashing bundle", total, quiet) as progress:
-        problems, readable = structure.problems(folder, manifest, layout, progress)
-    problems += structure.copy_problems(manifest, layout, source.location.folder)
+        problems, readable = structure.problems(folder, manifest, layout, source, progress)
+    problems = [printable(problem) for problem in problems]
+    half = source.architecture.n_q // 2
+    held_to = limits.limits_of(manifest, layout.every(), half)
+    arithmetic = manifest["dtype"] if request.arithmetic == "bundle" else "float32"
     forms = [output.form for output in layout.every() if output.form]
     report: dict[str, Any] = {
         "verdict": {},
-        "limits": limits.limits_of(manifest, layout.every(), source.architecture.n_q // 2),
+        "limits": held_to,
+        "looser_limits": limits.looser(held_to, manifest, layout.every(), half),
         "bundle": _identity(folder, manifest, total),
         "source": {key: manifest["source"][key] for key in ("id", "revision", "files")},
         "material": material.description,
-        "arithmetic": manifest["dtype"] if request.arithmetic == "bundle" else "float32",
+        "arithmetic": arithmetic,
         "structure": {"problems": problems, "files": len(manifest["files"]), "tensors": _count(layout)},
-        "kernels": kernels.self_test(forms),
+        "kernels": kernels.self_test(forms, arithmetic),
         "weights": [],
         "activations": [],
         "predictions": {},
@@ -95,7 +99,7 @@ def verify(
     if readable:
         with closing(Bundle(folder, manifest, layout)) as stored:
             _measure(report, source, stored, material, request, quiet)
-    report["verdict"] = _verdict(report, manifest, source.architecture.n_q // 2)
+    report["verdict"] = _verdict(report, manifest, half)
     report["times"] = {"began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began))}
     report["times"]["seconds"] = round(time.time() - began, 1)
     return report
@@ -114,7 +118,7 @@ def _measure(
         found: Measured = compare(source, stored, material, progress, report["arithmetic"], _torch_device(request))
     report["weights"], report["activations"] = found.weights, found.activations
     report["predictions"] = found.predictions
-    if request.rollout:
+    if request.rollout and not wrong:
         report["rollout"] = _roll(source, stored, material, request, report["arithmetic"], quiet)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..convert.checkpoint import Checkpoint
 from ..convert.output import Output
-from ..convert.parallel import cores, in_order
+from ..convert.parallel import in_order_on
 from ..convert.tensorfile import DTYPES
 from ..quant.affine import BFLOAT16
 from ..quant.casting import cast
@@ -51,7 +52,7 @@ class Sums:
         """Add what was seen of other rows."""
         for name in ("error", "norm", "length", "along", "clipped", "unequal"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        if not other.max_abs <= self.max_abs:  # NaN is the largest of all
+        if not (math.isnan(self.max_abs) or other.max_abs <= self.max_abs):  # NaN is the largest of all, and stays
             self.max_abs, self.at = other.max_abs, other.at
 
 
@@ -66,10 +67,13 @@ def pieces(output: Output) -> Iterator[Piece]:
             yield Piece(output, first, first + height // len(names), step, name)
 
 
-def compare(bundle: Bundle, checkpoint: Checkpoint, output: Output, kept: Floats | None = None) -> list[dict[str, Any]]:
+def compare(
+    bundle: Bundle, checkpoint: Checkpoint, output: Output, pool: ThreadPoolExecutor, kept: Floats | None = None
+) -> list[dict[str, Any]]:
     """Compare an output with the rows of the checkpoint that it was made from; return a row for each piece.
 
-    kept: ``[rows, columns]``, filled with the stored values in float32. Packed codes are decoded by ``mx.dequantize``.
+    pool: threads to work on, the same for all outputs: MLX gives each thread that it meets a stream for good. kept:
+    ``[rows, columns]``, filled with the stored values in float32. Packed codes are decoded by ``mx.dequantize``.
     """
     step = max(1, _BLOCK // output.shape[-1])
     blocks = [
@@ -88,7 +92,7 @@ def compare(bundle: Bundle, checkpoint: Checkpoint, output: Output, kept: Floats
             kept[first:last] = values
         return number, _look(values, stored, checkpoint.read(output.role.name, start + first, start + last), first)
 
-    for number, found in in_order(look, blocks, cores()):
+    for number, found in in_order_on(pool, look, blocks):
         sums[number].add(found)
     return [_row(piece, found, bundle) for piece, found in zip(pieces(output), sums, strict=True)]
 
