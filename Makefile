@@ -22,6 +22,7 @@ lint: $(VENV)/tested
 	cd build/types && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml $(PACKAGES:%=-p ppx.%)
 
 $(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: give it as PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable .
 	touch $@

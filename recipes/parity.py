@@ -1,10 +1,11 @@
 """What the programs that verify share: run it, leave the report, say what came of it."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..convert.problems import CheckFailed
+from ..convert.problems import CheckFailed, UserError
 from ..convert.source import Source
 from ..verify import report as reports
 from ..verify.request import Request
@@ -16,6 +17,8 @@ def leave_report(
     source: Source, bundle: Path, asked: Request, command: str, quiet: bool, same_source: bool = False
 ) -> dict[str, Any]:
     """Verify a bundle, write its report beside it, and return it."""
+    if not os.access(bundle, os.W_OK) and bundle.is_dir():
+        raise UserError(f"{bundle}: not writable: the report goes into it, so copy the bundle to where you can write")
     from ..verify.verification import verify  # imports torch and mlx: seconds that --help does not need
 
     found = reports.finish(verify(source, bundle, asked, command, quiet, same_source))
@@ -27,7 +30,10 @@ def text(found: Mapping[str, Any], bundle: Path) -> str:
     """Return what a verification prints for people."""
     verdict = "passes" if found["verdict"]["passed"] else "fails"
     material = found["material"]
+    page = bundle / reports.FOLDER / reports.HTML
     sequences = f"{material['sequences']} sequence{'s' if material['sequences'] > 1 else ''}"
+    if not found["predictions"]:
+        return f"{bundle} {verdict}: nothing was computed, it could not be read\nreport: {page}"
     lines = [f"{bundle} {verdict} the comparison: {sequences} of {material['frames']} frames, {material['kind']}"]
     lines.append(f"{'':<41}{'bundle':>8}  {'limit':>8}  {'noise floor':>11}")
     for row in reports.figures(found):
@@ -41,7 +47,7 @@ def text(found: Mapping[str, Any], bundle: Path) -> str:
         parts = f"parts at frame {first['frame']} ({first['stream']})" if first else "never parts"
         share = f"{session['agreement_agent']:.0%} of the agent's tokens agree"
         lines.append(f"a greedy session of {session['frames']} frames on both: {parts}; {share}")
-    lines.append(f"report: {bundle / reports.FOLDER / reports.HTML}")
+    lines.append(f"report: {page}")
     return "\n".join(lines)
 
 

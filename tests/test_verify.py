@@ -171,6 +171,7 @@ def test_two_bundles_side_by_side(mine, program, pico, tmp_path):
     for folder in folders:
         program("ppx-verify", folder, "--reference", pico, *QUICK, cwd=tmp_path)
     said = program("ppx-verify", *folders, cwd=tmp_path).stdout
+    assert re.search(r"^verdict +passes +passes$", said, re.MULTILINE)
     assert re.search(r"^bytes +\S+ MB +\S+ MB +◀ A$", said, re.MULTILINE)
     assert re.search(r"^KL of the agent's codebooks .*B ▶$", said, re.MULTILINE)
     assert "warning" not in said
@@ -186,7 +187,10 @@ def test_two_bundles_side_by_side(mine, program, pico, tmp_path):
     assert found["tensors"]["better"]["a"] == 0
     assert len(found["blocks"]["most_different"]) == 5
     program("ppx-verify", folders[1], "--reference", pico, "--frames", "30", cwd=tmp_path)
-    assert "warning: they were made with different material" in program("ppx-verify", *folders, cwd=tmp_path).stdout
+    said = program("ppx-verify", *folders, cwd=tmp_path).stdout
+    assert "different material: kind system prompt, sequences 1, frames 40 and kind system prompt, sequences 3" in said
+    names = [row["name"] for row in found["figures"]]
+    assert len(names) == len(set(names))
 
 
 def test_targets_side_by_side(mine, program, pico, tmp_path):

@@ -1,6 +1,6 @@
 """A checkpoint and its bundle, side by side through their layers: weights, activations and predictions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..convert.output import Output
 from ..convert.parallel import cores
 from ..convert.source import Source
+from ..convert.voices import Voice
 from . import weights
 from .bundle import Bundle
 from .figures import Predictions, difference, mean_of
@@ -130,34 +131,34 @@ def compare(
     source: Source,
     stored: Bundle,
     material: Material,
+    voices: Sequence[Voice],
     bar: "tqdm[Any]",
     arithmetic: str = "float32",
     device: str = "cpu",
 ) -> Measured:
     """Take a bundle and its checkpoint through material; return all that was measured.
 
-    arithmetic: dtype of the bundle's activations. device: where PyTorch runs. The bar advances by the checkpoint's
-    bytes. Raises UserError for files that break off.
+    voices: the bundle's own. arithmetic: dtype of the bundle's activations. device: where PyTorch runs. The bar
+    advances by the checkpoint's bytes. Raises UserError for files that break off.
     """
     noise = reference_of(source.checkpoint, _TORCH[stored.manifest["dtype"]], device)
     reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic)
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx") as pool, torch.inference_mode():
         walk = Walk(source, stored, reference, noise, bundle, material, Measured(), pool, bar)
-        hidden = _temporal(walk)
+        hidden = _temporal(walk, voices)
         _text(walk, hidden)
         _audio(walk, hidden)
     return walk.measured
 
 
-def _temporal(walk: Walk) -> dict[str, Floats]:
+def _temporal(walk: Walk, voices: Sequence[Voice]) -> dict[str, Floats]:
     """Go through the temporal transformer; return its normalized output, ``[sequences, frames, dim]`` of each model."""
     arch, material = walk.source.architecture, walk.material
     for name, held in walk.stored.layout.outputs.items():
         if held[0].role.component == "embeddings":
             walk.look_at(name)
-    own = walk.stored.voices() if material.voices else []
     vectors = {name: material.vectors(walk.source.voices, arch.dim) for name in ("reference", "noise")}
-    vectors["bundle"] = material.vectors(own, arch.dim)
+    vectors["bundle"] = material.vectors(voices, arch.dim)
     streams = {name: model.embed(material.tokens, vectors[name]) for name, model in walk.models.items()}
     walk.measured.activations += _edge("embeddings", streams)
     for place in places(arch, "temporal"):

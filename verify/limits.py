@@ -160,37 +160,40 @@ def name_of(row: Mapping[str, Any]) -> str:
     return f"{row['tensor']}{step}" + (f" {row['part']}" if row["part"] else "")
 
 
+def with_noise(limits: Mapping[str, float], predictions: Mapping[str, Any]) -> dict[str, float]:
+    """Return the limits for a bundle that was computed in 16 bit: some noise floors more are allowed."""
+    found = dict(limits)
+    for limit in limits:
+        stream, figure, key = FIGURES[limit]
+        if noise := predictions[stream]["noise"][figure]:
+            found[limit] += -_NOISES * (1 - noise[key]) if limit in _AT_LEAST else _NOISES * noise[key]
+    return found
+
+
 def prediction_failures(
     predictions: Mapping[str, Any],
     limits: Mapping[str, float],
     activations: list[dict[str, Any]],
-    noise_allowed: bool,
     agent_steps: int,
 ) -> list[dict[str, Any]]:
-    """Return the limits that predictions are beyond, each with the block where that starts.
-
-    noise_allowed: whether the bundle was computed in 16 bit, so that the noise floor is added to what is allowed.
-    """
+    """Return the limits that predictions are beyond, each with the block where that starts."""
     found = []
     for limit, bound in limits.items():
         stream, figure, key = FIGURES[limit]
-        pair = [predictions[stream][which][figure] for which in ("bundle", "noise")]
-        if pair[0] is None or pair[1] is None:
+        figures = predictions[stream]["bundle"][figure]
+        if figures is None:
             found.append(
                 failure("predictions", stream, f"{NAMES[limit]} is not known: nothing told of it", None, bound)
             )
             continue
-        value, noise = (figures[key] for figures in pair)
-        more_is_better = figure == "top1"
-        slack = _NOISES * (1 - noise if more_is_better else noise) if noise_allowed else 0.0
-        allowed = bound - slack if more_is_better else bound + slack
-        if (value >= allowed) if more_is_better else (value <= allowed):
+        value, at_least = figures[key], limit in _AT_LEAST
+        if (value >= bound) if at_least else (value <= bound):
             continue
         last = {"text": -1, "codebook_0": 0}.get(stream, agent_steps - 1)
         place = start(activations, last)
-        word = "at least" if more_is_better else "at most"
-        message = f"{NAMES[limit]} is {value:.4g}, {word} {allowed:.4g} is allowed: {place}"
-        found.append(failure("predictions", place, message, value, allowed))
+        word = "at least" if at_least else "at most"
+        message = f"{NAMES[limit]} is {value:.4g}, {word} {bound:.4g} is allowed: {place}"
+        found.append(failure("predictions", place, message, value, bound))
     return found
 
 

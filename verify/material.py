@@ -92,7 +92,8 @@ def read_tokens(path: Path, architecture: Architecture, sequences: int | None, f
         spec = file.specs.get("tokens")
         streams = 1 + architecture.n_q
         if spec is None or spec.dtype not in ("I16", "I32", "I64") or len(spec.shape) != 3 or spec.shape[1] != streams:
-            found = f"{spec.dtype} {list(spec.shape)}" if spec else f"{', '.join(file.specs) or 'nothing'}"
+            others = [*list(file.specs)[:3], "..."] if len(file.specs) > 3 else list(file.specs) or ["nothing"]
+            found = f"{spec.dtype} {list(spec.shape)}" if spec else ", ".join(others)
             raise UserError(
                 f"{path}: holds {found}: integers called tokens, [sequences, {streams}, frames], are needed"
             )

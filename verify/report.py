@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..convert.describe import size
 from ..convert.problems import UserError
+from ..convert.workspace import MANIFEST
 from . import plots
 from .limits import FIGURES, NAMES, block_name, name_of
 
@@ -61,6 +62,8 @@ def _plain(value: Any) -> Any:
 def read(path: Path) -> dict[str, Any]:
     """Read the report of a bundle, or a report's file; raises UserError for anything else."""
     file = path / FOLDER / JSON if path.is_dir() else path
+    if not path.exists() or (path.is_dir() and not (path / MANIFEST).is_file()):
+        raise UserError(f"{path}: neither a bundle nor a report of ppx-verify")
     if not file.is_file():
         raise UserError(f"{path}: holds no {FOLDER}/{JSON}: run ppx-verify {path} --reference SOURCE first")
     try:
@@ -69,8 +72,8 @@ def read(path: Path) -> dict[str, Any]:
         report = json.loads(file.read_text("utf-8"))
         known = report["report_version"] == REPORT_VERSION and _is_report(report)
         figures(report), worst(report)  # use most of it
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file}: not a report of ppx-verify ({str(error)[:60]!r})") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{file}: not a report of ppx-verify: give a bundle, or its {FOLDER}/{JSON}") from None
     if not known:
         raise UserError(f"{file}: not a report that this version reads: run ppx-verify again")
     return dict(report)
@@ -164,9 +167,10 @@ def _render(name: str, report: Mapping[str, Any], **more: Any) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the report on one screen."""
-    return _render("summary.md", report)
+    return _render("summary.md", report) + "\n"
 
 
 def html(report: Mapping[str, Any]) -> str:
     """Return the report as a page of its own: no network, its pictures inside."""
-    return _render("page.html", report, pictures=plots.pictures(report))
+    tensors = sorted(report["weights"], key=lambda row: -_badness(row["relative_rmse"]))
+    return _render("page.html", report, pictures=plots.pictures(report), tensors=tensors)

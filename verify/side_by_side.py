@@ -10,6 +10,7 @@ from .limits import block_name, name_of
 from .report import figures, read, short
 
 _LISTED = 5
+_ROUNDING = 1e-6  # errors below it are what a cast leaves
 
 
 def compare_reports(first: Path, second: Path) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def differs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
         ("arithmetic", [report["arithmetic"] for report in (first, second)]),
     ):
         if values[0] != values[1]:
-            found.append(f"they were made with different {what}")
+            found.append(f"they were made with different {what}: {_shown(values[0])} and {_shown(values[1])}")
     return found
 
 
@@ -45,9 +46,11 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
         rows.append(_row(one["name"], [one["bundle"], other["bundle"]], more_is_better=one["sign"] == "≥"))
     for name in first["predictions"]:
         held = [report["predictions"].get(name, {}).get("bundle", {}).get("kl") for report in (first, second)]
-        if all(held) and name != "agent":
+        if all(held) and name not in ("text", "codebook_0", "agent"):  # which stand above
             rows.append(_row(f"KL of {name.replace('_', ' ')}", [kl["mean"] for kl in held]))
+    passed = [report["verdict"]["passed"] for report in (first, second)]
     return {
+        "passed": {"a": passed[0], "b": passed[1]},
         "not_comparable": differs(first, second),
         "sizes": sizes,
         "figures": rows,
@@ -57,6 +60,14 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 
 _SIZES = {"bytes": "bytes", "bits a weight": "bits_per_weight"}
+
+
+def _shown(value: Any) -> str:
+    """Return what a report says of its input, in short."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    keys = [key for key in ("kind", "file", "sequences", "frames") if key in value]
+    return ", ".join(f"{key} {value[key]}" for key in keys) or "other files"
 
 
 def _row(name: str, values: list[float | None], more_is_better: bool = False) -> dict[str, Any]:
@@ -83,7 +94,7 @@ def _most_different(first: list[Any], second: list[Any], name: Any, value: Any) 
     pairs = [(name(row), value(row), others.get(name(row))) for row in first]
     rows = [_row(label, [a, b]) for label, a, b in pairs if a is not None and b is not None]
     count = {key: sum(row["better"] == key for row in rows) for key in ("a", "b", "same")}
-    apart = [row for row in rows if row["better"] != "same"]
+    apart = [row for row in rows if row["better"] != "same" and max(row["a"], row["b"]) > _ROUNDING]
     apart.sort(key=lambda row: -max(row["a"] / (row["b"] or 1e-12), row["b"] / (row["a"] or 1e-12)))
     return {"better": count, "most_different": apart[:_LISTED]}
 
@@ -93,6 +104,8 @@ def text(names: tuple[str, str], found: Mapping[str, Any]) -> str:
     lines = [f"warning: {why}" for why in found["not_comparable"]]
     width = max(len(row["name"]) for row in found["figures"] + found["sizes"])
     lines.append(f"{'':<{width}}  {'A':>12}  {'B':>12}    A: {names[0]}, B: {names[1]}")
+    verdicts = ["passes" if found["passed"][key] else "fails" for key in ("a", "b")]
+    lines.append(f"{'verdict':<{width}}  {verdicts[0]:>12}  {verdicts[1]:>12}")
     for row in found["sizes"] + found["figures"]:
         shown = [size(int(row[key])) if row["name"] == "bytes" else short(row[key]) for key in ("a", "b")]
         mark = {"a": "◀ A", "b": "  B ▶", "same": ""}[row["better"]]

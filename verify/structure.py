@@ -44,6 +44,9 @@ def problems(
         found += sizes
         readable = False
     for name, specs in layout.specs().items():
+        if not (folder / name).is_file():  # which is said already
+            readable = False
+            continue
         expected = {spec.name: (spec.dtype, spec.shape) for spec in specs}
         try:
             with closing(TensorFile(folder / name)) as file:
@@ -53,7 +56,7 @@ def problems(
                 if any(f"{name}: its sha256" in problem for problem in found):
                     found += _changed(file, name, manifest)
         except UserError as error:
-            found += error.problems
+            found += _ours(error)
             readable = False
             continue
         for key in sorted(expected.keys() | held.keys()):
@@ -63,8 +66,14 @@ def problems(
     try:
         read_json(folder / CONFIG)
     except UserError as error:
-        return found + error.problems, False
+        return found + _ours(error), False
     return found + _settings(folder, manifest, layout, source), readable
+
+
+def _ours(error: UserError) -> list[str]:
+    """Return what is wrong with a file that the conversion wrote: it was not downloaded."""
+    hint = "convert again with --force"
+    return [problem.replace("download it again", hint) for problem in error.problems]
 
 
 def _unexpected(manifest: dict[str, Any], layout: Layout, source: Source) -> list[str]:

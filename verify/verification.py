@@ -99,6 +99,8 @@ def verify(
     if readable:
         with closing(Bundle(folder, manifest, layout)) as stored:
             _measure(report, source, stored, material, request, quiet)
+    if report["predictions"] and arithmetic != "float32":
+        report["limits"] = limits.with_noise(held_to, report["predictions"])
     report["verdict"] = _verdict(report, manifest, half)
     report["times"] = {"began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began))}
     report["times"]["seconds"] = round(time.time() - began, 1)
@@ -111,14 +113,14 @@ def _measure(
     """Fill in what only a bundle tells that can be read."""
     wrong = structure.voice_problems(stored, source.voices)
     report["structure"]["problems"] += wrong
-    if wrong and material.voices:
-        return  # the sequences begin with voices
+    voices = source.voices if wrong else stored.voices()  # a broken voice is said, and hides nothing else
     size = sum(2 * role.shape[0] * role.shape[-1] for role in roles(source.architecture).values())
     with byte_bar("comparing", size, quiet) as progress:
-        found: Measured = compare(source, stored, material, progress, report["arithmetic"], _torch_device(request))
+        where = _torch_device(request)
+        found: Measured = compare(source, stored, material, voices, progress, report["arithmetic"], where)
     report["weights"], report["activations"] = found.weights, found.activations
     report["predictions"] = found.predictions
-    if request.rollout and not wrong:
+    if request.rollout and not wrong:  # a session begins with a voice
         report["rollout"] = _roll(source, stored, material, request, report["arithmetic"], quiet)
 
 
@@ -145,10 +147,8 @@ def _verdict(report: dict[str, Any], manifest: dict[str, Any], agent_steps: int)
     if report["weights"]:
         found += limits.weight_failures(report["weights"], manifest)
     if report["predictions"]:
-        noise_allowed = report["arithmetic"] != "float32"
-        found += limits.prediction_failures(
-            report["predictions"], report["limits"], report["activations"], noise_allowed, agent_steps
-        )
+        held_to, activations = report["limits"], report["activations"]
+        found += limits.prediction_failures(report["predictions"], held_to, activations, agent_steps)
     elif not found:
         found.append(limits.failure("predictions", "bundle", "nothing was compared"))
     return {"passed": not found, "failures": found}
