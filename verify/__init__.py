@@ -1,1 +1,1 @@
-"""What is in a source or bundle, and whether it is what its manifest says. Never writes weights."""
+"""What is in a source or bundle, and whether a bundle computes what its source computes. Never writes weights."""
