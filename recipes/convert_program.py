@@ -108,11 +108,16 @@ def convert(
     if not as_json:
         typer.echo(_report(done))
     found = _verify(opened, done.folder, quiet) if verify else None
-    if found and not as_json:
-        typer.echo(parity.text(found, done.folder))
+    _say_verdict(done, found, as_json)
+
+
+def _say_verdict(done: conversion.Conversion, found: dict[str, Any] | None, as_json: bool) -> None:
+    """Print what came of the verification, or all of it as JSON; raises CheckFailed if the bundle does not pass."""
     if as_json:
         said = {"output": str(done.folder), "files_made": done.made, **done.manifest}
         typer.echo(json.dumps(said | ({"verdict": found["verdict"]} if found else {}), indent=1))
+    elif found:
+        typer.echo(parity.text(found, done.folder))
     if found:
         parity.fail_if_failed(found)
 
