@@ -5,7 +5,7 @@ A pure value, made from an inventory of the source, a recipe and its target; not
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from .targets import TARGETS, Target
 from .tensorfile import HashingFile, Spec, header_of
 from .voices import PRESETS
 
+INDEX = "model.safetensors.index.json"
 METADATA = {"format": "mlx"}
 BLOCK_WEIGHTS = 1 << 21  # weights that one thread quantizes at a time
 _MANIFEST_BYTES = 1 << 20
@@ -188,12 +189,14 @@ def _text(name: str, value: dict[str, Any]) -> PlannedFile:
 
 def _index(files: Sequence[PlannedFile]) -> PlannedFile:
     """Plan the index that says which file holds which tensor."""
-    weights = {spec.name: file.name for file in files for output in file.outputs for spec in output.specs()}
-    total = sum(output.nbytes for file in files for output in file.outputs)
-    return _text(
-        "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))},
-    )
+    return _text(INDEX, index_of({output: file.name for file in files for output in file.outputs}))
+
+
+def index_of(files: Mapping[Output, str]) -> dict[str, Any]:
+    """Return the index of a sharded model: what mlx_lm reads to find the file of each tensor."""
+    weights = {spec.name: file for output, file in files.items() for spec in output.specs()}
+    total = sum(output.nbytes for output in files)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
 
 
 def _check_total(plan: Plan) -> None:

@@ -77,11 +77,16 @@ def gaussian_rmse(bits: int, group_size: int) -> float:
 
 
 def failure(
-    check: str, place: str, message: str, value: float | None = None, bound: float | None = None
+    check: str,
+    place: str,
+    message: str,
+    value: float | None = None,
+    bound: float | None = None,
+    limit: str | None = None,
 ) -> dict[str, Any]:
     """Return one entry of a verdict; names of a stranger's cannot command the terminal that they are printed on."""
     place, message = printable(place), printable(message)
-    return {"check": check, "place": place, "message": message, "value": value, "bound": bound}
+    return {"check": check, "limit": limit, "place": place, "message": message, "value": value, "bound": bound}
 
 
 def kernel_failures(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -183,7 +188,7 @@ def prediction_failures(
         figures = predictions[stream]["bundle"][figure]
         if figures is None:
             found.append(
-                failure("predictions", stream, f"{NAMES[limit]} is not known: nothing told of it", None, bound)
+                failure("predictions", stream, f"{NAMES[limit]} is not known: nothing told of it", None, bound, limit)
             )
             continue
         value, at_least = figures[key], limit in _AT_LEAST
@@ -193,7 +198,7 @@ def prediction_failures(
         place = start(activations, last)
         word = "at least" if at_least else "at most"
         message = f"{NAMES[limit]} is {value:.4g}, {word} {bound:.4g} is allowed: {place}"
-        found.append(failure("predictions", place, message, value, bound))
+        found.append(failure("predictions", place, message, value, bound, limit))
     return found
 
 

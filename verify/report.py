@@ -105,14 +105,14 @@ def _is_printable(value: Any) -> bool:
 def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the limited figures of a report: what it is, value, bound, noise floor and whether it passes."""
     rows = []
-    failed = {failure["message"].split(" is ")[0] for failure in report["verdict"]["failures"]}
+    failed = {failure["limit"] for failure in report["verdict"]["failures"]}
     for limit, bound in report["limits"].items():
         stream, figure, key = FIGURES[limit]
         held = report["predictions"].get(stream, {})
         values = {which: held[which][figure] for which in held if held[which][figure]}
         row = {which: values[which][key] if which in values else None for which in ("bundle", "noise")}
         error = values["bundle"]["standard_error"] if "bundle" in values else None
-        passed = NAMES[limit] not in failed
+        passed = limit not in failed
         sign = "≥" if figure == "top1" else "≤"
         rows.append({"name": NAMES[limit], "bound": bound, "sign": sign, "error": error, "passed": passed} | row)
     return rows

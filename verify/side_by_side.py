@@ -42,8 +42,9 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     """
     sizes = [_row(name, [r["bundle"][key] for r in (first, second)]) for name, key in _SIZES.items()]
     rows = []
-    for one, other in zip(figures(first), figures(second), strict=False):
-        rows.append(_row(one["name"], [one["bundle"], other["bundle"]], more_is_better=one["sign"] == "≥"))
+    others = {row["name"]: row["bundle"] for row in figures(second)}
+    for row in figures(first):
+        rows.append(_row(row["name"], [row["bundle"], others[row["name"]]], more_is_better=row["sign"] == "≥"))
     for name in first["predictions"]:
         held = [report["predictions"].get(name, {}).get("bundle", {}).get("kl") for report in (first, second)]
         if all(held) and name not in ("text", "codebook_0", "agent"):  # which stand above

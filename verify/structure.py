@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..convert.architecture import Architecture
 from ..convert.architecture import read_config as read_json
-from ..convert.plan import json_text
+from ..convert.plan import INDEX, index_of, json_text
 from ..convert.problems import UserError
 from ..convert.recipe import DTYPES
 from ..convert.scan import BLOCK, hash_file
@@ -24,8 +24,6 @@ from ..convert.voices import Voice
 from ..quant.casting import cast
 from .bundle import Bundle, Layout
 from .integrity import differences
-
-INDEX = "model.safetensors.index.json"
 
 
 def problems(
@@ -140,10 +138,7 @@ def _settings(folder: Path, manifest: dict[str, Any], layout: Layout, source: So
     config = target.config(source.architecture, outputs, manifest["source"]["id"], voices)
     found += _unequal(folder, CONFIG, config)
     if target.indexed:
-        names = {spec.name: file for file, specs in layout.specs().items() for spec in specs}
-        size = sum(output.nbytes for output in outputs)
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}
-        found += _unequal(folder, INDEX, index)
+        found += _unequal(folder, INDEX, index_of(layout.files))
     return found
 
 
