@@ -1,6 +1,7 @@
 """An open source checkpoint: its tensors by role, a way to read their rows, and everything that is wrong with it."""
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,29 @@ class Checkpoint:
     """An open checkpoint; every tensor of its architecture is there and has the right shape.
 
     filled: what was copied from other steps, by name of the tensor that was incomplete or missing.
+    merge: (name, first row, rows) -> the rows with an adapter merged, in float32, for the tensors in ``merged``.
     """
 
     file: TensorFile
     architecture: Architecture
     tensors: dict[str, Tensor]
     filled: dict[str, str]
+    merge: Callable[[str, int, NDArray[Any]], NDArray[Any]] | None = None
+    merged: frozenset[str] = frozenset()
+
+    def with_adapter(
+        self, merge: Callable[[str, int, NDArray[Any]], NDArray[Any]], merged: Iterable[str]
+    ) -> "Checkpoint":
+        """Return the checkpoint that reads as if an adapter had been merged into some of its tensors."""
+        names = frozenset(merged)
+        tensors = {
+            name: replace(tensor, spec=replace(tensor.spec, dtype="F32")) if name in names else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, tensors=tensors, merge=merge, merged=names)
 
     def read(self, name: str, first: int, last: int, once: bool = False) -> NDArray[Any]:
-        """Return rows ``first`` to ``last`` of a tensor seen as a matrix, in the checkpoint's dtype."""
+        """Return rows ``first`` to ``last`` of a tensor seen as a matrix, in the dtype that its ``spec`` names."""
         tensor, pieces, begin = self.tensors[name], [], 0
         for part in tensor.parts:
             low, high = max(first - begin, 0), min(last - begin, part.rows)
@@ -57,7 +72,8 @@ class Checkpoint:
             elif low < high:
                 pieces.append(self.file.read(part.tensor, low, high, once))
             begin += part.rows
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        weights = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return self.merge(name, first, weights) if self.merge and name in self.merged else weights
 
 
 def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps: bool = False) -> Checkpoint:

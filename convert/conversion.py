@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .adapter import open_adapter
 from .manifest import fingerprint as plan_fingerprint
 from .manifest import make_manifest, read_manifest, strangers
 from .parallel import cores
@@ -47,16 +48,39 @@ def inventory(source: Source) -> Inventory:
     )
 
 
+def open_merged(
+    location: Location,
+    adapter: str | None,
+    fill_depformer_steps: bool = False,
+    thorough: bool = False,
+    quiet: bool = False,
+) -> Source:
+    """Open a source, and an adapter (a file, a folder or a Hub id) that is merged into what is read of it."""
+    source = open_source(location, fill_depformer_steps, thorough, quiet)
+    if adapter is None:
+        return source
+    if source.checkpoint.filled:
+        raise UserError("an adapter and filled depformer steps do not go together: it was trained on other weights")
+    opened = open_adapter(adapter, source.architecture, quiet)
+    merged = source.checkpoint.with_adapter(opened.merged, opened.pieces)
+    return replace(source, checkpoint=merged, adapter=opened.record())
+
+
 def prepare(
-    location: Location, recipe: Recipe, fill_depformer_steps: bool = False, thorough: bool = False, quiet: bool = False
+    location: Location,
+    recipe: Recipe,
+    fill_depformer_steps: bool = False,
+    thorough: bool = False,
+    quiet: bool = False,
+    adapter: str | None = None,
 ) -> tuple[Source, Plan]:
-    """Open a source and make the plan.
+    """Open a source, with an adapter if one is given, and make the plan.
 
     Raises UserError with all problems of both; where there are any, thorough reads the weights as well, to list those
     that are not finite with the rest.
     """
     try:
-        source = open_source(location, fill_depformer_steps, thorough, quiet)
+        source = open_merged(location, adapter, fill_depformer_steps, thorough, quiet)
     except UserError as error:
         problems = list(error.problems)
         try:
@@ -106,7 +130,7 @@ def convert(
             output.parent.mkdir(parents=True, exist_ok=True)
             _check_disk(plan, output)
     prints = fingerprint(source, quiet)
-    mark = plan_fingerprint(plan, source.location, prints)
+    mark = plan_fingerprint(plan, source, prints)
     if present is not None:
         if present["fingerprint"] != mark:
             raise UserError(
@@ -120,7 +144,7 @@ def convert(
         made = _make_files(workspace, source, plan, prints, workers, quiet)
         if not source.checkpoint.file.is_unchanged():
             raise UserError(f"{source.checkpoint.file.path}: changed while it was converted: run the command again")
-        manifest = make_manifest(plan, source.location, prints, workspace.files)
+        manifest = make_manifest(plan, source, prints, workspace.files)
         check_output(output, force)  # once more: another run may have ended meanwhile
         workspace.publish(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", replaces=force)
     return Conversion(output, manifest, made)

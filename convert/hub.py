@@ -1,22 +1,69 @@
-"""Files from the Hugging Face Hub, through its own client: its cache, its resume, its environment variables."""
+"""Files from the Hugging Face Hub, through its own client: its cache, its tokens, its environment variables.
 
-from collections.abc import Sequence
+The client drops what a killed process had of a file. Here parts stay beside the cache's blobs, are gone on with, and
+become blobs when their hash is the Hub's.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from huggingface_hub import constants, snapshot_download
+import httpx2
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    RevisionResolutionError,
 )
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import logging
+from huggingface_hub.utils._fixes import WeakFileLock
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import get_session, hf_raise_for_status
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm import tqdm
 
-from .problems import UserError, refuse
+from .problems import CheckFailed, UserError, refuse
+from .progress import byte_bar
 
-HOW_TO_LOG_IN = "log in with `hf auth login`, or put a token with read access into HF_TOKEN"
+HOW_TO_LOG_IN = "log in with `hf auth login`, or put a token into HF_TOKEN"
+_TRIES = 5
+_SILENT = 50  # logging's CRITICAL
+_PATIENCE = 60.0  # seconds without a byte
+_LONGEST_WAIT = 60.0  # seconds between two tries, whatever the Hub asks for
+_SAFE = re.compile(r"\w[\w-]{0,127}")  # of an etag, which names a file
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on the Hub. sha256: of large files; blob: git's hash of small ones."""
+
+    name: str
+    size: int
+    sha256: str | None
+    blob: str
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where the bundle will stand, and its bytes for each byte that is downloaded: both must fit on the disk."""
+
+    folder: Path
+    share: float
 
 
 def cached(repository: str, revision: str | None, files: Sequence[str]) -> tuple[Path, str] | None:
@@ -33,47 +80,246 @@ def cached(repository: str, revision: str | None, files: Sequence[str]) -> tuple
     return (folder, folder.name) if all((folder / name).is_file() for name in files) else None
 
 
-def download(repository: str, revision: str | None, files: Sequence[str], quiet: bool = False) -> tuple[Path, str]:
+def download(
+    repository: str,
+    revision: str | None,
+    files: Sequence[str],
+    optional: Sequence[str] = (),
+    room: Room | None = None,
+    quiet: bool = False,
+) -> tuple[Path, str]:
     """Download files of a model repository into the Hub's cache; return their folder and the commit.
 
-    Raises UserError, one line for what the user can do: accept a licence, give a token, mend the id or the network.
+    optional: files that are taken where they are there. What is in the cache is not fetched again. Raises UserError,
+    one line for what the user can do (accept a licence, give a token, mend the id or the network, free some disk), and
+    CheckFailed for a file whose hash is not the Hub's.
     """
-    page = f"{constants.ENDPOINT}/{repository}"
-    disabled = are_progress_bars_disabled()
-    if quiet:
+    with silent_client(), told(repository, revision):
+        api = HfApi()
+        try:
+            resolved = patiently(lambda: api.resolve_revision(repository, revision=revision))
+        except (RevisionResolutionError, RepositoryNotFoundError, HfHubHTTPError) as error:
+            if not isinstance(error, RevisionNotFoundError) and (found := cached(repository, revision, files)):
+                return found
+            raise
+        commit = resolved.resolved
+        if found := cached(repository, commit, files):
+            return found
+        remote = _listed(api, repository, commit, [*files, *optional])
+        refuse([f"{repository}: holds no {n}: is this a PersonaPlex repository?" for n in files if n not in remote])
+        store = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
+        folder = store / "snapshots" / commit
+        missing = [file for name, file in remote.items() if not (folder / name).is_file()]
+        _check_room(store, missing, room)
+        with byte_bar("downloading", sum(file.size for file in missing), quiet) as bar:
+            for file in missing:
+                bar.set_postfix_str(file.name, refresh=False)
+                _fetch(repository, commit, file, store, bar)
+        snapshot_download(repository, revision=resolved, allow_patterns=list(remote))  # names the blobs
+        return folder, commit
+
+
+def hub_sha256(path: Path) -> str | None:
+    """Return the sha256 that the Hub gave for a large file in its cache: the name of its blob. None for others."""
+    name = path.resolve().name
+    return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None
+
+
+def _listed(api: HfApi, repository: str, commit: str, names: Sequence[str]) -> dict[str, Remote]:
+    """Return those files of a commit that are asked for; what else a stranger's listing names is passed over."""
+    found = {}
+    for entry in patiently(lambda: list(api.list_repo_tree(repository, revision=commit))):
+        if isinstance(entry, RepoFile) and entry.path in names:
+            found[entry.path] = Remote(
+                entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id or ""
+            )
+    return found
+
+
+def _check_room(store: Path, missing: Sequence[Remote], room: Room | None) -> None:
+    """Raise UserError if what is missing, and the bundle that is made of it, do not fit on their disks."""
+    size = sum(file.size for file in missing)
+    there = sum(path.stat().st_size for path in (store / "blobs").glob("*.ppx.incomplete"))
+    needed = {str(store): max(0, size - there)}
+    if room:
+        same = _existing(store).stat().st_dev == _existing(room.folder).stat().st_dev
+        place = str(store) if same else str(room.folder)
+        needed[place] = needed.get(place, 0) + int(room.share * size)
+    for place, amount in needed.items():
+        free = shutil.disk_usage(_existing(Path(place))).free
+        if free < amount:
+            raise UserError(
+                f"{place}: {free / 1e9:.2f} GB are free, and download and bundle need {amount / 1e9:.2f} GB there: "
+                "free some, or put the cache (HF_HOME) or --output on another disk"
+            )
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def _fetch(repository: str, commit: str, file: Remote, store: Path, bar: "tqdm[Any]") -> None:
+    """Make the cache's blob of one file, going on from the part of it that an earlier run left."""
+    url = hf_hub_url(repository, file.name, revision=commit)
+    etag = patiently(lambda: get_hf_file_metadata(url)).etag or ""
+    if not _SAFE.fullmatch(etag):
+        raise UserError(f"{repository}: the Hub names {file.name} {etag[:40]!r}, which is no hash: do not trust it")
+    blob = store / "blobs" / etag
+    part = blob.with_name(f"{etag}.ppx.incomplete")
+    lock = store.parent / ".locks" / store.name / f"{etag}.lock"
+    for folder in (blob.parent, lock.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        if not blob.exists():
+            _complete(url, part, file.size, bar)
+            _check(part, file, etag)
+            part.rename(blob)
+        else:
+            bar.update(file.size)
+
+
+def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
+    """Append to a partial file what it lacks; goes on after a broken connection, and gives up after some in a row.
+
+    Bytes are written as they come: the client's own download loses up to 10 MB at every break.
+    """
+    part.touch()
+    if part.stat().st_size > size:
+        part.unlink()
+        part.touch()
+    bar.update(part.stat().st_size)
+    tries = _TRIES
+    while (have := part.stat().st_size) < size:
+        wait = 1.0
+        try:
+            _append(url, part, size, bar)
+        except (httpx2.TransportError, HfHubHTTPError) as error:
+            if isinstance(error, HfHubHTTPError):
+                if not _passing(error):
+                    raise
+                wait = _asked_for(error) or wait
+            tries = _TRIES if part.stat().st_size > have else tries - 1
+            if not tries:
+                raise
+            time.sleep(wait)
+
+
+def _append(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
+    """Fetch what a partial file lacks, once."""
+    have = part.stat().st_size
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with get_session().stream("GET", url, headers=headers, timeout=_PATIENCE) as response:
+        hf_raise_for_status(response)
+        whole = response.status_code == 200  # also where a part was asked for: then all of it comes again
+        with part.open("wb" if whole else "ab", buffering=0) as target:
+            bar.update(-have if whole else 0)
+            for block in response.iter_bytes():
+                target.write(block)
+                if target.tell() > size:
+                    raise httpx2.RemoteProtocolError(f"more than the {size} bytes that were announced")
+                bar.update(len(block))
+
+
+def _check(part: Path, file: Remote, etag: str) -> None:
+    """Raise CheckFailed if a file is not what the Hub says, and remove it."""
+    expected = file.sha256 or (etag if len(etag) == 64 else file.blob)
+    small = len(expected) == 40
+    digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False) if small else hashlib.sha256()
+    with part.open("rb") as data:
+        while block := data.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        part.unlink()
+        kind = "git hash" if small else "sha256"
+        raise CheckFailed(f"{file.name}: its {kind} is not the Hub's: damaged on its way, and removed: try again")
+
+
+def patiently(call: Callable[[], R]) -> R:
+    """Return what a call to the Hub returns; where it is busy or broken, waits as long as it asks for and tries again.
+
+    Raises what the call raises last.
+    """
+    for waited in range(_TRIES):
+        try:
+            return call()
+        except (HfHubHTTPError, RevisionResolutionError) as error:
+            cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+            if not isinstance(cause, HfHubHTTPError) or not _passing(cause):
+                raise
+            time.sleep(_asked_for(cause) or 0.5 * 2**waited)
+    return call()
+
+
+def _asked_for(error: HfHubHTTPError) -> float | None:
+    """Return the seconds that the Hub asks to wait, None if it does not."""
+    asked = error.response.headers.get("Retry-After", "")
+    return min(float(asked), _LONGEST_WAIT) if asked.isdigit() else None
+
+
+def _passing(error: HfHubHTTPError) -> bool:
+    """Tell whether an answer may be another one in a moment."""
+    return error.response.status_code == 429 or error.response.status_code >= 500
+
+
+@contextmanager
+def silent_client(bars: bool = False) -> Iterator[None]:
+    """Keep the Hub's client from printing: it names signed addresses in warnings. bars: let it show its own."""
+    verbosity, disabled = logging.get_verbosity(), are_progress_bars_disabled()
+    if not os.environ.get("HF_HUB_VERBOSITY"):
+        logging.set_verbosity(_SILENT)
+    if not bars and not disabled:
         disable_progress_bars()
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if not bars and not disabled:
+            enable_progress_bars()
+
+
+@contextmanager
+def told(repository: str, revision: str | None, doing: str = "the download") -> Iterator[None]:
+    """Turn what can go wrong at the Hub into one line each."""
+    page = f"{constants.ENDPOINT}/{repository}"
+    again = "try again, what is done is kept"
+    try:
+        yield
+    except RevisionResolutionError as error:
+        raise UserError(_unreached(repository, error.__cause__, again)) from None
     except GatedRepoError:
-        raise UserError(f"{repository}: gated. Accept its licence at {page}, then {HOW_TO_LOG_IN}") from None
+        how = (
+            f"then {HOW_TO_LOG_IN}"
+            if get_token() is None
+            else "with the account that the token is of, and see that the token may read gated repositories"
+        )
+        raise UserError(f"{repository}: gated. Accept its licence at {page}, {how}") from None
     except RevisionNotFoundError:
         raise UserError(f"{repository}: has no revision {revision!r}: see {page}/commits/main") from None
     except RepositoryNotFoundError:
-        raise UserError(
-            f"{repository}: not found on the Hub, or private: see {page}; if it is yours, {HOW_TO_LOG_IN}"
-        ) from None
+        how = f"if it is yours, {HOW_TO_LOG_IN}" if get_token() is None else "the token given may not see it"
+        raise UserError(f"{repository}: not found on the Hub, or private: see {page}; {how}") from None
     except HFValidationError as error:
         raise UserError(f"{repository}: not a Hub id ({error})") from None
-    except LocalEntryNotFoundError:
-        hint = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "check the network"
-        raise UserError(
-            f"{repository}: no folder here, not in the Hub's cache, and {constants.ENDPOINT} was not reached: {hint}"
-        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(_unreached(repository, error.__cause__ or error, again)) from None
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no status")
-        raise UserError(f"{repository}: the Hub answered {status}: try again, what has come down is kept") from None
+        raise UserError(_unreached(repository, error, again)) from None
+    except httpx2.HTTPError as error:
+        raise UserError(f"{repository}: {doing} stopped ({type(error).__name__}): {again}") from None
     except OSError as error:
-        raise UserError(
-            f"{repository}: the download stopped ({error}): try again, what has come down is kept"
-        ) from None
-    finally:
-        if quiet and not disabled:
-            enable_progress_bars()
-    refuse(
-        [
-            f"{repository}: holds no {name}: is this a PersonaPlex repository?"
-            for name in files
-            if not (folder / name).is_file()
-        ]
-    )
-    return folder, folder.name
+        raise UserError(f"{repository}: {doing} stopped ({error.strerror or error}): {again}") from None
+
+
+def _unreached(repository: str, cause: BaseException | None, again: str) -> str:
+    """Return the line for a Hub that answered with an error, or not at all."""
+    if isinstance(cause, HfHubHTTPError):
+        status = cause.response.status_code
+        if status == 401:
+            return f"{repository}: the Hub does not know the token: {HOW_TO_LOG_IN}"
+        if status == 403:
+            return f"{repository}: the token may not do this: make one with write access at {constants.ENDPOINT}"
+        return f"{repository}: the Hub answered {status}: {again}"
+    offline = constants.HF_HUB_OFFLINE or isinstance(cause, OfflineModeIsEnabled)
+    hint = "HF_HUB_OFFLINE is set" if offline else "check the network"
+    return f"{repository}: no folder here, not in the Hub's cache, and {constants.ENDPOINT} was not reached: {hint}"

@@ -16,7 +16,7 @@ from .plan import Plan
 from .problems import UserError
 from .recipe import to_toml
 from .scan import Fingerprint
-from .source import Location
+from .source import Source
 from .workspace import MANIFEST
 
 VERSION = 1
@@ -26,13 +26,16 @@ _NOT_OURS = f"not a manifest of {TOOLKIT}: move the folder away, and make the bu
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def fingerprint(plan: Plan, location: Location, prints: Mapping[str, Fingerprint]) -> str:
+def fingerprint(plan: Plan, source: Source, prints: Mapping[str, Fingerprint]) -> str:
     """Return what stands for everything that decides a bundle: toolkit, libraries, source, recipe and plan."""
+    location = source.location
     decisive = {
         "toolkit": version(TOOLKIT),
         "libraries": {name: version(name) for name in _LIBRARIES},
         "revision": location.revision,
+        "licence": location.licence and asdict(location.licence),
         "source": {name: found.sha256 for name, found in prints.items()},
+        "adapter": source.adapter,
         "recipe": to_toml(plan.recipe),
         "identity": plan.inventory.identity,
         "filled": plan.inventory.filled,
@@ -42,16 +45,17 @@ def fingerprint(plan: Plan, location: Location, prints: Mapping[str, Fingerprint
 
 
 def make_manifest(
-    plan: Plan, location: Location, prints: Mapping[str, Fingerprint], records: Mapping[str, Mapping[str, Any]]
+    plan: Plan, source: Source, prints: Mapping[str, Fingerprint], records: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return the manifest of a bundle; the same conversion gives the same manifest, so it holds no time.
 
     records: for each file its ``size``, ``sha256`` and ``tensors`` (the entries that ``stream`` returns).
     """
+    location = source.location
     tensors = [{"file": file.name, **entry} for file in plan.files for entry in records[file.name].get("tensors", ())]
     return {
         "manifest_version": VERSION,
-        "fingerprint": fingerprint(plan, location, prints),
+        "fingerprint": fingerprint(plan, source, prints),
         "toolkit": {"name": TOOLKIT, "version": version(TOOLKIT)},
         "libraries": {name: version(name) for name in _LIBRARIES},
         "source": {
@@ -59,6 +63,8 @@ def make_manifest(
             "revision": location.revision,
             "files": {name: asdict(found) for name, found in prints.items()},
             "filled": dict(plan.inventory.filled),
+            "license": location.licence and asdict(location.licence),
+            "adapter": source.adapter,
         },
         "target": plan.target.name,
         "dtype": plan.recipe.dtype,
@@ -122,6 +128,10 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
     texts += [manifest["source"]["id"], *manifest["voices"]]
     files = [*manifest["files"].values(), *manifest["source"]["files"].values()]
     figures = [manifest["bits_per_weight"], manifest["parameters"]]
+    if adapter := manifest["source"].get("adapter"):
+        texts += [adapter["id"], str(adapter["revision"]), *adapter["merged"]]
+        files.append(adapter)
+        figures += [adapter["rank"], abs(adapter["scaling"])]
     return (
         (manifest["source"]["revision"] is None or str(manifest["source"]["revision"]).isprintable())
         and all(type(figure) in (int, float) and 0 <= figure < math.inf for figure in figures)
@@ -152,7 +162,7 @@ def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _added(name: str) -> bool:
-    return name in (MANIFEST, "README.md") or name.startswith("parity/")
+    return name in (MANIFEST, "README.md", "NOTICE") or name.startswith("parity/")
 
 
 def files_of(folder: Path) -> dict[str, int]:

@@ -5,10 +5,12 @@ import re
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import demo, hub
 from .architecture import Architecture, from_config, read_config
 from .checkpoint import Checkpoint, open_checkpoint
+from .licence import CARD, NVIDIA, OWN, Licence, licence_of
 from .problems import UserError, refuse
 from .progress import byte_bar
 from .scan import Fingerprint, hash_file, scan_tensors
@@ -34,15 +36,22 @@ class Location:
     folder: Path
     revision: str | None = None
 
+    @property
+    def licence(self) -> Licence | None:
+        """The licence that the source's card states; of the demo and of PersonaPlex itself also without one."""
+        known = {DEFAULT: NVIDIA, **dict.fromkeys(demo.SIZES, OWN)}
+        return licence_of(self.folder) or known.get(self.identity)
+
 
 @dataclass(frozen=True)
 class Source:
-    """An open source. others: files in its archive of voices that are no voices."""
+    """An open source. others: files in its archive of voices that are no voices. adapter: of what was merged."""
 
     location: Location
     checkpoint: Checkpoint
     voices: list[Voice]
     others: list[str]
+    adapter: dict[str, Any] | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -55,13 +64,14 @@ class Source:
         return sum((self.location.folder / name).stat().st_size for name in FILES)
 
 
-def locate(source: str, revision: str | None = None, quiet: bool = False) -> Location:
+def locate(source: str, revision: str | None = None, quiet: bool = False, room: hub.Room | None = None) -> Location:
     """Find a source: a folder, a Hub id such as ``nvidia/personaplex-7b-v1``, ``demo`` or ``demo:7b``.
 
-    Downloads what is not in the Hub's cache; makes the demo. Raises UserError if it is nowhere or not accessible.
+    Downloads what is not in the Hub's cache; makes the demo. room: where the bundle will stand, to see before a
+    download whether all fits. Raises UserError if it is nowhere or not accessible.
     """
     if is_hub_id(source):
-        folder, commit = hub.download(source, revision, FILES, quiet)
+        folder, commit = hub.download(source, revision, FILES, (CARD,), room, quiet)
         return Location(source, folder, commit)
     return _local(source, quiet)
 
@@ -161,5 +171,10 @@ def fingerprint(source: Source, quiet: bool = False) -> dict[str, Fingerprint]:
         prints = {WEIGHTS: found} | {
             name: hash_file(source.location.folder / name, bar) for name in FILES if name != WEIGHTS
         }
-    refuse(_listed(bad))
+    wrong = [
+        f"{path}: its sha256 is not the one that the Hub gave: damaged in the cache: delete {path.resolve()}"
+        for path in (source.location.folder / name for name in FILES)
+        if (expected := hub.hub_sha256(path)) and prints[path.name].sha256 != expected
+    ]
+    refuse(_listed(bad) + wrong)
     return prints

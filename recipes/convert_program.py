@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..convert import conversion, describe, source
+from ..convert.hub import Room
 from ..convert.parallel import cores
 from ..convert.plan import Plan, inventory_of_7b, make_plan
 from ..convert.problems import UserError
@@ -18,6 +19,7 @@ from ..convert.source import Source
 from ..convert.targets import DEFAULT, TARGETS
 from ..convert.workspace import MANIFEST
 from ..quant.affine import DEFAULT_METHOD, METHODS, Affine
+from ..verify import publishing
 from ..verify.request import Request
 from . import console, loader, parity
 
@@ -71,6 +73,14 @@ def convert(
     fill_depformer_steps: Annotated[
         bool, typer.Option("--fill-depformer-steps", help="Copy steps 0-7 of a base Moshi to 8-15.")
     ] = False,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="FILE_OR_HUB_ID", help="LoRA of moshi-finetune to merge while converting.")
+    ] = None,
+    publish_to: Annotated[
+        str | None,
+        typer.Option("--publish", metavar="USER/NAME", help="Upload it when it has passed; see ppx-publish."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --publish: where only you see it.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the bundle with its source at the end.")
     ] = True,
@@ -89,6 +99,12 @@ def convert(
     compares what the bundle predicts with what its source predicts; ppx-verify repeats that, and has more to choose.
     """
     quiet = console.quiet(as_json)
+    if publish_to and not verify:
+        raise UserError("--publish needs the report of a verification: leave --no-verify out")
+    if publish_to:
+        publishing.check_name(publish_to)
+    elif private:
+        raise UserError("--private says nothing without --publish: give both")
     named = (None if option is None else str(option) for option in (target, dtype, method))
     chosen = _recipe(recipe, bits, group_size, no_quantize, *named)
     if source.is_hub_id(where):
@@ -97,18 +113,28 @@ def convert(
         raise UserError(f"--revision says nothing of {where}, which is not on the Hub: leave it out")
     folder = output or Path(f"{Path(where).resolve().name.replace(':', '-')}-{chosen.target}-{chosen.name}")
     if dry_run:
-        plan = _plan(where, revision, chosen, fill_depformer_steps, quiet)
+        plan = _plan(where, revision, chosen, fill_depformer_steps, adapter, quiet)
         said = describe.summary(plan, jobs or cores()) | {"output": str(folder)}
         typer.echo(json.dumps(said, indent=1) if as_json else describe.text(plan, jobs or cores()))
         return
     conversion.check_output(folder, force)
-    location = source.locate(where, revision, quiet)
-    opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, thorough=True, quiet=quiet)
+    location = source.locate(where, revision, quiet, _room(chosen, folder))
+    opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
     done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet)
     if not as_json:
         typer.echo(_report(done))
-    found = _verify(opened, done.folder, quiet) if verify else None
+    found = _verify(opened, done.folder, adapter, quiet) if verify else None
+    parity.leave_card(found, done.folder)
     _say_verdict(done, found, as_json)
+    if publish_to:
+        published = publishing.publish(done.folder, publish_to, publishing.Wish(private=private), quiet)
+        console.say(published.line) if as_json else typer.echo(published.line)
+
+
+def _room(recipe: Recipe, output: Path) -> Room:
+    """Return what a bundle will take on the disk, for each byte of a source that is still to be downloaded."""
+    plan = make_plan(inventory_of_7b(source.DEFAULT), recipe)
+    return Room(output, plan.free_disk / sum(plan.inventory.sizes.values()))
 
 
 def _say_verdict(done: conversion.Conversion, found: dict[str, Any] | None, as_json: bool) -> None:
@@ -122,10 +148,11 @@ def _say_verdict(done: conversion.Conversion, found: dict[str, Any] | None, as_j
         parity.fail_if_failed(found)
 
 
-def _verify(opened: Source, folder: Path, quiet: bool) -> dict[str, Any]:
+def _verify(opened: Source, folder: Path, adapter: str | None, quiet: bool) -> dict[str, Any]:
     """Verify a bundle that was just made; return the report."""
     identity = opened.location.identity
-    command = shlex.join(["ppx-verify", folder.resolve().name, "--reference", identity])
+    merged = ["--adapter", adapter if source.is_hub_id(adapter) else Path(adapter).name] if adapter else []
+    command = shlex.join(["ppx-verify", folder.resolve().name, "--reference", identity, *merged])
     return parity.leave_report(opened, folder, Request(), command, quiet, same_source=True)
 
 
@@ -158,11 +185,12 @@ def _recipe(
     return replace(loaded, dtype=dtype or loaded.dtype)
 
 
-def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, quiet: bool) -> Plan:
+def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, adapter: str | None, quiet: bool) -> Plan:
     """Return the plan of a dry run; a Hub source that is not in the cache is planned from its published layout."""
     location = source.locate_here(where, revision, quiet)
     if location is not None:
-        return conversion.prepare(location, recipe, fill)[1]
+        here = adapter if adapter and not source.is_hub_id(adapter) else None  # a dry run downloads nothing
+        return conversion.prepare(location, recipe, fill, adapter=here)[1]
     console.say(f"{where} is not on this machine: planned from the published layout of {source.DEFAULT}")
     return make_plan(inventory_of_7b(where), recipe)
 
@@ -181,6 +209,8 @@ def _report(done: conversion.Conversion) -> str:
         lines.append(f"relative error of the weights: median {middle:.2%}, largest {max(quantized):.2%}")
     lost = [(manifest["overflowed"], "too large"), (manifest["flushed"], "too small, and became zero")]
     lines += [f"{count} values were {what} in {manifest['dtype']}" for count, what in lost if count]
+    if merged := manifest["source"]["adapter"]:
+        lines.append(f"{merged['id']} was merged into {len(merged['merged'])} tensors")
     lines += [f"{name}: filled from {origin}" for name, origin in manifest["source"]["filled"].items()]
     verb = "checked again" if not done.made else "read back and checked"
     lines.append(f"every file was {verb}; {len(manifest['voices'])} voices; see manifest.json")

@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..convert.manifest import read_manifest
 from ..convert.problems import CheckFailed, UserError
 from ..convert.source import Source
+from ..convert.workspace import write_durably
+from ..verify import card
 from ..verify import report as reports
 from ..verify.request import Request
 
@@ -24,6 +27,14 @@ def leave_report(
     found = reports.finish(verify(source, bundle, asked, command, quiet, same_source))
     reports.write(found, bundle)
     return found
+
+
+def leave_card(found: Mapping[str, Any] | None, bundle: Path) -> None:
+    """Write a bundle's model card; found: its report, None where it was not verified."""
+    manifest = read_manifest(bundle)
+    if manifest is not None:
+        for name, content in card.files(manifest, found).items():
+            write_durably(bundle / name, content)
 
 
 def text(found: Mapping[str, Any], bundle: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..convert import demo, source
+from ..convert import conversion, demo, source
 from ..convert.manifest import read_manifest
 from ..convert.problems import UserError
 from ..verify import side_by_side
@@ -44,6 +44,10 @@ def verify_bundle(
         str | None,
         typer.Option(metavar="SOURCE", help="The checkpoint.  [default: the one it was made from, if found]"),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="The LoRA that was merged.  [default: the one that the manifest names, if on the Hub]"),
+    ] = None,
     tokens: Annotated[
         Path | None, typer.Option(help="safetensors with tokens [N, streams, T] to read, as heard.")
     ] = None,
@@ -70,7 +74,7 @@ def verify_bundle(
     Ends with 0 if the bundle passes, 1 if it fails, 2 if it could not be compared.
     """
     if other is not None:
-        if any((reference, tokens, audio, sequences, frames, rollout, arithmetic, device)):
+        if any((reference, adapter, tokens, audio, sequences, frames, rollout, arithmetic, device)):
             raise UserError("two bundles are compared by their reports: leave all options but --json out")
         _print_both(bundle, other, as_json)
         return
@@ -84,8 +88,11 @@ def verify_bundle(
     )
     made_from = _manifest(bundle)["source"]
     location = source.locate(*_reference(bundle, reference, made_from), quiet=quiet)
-    opened = source.open_source(location, bool(made_from.get("filled")))
-    found = parity.leave_report(opened, bundle, asked, _command(bundle, reference, asked), quiet)
+    merged = _adapter(bundle, adapter, made_from)
+    opened = conversion.open_merged(location, merged, bool(made_from.get("filled")), quiet=quiet)
+    _check_adapter(opened, made_from)
+    found = parity.leave_report(opened, bundle, asked, _command(bundle, reference, merged, asked), quiet)
+    parity.leave_card(found, bundle)
     typer.echo(json.dumps(found, indent=1) if as_json else parity.text(found, bundle))
     parity.fail_if_failed(found)
 
@@ -108,11 +115,31 @@ def _reference(bundle: Path, named: str | None, made_from: Mapping[str, Any]) ->
     raise UserError(f"{bundle}: was made from a folder called {identity}: give it as --reference")
 
 
-def _command(bundle: Path, reference: str | None, asked: Request) -> str:
+def _adapter(bundle: Path, named: str | None, made_from: Mapping[str, Any]) -> str | None:
+    """Return the adapter to merge into the reference, None for a bundle that has none."""
+    recorded = made_from.get("adapter")
+    if not recorded:
+        if named:
+            raise UserError(f"{bundle}: was made without an adapter: leave --adapter out")
+        return None
+    if named or source.is_hub_id(recorded["id"]):
+        return named or str(recorded["id"])
+    raise UserError(f"{bundle}: an adapter was merged into it ({recorded['id']}): give its file as --adapter")
+
+
+def _check_adapter(opened: source.Source, made_from: Mapping[str, Any]) -> None:
+    used, recorded = opened.adapter, made_from.get("adapter")
+    if used and recorded and any(used[key] != recorded[key] for key in ("sha256", "rank", "scaling")):
+        raise UserError(f"{used['id']}: not the adapter that was merged ({recorded['id']}): give that one as --adapter")
+
+
+def _command(bundle: Path, reference: str | None, adapter: str | None, asked: Request) -> str:
     """Return the command that runs a verification again; folders are named without what is above them."""
     words = ["ppx-verify", bundle.resolve().name]
     if reference:
         words += ["--reference", reference if source.is_hub_id(reference) else Path(reference).name]
+    if adapter:
+        words += ["--adapter", adapter if source.is_hub_id(adapter) else Path(adapter).name]
     for option, path in (("--tokens", asked.tokens), ("--audio", asked.audio)):
         words += [option, path.name] if path else []
     for option, number in (("--sequences", asked.sequences), ("--frames", asked.frames), ("--rollout", asked.rollout)):

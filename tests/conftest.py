@@ -11,6 +11,7 @@ DATA = Path(__file__).parent / "data"
 PROGRAMS = {
     "ppx-convert": "ppx.recipes.convert_program",
     "ppx-inspect": "ppx.recipes.inspect_program",
+    "ppx-publish": "ppx.recipes.publish_program",
     "ppx-verify": "ppx.recipes.verify_program",
 }
 

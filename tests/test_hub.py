@@ -1,131 +1,143 @@
 """Downloads with the real huggingface_hub client, from a server on loopback that speaks its protocol."""
 
-import hashlib
 import json
-import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
 
 import pytest
+from hub_server import Repository, running, sha256
+from ppx.convert import hub as hub_module
+from ppx.convert.hub import Room
+from ppx.convert.problems import UserError
 from ppx.convert.source import FILES
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "someone/personaplex-tune"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status, body=b"", headers=()):
-        self.send_response(status)
-        for name, value in dict(headers).items():
-            self.send_header(name, value)
-        if "Content-Length" not in dict(headers):
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        self.server.requests.append((self.command, self.path, self.headers.get("Authorization")))
-        if api := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(?:revision|tree)/([^/?]+)(?:\?.*)?", self.path):
-            return self.api(*api.groups())
-        if resolve := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/([^/?]+)", self.path):
-            return self.resolve(*resolve.groups())
-        return self.answer(404)
-
-    def refused(self, repository, revision):
-        if repository != REPOSITORY:
-            return 401, "RepoNotFound"
-        if revision not in ("main", COMMIT):
-            return 404, "RevisionNotFound"
-        return None
-
-    def api(self, repository, revision):
-        if refused := self.refused(repository, revision):
-            return self.answer(refused[0], b"{}", {"X-Error-Code": refused[1]})
-        if "/tree/" in self.path:
-            body = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in self.server.files.items()
-            ]
-        else:
-            siblings = [{"rfilename": name} for name in self.server.files]
-            body = {"id": repository, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
-        return self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
-
-    def resolve(self, repository, revision, name):
-        if refused := self.refused(repository, revision):
-            return self.answer(refused[0], b"", {"X-Error-Code": refused[1]})
-        if self.server.gated and self.headers.get("Authorization") != "Bearer hf_allowed":
-            return self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        data = self.server.files[name]
-        headers = {
-            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-            "X-Repo-Commit": COMMIT,
-            "Content-Length": str(len(data)),
-            "Accept-Ranges": "bytes",
-        }
-        return self.answer(200, data, headers)
 
 
 @pytest.fixture
 def hub(pico):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files = {name: (pico / name).read_bytes() for name in FILES} | {"huge.bin": b"not asked for"}
-    server.gated, server.requests = False, []
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with running() as server:
+        files = {name: (pico / name).read_bytes() for name in FILES}
+        card = b"---\nlicense: cc-by-nc-4.0\n---\n# mine\n"
+        server.repositories[REPOSITORY] = Repository(files | {"README.md": card, "huge.bin": b"not asked for"})
+        yield server
 
 
 @pytest.fixture
-def convert(hub, program, tmp_path):
-    address = f"http://127.0.0.1:{hub.server_address[1]}"
+def environment(hub, tmp_path):
+    return {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
 
-    def run(*options, status=0, **environment):
-        environment = {
-            "HF_ENDPOINT": address,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        } | environment
-        return program("ppx-convert", *options, cwd=tmp_path, status=status, environment=environment)
+
+@pytest.fixture
+def convert(environment, program, tmp_path):
+    def run(*options, status=0, **more):
+        return program("ppx-convert", *options, cwd=tmp_path, status=status, environment=environment | more)
 
     return run
+
+
+def fetched(hub):
+    """Bytes of each file that the server sent."""
+    total = {}
+    for method, path, count, _ in hub.log:
+        if method == "GET" and "/resolve/" in path:
+            name = path.rsplit("/", 1)[1]
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def sizes(hub):
+    files = hub.repositories[REPOSITORY].at("main")
+    return {name: len(files[name]) for name in (*FILES, "README.md")}
 
 
 def test_a_hub_source_is_downloaded_pinned_and_cached(convert, hub, tmp_path):
     convert(REPOSITORY, "-o", "out")
     source = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]
-    assert (source["id"], source["revision"]) == (REPOSITORY, COMMIT)
-    fetched = {path.rsplit("/", 1)[1] for command, path, _ in hub.requests if command == "GET" and "resolve" in path}
-    assert fetched == set(FILES)
-    hub.requests.clear()
+    assert (source["id"], source["revision"]) == (REPOSITORY, hub.repositories[REPOSITORY].heads["main"])
+    assert source["license"]["license"] == "cc-by-nc-4.0"
+    assert fetched(hub) == sizes(hub)
+    hub.log.clear()
     convert(REPOSITORY, "-o", "again", HF_HUB_OFFLINE="1")
-    assert hub.requests == []
     convert(REPOSITORY, "-o", "third")
-    assert not [path for command, path, _ in hub.requests if command == "GET" and "resolve" in path]
+    hub.repositories[REPOSITORY].private = True  # what is in the cache needs no token
+    convert(REPOSITORY, "-o", "fourth")
+    assert fetched(hub) == {}
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_connection_that_breaks_is_gone_on_with(times, convert, hub):
+    hub.faults = [(r"GET .*/resolve/.*model\.safetensors", ("cut", 0.3))] * times
+    convert(REPOSITORY, "-o", "out")
+    assert fetched(hub) == sizes(hub)
+    ranges = [range_ for _, path, _, range_ in hub.log if path.endswith("/model.safetensors")]
+    assert ranges[0] is None
+    assert len([range_ for range_ in ranges if range_]) == times
+
+
+def test_a_killed_download_is_gone_on_with(convert, hub, tmp_path):
+    """The client alone begins anew; here no byte comes twice."""
+    total = sizes(hub)["model.safetensors"]
+    hub.faults = [(r"GET .*/resolve/.*model\.safetensors", ("cut", 0.3))]
+    hub.faults += [(r"GET .*/resolve/.*model\.safetensors", ("status", 403, {}))] * 9
+    convert(REPOSITORY, "-o", "out", status=2)
+    parts = list((tmp_path / "hf").rglob("*.ppx.incomplete"))
+    assert [part.stat().st_size for part in parts] == [int(total * 0.3)]
+    hub.faults.clear()
+    convert(REPOSITORY, "-o", "out")
+    assert fetched(hub) == sizes(hub)
+    assert not list((tmp_path / "hf").rglob("*.incomplete"))
+
+
+def test_a_process_killed_in_the_middle_loses_nothing_that_was_written(convert, hub, environment):
+    code = (
+        "import os, time, ppx.convert.hub as h\n"
+        "class Bar:\n"
+        "    seen = 0\n"
+        "    def __enter__(self): return self\n"
+        "    def __exit__(self, *_): pass\n"
+        "    def set_postfix_str(self, *_, **__): pass\n"
+        "    def update(self, count):\n"
+        "        Bar.seen += count\n"
+        "        if Bar.seen > 1 << 20: print(Bar.seen, flush=True); time.sleep(60)\n"
+        "h.byte_bar = lambda *_: Bar()\n"
+        f"h.download({REPOSITORY!r}, None, {FILES!r}, quiet=True)"
+    )
+    running_one = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    )
+    seen = int(running_one.stdout.readline())
+    running_one.send_signal(signal.SIGKILL)
+    running_one.wait()
+    running_one.stdout.close()
+    hub.log.clear()
+    convert(REPOSITORY, "-o", "out")
+    assert seen > 1 << 20
+    assert sum(fetched(hub).values()) == sum(sizes(hub).values()) - seen
 
 
 def test_a_gated_repository_says_which_licence_and_token(convert, hub, tmp_path):
-    hub.gated = True
+    hub.repositories[REPOSITORY].gated = True
     done = convert(REPOSITORY, "-o", "out", status=2)
-    page = f"http://127.0.0.1:{hub.server_address[1]}/{REPOSITORY}"
+    page = f"{hub.address}/{REPOSITORY}"
     assert f"gated. Accept its licence at {page}, then log in with `hf auth login`" in done.stderr
     assert "HF_TOKEN" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    done = convert(REPOSITORY, "-o", "out", HF_TOKEN="hf_allowed")
+    done = convert(REPOSITORY, "-o", "out", status=2, HF_TOKEN="hf_stranger")
+    assert f"gated. Accept its licence at {page}, with the account that the token is of" in done.stderr
+    done = convert(REPOSITORY, "-o", "out", HF_TOKEN="hf_reader")
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert not any(b"hf_allowed" in data for data in [*written, done.stdout.encode(), done.stderr.encode()])
+    assert not any(b"hf_reader" in data for data in [*written, done.stdout.encode(), done.stderr.encode()])
 
 
 @pytest.mark.parametrize(
@@ -142,8 +154,81 @@ def test_what_is_not_there(options, message, convert):
 
 
 def test_a_repository_of_another_kind(convert, hub):
-    del hub.files["voices.tgz"]
+    repository = hub.repositories[REPOSITORY]
+    repository.commit("main", {name: data for name, data in repository.at("main").items() if name != "voices.tgz"})
     assert "holds no voices.tgz" in convert(REPOSITORY, status=2).stderr
+
+
+@pytest.mark.parametrize(
+    "where", ["GET /api/models/[^/]+/[^/]+", "GET .*/tree/", "HEAD .*/resolve/", "GET .*/resolve/"]
+)
+def test_a_busy_or_broken_hub_is_waited_for(where, convert, hub):
+    hub.faults = [(where, ("status", 429, {"Retry_After": "1"})), (where, ("status", 500, {}))]
+    began = time.monotonic()
+    done = convert(REPOSITORY, "-o", "out")
+    assert time.monotonic() - began > 1
+    assert done.stderr == ""
+    assert fetched(hub) == sizes(hub)
+    assert not hub.faults
+
+
+def test_a_token_that_the_hub_does_not_know(convert, hub):
+    answer = {"X_Error_Message": "Invalid credentials in Authorization header"}
+    hub.faults = [("GET /api/models/", ("status", 401, answer))]
+    done = convert(REPOSITORY, status=2, HF_TOKEN="hf_outdated")
+    assert "the Hub does not know the token: log in with" in done.stderr
+    assert "hf_outdated" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_corrupted_byte_is_found_and_the_file_removed(name, convert, hub, tmp_path):
+    hub.faults = [(rf"GET .*/resolve/.*{name}", "corrupt")]
+    done = convert(REPOSITORY, "-o", "out", status=1)
+    assert f"check failed: {name}: its " in done.stderr
+    assert "is not the Hub's" in done.stderr
+    assert not list((tmp_path / "hf").rglob("*.incomplete"))
+    convert(REPOSITORY, "-o", "out")
+
+
+def test_a_file_that_was_damaged_in_the_cache_is_found(convert, hub, tmp_path):
+    convert(REPOSITORY, "-o", "out")
+    weights = hub.repositories[REPOSITORY].at("main")["model.safetensors"]
+    blob = next((tmp_path / "hf").rglob(sha256(weights)))
+    blob.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    done = convert(REPOSITORY, "-o", "again", status=2)
+    assert "its sha256 is not the one that the Hub gave: damaged in the cache: delete" in done.stderr
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_first_byte(hub, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    total = sum(sizes(hub).values())
+    monkeypatch.setattr(hub_module.constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(hub_module.constants, "ENDPOINT", hub.address)
+    missing = [hub_module.Remote(name, size, None, "") for name, size in sizes(hub).items()]
+    for free, share in ((total - 1, 0.0), (int(total * 1.5) - 2, 0.5)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: usage(free, 0, free))
+        with pytest.raises(UserError, match=r"download and bundle need .* GB there: free some, or put the cache"):
+            hub_module._check_room(tmp_path / "hf", missing, Room(tmp_path / "out", share))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(total * 2, 0, total * 2))
+    hub_module._check_room(tmp_path / "hf", missing, Room(tmp_path / "out", 0.5))
+
+
+def test_a_strangers_listing_writes_nothing_outside_of_the_cache(convert, hub, tmp_path):
+    names = ["../x", "../../../../x", "/tmp/ppx-x", "a" * 300, "a/" * 60 + "x", "model.safetensors/../../x"]
+    hub.extra = [{"type": "file", "path": name, "size": 3, "oid": "0" * 40} for name in names]
+    convert(REPOSITORY, "-o", "out")
+    assert fetched(hub) == sizes(hub)
+    inside = tmp_path / "hf"
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
+    assert not [path for path in inside.rglob("*") if path.name in ("x", "a" * 300)]
+
+
+def test_an_etag_that_is_a_path_is_refused(convert, monkeypatch):
+    import hub_server
+
+    monkeypatch.setattr(hub_server, "git_hash", lambda _: "../../../../escaped")
+    assert "which is no hash: do not trust it" in convert(REPOSITORY, status=2).stderr
 
 
 def test_no_network(convert):
@@ -156,5 +241,5 @@ def test_a_dry_run_downloads_nothing(convert, hub, tmp_path):
     done = convert(REPOSITORY, "--dry-run")
     assert "is not on this machine" in done.stderr
     assert "8,371,408,896 parameters" in done.stdout
-    assert hub.requests == []
+    assert hub.log == []
     assert not (tmp_path / "hf" / "hub").exists() or not list((tmp_path / "hf" / "hub").glob("models--*"))

@@ -1,0 +1,153 @@
+"""Files of a bundle into a repository on the Hugging Face Hub, in one commit, and a look at what arrived."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._http import hf_raise_for_status, http_backoff
+
+from .hub import HOW_TO_LOG_IN, patiently, silent_client, told
+from .problems import CheckFailed, UserError
+
+_ALONE = 1 << 20  # bytes from which a file is sent for itself, so that a break costs no other
+
+
+@dataclass(frozen=True)
+class Local:
+    """A file to upload, under its name in the repository."""
+
+    name: str
+    path: Path
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """What an upload did. changed: names that were sent. others: what the repository holds beside the bundle."""
+
+    page: str
+    changed: list[str]
+    others: list[str]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How to publish. create_pr: as a pull request. revision: a branch, None for main. force: despite objections."""
+
+    private: bool = False
+    create_pr: bool = False
+    revision: str | None = None
+    force: bool = False
+
+
+def upload(repository: str, files: Sequence[Local], message: str, wish: Wish, quiet: bool = False) -> Uploaded:
+    """Make a repository hold these files, and compare every one of them with what is there then.
+
+    Large files go first, one after the other; the Hub does not take again what it has. A single commit then names all
+    that changed, and none is made where nothing did. Raises UserError for what the user can mend, CheckFailed if the
+    repository holds something else afterwards.
+    """
+    if get_token() is None:
+        raise UserError(f"{repository}: publishing needs a token with write access: {HOW_TO_LOG_IN}")
+    with silent_client(bars=not quiet), told(repository, wish.revision, "the upload"):
+        api = HfApi()
+        _open_repository(api, repository, wish)
+        there = _tree(api, repository, wish.revision)
+        changed = [file for file in files if not _is_same(there.get(file.name), file)]
+        page = f"{constants.ENDPOINT}/{repository}"
+        commit, place = wish.revision, f"{page}/tree/{wish.revision}" if wish.revision else page
+        if changed and wish.create_pr and (number := _own_request(api, repository, message, files)):
+            changed, commit, place = [], f"refs/pr/{number}", f"{page}/discussions/{number}"
+        if changed:
+            operations = [_operation(file) for file in changed]
+            for operation in operations:
+                if operation.upload_info.size >= _ALONE:
+                    api.preupload_lfs_files(
+                        repository, additions=[operation], revision=wish.revision, create_pr=wish.create_pr
+                    )
+            done = api.create_commit(
+                repository, operations, commit_message=message, revision=wish.revision, create_pr=wish.create_pr
+            )
+            commit, place = done.oid, done.pr_url or place
+        there = _tree(api, repository, commit)
+        _compare(repository, commit, files, there)
+    names = {file.name for file in files}
+    return Uploaded(place, [file.name for file in changed], sorted(there.keys() - names - {".gitattributes"}))
+
+
+def _open_repository(api: HfApi, repository: str, wish: Wish) -> None:
+    """Make sure that repository and branch are there; raises UserError if all could see what should be private."""
+    try:
+        info = patiently(lambda: api.model_info(repository))
+    except RepositoryNotFoundError:
+        if wish.create_pr:
+            raise
+        patiently(lambda: api.create_repo(repository, private=wish.private or None, exist_ok=True))
+    else:
+        if wish.private and info.private is False:
+            raise UserError(f"{repository}: is there already, and public: make it private in its settings first")
+    if wish.revision:
+        patiently(lambda: api.create_branch(repository, branch=str(wish.revision), exist_ok=True))
+
+
+def _tree(api: HfApi, repository: str, revision: str | None) -> dict[str, RepoFile]:
+    found = patiently(lambda: list(api.list_repo_tree(repository, recursive=True, revision=revision)))
+    return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
+
+
+def _is_same(there: RepoFile | None, file: Local) -> bool:
+    """Tell whether the repository's file is this one: by sha256 if it is a large one, else by git's hash."""
+    if there is None or there.size != file.size:
+        return False
+    if there.lfs:
+        return there.lfs.sha256 == file.sha256
+    digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    digest.update(file.path.read_bytes())
+    return there.blob_id == digest.hexdigest()
+
+
+def _operation(file: Local) -> CommitOperationAdd:
+    operation = CommitOperationAdd(file.name, file.path)
+    operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # what was hashed is what goes up
+    return operation
+
+
+def _own_request(api: HfApi, repository: str, message: str, files: Sequence[Local]) -> int | None:
+    """Return the number of an open pull request of this title that holds these very files."""
+    try:
+        open_ones = api.get_repo_discussions(repository, discussion_type="pull_request", discussion_status="open")
+        for request in open_ones:
+            if request.title == message:
+                there = _tree(api, repository, f"refs/pr/{request.num}")
+                if all(_is_same(there.get(file.name), file) for file in files):
+                    return request.num
+    except HfHubHTTPError:  # requests cannot be listed: then another one is made
+        pass
+    return None
+
+
+def _compare(repository: str, revision: str | None, files: Sequence[Local], there: dict[str, RepoFile]) -> None:
+    """Raise CheckFailed for files that are not in the repository as they are here; small ones are fetched for that."""
+    wrong = []
+    for file in files:
+        entry = there.get(file.name)
+        if entry is None:
+            wrong.append(f"{file.name} is not there")
+        elif entry.size != file.size:
+            wrong.append(f"{file.name} has {entry.size} bytes there, {file.size} here")
+        elif (entry.lfs.sha256 if entry.lfs else _fetched_sha256(repository, file.name, revision)) != file.sha256:
+            wrong.append(f"{file.name} has another sha256 there")
+    if wrong:
+        raise CheckFailed(f"{repository}: does not hold what was sent: {'; '.join(wrong)}: run the command again")
+
+
+def _fetched_sha256(repository: str, name: str, revision: str | None) -> str:
+    response = http_backoff("GET", hf_hub_url(repository, name, revision=revision), headers=build_hf_headers())
+    hf_raise_for_status(response)
+    return hashlib.sha256(response.content).hexdigest()

@@ -1,0 +1,254 @@
+"""A Hub on loopback: the endpoints that the real client uses for models, with faults to order and a log."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+LARGE = 20_000  # bytes from which a file goes the way of large ones
+
+
+def git_hash(data):
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+class Repository:
+    """branches: name -> files. commits: commit -> files, oldest first. head: branch -> commit."""
+
+    def __init__(self, files, private=False, gated=False):
+        self.private, self.gated = private, gated
+        self.commits, self.heads, self.requests = {}, {}, []
+        self.commit("main", files)
+
+    def commit(self, branch, files):
+        number = f"{len(self.commits) + 1:040x}"
+        self.commits[number] = dict(files)
+        self.heads[branch] = number
+        return number
+
+    def at(self, revision):
+        return self.commits.get(self.heads.get(revision, revision))
+
+
+class Server(ThreadingHTTPServer):
+    """log: (method, path, bytes of a body or answer, Range). faults: list of (pattern, what), each used once."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.repositories, self.stored, self.log, self.faults = {}, {}, [], []
+        self.tokens = {"hf_writer": True, "hf_reader": False}
+        self.extra = []  # entries that listings name besides
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fault(self, method, path):
+        for place, (pattern, what) in enumerate(self.faults):
+            if re.search(pattern, f"{method} {path}"):
+                del self.faults[place]
+                return what
+        return None
+
+    def handle_error(self, *_):
+        pass  # connections are broken on purpose
+
+
+@contextmanager
+def running():
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body=b"", **headers):
+        body = json.dumps(body).encode() if isinstance(body, dict | list) else body
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        if "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    @property
+    def token(self):
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+
+    def body(self, cut=1.0):
+        length = int(self.headers.get("Content-Length") or 0)
+        data = self.rfile.read(int(length * cut))
+        self.server.log.append((self.command, self.path, len(data), None))
+        return data
+
+    def handle_any(self):
+        url = urlsplit(self.path)
+        path, query = unquote(url.path), parse_qs(url.query)
+        what = self.server.fault(self.command, path)
+        if isinstance(what, tuple) and what[0] == "status":
+            self.body()
+            return self.answer(what[1], b"{}", **what[2])
+        if self.command in ("GET", "HEAD"):
+            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+                return self.info(match[1], match[2] or "main")
+            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(refs/pr/\d+|[^/]+)/?", path):
+                return self.tree(match[1], match[2])
+            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/discussions", path):
+                found = self.server.repositories[match[1]].requests
+                return self.answer(200, {"discussions": found, "count": len(found), "start": 0})
+            if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", path):
+                return self.resolve(*match.groups(), what)
+            return self.answer(404)
+        if match := re.fullmatch(r"/lfs-put/([0-9a-f]{64})", path):
+            data = self.body(what[1] if what else 1.0)
+            if what:
+                self.close_connection = True
+                return None
+            self.server.stored[match[1]] = data
+            return self.answer(200 if sha256(data) == match[1] else 400)
+        data = self.body()
+        if not self.server.tokens.get(self.token):
+            known = self.token in self.server.tokens
+            return self.answer(403 if known else 401, b"{}", X_Error_Message="no")
+        return self.write(path, query, data)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def write(self, path, query, data):
+        server = self.server
+        if path == "/api/repos/create":
+            asked = json.loads(data)
+            name = f"{asked['organization']}/{asked['name']}"
+            if name in server.repositories:
+                return self.answer(409, {"url": f"{server.address}/{name}"})
+            server.repositories[name] = Repository({".gitattributes": b"x"}, asked.get("visibility") == "private")
+            return self.answer(200, {"url": f"{server.address}/{name}", "name": name, "id": name})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/branch/(.+)", path):
+            repository = server.repositories[match[1]]
+            if match[2] in repository.heads:
+                return self.answer(409, {"error": "there"})
+            repository.heads[match[2]] = repository.heads["main"]
+            return self.answer(200, {})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
+            there = server.repositories[match[1]].at(match[2])
+            files = []
+            for file in json.loads(data)["files"]:
+                mode = "lfs" if file["size"] >= LARGE else "regular"
+                old = there.get(file["path"])
+                oid = old and (sha256(old) if len(old) >= LARGE else git_hash(old))
+                files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            return self.answer(200, {"files": files})
+        if re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
+            objects = []
+            for entry in json.loads(data)["objects"]:
+                found = {"oid": entry["oid"], "size": entry["size"]}
+                if entry["oid"] not in server.stored:
+                    found["actions"] = {"upload": {"href": f"{server.address}/lfs-put/{entry['oid']}"}}
+                objects.append(found)
+            return self.answer(200, {"transfer": "basic", "objects": objects})
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/(.+)", path):
+            return self.commit(match[1], match[2], "create_pr" in query, data)
+        return self.answer(404)
+
+    def commit(self, name, branch, as_request, data):
+        repository = self.server.repositories[name]
+        files = dict(repository.at(branch))
+        title = ""
+        for line in data.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "header":
+                title = value["summary"]
+            elif entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.server.stored[value["oid"]]
+        said = {}
+        if as_request:
+            number = len(repository.requests) + 1
+            branch = f"refs/pr/{number}"
+            author = {"name": "me"}
+            said["pullRequestUrl"] = f"{self.server.address}/{name}/discussions/{number}"
+            repository.requests.append(
+                {"num": number, "title": title, "status": "open", "isPullRequest": True, "author": author}
+                | {"createdAt": "2026-01-01T00:00:00.000Z", "repo": {"name": name, "type": "model"}}
+            )
+        commit = repository.commit(branch, files)
+        said |= {"commitUrl": f"{self.server.address}/{name}/commit/{commit}", "commitOid": commit}
+        return self.answer(200, said)
+
+    def refused(self, name, revision):
+        repository = self.server.repositories.get(name)
+        if repository is None or (repository.private and self.token not in self.server.tokens):
+            return self.answer(401, b"{}", X_Error_Code="RepoNotFound") or True
+        if repository.at(revision) is None:
+            return self.answer(404, b"{}", X_Error_Code="RevisionNotFound") or True
+        return None
+
+    def info(self, name, revision):
+        if self.refused(name, revision):
+            return None
+        repository = self.server.repositories[name]
+        files = repository.at(revision)
+        commit = repository.heads.get(revision, revision)
+        body = {"id": name, "sha": commit, "private": repository.private, "tags": []}
+        return self.answer(200, body | {"siblings": [{"rfilename": file} for file in files]})
+
+    def tree(self, name, revision):
+        if self.refused(name, revision):
+            return None
+        body = list(self.server.extra)
+        for path, data in self.server.repositories[name].at(revision).items():
+            entry = {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)}
+            if len(data) >= LARGE:
+                entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
+            body.append(entry)
+        return self.answer(200, body)
+
+    def resolve(self, name, revision, file, fault):
+        if self.refused(name, revision):
+            return None
+        repository = self.server.repositories[name]
+        if repository.gated and self.token not in self.server.tokens:
+            return self.answer(403 if self.token else 401, b"", X_Error_Code="GatedRepo")
+        data = repository.at(revision).get(file)
+        if data is None:
+            return self.answer(404, b"", X_Error_Code="EntryNotFound")
+        headers = {"ETag": f'"{sha256(data) if len(data) >= LARGE else git_hash(data)}"', "Accept_Ranges": "bytes"}
+        headers["X_Repo_Commit"] = repository.heads.get(revision, revision)
+        if self.command == "HEAD":
+            return self.answer(200, data, **headers)
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        first = int(asked[1]) if asked else 0
+        if asked:
+            headers["Content_Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+        body = data[first:]
+        if fault == "corrupt":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        sent = body[: int(len(body) * fault[1])] if isinstance(fault, tuple) else body
+        self.server.log.append((self.command, self.path, len(sent), self.headers.get("Range")))
+        self.answer(206 if asked else 200, sent, Content_Length=str(len(body)), **headers)
+        if len(sent) < len(body):
+            self.close_connection = True
+        return None
