@@ -28,12 +28,15 @@ _LARGEST_CONFIG = 1 << 20
 
 @dataclass(frozen=True)
 class Piece:
-    """What is added to rows of a tensor. first, rows: where. a, b: names of ``[rank, in]`` and ``[rows, rank]``."""
+    """What is added to rows of a tensor. first, rows: where. a, b: matrices, and their rows from which on it is.
+
+    Of a it is ``[rank, in]``, of b ``[rows, rank]``.
+    """
 
     first: int
     rows: int
-    a: str
-    b: str
+    a: tuple[str, int]
+    b: tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,16 @@ class Adapter:
     def merged(self, name: str, first: int, weights: NDArray[Any]) -> NDArray[Any]:
         """Return rows of a tensor, from ``first`` on, with what the adapter adds to them, as float32.
 
-        The product is summed in float64, so that it does not depend on which rows are taken together.
+        Summed in float64, so that how rows are taken together does not show.
         """
         total = weights.astype(np.float64)
         for piece in self.pieces[name]:
             low, high = max(first, piece.first), min(first + len(weights), piece.first + piece.rows)
             if low < high:
-                a = self.file.read(piece.a, 0, self.rank).astype(np.float64)
-                b = self.file.read(piece.b, low - piece.first, high - piece.first).astype(np.float64)
+                (a_name, a_first), (b_name, b_first) = piece.a, piece.b
+                shift = b_first - piece.first
+                a = self.file.read(a_name, a_first, a_first + self.rank).astype(np.float64)
+                b = self.file.read(b_name, low + shift, high + shift).astype(np.float64)
                 total[low - first : high - first] += self.scaling * (b @ a)
         return total.astype(np.float32)
 
@@ -75,8 +80,18 @@ class Adapter:
         }
 
 
+def on_hub(where: str) -> bool:
+    """Tell whether an adapter is looked for on the Hub: it has the form ``USER/NAME`` or ``USER/NAME@REVISION``."""
+    return not Path(where).exists() and is_hub_id(where.partition("@")[0])
+
+
+def named(where: str) -> str:
+    """Return what a command that others see calls an adapter: its Hub id, or its file's name."""
+    return where if on_hub(where) else Path(where).name
+
+
 def open_adapter(where: str, architecture: Architecture, quiet: bool = False) -> Adapter:
-    """Find and open an adapter: a file, a folder that holds ``lora.safetensors``, or a Hub id.
+    """Find and open an adapter: a file, a folder that holds ``lora.safetensors``, or a Hub id (with ``@REVISION``).
 
     Rank and scaling come from ``lora_rank`` and ``lora_scaling`` of the config.json beside it, where there is one.
     Raises UserError with every key that matches nothing in this architecture, and every shape that does not fit.
@@ -96,9 +111,10 @@ def open_adapter(where: str, architecture: Architecture, quiet: bool = False) ->
 
 
 def _locate(where: str, quiet: bool) -> tuple[Path, str, str | None]:
-    if is_hub_id(where):
-        folder, commit = hub.download(where, None, (WEIGHTS,), (CONFIG,), quiet=quiet)
-        return folder / WEIGHTS, where, commit
+    if on_hub(where):
+        repository, _, revision = where.partition("@")
+        folder, commit = hub.download(repository, revision or None, (WEIGHTS,), (CONFIG,), quiet=quiet)
+        return folder / WEIGHTS, repository, commit
     path = Path(where).expanduser()
     path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():
@@ -142,18 +158,21 @@ def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str,
             problems.append(f"{stem}: matches no linear layer of this architecture")
             continue
         name, first, rows = place
+        whole = known[name].stacked if rows == known[name].shape[0] else 1  # steps that lie in these two matrices
         a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
-        expected = {"A": (rank, known[name].shape[1]), "B": (rows, rank)}
-        for side in "AB":
-            key = a if side == "A" else b
-            if side not in sides:
+        expected = {a: (whole * rank, known[name].shape[1]), b: (rows, rank)}
+        for key, shape in expected.items():
+            if key.rpartition("lora_")[2][0] not in sides:
                 problems.append(f"{key}: missing")
-            elif file.specs[key].shape != expected[side]:
-                shapes = f"{list(file.specs[key].shape)}, where rank {rank} makes it {list(expected[side])}"
+            elif file.specs[key].shape != shape:
+                shapes = f"{list(file.specs[key].shape)}, where rank {rank} makes it {list(shape)}"
                 problems.append(f"{key}: shape {shapes} (the rank is lora_rank in config.json beside it, else {RANK})")
         if any(first < other.first + other.rows and other.first < first + rows for other in pieces.get(name, ())):
             problems.append(f"{stem}: another matrix of the adapter is for the same rows")
-        pieces.setdefault(name, []).append(Piece(first, rows, a, b))
+        height = rows // whole
+        pieces.setdefault(name, []).extend(
+            Piece(first + step * height, height, (a, step * rank), (b, step * height)) for step in range(whole)
+        )
     if not stems and not problems:
         problems.append("holds no matrices")
     refuse([f"{file.path}: {problem}" for problem in problems])
@@ -163,8 +182,8 @@ def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str,
 def _place(stem: str, known: dict[str, Role]) -> tuple[str, int, int] | None:
     """Return the tensor that a layer's name means, and its rows: first and how many.
 
-    Attention's projections are one tensor a layer in the checkpoint; newer code keeps them apart by step, under
-    ``in_projs.N`` and ``out_projs.N``.
+    Attention's projections are one tensor a layer in the checkpoint, and its steps lie one after another; newer code
+    keeps them apart, under ``in_projs.N`` and ``out_projs.N``.
     """
     if match := _STACKED.fullmatch(stem):
         name = f"{match[1]}.{'in_proj_weight' if match[2] == 'in' else 'out_proj.weight'}"

@@ -305,8 +305,9 @@ def told(repository: str, revision: str | None, doing: str = "the download") -> 
         raise UserError(_unreached(repository, error.__cause__ or error, again)) from None
     except HfHubHTTPError as error:
         raise UserError(_unreached(repository, error, again)) from None
-    except httpx2.HTTPError as error:
-        raise UserError(f"{repository}: {doing} stopped ({type(error).__name__}): {again}") from None
+    except (httpx2.HTTPError, RuntimeError) as error:  # the client wraps what breaks an upload in RuntimeError
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        raise UserError(f"{repository}: {doing} stopped ({type(cause).__name__}): {again}") from None
     except OSError as error:
         raise UserError(f"{repository}: {doing} stopped ({error.strerror or error}): {again}") from None
 

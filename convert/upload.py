@@ -3,15 +3,18 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_url
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, constants, get_token, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status, http_backoff
 
 from .hub import HOW_TO_LOG_IN, patiently, silent_client, told
+from .licence import CARD
 from .problems import CheckFailed, UserError
 
 _ALONE = 1 << 20  # bytes from which a file is sent for itself, so that a break costs no other
@@ -65,20 +68,29 @@ def upload(repository: str, files: Sequence[Local], message: str, wish: Wish, qu
         if changed and wish.create_pr and (number := _own_request(api, repository, message, files)):
             changed, commit, place = [], f"refs/pr/{number}", f"{page}/discussions/{number}"
         if changed:
-            operations = [_operation(file) for file in changed]
-            for operation in operations:
-                if operation.upload_info.size >= _ALONE:
-                    api.preupload_lfs_files(
-                        repository, additions=[operation], revision=wish.revision, create_pr=wish.create_pr
-                    )
-            done = api.create_commit(
-                repository, operations, commit_message=message, revision=wish.revision, create_pr=wish.create_pr
-            )
+            done = _commit(api, repository, changed, message, wish)
             commit, place = done.oid, done.pr_url or place
         there = _tree(api, repository, commit)
         _compare(repository, commit, files, there)
     names = {file.name for file in files}
     return Uploaded(place, [file.name for file in changed], sorted(there.keys() - names - {".gitattributes"}))
+
+
+def _commit(api: HfApi, repository: str, changed: Sequence[Local], message: str, wish: Wish) -> CommitInfo:
+    """Send files, and name them all in one commit; the card is shown to the Hub before the first byte."""
+    for file in changed:
+        if file.name == CARD:
+            try:
+                patiently(ModelCard(file.path.read_text("utf-8")).validate)
+            except ValueError as error:
+                raise UserError(f"{repository}: the Hub does not take {file.name}: {error}") from None
+    operations = [_operation(file) for file in changed]
+    where: dict[str, Any] = {"revision": wish.revision, "create_pr": wish.create_pr}
+    for operation in operations:
+        if operation.upload_info.size >= _ALONE:
+            patiently(partial(api.preupload_lfs_files, repository, additions=[operation], **where))
+    done: CommitInfo = patiently(partial(api.create_commit, repository, operations, commit_message=message, **where))
+    return done
 
 
 def _open_repository(api: HfApi, repository: str, wish: Wish) -> None:

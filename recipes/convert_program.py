@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..convert import adapter as adapters
 from ..convert import conversion, describe, source
 from ..convert.hub import Room
 from ..convert.parallel import cores
@@ -151,7 +152,7 @@ def _say_verdict(done: conversion.Conversion, found: dict[str, Any] | None, as_j
 def _verify(opened: Source, folder: Path, adapter: str | None, quiet: bool) -> dict[str, Any]:
     """Verify a bundle that was just made; return the report."""
     identity = opened.location.identity
-    merged = ["--adapter", adapter if source.is_hub_id(adapter) else Path(adapter).name] if adapter else []
+    merged = ["--adapter", adapters.named(adapter)] if adapter else []
     command = shlex.join(["ppx-verify", folder.resolve().name, "--reference", identity, *merged])
     return parity.leave_report(opened, folder, Request(), command, quiet, same_source=True)
 
@@ -189,8 +190,10 @@ def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, adapter:
     """Return the plan of a dry run; a Hub source that is not in the cache is planned from its published layout."""
     location = source.locate_here(where, revision, quiet)
     if location is not None:
-        here = adapter if adapter and not source.is_hub_id(adapter) else None  # a dry run downloads nothing
-        return conversion.prepare(location, recipe, fill, adapter=here)[1]
+        if adapter and adapters.on_hub(adapter):
+            console.say(f"{adapter}: not looked at: a dry run downloads nothing")
+            adapter = None
+        return conversion.prepare(location, recipe, fill, adapter=adapter)[1]
     console.say(f"{where} is not on this machine: planned from the published layout of {source.DEFAULT}")
     return make_plan(inventory_of_7b(where), recipe)
 

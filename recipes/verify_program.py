@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..convert import adapter as adapters
 from ..convert import conversion, demo, source
 from ..convert.manifest import read_manifest
 from ..convert.problems import UserError
@@ -122,8 +123,8 @@ def _adapter(bundle: Path, named: str | None, made_from: Mapping[str, Any]) -> s
         if named:
             raise UserError(f"{bundle}: was made without an adapter: leave --adapter out")
         return None
-    if named or source.is_hub_id(recorded["id"]):
-        return named or str(recorded["id"])
+    if named or recorded["revision"]:
+        return named or f"{recorded['id']}@{recorded['revision']}"
     raise UserError(f"{bundle}: an adapter was merged into it ({recorded['id']}): give its file as --adapter")
 
 
@@ -139,7 +140,7 @@ def _command(bundle: Path, reference: str | None, adapter: str | None, asked: Re
     if reference:
         words += ["--reference", reference if source.is_hub_id(reference) else Path(reference).name]
     if adapter:
-        words += ["--adapter", adapter if source.is_hub_id(adapter) else Path(adapter).name]
+        words += ["--adapter", adapters.named(adapter)]
     for option, path in (("--tokens", asked.tokens), ("--audio", asked.audio)):
         words += [option, path.name] if path else []
     for option, number in (("--sequences", asked.sequences), ("--frames", asked.frames), ("--rollout", asked.rollout)):

@@ -92,7 +92,7 @@ def command(manifest: Mapping[str, Any]) -> str:
     """Return the commands that make a bundle again, from the recipe that stands in the card."""
     source, adapter = manifest["source"], manifest["source"].get("adapter")
     words = [TOOLKIT, source["id"], *(["--revision", source["revision"]] if source["revision"] else [])]
-    words += ["--adapter", adapter["id"]] if adapter else []
+    words += ["--adapter", "@".join(filter(None, (adapter["id"], adapter["revision"])))] if adapter else []
     words += ["--fill-depformer-steps"] if source["filled"] else []
     return shlex.join([*words, "--recipe", "recipe.toml", "--output", "bundle"])
 
