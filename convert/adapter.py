@@ -96,7 +96,7 @@ def open_adapter(where: str, architecture: Architecture, quiet: bool = False) ->
     Rank and scaling come from ``lora_rank`` and ``lora_scaling`` of the config.json beside it, where there is one.
     Raises UserError with every key that matches nothing in this architecture, and every shape that does not fit.
     """
-    path, identity, revision = _locate(where, quiet)
+    path, identity, revision = locate(where, quiet)
     rank, scaling = _settings(path.with_name(CONFIG))
     file = TensorFile(path)
     try:
@@ -110,7 +110,11 @@ def open_adapter(where: str, architecture: Architecture, quiet: bool = False) ->
     return Adapter(identity, revision, found, rank, scaling, file, pieces)
 
 
-def _locate(where: str, quiet: bool) -> tuple[Path, str, str | None]:
+def locate(where: str, quiet: bool = False) -> tuple[Path, str, str | None]:
+    """Find an adapter, and download it where it is on the Hub: return its file, what it is called, and the commit.
+
+    Raises UserError if it is nowhere.
+    """
     if on_hub(where):
         repository, _, revision = where.partition("@")
         folder, commit = hub.download(repository, revision or None, (WEIGHTS,), (CONFIG,), quiet=quiet)

@@ -5,47 +5,37 @@ become blobs when their hash is the Hub's.
 """
 
 import hashlib
-import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     RevisionResolutionError,
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import logging
 from huggingface_hub.utils._fixes import WeakFileLock
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session, hf_raise_for_status
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 
+from .hub_answers import TRIES, asked_wait, is_passing, patiently, silent_client, told
 from .problems import CheckFailed, UserError, refuse
 from .progress import byte_bar
 
-HOW_TO_LOG_IN = "log in with `hf auth login`, or put a token into HF_TOKEN"
-_TRIES = 5
-_SILENT = 50  # logging's CRITICAL
 _PATIENCE = 60.0  # seconds without a byte
-_LONGEST_WAIT = 60.0  # seconds between two tries, whatever the Hub asks for
 _SAFE = re.compile(r"\w[\w-]{0,127}")  # of an etag, which names a file
-R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -189,17 +179,18 @@ def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
         part.unlink()
         part.touch()
     bar.update(part.stat().st_size)
-    tries = _TRIES
+    tries = TRIES
     while (have := part.stat().st_size) < size:
         wait = 1.0
         try:
             _append(url, part, size, bar)
         except (httpx2.TransportError, HfHubHTTPError) as error:
             if isinstance(error, HfHubHTTPError):
-                if not _passing(error):
+                if not is_passing(error):
                     raise
-                wait = _asked_for(error) or wait
-            tries = _TRIES if part.stat().st_size > have else tries - 1
+                asked = asked_wait(error)
+                wait = wait if asked is None else asked
+            tries = TRIES if part.stat().st_size > have else tries - 1
             if not tries:
                 raise
             time.sleep(wait)
@@ -233,94 +224,3 @@ def _check(part: Path, file: Remote, etag: str) -> None:
         part.unlink()
         kind = "git hash" if small else "sha256"
         raise CheckFailed(f"{file.name}: its {kind} is not the Hub's: damaged on its way, and removed: try again")
-
-
-def patiently(call: Callable[[], R]) -> R:
-    """Return what a call to the Hub returns; where it is busy or broken, waits as long as it asks for and tries again.
-
-    Raises what the call raises last.
-    """
-    for waited in range(_TRIES):
-        try:
-            return call()
-        except (HfHubHTTPError, RevisionResolutionError) as error:
-            cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
-            if not isinstance(cause, HfHubHTTPError) or not _passing(cause):
-                raise
-            time.sleep(_asked_for(cause) or 0.5 * 2**waited)
-    return call()
-
-
-def _asked_for(error: HfHubHTTPError) -> float | None:
-    """Return the seconds that the Hub asks to wait, None if it does not."""
-    asked = error.response.headers.get("Retry-After", "")
-    return min(float(asked), _LONGEST_WAIT) if asked.isdigit() else None
-
-
-def _passing(error: HfHubHTTPError) -> bool:
-    """Tell whether an answer may be another one in a moment."""
-    return error.response.status_code == 429 or error.response.status_code >= 500
-
-
-@contextmanager
-def silent_client(bars: bool = False) -> Iterator[None]:
-    """Keep the Hub's client from printing: it names signed addresses in warnings. bars: let it show its own."""
-    verbosity, disabled = logging.get_verbosity(), are_progress_bars_disabled()
-    if not os.environ.get("HF_HUB_VERBOSITY"):
-        logging.set_verbosity(_SILENT)
-    if not bars and not disabled:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if not bars and not disabled:
-            enable_progress_bars()
-
-
-@contextmanager
-def told(repository: str, revision: str | None, doing: str = "the download") -> Iterator[None]:
-    """Turn what can go wrong at the Hub into one line each."""
-    page = f"{constants.ENDPOINT}/{repository}"
-    again = "try again, what is done is kept"
-    try:
-        yield
-    except RevisionResolutionError as error:
-        raise UserError(_unreached(repository, error.__cause__, again)) from None
-    except GatedRepoError:
-        how = (
-            f"then {HOW_TO_LOG_IN}"
-            if get_token() is None
-            else "with the account that the token is of, and see that the token may read gated repositories"
-        )
-        raise UserError(f"{repository}: gated. Accept its licence at {page}, {how}") from None
-    except RevisionNotFoundError:
-        raise UserError(f"{repository}: has no revision {revision!r}: see {page}/commits/main") from None
-    except RepositoryNotFoundError:
-        how = f"if it is yours, {HOW_TO_LOG_IN}" if get_token() is None else "the token given may not see it"
-        raise UserError(f"{repository}: not found on the Hub, or private: see {page}; {how}") from None
-    except HFValidationError as error:
-        raise UserError(f"{repository}: not a Hub id ({error})") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise UserError(_unreached(repository, error.__cause__ or error, again)) from None
-    except HfHubHTTPError as error:
-        raise UserError(_unreached(repository, error, again)) from None
-    except (httpx2.HTTPError, RuntimeError) as error:  # the client wraps what breaks an upload in RuntimeError
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        raise UserError(f"{repository}: {doing} stopped ({type(cause).__name__}): {again}") from None
-    except OSError as error:
-        raise UserError(f"{repository}: {doing} stopped ({error.strerror or error}): {again}") from None
-
-
-def _unreached(repository: str, cause: BaseException | None, again: str) -> str:
-    """Return the line for a Hub that answered with an error, or not at all."""
-    if isinstance(cause, HfHubHTTPError):
-        status = cause.response.status_code
-        if status == 401:
-            return f"{repository}: the Hub does not know the token: {HOW_TO_LOG_IN}"
-        if status == 403:
-            return f"{repository}: the token may not do this: make one with write access at {constants.ENDPOINT}"
-        return f"{repository}: the Hub answered {status}: {again}"
-    offline = constants.HF_HUB_OFFLINE or isinstance(cause, OfflineModeIsEnabled)
-    hint = "HF_HUB_OFFLINE is set" if offline else "check the network"
-    return f"{repository}: no folder here, not in the Hub's cache, and {constants.ENDPOINT} was not reached: {hint}"

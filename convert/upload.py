@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status, http_backoff
 
-from .hub import HOW_TO_LOG_IN, patiently, silent_client, told
+from .hub_answers import HOW_TO_LOG_IN, patiently, silent_client, told
 from .licence import CARD
 from .problems import CheckFailed, UserError
 
@@ -49,6 +49,12 @@ class Wish:
     force: bool = False
 
 
+def check_token(repository: str) -> None:
+    """Raise UserError if there is no token to publish with."""
+    if get_token() is None:
+        raise UserError(f"{repository}: publishing needs a token with write access: {HOW_TO_LOG_IN}")
+
+
 def upload(repository: str, files: Sequence[Local], message: str, wish: Wish, quiet: bool = False) -> Uploaded:
     """Make a repository hold these files, and compare every one of them with what is there then.
 
@@ -56,8 +62,7 @@ def upload(repository: str, files: Sequence[Local], message: str, wish: Wish, qu
     that changed, and none is made where nothing did. Raises UserError for what the user can mend, CheckFailed if the
     repository holds something else afterwards.
     """
-    if get_token() is None:
-        raise UserError(f"{repository}: publishing needs a token with write access: {HOW_TO_LOG_IN}")
+    check_token(repository)
     with silent_client(bars=not quiet), told(repository, wish.revision, "the upload"):
         api = HfApi()
         _open_repository(api, repository, wish)

@@ -119,7 +119,11 @@ def convert(
         typer.echo(json.dumps(said, indent=1) if as_json else describe.text(plan, jobs or cores()))
         return
     conversion.check_output(folder, force)
-    location = source.locate(where, revision, quiet, _room(chosen, folder))
+    if publish_to:
+        publishing.check_token(publish_to)
+    if adapter:
+        adapters.locate(adapter, quiet)  # before a long download
+    location = source.locate(where, revision, quiet, _room(where, chosen, folder))
     opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
     done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet)
     if not as_json:
@@ -132,8 +136,10 @@ def convert(
         console.say(published.line) if as_json else typer.echo(published.line)
 
 
-def _room(recipe: Recipe, output: Path) -> Room:
+def _room(where: str, recipe: Recipe, output: Path) -> Room | None:
     """Return what a bundle will take on the disk, for each byte of a source that is still to be downloaded."""
+    if not source.is_hub_id(where):
+        return None
     plan = make_plan(inventory_of_7b(source.DEFAULT), recipe)
     return Room(output, plan.free_disk / sum(plan.inventory.sizes.values()))
 

@@ -242,7 +242,18 @@ def test_an_adapter_from_the_hub(program, pico, adapter, tmp_path):
         )
         first = hub.repositories["me/tune"].heads["main"]
         environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
-        program("ppx-convert", pico, "--adapter", "me/tune", "-o", "out", cwd=tmp_path, environment=environment)
+        program(
+            "ppx-convert",
+            pico,
+            "--adapter",
+            "me/tune",
+            "--bits",
+            "8",
+            "-o",
+            "out",
+            cwd=tmp_path,
+            environment=environment,
+        )
         record = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["adapter"]
         assert (record["id"], record["revision"], record["rank"]) == ("me/tune", first, RANK)
         assert f"--adapter me/tune@{first}" in (tmp_path / "out" / "README.md").read_text()
@@ -252,7 +263,7 @@ def test_an_adapter_from_the_hub(program, pico, adapter, tmp_path):
 
 
 def test_a_bundle_with_an_adapter_is_verified_with_it(program, pico, adapter, tmp_path):
-    program("ppx-convert", pico, "--adapter", adapter, "--verify", "-o", "out", cwd=tmp_path)
+    program("ppx-convert", pico, "--adapter", adapter, "--no-quantize", "--verify", "-o", "out", cwd=tmp_path)
     report = json.loads((tmp_path / "out" / "parity" / "report.json").read_text())
     assert report["verdict"]["passed"]
     assert "--adapter run" in report["command"]

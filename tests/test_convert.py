@@ -40,7 +40,7 @@ def test_every_shipped_recipe(recipe, bundle):
     folder = bundle("--recipe", recipe)
     manifest = manifest_of(folder)
     on_disk = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert on_disk == {"manifest.json", *manifest["files"]}
+    assert on_disk == {"manifest.json", "README.md", "NOTICE", *manifest["files"]}
     for name, record in manifest["files"].items():
         data = (folder / name).read_bytes()
         assert (record["size"], record["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())

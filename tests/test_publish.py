@@ -139,7 +139,7 @@ def test_an_upload_that_is_cut_goes_on_without_sending_anything_twice(publish, h
 def test_a_busy_or_broken_hub_is_waited_for(publish, hub, bundle):
     asked = ["GET /api/models/", "POST /api/repos/create", "GET .*/tree/", "POST .*/preupload/", "POST .*/commit/"]
     asked += ["POST .*/info/lfs/objects/batch", "PUT /lfs-put/", "POST /api/validate-yaml"]
-    hub.faults = [(where, ("status", 429, {"Retry_After": "1"})) for where in asked]
+    hub.faults = [(where, ("status", 429, {"Retry_After": "0"})) for where in asked]
     hub.faults += [(where, ("status", 503, {})) for where in ("GET .*/tree/", "PUT /lfs-put/")]
     done = publish()
     assert held(hub) == expected(bundle)
@@ -352,6 +352,8 @@ def test_convert_and_publish_in_one_command(run, hub, pico, tmp_path):
         (("--publish", "x", "--verify"), "not the name of a repository"),
     ):
         assert message in run("ppx-convert", pico, "-o", "other", *options, status=2).stderr
+    done = run("ppx-convert", pico, "-o", "other", "--verify", "--publish", NAME, status=2, HF_TOKEN="")
+    assert "publishing needs a token" in done.stderr
     assert not Path(tmp_path / "other").exists()
 
 

@@ -17,7 +17,6 @@ from . import report as reports
 
 README, NOTICE = "README.md", "NOTICE"
 PIPELINE = "audio-to-audio"
-RUNTIMES = {"speech-swift": ("speech-swift",), "moshi-mlx": ("moshi_mlx", "personaplex-mlx"), "mlx": ()}
 NVIDIA_NOTICE = "Licensed by NVIDIA Corporation under the NVIDIA Open Model License"
 
 
@@ -34,7 +33,7 @@ def files(
     licence = from_json(manifest["source"].get("license")) or UNKNOWN
     data = metadata(manifest, licence)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)  # noqa: S701  (Markdown)
-    environment.filters |= {"size": size, "short": reports.short, "plain": _plain}
+    environment.filters |= {"size": size, "short": reports.short, "plain": _plain, "code": _code}
     text = environment.from_string((resources(__package__) / "card.md").read_text("utf-8")).render(
         manifest=manifest,
         report=report,
@@ -45,7 +44,8 @@ def files(
         bits=bits_of(manifest),
         total=sum(record["size"] for record in manifest["files"].values()),
         command=command(manifest),
-        notice=NVIDIA_NOTICE if _is_personaplex(manifest) else "",
+        made_up=_is_made_up(manifest),
+        notice="" if _is_made_up(manifest) else NVIDIA_NOTICE,
         linked=is_on_hub(manifest),
     )
     return {README: f"---\n{data.to_yaml()}\n---\n\n{text}\n", NOTICE: _notice(manifest, licence)}
@@ -97,8 +97,8 @@ def command(manifest: Mapping[str, Any]) -> str:
     return shlex.join([*words, "--recipe", "recipe.toml", "--output", "bundle"])
 
 
-def _is_personaplex(manifest: Mapping[str, Any]) -> bool:
-    return manifest["source"]["id"] not in demo.SIZES
+def _is_made_up(manifest: Mapping[str, Any]) -> bool:
+    return manifest["source"]["id"] in demo.SIZES
 
 
 def _notice(manifest: Mapping[str, Any], licence: Licence) -> str:
@@ -110,7 +110,7 @@ def _notice(manifest: Mapping[str, Any], licence: Licence) -> str:
     )
     if licence.non_commercial:
         lines.append("Commercial use is not allowed.")
-    if _is_personaplex(manifest):
+    if not _is_made_up(manifest):
         lines += [NVIDIA_NOTICE, "PersonaPlex is derived from Moshi by Kyutai, whose weights are under CC BY 4.0."]
     return "\n".join(lines) + "\n"
 
@@ -118,3 +118,9 @@ def _notice(manifest: Mapping[str, Any], licence: Licence) -> str:
 def _plain(text: object) -> str:
     """Return a stranger's name so that Markdown shows it and does nothing else with it."""
     return "".join(character if character.isalnum() or character in " -_./:+," else "?" for character in str(text))
+
+
+def _code(text: str) -> str:
+    """Return a stranger's lines so that they end no block of code and command no terminal."""
+    kept = "".join(character for character in text if character.isprintable() or character == "\n")
+    return kept.replace("```", "'''").strip()

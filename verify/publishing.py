@@ -14,12 +14,12 @@ from ..convert.describe import size
 from ..convert.manifest import read_manifest
 from ..convert.problems import CheckFailed, UserError
 from ..convert.progress import byte_bar
-from ..convert.upload import Local, Wish, upload
+from ..convert.upload import Local, Wish, check_token, upload
 from ..convert.workspace import MANIFEST, write_durably
 from . import card
 from . import report as reports
 
-__all__ = ["Ready", "Wish", "check_name", "publish", "ready"]
+__all__ = ["Ready", "Wish", "check_name", "check_token", "publish", "ready"]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _TOKEN = re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")

@@ -1,0 +1,182 @@
+"""The model card: read back with the Hub's own classes."""
+
+import copy
+import json
+import re
+import tomllib
+
+import pytest
+from hub_server import running
+from huggingface_hub import ModelCard
+from ppx.convert.licence import NVIDIA, Licence, from_json, licence_of
+from ppx.verify import card
+
+SOURCE = {"id": "nvidia/personaplex-7b-v1", "revision": "c0ffee" + "0" * 34}
+FINE_TUNE = {"id": "someone/tune", "revision": "0" * 40, "license": {"license": "cc-by-nc-4.0"}}
+
+
+@pytest.fixture(scope="module")
+def made(program, pico, tmp_path_factory):
+    """Manifest and report of a bundle."""
+    folder = tmp_path_factory.mktemp("made")
+    program("ppx-convert", pico, "--verify", "-o", "bundle", cwd=folder)
+    read = lambda name: json.loads((folder / "bundle" / name).read_text())  # noqa: E731
+    return read("manifest.json"), read("parity/report.json")
+
+
+def rendered(made, repository="me/mine", objections=(), target=None, **source):
+    """A card and a notice, as if the bundle had another source."""
+    manifest, report = copy.deepcopy(made)
+    manifest["source"] |= SOURCE | {"license": vars(NVIDIA)} | source
+    manifest["target"] = target or manifest["target"]
+    texts = card.files(manifest, report, repository, objections)
+    return ModelCard(texts["README.md"]), texts["NOTICE"]
+
+
+def test_what_the_hub_reads(made):
+    found, notice = rendered(made)
+    data = found.data.to_dict()
+    assert data["license"] == "other"
+    assert data["license_name"] == "nvidia-open-model-license"
+    assert data["license_link"].startswith("https://www.nvidia.com/")
+    assert data["base_model"] == [SOURCE["id"]] or data["base_model"] == SOURCE["id"]
+    assert data["base_model_relation"] == "quantized"
+    assert data["library_name"] == "mlx"
+    assert data["pipeline_tag"] == "audio-to-audio"
+    assert {"mlx", "personaplex", "speech-swift", "4-bit"} <= set(data["tags"])
+    assert "Licensed by NVIDIA Corporation under the NVIDIA Open Model License" in notice
+    assert "CC BY 4.0" in notice
+    assert "Licensed by NVIDIA Corporation under the NVIDIA Open Model License" in found.text
+
+
+def test_the_hub_takes_it(made, monkeypatch):
+    with running() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        rendered(made)[0].validate()
+        assert hub.log[0][:2] == ("POST", "/api/validate-yaml")
+        with pytest.raises(ValueError, match="no license"):
+            ModelCard("---\nlanguage: en\n---\n").validate()
+
+
+def test_a_fine_tune_that_is_not_for_commerce_says_so(made):
+    found, notice = rendered(made, **FINE_TUNE)
+    assert found.data.license == "cc-by-nc-4.0"
+    assert found.data.license_name is None
+    assert "**Not for commercial use:**" in found.text
+    assert "Commercial use is not allowed." in notice
+    assert "**Not for commercial use:**" not in rendered(made)[0].text
+
+
+def test_a_source_without_a_licence(made):
+    found, notice = rendered(made, id="my-folder", revision=None, license=None)
+    assert found.data.license == "unknown"
+    assert "The source names no licence. Ask its authors before you use it." in found.text
+    assert found.data.base_model is None
+    assert "base_model_relation" not in found.data.to_dict()
+    assert "unknown" in notice
+
+
+def test_the_demo_says_that_it_is_one(made):
+    found, notice = rendered(made, id="demo", revision=None, license={"license": "mit"})
+    assert found.data.license == "mit"
+    assert "**The weights are made up**" in found.text
+    assert "NVIDIA" not in notice
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("speech-swift", 'PersonaPlexModel.fromPretrained(modelId: "me/mine")'),
+        ("moshi-mlx", "python -m personaplex_mlx.local -q 4 --hf-repo me/mine"),
+        ("moshi-mlx", "python -m moshi_mlx.local -q 4 --hf-repo me/mine"),
+        ("mlx", 'snapshot_download("me/mine")'),
+    ],
+)
+def test_how_it_is_loaded(target, said, made):
+    assert said in rendered(made, target=target)[0].text
+
+
+def test_it_says_all_that_the_report_and_the_manifest_prove(made):
+    manifest, report = made
+    text = rendered(made)[0].text
+    assert "**It passes** the comparison" in text
+    for row in card.reports.figures(report):
+        assert f"| {row['name']} | {card.reports.short(row['bundle'])} | {row['sign']} " in text
+    for name, record in {**manifest["files"], **manifest["source"]["files"]}.items():
+        assert name in text
+        assert record["sha256"] in text
+    assert SOURCE["revision"] in text
+    assert f"ppx-convert {manifest['toolkit']['version']}" in text
+    assert ", ".join(manifest["voices"]) in text
+    recipe = re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1]
+    assert tomllib.loads(recipe) == tomllib.loads(manifest["recipe"]["text"])
+
+
+def test_the_command_makes_the_same_bundle_again(made, program, pico, tmp_path):
+    manifest, report = made
+    text = card.files(manifest, report)["README.md"]
+    (tmp_path / "recipe.toml").write_text(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
+    (tmp_path / manifest["source"]["id"]).symlink_to(pico)
+    command = re.search(r"```sh\n(ppx-convert .*)\n```", text)[1].split()
+    program(*command, cwd=tmp_path)
+    again = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert again["files"] == manifest["files"]
+
+
+def test_a_bundle_that_was_not_compared_or_fails(made):
+    manifest, report = copy.deepcopy(made)
+    assert "It was not compared with the original." in card.files(manifest, None)["README.md"]
+    report["verdict"] = {"passed": False, "failures": [{"limit": "text_kl", "message": "x"}]}
+    text = card.files(manifest, report, objections=["its report fails: x"])["README.md"]
+    assert "**It fails** the comparison" in text
+    assert text.index("Published with `--force`") < text.index("# Use")
+
+
+def test_strangers_strings_command_neither_yaml_nor_markdown(made):
+    evil = "x](javascript:alert)<script>\u202e```|\n---\nlicense: mit\n# "
+    manifest, report = copy.deepcopy(made)
+    manifest["source"] |= {"id": evil, "license": {"license": "a: [b", "license_name": "c\nd", "license_link": "e>f"}}
+    manifest["voices"] = [evil]
+    manifest["recipe"] |= {"name": evil, "text": "description = 'x'\n```\n<script>\n"}
+    manifest["target"] = evil
+    manifest["source"]["files"] = {evil: next(iter(manifest["source"]["files"].values()))}
+    report["material"]["kind"] = evil
+    found = ModelCard(card.files(manifest, report, "me/mine", [evil])["README.md"])
+    assert found.data.license == "a: [b"
+    outside = re.sub(r"```.*?```", "", found.text, flags=re.DOTALL)
+    assert "<script>" not in outside
+    assert "\nlicense: mit" not in outside
+    assert "javascript:alert)" not in outside
+    assert "\u202e" not in found.text
+    assert len(re.findall("^```", found.text, re.MULTILINE)) % 2 == 0
+    assert len(found.text.split("\n---\n")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# x", Licence("apache-2.0")),
+        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n", Licence("other", "own", "LICENSE")),
+        ("# no front matter", None),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("---\nlicense: {{{\n---\n", None),
+        ("---\n- a\n---\n", None),
+        ("---\nlicense: !!python/object/apply:os.system ['false']\n---\n", None),
+        ("---\nlicense: 'a\\u202eb'\n---\n", Licence("a\\u202eb")),
+        ('---\nlicense: "a\\u202eb"\n---\n', None),
+        ("---\nlicense: " + "x" * 400 + "\n---\n", None),
+        (None, None),
+    ],
+)
+def test_licences_of_source_cards(text, licence, tmp_path):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert licence_of(tmp_path) == licence
+
+
+def test_licences_that_forbid_commerce():
+    assert Licence("cc-by-nc-sa-4.0").non_commercial
+    assert Licence("other", "Foo Non-Commercial License").non_commercial
+    assert not Licence("cc-by-4.0").non_commercial
+    assert not NVIDIA.non_commercial
+    assert from_json([]) is None
