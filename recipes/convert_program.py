@@ -196,10 +196,12 @@ def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, adapter:
     """Return the plan of a dry run; a Hub source that is not in the cache is planned from its published layout."""
     location = source.locate_here(where, revision, quiet)
     if location is not None:
-        if adapter and adapters.on_hub(adapter):
+        here = None if adapter and adapters.on_hub(adapter) else adapter
+        if adapter != here:
             console.say(f"{adapter}: not looked at: a dry run downloads nothing")
-            adapter = None
-        return conversion.prepare(location, recipe, fill, adapter=adapter)[1]
+        return conversion.prepare(location, recipe, fill, adapter=here)[1]
+    if adapter:
+        console.say(f"{adapter}: not looked at, as the source is not here")
     console.say(f"{where} is not on this machine: planned from the published layout of {source.DEFAULT}")
     return make_plan(inventory_of_7b(where), recipe)
 

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from hub_server import running
 from ppx.convert.describe import size
 from ppx.convert.plan import inventory_of_7b, make_plan
 from ppx.recipes import loader
@@ -108,19 +109,37 @@ def test_verifications_of_the_readme_run(bundle, pico, program, tmp_path):
         assert "KL of the agent's codebooks" in said
 
 
-def test_the_readmes_session_is_a_real_one(program, tmp_path):
-    session = re.search(r"```console\n(.*?)```", README, re.DOTALL)[1]
+def run_session(session, program, folder, environment=None):
+    """Run a console session of the README, and compare what it prints; processors sum in different orders."""
     steps = re.findall(r"\$ (.*)\n((?:(?!\$ ).*\n)*)", session)
-    assert len(steps) == 2
     for command, output in steps:
         name, *arguments = shlex.split(command)
         as_it_stands = ["--verify"] if name == "ppx-convert" else []  # which it does without being told
-        said = program(name, *arguments, *as_it_stands, cwd=tmp_path).stdout
+        said = program(name, *arguments, *as_it_stands, cwd=folder, environment=environment).stdout
+        if environment:
+            said = said.replace(environment["HF_ENDPOINT"], "https://huggingface.co")
         number = r"\d+(?:\.\d+)?(?:e-\d+)?"
         assert re.split(number, said) == re.split(number, output)
         pairs = zip(re.findall(number, said), re.findall(number, output), strict=True)
-        for mine, printed in pairs:  # processors sum in different orders
+        for mine, printed in pairs:
             assert float(mine) == pytest.approx(float(printed), rel=0.02), (mine, printed)
+    return len(steps)
+
+
+def sessions():
+    return re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_readmes_session_is_a_real_one(program, tmp_path):
+    assert run_session(sessions()[0], program, tmp_path) == 2
+
+
+def test_the_readmes_session_to_the_hub_is_a_real_one(program, tmp_path):
+    with running() as hub:
+        environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_writer"}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        assert run_session(sessions()[1], program, tmp_path, environment) == 4
+        assert hub.repositories["me/personaplex-demo"].private
 
 
 def test_the_readmes_table_of_recipes():
@@ -133,7 +152,7 @@ def test_the_readmes_table_of_recipes():
         assert (target, total, bits) == (plan.target.name, size(plan.nbytes), f"{plan.bits_per_weight:.2f}"), name
 
 
-@pytest.mark.parametrize("name", ["ppx-convert", "ppx-inspect", "ppx-verify"])
+@pytest.mark.parametrize("name", ["ppx-convert", "ppx-inspect", "ppx-publish", "ppx-verify"])
 def test_help_has_examples_and_no_option_without_a_word(name, program, tmp_path):
     said = program(name, "--help", cwd=tmp_path, environment={"COLUMNS": "200"}).stdout
     assert "Examples:" in said
