@@ -123,6 +123,6 @@ def test_eight_steps_are_refused_unless_filling_is_asked_for(pico_copy, program,
     assert filled["linears.11.weight"] == "linears.3.weight"
     assert filled["depformer_emb.7.weight"] == "zeros"
     assert filled["depformer.layers.0.self_attn.in_proj_weight"].endswith("its 8 steps, twice")
-    adapter = ("--adapter", "any")
+    adapter = ("--adapter", pico_copy / "model.safetensors")
     done = program("ppx-convert", pico_copy, "--fill-depformer-steps", *adapter, cwd=tmp_path, status=2)
     assert "an adapter and filled depformer steps do not go together" in done.stderr
