@@ -20,6 +20,7 @@ from .progress import byte_bar
 from .readback import check_hash, check_tensors
 from .recipe import DTYPES, Recipe
 from .scan import Fingerprint
+from .solution import Solution, Solver
 from .source import FILES, Location, Source, fingerprint, open_source
 from .stream import write_copy, write_tensors, write_text, write_voice
 from .tensorfile import Spec
@@ -114,12 +115,20 @@ def check_output(output: Path, force: bool = False) -> dict[str, Any] | None:
 
 
 def convert(
-    source: Source, plan: Plan, output: Path, *, force: bool = False, workers: int | None = None, quiet: bool = False
+    source: Source,
+    plan: Plan,
+    output: Path,
+    *,
+    force: bool = False,
+    workers: int | None = None,
+    quiet: bool = False,
+    solver: Solver | None = None,
 ) -> Conversion:
     """Make a bundle at ``output`` and read it back; goes on from what a killed run left there.
 
-    force: replace a bundle, or discard an unfinished one, that stands for something else. Raises UserError for
-    what the user can mend, CheckFailed if the disk does not give back what was written.
+    solver: for what the plan quantizes by more than the weights. force: replace a bundle, or discard an unfinished one,
+    that stands for something else. Raises UserError for what the user can mend, CheckFailed if the disk does not give
+    back what was written.
     """
     workers = workers or cores()
     if output.is_symlink() or output.name in ("", ".."):
@@ -130,7 +139,8 @@ def convert(
             output.parent.mkdir(parents=True, exist_ok=True)
             _check_disk(plan, output)
     prints = fingerprint(source, quiet)
-    mark = plan_fingerprint(plan, source, prints)
+    solved = solver.record if solver else None
+    mark = plan_fingerprint(plan, source, prints, solved)
     if present is not None:
         if present["fingerprint"] != mark:
             raise UserError(
@@ -141,13 +151,31 @@ def convert(
         clear_leftovers(output)
         return Conversion(output, present, 0)
     with _disk_errors(output), closing(Workspace(output, mark, force)) as workspace:
-        made = _make_files(workspace, source, plan, prints, workers, quiet)
+        with _solution(solver, output, mark) as solution:
+            made = _make_files(workspace, source, plan, prints, workers, quiet, solution)
         if not source.checkpoint.file.is_unchanged():
             raise UserError(f"{source.checkpoint.file.path}: changed while it was converted: run the command again")
-        manifest = make_manifest(plan, source, prints, workspace.files)
+        manifest = make_manifest(plan, source, prints, workspace.files, solved)
         check_output(output, force)  # once more: another run may have ended meanwhile
         workspace.publish(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", replaces=force)
+        if solver:
+            shutil.rmtree(_solution_folder(output), ignore_errors=True)
     return Conversion(output, manifest, made)
+
+
+def _solution_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.solution.partial")
+
+
+@contextmanager
+def _solution(solver: Solver | None, output: Path, mark: str) -> Iterator[Solution | None]:
+    """Solve what is not solved yet; the solution stays until the bundle is whole."""
+    if solver is None:
+        yield None
+        return
+    with closing(Solution(_solution_folder(output), mark)) as solution:
+        solver.solve(solution)
+        yield solution
 
 
 def _check_disk(plan: Plan, output: Path) -> None:
@@ -162,7 +190,13 @@ def _check_disk(plan: Plan, output: Path) -> None:
 
 
 def _make_files(
-    workspace: Workspace, source: Source, plan: Plan, prints: Mapping[str, Fingerprint], workers: int, quiet: bool
+    workspace: Workspace,
+    source: Source,
+    plan: Plan,
+    prints: Mapping[str, Fingerprint],
+    workers: int,
+    quiet: bool,
+    solution: Solution | None,
 ) -> int:
     """Write every file that the workspace does not hold yet; return how many.
 
@@ -183,7 +217,7 @@ def _make_files(
             temporary = workspace.temporary(file.name)
             tensors: list[dict[str, Any]] = []
             if file.outputs:
-                sha256, tensors = write_tensors(temporary, file, source.checkpoint, workers, bar)
+                sha256, tensors = write_tensors(temporary, file, source.checkpoint, workers, bar, solution)
             elif file.voice:
                 sha256, tensors = write_voice(temporary, voices[file.voice], specs_of(plan, file), bar)
             elif file.copy:

@@ -26,8 +26,13 @@ _NOT_OURS = f"not a manifest of {TOOLKIT}: move the folder away, and make the bu
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def fingerprint(plan: Plan, source: Source, prints: Mapping[str, Fingerprint]) -> str:
-    """Return what stands for everything that decides a bundle: toolkit, libraries, source, recipe and plan."""
+def fingerprint(
+    plan: Plan, source: Source, prints: Mapping[str, Fingerprint], solved: Mapping[str, Any] | None = None
+) -> str:
+    """Return what stands for everything that decides a bundle: toolkit, libraries, source, recipe and plan.
+
+    solved: what a solver went by.
+    """
     location = source.location
     decisive = {
         "toolkit": version(TOOLKIT),
@@ -36,6 +41,7 @@ def fingerprint(plan: Plan, source: Source, prints: Mapping[str, Fingerprint]) -
         "licence": location.licence and asdict(location.licence),
         "source": {name: found.sha256 for name, found in prints.items()},
         "adapter": source.adapter,
+        "calibration": solved,
         "recipe": to_toml(plan.recipe),
         "identity": plan.inventory.identity,
         "filled": plan.inventory.filled,
@@ -45,7 +51,11 @@ def fingerprint(plan: Plan, source: Source, prints: Mapping[str, Fingerprint]) -
 
 
 def make_manifest(
-    plan: Plan, source: Source, prints: Mapping[str, Fingerprint], records: Mapping[str, Mapping[str, Any]]
+    plan: Plan,
+    source: Source,
+    prints: Mapping[str, Fingerprint],
+    records: Mapping[str, Mapping[str, Any]],
+    solved: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the manifest of a bundle; the same conversion gives the same manifest, so it holds no time.
 
@@ -55,7 +65,7 @@ def make_manifest(
     tensors = [{"file": file.name, **entry} for file in plan.files for entry in records[file.name].get("tensors", ())]
     return {
         "manifest_version": VERSION,
-        "fingerprint": fingerprint(plan, source, prints),
+        "fingerprint": fingerprint(plan, source, prints, solved),
         "toolkit": {"name": TOOLKIT, "version": version(TOOLKIT)},
         "libraries": {name: version(name) for name in _LIBRARIES},
         "source": {
@@ -66,6 +76,7 @@ def make_manifest(
             "license": location.licence and asdict(location.licence),
             "adapter": source.adapter,
         },
+        "calibration": solved,
         "target": plan.target.name,
         "dtype": plan.recipe.dtype,
         "recipe": {

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from ..quant.affine import Affine
+from ..quant.affine import SOLVED, Affine
 from .names import Role
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16"}  # what stays float, and scales and biases: recipe's name -> file's
@@ -57,10 +57,14 @@ class Recipe:
     original: str = ""
 
     def form(self, role: Role, step: int | None) -> Affine | None:
-        """Return how an output is quantized, None if it stays float; norms always do."""
+        """Return how an output is quantized, None if it stays float; norms always do.
+
+        A table of embeddings has no inputs to go by: it takes ``lsq`` where its rule says ``gptq``.
+        """
         if role.kind == "norm":
             return None
-        return next((rule.form for rule in self.rules if rule.matches(role, step)), None)
+        found = next((rule.form for rule in self.rules if rule.matches(role, step)), None)
+        return replace(found, method="lsq") if found and found.method in SOLVED and role.kind == "embedding" else found
 
     def with_method(self, method: str) -> "Recipe":
         """Return the recipe with another quantizer in every rule that quantizes."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..quant.affine import Quantized, quantize, relative_rmse
+from ..quant.affine import SOLVED, Quantized, quantize, relative_rmse
 from ..quant.casting import Cast, cast
 from .checkpoint import Checkpoint
 from .output import Output
@@ -17,6 +17,7 @@ from .parallel import in_order
 from .plan import BLOCK_WEIGHTS, METADATA, PlannedFile
 from .problems import UserError
 from .scan import BLOCK
+from .solution import Solution
 from .tensorfile import DTYPES, HashingFile, Spec, TensorWriter
 from .voices import Voice
 
@@ -88,12 +89,16 @@ def blocks(outputs: tuple[Output, ...]) -> Iterator[Block]:
                 yield Block(output, part, first, min(first + step, (part + 1) * height))
 
 
-def _make(checkpoint: Checkpoint, block: Block) -> Quantized | Cast:
-    """Read a block and quantize or cast it."""
+def _make(checkpoint: Checkpoint, block: Block, solution: Solution | None) -> Quantized | Cast:
+    """Read a block and quantize or cast it, or take what was solved for it."""
     output, start = block.output, block.output.rows[0]
     array = checkpoint.read(output.role.name, start + block.first, start + block.last, once=True)
     if output.form is None:
         return cast(array, DTYPES[output.dtype])
+    if output.form.method in SOLVED:
+        if solution is None:
+            raise ValueError(f"{output.role.name} was not solved")
+        return solution.make(output, block.first, array, DTYPES[output.dtype])
     try:
         return quantize(array, output.form, DTYPES[output.dtype])
     except ValueError as error:
@@ -103,14 +108,22 @@ def _make(checkpoint: Checkpoint, block: Block) -> Quantized | Cast:
 
 
 def write_tensors(
-    path: Path, file: PlannedFile, checkpoint: Checkpoint, workers: int, bar: "tqdm[Any]"
+    path: Path,
+    file: PlannedFile,
+    checkpoint: Checkpoint,
+    workers: int,
+    bar: "tqdm[Any]",
+    solution: Solution | None = None,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Write a file of tensors; return its sha256 and the manifest's entry for each output."""
+    """Write a file of tensors; return its sha256 and the manifest's entry for each output.
+
+    solution: holds what was solved of them.
+    """
     writer = TensorWriter(path, [spec for output in file.outputs for spec in output.specs()], METADATA)
     entries = []
     bar.update(writer.header_bytes)
     try:
-        made = in_order(lambda block: (block, _make(checkpoint, block)), blocks(file.outputs), workers)
+        made = in_order(lambda block: (block, _make(checkpoint, block, solution)), blocks(file.outputs), workers)
         loss = _no_loss(file.outputs[0])
         for block, result in made:
             output = block.output

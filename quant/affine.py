@@ -13,7 +13,8 @@ from . import kernels
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-METHODS = ("lsq", "rtn")
+METHODS = ("lsq", "rtn", "gptq")
+SOLVED = ("gptq",)  # those that need more than the weights
 DEFAULT_METHOD = "lsq"
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -27,7 +28,8 @@ class Affine:
     """How a tensor is quantized.
 
     bits: width of a code. group_size: weights that share one scale and bias. method: ``rtn`` (the grid and rounding
-    of ``mx.quantize``) or ``lsq`` (least squares and clip search from there).
+    of ``mx.quantize``), ``lsq`` (least squares and clip search from there) or ``gptq`` (by the layer's inputs, see
+    ``gptq.solve``).
     """
 
     bits: int
@@ -97,6 +99,8 @@ def quantize(weight: NDArray[np.generic], form: Affine, storage: np.dtype[np.gen
     """
     storage = weight.dtype if storage is None else np.dtype(storage)
     problems = form.problems()
+    if form.method in SOLVED:
+        problems.append(f"{form.method} needs more than the weights")
     if weight.ndim != 2:
         problems.append(f"the weights have shape {list(weight.shape)}: give a matrix")
     elif weight.shape[1] % form.group_size:
@@ -142,11 +146,31 @@ def quantize(weight: NDArray[np.generic], form: Affine, storage: np.dtype[np.gen
     )
 
 
+def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
+    """Return codes ``[rows, columns]`` as packed words ``[rows, columns * bits / 32]``."""
+    rows, columns = codes.shape
+    packed = np.empty((rows, columns * bits // 8), np.uint8)
+    for some in _some_rows(rows, columns):
+        places = np.unpackbits(codes[some, :, None], axis=-1, count=bits, bitorder="little")
+        packed[some] = np.packbits(places.reshape(len(places), -1), axis=-1, bitorder="little")
+    return packed.view("<u4")
+
+
 def unpack(weight: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     """Return the codes ``[rows, columns]`` of packed words ``[rows, columns * bits / 32]``."""
-    stream = np.unpackbits(np.ascontiguousarray(weight).view(np.uint8), axis=-1, bitorder="little")
-    places = stream.reshape(weight.shape[0], -1, bits)
-    return np.asarray(places @ (1 << np.arange(bits)), np.uint8)
+    rows, columns = len(weight), weight.shape[1] * 32 // bits
+    codes = np.empty((rows, columns), np.uint8)
+    for some in _some_rows(rows, columns):
+        stream = np.unpackbits(np.ascontiguousarray(weight[some]).view(np.uint8), axis=-1, bitorder="little")
+        places = stream.reshape(len(stream), columns, bits)
+        codes[some] = np.packbits(places, axis=-1, bitorder="little")[..., 0]
+    return codes
+
+
+def _some_rows(rows: int, columns: int) -> list[slice]:
+    """Cut rows so that what is made of some of them for a moment stays small."""
+    height = max(1, (1 << 22) // max(1, columns))
+    return [slice(first, first + height) for first in range(0, rows, height)]
 
 
 def dequantize(quantized: Quantized, form: Affine) -> NDArray[np.float32]:

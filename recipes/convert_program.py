@@ -16,10 +16,11 @@ from ..convert.parallel import cores
 from ..convert.plan import Plan, inventory_of_7b, make_plan
 from ..convert.problems import UserError
 from ..convert.recipe import DTYPES, Recipe, uniform
+from ..convert.solution import Solver
 from ..convert.source import Source
 from ..convert.targets import DEFAULT, TARGETS
 from ..convert.workspace import MANIFEST
-from ..quant.affine import DEFAULT_METHOD, METHODS, Affine
+from ..quant.affine import DEFAULT_METHOD, METHODS, SOLVED, Affine
 from ..verify import publishing
 from ..verify.request import Request
 from . import console, loader, parity
@@ -77,6 +78,10 @@ def convert(
     adapter: Annotated[
         str | None, typer.Option(metavar="FILE_OR_HUB_ID", help="LoRA of moshi-finetune to merge while converting.")
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Tokens [N, streams, T] for --method gptq.  [default: all voices, several prompts]"),
+    ] = None,
     publish_to: Annotated[
         str | None,
         typer.Option("--publish", metavar="USER/NAME", help="Upload it when it has passed; see ppx-publish."),
@@ -125,7 +130,8 @@ def convert(
         adapters.locate(adapter, quiet)  # before a long download
     location = source.locate(where, revision, quiet, _room(where, chosen, folder))
     opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
-    done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet)
+    solver = _solver(opened, plan, calibration, quiet)
+    done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet, solver=solver)
     if not as_json:
         typer.echo(_report(done))
     found = _verify(opened, done.folder, adapter, quiet) if verify else None
@@ -134,6 +140,20 @@ def convert(
     if publish_to:
         published = publishing.publish(done.folder, publish_to, publishing.Wish(private=private), quiet)
         console.say(published.line) if as_json else typer.echo(published.line)
+
+
+def _solver(opened: Source, plan: Plan, tokens: Path | None, quiet: bool) -> Solver | None:
+    """Return what solves what the plan wants solved; importing PyTorch takes seconds that others need not wait."""
+    if not any(output.form and output.form.method in SOLVED for output in plan.outputs):
+        if tokens:
+            raise UserError("--calibration is for --method gptq: leave it out, or choose that method")
+        return None
+    from ..verify import calibration
+
+    found = calibration.solver_of(opened, plan, tokens, quiet)
+    if calibration.is_scarce(found.record, opened):
+        console.say("calibration material is scarce: recorded conversations (--calibration) make a better bundle")
+    return found
 
 
 def _room(where: str, recipe: Recipe, output: Path) -> Room | None:

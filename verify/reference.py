@@ -22,6 +22,7 @@ from .places import Place
 
 EPSILON = 1e-8  # of RMSNorm
 Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
+Seen = Callable[[str, int | None, Tensor], None]  # name and step of a matrix, and its input [..., columns]
 Rows = Callable[[str, Tokens], Tensor]  # name of an embedding table and tokens [...] -> its rows [..., dim]
 
 
@@ -37,7 +38,8 @@ class TorchModel:
     """The model over ``weights`` and embedding ``rows``; see ``Model`` for what its methods take and return.
 
     dtype: of activations and matrices; norms and rotations are computed in float32, as published. context: how many
-    frames, its own included, a frame attends to. steps_seen: the same for depformer steps.
+    frames, its own included, a frame attends to. steps_seen: the same for depformer steps. seen: is shown the input of
+    every matrix.
     """
 
     architecture: Architecture
@@ -47,6 +49,7 @@ class TorchModel:
     context: int
     steps_seen: int
     device: str = "cpu"
+    seen: Seen | None = None
 
     def embed(self, tokens: Tokens, vectors: Floats | None = None) -> Floats:
         """Sum the embeddings of all streams."""
@@ -95,6 +98,8 @@ class TorchModel:
         return self.weights(name, step).to(self.device, torch.float32).reshape(-1)
 
     def _linear(self, name: str, step: int | None, x: Tensor) -> Tensor:
+        if self.seen:
+            self.seen(name, step, x)
         return x @ self.weights(name, step).to(self.device, self.dtype).T
 
     def _look_up(self, name: str, tokens: Tokens) -> Tensor:

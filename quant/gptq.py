@@ -1,0 +1,101 @@
+"""Second-order rounding: codes that keep a layer's output, not its weights, on the least-squares grid.
+
+GPTQ (Frantar et al., 2022, arXiv:2210.17323) rounds the columns of a matrix one after another, and lets those that
+follow make up for the error of those before. Here it begins from the weights that, on the inputs that the layer will
+really get (those of the quantized layers before it), give what the original gave on its own.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .affine import Affine, Quantized, dequantize, pack, quantize
+
+DAMPING = 0.01  # of the mean second moment, added to each
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over a layer's inputs, both ``[columns, columns]``: of x̂ x̂ᵀ, and of x x̂ᵀ.
+
+    x̂: the input in the quantized model. x: the same input in the original.
+    """
+
+    second: Tensor
+    cross: Tensor
+
+
+def solve(weight: Tensor, moments: Moments, form: Affine, storage: np.dtype[np.generic]) -> Quantized:
+    """Quantize a matrix ``[rows, columns]`` so that ``Ŵ x̂`` comes as near to ``W x`` as it can.
+
+    The device is that of the moments. Errors and norms in the result are those of the weights. Raises ValueError for
+    moments that are not finite.
+    """
+    second = moments.second
+    if not bool(torch.isfinite(second).all()) or not bool(torch.isfinite(moments.cross).all()):
+        raise ValueError("moments are not finite")
+    wide = weight.to(second.device, second.dtype)
+    mean = second.diagonal().mean()
+    damping = DAMPING * (mean if mean > 0 else torch.ones_like(mean))
+    damped = second.clone()
+    damped.diagonal().add_(damping)
+    factor = torch.linalg.cholesky(damped)
+    goal = torch.cholesky_solve((wide @ moments.cross + damping * wide).T, factor).T.contiguous()
+    errors = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    del damped, factor
+    codes, scales, biases = _round(goal, errors, form, storage)
+    return assemble(weight, codes, scales, biases, form, storage)
+
+
+def _round(goal: Tensor, errors: Tensor, form: Affine, storage: np.dtype[np.generic]) -> tuple[Tensor, Tensor, Tensor]:
+    """Round column by column; errors: the upper Cholesky factor of the inverse moments. ``goal`` is overwritten.
+
+    Each group's grid is the least-squares one of what its weights have become when its turn comes.
+    """
+    rows, columns = goal.shape
+    size, top = form.group_size, (1 << form.bits) - 1
+    codes = torch.empty((rows, columns), dtype=torch.uint8, device=goal.device)
+    scales = torch.empty((rows, columns // size), dtype=goal.dtype, device=goal.device)
+    biases = torch.empty_like(scales)
+    for first in range(0, columns, size):
+        group = goal[:, first : first + size]
+        scale, bias = grid(group, form, storage)
+        lost = torch.empty_like(group)
+        for index in range(size):
+            column = first + index
+            code = ((group[:, index] - bias) / scale).round_().clamp_(0, top)
+            code = torch.where(scale == 0, torch.zeros_like(code), code)
+            codes[:, column] = code.to(torch.uint8)
+            lost[:, index] = (group[:, index] - (code * scale + bias)) / errors[column, column]
+            group[:, index:] -= torch.outer(lost[:, index], errors[column, column : first + size])
+        goal[:, first + size :] -= lost @ errors[first : first + size, first + size :]
+        scales[:, first // size], biases[:, first // size] = scale, bias
+    return codes, scales, biases
+
+
+def grid(group: Tensor, form: Affine, storage: np.dtype[np.generic]) -> tuple[Tensor, Tensor]:
+    """Return scale and bias of each row of a group ``[rows, group_size]``: least squares, as they are stored."""
+    array = np.ascontiguousarray(group.float().cpu().numpy())
+    made = quantize(array, Affine(form.bits, form.group_size, "lsq"), storage)
+    scale, bias = (
+        torch.from_numpy(side.astype(np.float32).reshape(-1)).to(group.device, group.dtype)
+        for side in (made.scales, made.biases)
+    )
+    return scale, bias
+
+
+def assemble(
+    weight: Tensor, codes: Tensor, scales: Tensor, biases: Tensor, form: Affine, storage: np.dtype[np.generic]
+) -> Quantized:
+    """Return codes, scales and biases ``[rows, ...]`` as a quantized matrix, with what it lost of ``weight``.
+
+    Scales and biases must be values that their storage dtype holds.
+    """
+    scale, bias = (side.float().cpu().numpy().astype(storage) for side in (scales, biases))
+    made = Quantized(pack(codes.cpu().numpy(), form.bits), scale, bias, 0.0, 0.0, 0, 0)
+    wide = weight.float().cpu().numpy()
+    lost = wide - dequantize(made, form)
+    error, norm = (float(np.square(part, dtype=np.float64).sum()) for part in (lost, wide))
+    return replace(made, squared_error=error, squared_norm=norm)

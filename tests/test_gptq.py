@@ -1,0 +1,132 @@
+"""Second-order rounding, against what a search over all codes finds, and against the textbook."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from ppx.quant import gptq
+from ppx.quant.affine import Affine, dequantize, pack, quantize, unpack
+from ppx.quant.gptq import Moments, solve
+
+STORAGE = np.dtype(np.float32)
+
+
+def layer(seed, rows=16, columns=128, samples=400, drift=0.1):
+    """Weights, and inputs of the original and of the quantized model, whose columns hang together."""
+    random = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=random, dtype=torch.float64) / columns**0.5
+    x = torch.randn(samples, columns, generator=random, dtype=torch.float64) @ mix
+    seen = x + drift * torch.randn(samples, columns, generator=random, dtype=torch.float64)
+    weight = torch.randn(rows, columns, generator=random, dtype=torch.float64)
+    return weight, x, seen
+
+
+def moments(x, seen):
+    return Moments(seen.T @ seen, x.T @ seen)
+
+
+def output_error(weight, x, seen, made, form):
+    back = torch.from_numpy(dequantize(made, form)).double()
+    return float((x @ weight.T - seen @ back.T).square().sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("columns", [32, 96, 256])
+def test_packing_is_the_inverse_of_unpacking(bits, columns):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (7, columns)).astype(np.uint8)
+    assert (unpack(pack(codes, bits), bits) == codes).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_it_keeps_outputs_better_than_least_squares_on_weights(bits, group_size):
+    form = Affine(bits, group_size, "gptq")
+    for seed in range(3):
+        weight, x, seen = layer(seed)
+        made = solve(weight, moments(x, seen), form, STORAGE)
+        plain = quantize(weight.float().numpy(), Affine(bits, group_size, "lsq"), STORAGE)
+        bound = output_error(weight, x, seen, plain, form)
+        unavoidable = float((x @ weight.T - seen @ torch.linalg.lstsq(seen, x @ weight.T).solution).square().sum())
+        assert output_error(weight, x, seen, made, form) - unavoidable < 0.75 * (bound - unavoidable)
+
+
+def test_it_rounds_as_the_textbook_does():
+    """The same steps without Cholesky factors: round a column, then solve for all that follow, from scratch."""
+    weight, x, _ = layer(5, rows=4, columns=64)
+    form, top = Affine(3, 32, "gptq"), 7
+    second = x.T @ x
+    damped = second + gptq.DAMPING * second.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    now, codes = weight.clone(), np.zeros((4, 64), np.uint8)
+    for column in range(64):
+        if column % 32 == 0:
+            scale, bias = gptq.grid(now[:, column : column + 32], form, STORAGE)
+        code = ((now[:, column] - bias) / scale).round().clamp(0, top)
+        codes[:, column] = code
+        lost = now[:, column] - (code * scale + bias)
+        rest = damped[column:, column:]
+        inverse = torch.linalg.inv(rest)
+        now[:, column:] -= torch.outer(lost / inverse[0, 0], inverse[0])
+    made = solve(weight, Moments(second, second), form, STORAGE)
+    assert (unpack(made.weight, 3) == codes).all()
+
+
+def test_it_comes_near_the_best_of_all_codes():
+    """On 8 columns of 2 bits, with the grid that it chose, all 65536 choices can be tried."""
+    form = Affine(2, 32, "gptq")
+    worst = []
+    for seed in range(24):
+        random = torch.Generator().manual_seed(seed)
+        x = torch.randn(64, 8, generator=random, dtype=torch.float64)
+        x = x @ torch.randn(8, 8, generator=random, dtype=torch.float64)
+        seen = torch.cat([x, 1e-3 * torch.randn(64, 24, generator=random, dtype=torch.float64)], 1)
+        weight = torch.zeros(1, 32, dtype=torch.float64)
+        weight[0, :8] = torch.randn(8, generator=random, dtype=torch.float64)
+        made = solve(weight, Moments(seen.T @ seen, seen.T @ seen), form, STORAGE)
+        scale, bias = float(made.scales[0, 0]), float(made.biases[0, 0])
+        choices = torch.tensor(list(itertools.product(range(4), repeat=8)), dtype=torch.float64) * scale + bias
+        lost = (choices - weight[:, :8]) @ x.T
+        best = float(lost.square().sum(1).min())
+        rounded = ((weight[:, :8] - bias) / scale).round().clamp(0, 3) * scale + bias
+        plain = float(((rounded - weight[:, :8]) @ x.T).square().sum())
+        mine = float(((torch.from_numpy(dequantize(made, form)).double() - weight)[:, :8] @ x.T).square().sum())
+        worst.append((mine / best, plain / best))
+    mine, plain = np.array(worst).T
+    assert np.median(mine) < 1.5
+    assert (mine < 1.001).mean() > 2 * (plain < 1.001).mean()
+    assert np.log(mine).mean() < 0.7 * np.log(plain).mean()
+
+
+def test_it_makes_up_for_what_the_layers_before_lost():
+    form = Affine(4, 64, "gptq")
+    weight, x, seen = layer(1, drift=0.3)
+    aware = solve(weight, moments(x, seen), form, STORAGE)
+    blind = solve(weight, Moments(seen.T @ seen, seen.T @ seen), form, STORAGE)
+    assert output_error(weight, x, seen, aware, form) < 0.9 * output_error(weight, x, seen, blind, form)
+
+
+def test_an_input_that_never_comes_and_a_weight_that_is_zero():
+    form = Affine(4, 32, "gptq")
+    nothing = torch.zeros(64, 64)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    plain = quantize(weight.numpy(), Affine(4, 32, "lsq"), STORAGE)
+    made = solve(weight, Moments(nothing, nothing), form, STORAGE)
+    assert made.relative_rmse == pytest.approx(plain.relative_rmse, rel=1e-3)
+    made = solve(torch.zeros(8, 64), Moments(torch.eye(64), torch.eye(64)), form, STORAGE)
+    assert not dequantize(made, form).any()
+    assert made.relative_rmse == 0
+    with pytest.raises(ValueError, match="not finite"):
+        solve(weight, Moments(torch.full((64, 64), torch.nan), nothing), form, STORAGE)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+def test_scales_are_what_their_dtype_holds(storage):
+    import ml_dtypes
+
+    dtype = np.dtype(ml_dtypes.bfloat16 if storage == "bfloat16" else np.float16)
+    weight, x, seen = layer(2)
+    form = Affine(4, 64, "gptq")
+    made = solve(weight.float(), moments(x.float(), seen.float()), form, dtype)
+    assert made.scales.dtype == made.biases.dtype == dtype
+    back = dequantize(made, form)
+    assert made.squared_error == pytest.approx(float(np.square(weight.numpy() - back).sum()), rel=1e-5)

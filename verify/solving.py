@@ -1,0 +1,274 @@
+"""Quantizing a model layer by layer on what its layers really get: the outputs of the quantized layers before them.
+
+The original and the quantized model go through the calibration material side by side, as in a comparison. What a block
+has to quantize is solved (``quant.gptq``) before the streams go on through it. No more than one block's weights and
+moments are held, and the two streams. What is solved is on the disk, and a killed run only goes through it again.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from ..convert.output import Output
+from ..convert.progress import bar
+from ..convert.solution import Part, Solution, forms_of
+from ..convert.source import Source
+from ..convert.tensorfile import DTYPES
+from ..quant.affine import SOLVED, Affine, Quantized, dequantize, quantize
+from ..quant.gptq import Moments, solve
+from .material import Material
+from .model import Floats, Tokens
+from .places import Place, places
+from .reference import TorchModel, Weights, reference_of, source_rows, source_weights
+
+_POSITIONS = 2048  # frames, or rows of depformer steps, that go through a block at a time
+_STREAM = 1 << 29  # bytes of a stream, at most: of that many frames, evenly spread, a solution is made
+Streams = tuple[Floats, Floats]  # of the original and of the quantized model
+
+
+class _SeenError(Exception):
+    """All inputs that were asked for have been seen."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Both models under way. forms: how each part is quantized, and the dtype of its scales."""
+
+    source: Source
+    forms: dict[Part, tuple[Affine, str]]
+    solution: Solution
+    original: TorchModel
+    quantized: TorchModel
+    kept: list[dict[Part, Tensor]]
+    bar: "tqdm[Any]"
+
+    def wanted(self, names: Sequence[str]) -> list[Part]:
+        """Return the parts of these tensors that are to be solved."""
+        return [part for part in self.forms if part[0] in names and self.forms[part][0].method in SOLVED]
+
+    def forget(self) -> None:
+        """Drop the weights of the block that is done."""
+        for kept in self.kept:
+            kept.clear()
+
+    def solve(self, block: str, found: dict[Part, Moments]) -> None:
+        """Quantize parts by their inputs' moments, and keep them."""
+        made: dict[Part, Quantized] = {}
+        read = source_weights(self.source.checkpoint)
+        for part, moments in found.items():
+            form, dtype = self.forms[part]
+            made[part] = solve(read(*part), moments, form, DTYPES[dtype])
+            self.bar.update(1)
+        self.solution.add(block, made)
+        for part in made:
+            self.kept[1].pop(part, None)
+
+
+def solve_model(
+    source: Source, outputs: list[Output], material: Material, solution: Solution, quiet: bool = False
+) -> None:
+    """Solve everything that a plan's outputs want solved, and leave it in ``solution``.
+
+    PyTorch computes on a GPU where there is one. Raises ValueError if the model gives values that are not finite.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    forms = forms_of(outputs)
+    kept: list[dict[Part, Tensor]] = [{}, {}]
+    original = reference_of(source.checkpoint, device=device)
+    read = _quantized_weights(source, forms, solution)
+    quantized = replace(original, weights=_kept(read, kept[1], device), rows=_quantized_rows(source, forms))
+    original = replace(original, weights=_kept(original.weights, kept[0], device))
+    count = sum(form.method in SOLVED for form, _ in forms.values())
+    with bar("solving", count, "matrix", quiet) as progress, torch.inference_mode():
+        walk = Walk(source, forms, solution, original, quantized, kept, progress)
+        progress.update(len(solution.files))
+        _audio(walk, material, _temporal(walk, material))
+
+
+def _kept(read: Weights, kept: dict[Part, Tensor], device: str) -> Weights:
+    """Return a way to read matrices that keeps them, until ``kept`` is cleared: a block is gone through in pieces."""
+
+    def read_once(name: str, step: int | None) -> Tensor:
+        part = (name, step or 0)
+        if part not in kept:
+            kept[part] = read(name, step).to(device, torch.float32)
+        return kept[part]
+
+    return read_once
+
+
+def _quantized_weights(source: Source, forms: dict[Part, tuple[Affine, str]], solution: Solution) -> Weights:
+    """Return a way to read the quantized model's matrices: solved ones, others by their method, else the source's.
+
+    A matrix that is still to be solved is read as it is: what is asked for comes before it.
+    """
+    original = source_weights(source.checkpoint)
+
+    def read(name: str, step: int | None) -> Tensor:
+        part, weight = (name, step or 0), original(name, step)
+        if part not in forms:
+            return weight
+        form, dtype = forms[part]
+        if form.method not in SOLVED:
+            made = quantize(np.ascontiguousarray(weight.float().numpy()), form, DTYPES[dtype])
+        elif part in solution.files:
+            made = solution.read(part, 0, len(weight), DTYPES[dtype])
+        else:
+            return weight
+        return torch.from_numpy(dequantize(made, form))
+
+    return read
+
+
+def _quantized_rows(source: Source, forms: dict[Part, tuple[Affine, str]]) -> Any:
+    """Return a way to read rows of embedding tables as they will be."""
+    original = source_rows(source.checkpoint)
+
+    def read(name: str, tokens: Tokens) -> Tensor:
+        found = original(name, tokens)
+        if (name, 0) not in forms:
+            return found
+        form, dtype = forms[name, 0]
+        flat = np.ascontiguousarray(found.float().numpy().reshape(-1, found.shape[-1]))
+        return torch.from_numpy(dequantize(quantize(flat, form, DTYPES[dtype]), form)).reshape(found.shape)
+
+    return read
+
+
+def _temporal(walk: Walk, material: Material) -> Streams:
+    """Go through the temporal transformer; return its normalized outputs ``[sequences, frames, dim]``."""
+    arch = walk.source.architecture
+    sequences = _spread(len(material.tokens), material.tokens.shape[2] * arch.dim)
+    vectors = material.vectors(walk.source.voices, arch.dim)
+    chosen = None if vectors is None else vectors[sequences]
+    tokens = material.tokens[sequences]
+    streams = (walk.original.embed(tokens, chosen), walk.quantized.embed(tokens, chosen))
+    for place in places(arch, "temporal"):
+        streams = _block(walk, place, streams)
+    outputs = (walk.original.out_norm(streams[0]), walk.quantized.out_norm(streams[1]))
+    _solve_read(walk, "text_linear", walk.wanted(["text_linear.weight"]), outputs)
+    return outputs
+
+
+def _audio(walk: Walk, material: Material, hidden: Streams) -> None:
+    """Go through the depformer."""
+    arch = walk.source.architecture
+    sequences = _spread(len(material.tokens), material.tokens.shape[2] * arch.dim)
+    known = material.counted[sequences, 1 : arch.steps + 1].any(1)
+    targets = material.targets[sequences].transpose(0, 2, 1)[known]
+    rows = _spread(len(targets), arch.steps * arch.depformer_dim)
+    targets, states = targets[rows], tuple(array[known][rows] for array in hidden)
+    inputs = [f"depformer_in.{step}.weight" for step in range(arch.steps)]
+    _solve_read(walk, "depformer_in", walk.wanted(inputs), (states[0], states[1]))
+    pair = []
+    for model, state in zip((walk.original, walk.quantized), states, strict=True):
+        x = np.empty((len(targets), arch.steps, arch.depformer_dim), np.float32)
+        for step in range(arch.steps):
+            x[:, step] = model.step_input(step, state, targets[:, step])
+        pair.append(x)
+    walk.forget()
+    streams = (pair[0], pair[1])
+    for place in places(arch, "depformer"):
+        streams = _block(walk, place, streams)
+    for step in range(arch.steps):
+        name = f"linears.{step}"
+        _solve_read(walk, name, walk.wanted([f"{name}.weight"]), (streams[0][:, step], streams[1][:, step]))
+
+
+def _spread(count: int, floats: int) -> NDArray[np.int64]:
+    """Return which of ``count`` sequences or rows, of so many floats each, fit into a stream: evenly spread ones."""
+    fitting = max(1, min(count, _STREAM // (4 * floats)))
+    return np.arange(fitting) * count // fitting
+
+
+def _solve_read(walk: Walk, block: str, parts: list[Part], inputs: Streams) -> None:
+    """Solve matrices that all read the same input, which is at hand."""
+    parts = [part for part in parts if part not in walk.solution.files]
+    if parts:
+        sums = _Sums(inputs[0].shape[-1], walk.original.device)
+        flat = [np.ascontiguousarray(array).reshape(-1, array.shape[-1]) for array in inputs]
+        for first in range(0, len(flat[0]), _POSITIONS):
+            sums.add(*(torch.from_numpy(array[first : first + _POSITIONS]) for array in flat))
+        walk.solve(block, dict.fromkeys(parts, sums.moments()))
+
+
+class _Sums:
+    """Moments under way."""
+
+    def __init__(self, columns: int, device: str) -> None:
+        self.second = torch.zeros((columns, columns), device=device)
+        self.cross = torch.zeros((columns, columns), device=device)
+
+    def add(self, original: Tensor, quantized: Tensor) -> None:
+        original, quantized = (x.to(self.second.device, torch.float32) for x in (original, quantized))
+        self.second += quantized.T @ quantized
+        self.cross += original.T @ quantized
+
+    def moments(self) -> Moments:
+        return Moments(self.second, self.cross)
+
+
+def _block(walk: Walk, place: Place, streams: Streams) -> Streams:
+    """Solve a block's matrices, those that read its input before those that read what they make; then go through it."""
+    stacked = [f".{step}" for step in range(walk.source.architecture.steps)] if place.component == "depformer" else [""]
+    orders = (
+        (["self_attn.in_proj_weight"], ["self_attn.out_proj.weight"])
+        if place.part == "attention"
+        else ([f"gating{s}.linear_in.weight" for s in stacked], [f"gating{s}.linear_out.weight" for s in stacked])
+    )
+    for names in orders:
+        parts = walk.wanted([f"{place.prefix}.{name}" for name in names])
+        parts = [part for part in parts if part not in walk.solution.files]
+        if parts:
+            label = f"{place.prefix}.{names[0].removesuffix('weight').rstrip('._')}"
+            walk.solve(label, _moments(walk, place, parts, streams))
+    after = tuple(
+        np.concatenate([model.block(place, x[rows])[1] for rows in _rows(place, x)])
+        for model, x in zip((walk.original, walk.quantized), streams, strict=True)
+    )
+    walk.forget()
+    return after[0], after[1]
+
+
+def _rows(place: Place, x: Floats) -> list[slice]:
+    height = max(1, _POSITIONS // (x.shape[1] if place.component == "temporal" else 1))
+    return [slice(first, first + height) for first in range(0, len(x), height)]
+
+
+def _moments(walk: Walk, place: Place, parts: list[Part], streams: Streams) -> dict[Part, Moments]:
+    """Return the moments of the inputs of a block's matrices."""
+    sums: dict[Part, _Sums] = {}
+    for rows in _rows(place, streams[0]):
+        caught = [
+            _caught(model, place, parts, x[rows])
+            for model, x in zip((walk.original, walk.quantized), streams, strict=True)
+        ]
+        for part in parts:
+            original, quantized = caught[0][part], caught[1][part]
+            if part not in sums:
+                sums[part] = _Sums(original.shape[-1], walk.original.device)
+            sums[part].add(original, quantized)
+    return {part: found.moments() for part, found in sums.items()}
+
+
+def _caught(model: TorchModel, place: Place, parts: list[Part], x: Floats) -> dict[Part, Tensor]:
+    """Return the inputs ``[rows, columns]`` of matrices while a block is computed, as far as it must be."""
+    caught: dict[Part, Tensor] = {}
+
+    def seen(name: str, step: int | None, given: Tensor) -> None:
+        part = (name, step or 0)
+        if part in parts:
+            caught[part] = given.reshape(-1, given.shape[-1])
+            if len(caught) == len(parts):
+                raise _SeenError
+
+    with suppress(_SeenError):
+        replace(model, seen=seen).block(place, x)
+    return caught
