@@ -69,13 +69,20 @@ class Solution:
         temporary.replace(self.folder / file)
         self._note([(name, part, file) for name, part in solved])
 
-    def read(self, part: Part, first: int, last: int, storage: np.dtype[Any]) -> Quantized:
-        """Return rows of a solved matrix; scales and biases as they are stored. Its errors are not known here."""
+    def rows(self, part: Part) -> int:
+        """Return how many rows a solved matrix has."""
+        return self._file(part).specs[f"{part[0]}.{part[1]}.weight"].shape[0]
+
+    def _file(self, part: Part) -> TensorFile:
         name = self.files[part]
         with self._lock:
             if name not in self._open:
                 self._open[name] = TensorFile(self.folder / name)
-            file = self._open[name]
+            return self._open[name]
+
+    def read(self, part: Part, first: int, last: int, storage: np.dtype[Any]) -> Quantized:
+        """Return rows of a solved matrix; scales and biases as they are stored. Its errors are not known here."""
+        file = self._file(part)
         weight, scales, biases = (file.read(f"{part[0]}.{part[1]}.{kind}", first, last) for kind in _DTYPES)
         return Quantized(weight, scales.astype(storage), biases.astype(storage), 0.0, 0.0, 0, 0)
 

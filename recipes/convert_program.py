@@ -82,6 +82,9 @@ def convert(
         Path | None,
         typer.Option(help="Tokens [N, streams, T] for --method gptq.  [default: all voices, several prompts]"),
     ] = None,
+    refine: Annotated[
+        int, typer.Option(min=0, metavar="STEPS", help="Tune codes, scales and biases together; 600 are usual.")
+    ] = 0,
     publish_to: Annotated[
         str | None,
         typer.Option("--publish", metavar="USER/NAME", help="Upload it when it has passed; see ppx-publish."),
@@ -130,7 +133,7 @@ def convert(
         adapters.locate(adapter, quiet)  # before a long download
     location = source.locate(where, revision, quiet, _room(where, chosen, folder))
     opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
-    solver = _solver(opened, plan, calibration, quiet)
+    solver = _solver(opened, plan, calibration, refine, quiet)
     done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet, solver=solver)
     if not as_json:
         typer.echo(_report(done))
@@ -142,15 +145,15 @@ def convert(
         console.say(published.line) if as_json else typer.echo(published.line)
 
 
-def _solver(opened: Source, plan: Plan, tokens: Path | None, quiet: bool) -> Solver | None:
+def _solver(opened: Source, plan: Plan, tokens: Path | None, steps: int, quiet: bool) -> Solver | None:
     """Return what solves what the plan wants solved; importing PyTorch takes seconds that others need not wait."""
     if not any(output.form and output.form.method in SOLVED for output in plan.outputs):
-        if tokens:
-            raise UserError("--calibration is for --method gptq: leave it out, or choose that method")
+        if tokens or steps:
+            raise UserError("--calibration and --refine are for --method gptq: leave them out, or choose that method")
         return None
     from ..verify import calibration
 
-    found = calibration.solver_of(opened, plan, tokens, quiet)
+    found = calibration.solver_of(opened, plan, tokens, steps, quiet)
     if calibration.is_scarce(found.record, opened):
         console.say("calibration material is scarce: recorded conversations (--calibration) make a better bundle")
     return found

@@ -1,16 +1,16 @@
 """What a model is quantized by: recorded conversations, or how every conversation begins."""
 
 import hashlib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..convert.plan import Plan
-from ..convert.solution import Solver
+from ..convert.solution import Solution, Solver
 from ..convert.source import TOKENIZER, Source
 from .material import Material, from_system_prompt, prompt_tokens, read_tokens
+from .refining import refine
 from .solving import solve_model
 
 # What conversations are about. The prompt that a verification reads is not among them.
@@ -46,10 +46,19 @@ def material_for(source: Source, tokens: Path | None) -> Material:
     return Material(description, tokens_of, targets, counted, tuple(names) * len(made), scored=False)
 
 
-def solver_of(source: Source, plan: Plan, tokens: Path | None, quiet: bool = False) -> Solver:
-    """Return what solves a plan's matrices; raises UserError for tokens of another model."""
+def solver_of(source: Source, plan: Plan, tokens: Path | None, steps: int = 0, quiet: bool = False) -> Solver:
+    """Return what solves a plan's matrices, and refines them for so many steps.
+
+    Raises UserError for tokens of another model.
+    """
     material = material_for(source, tokens)
-    return Solver(record(material), partial(solve_model, source, plan.outputs, material, quiet=quiet))
+
+    def solve(solution: Solution) -> None:
+        solve_model(source, plan.outputs, material, solution, quiet)
+        if steps:
+            refine(source, plan.outputs, material, solution, steps, quiet)
+
+    return Solver(record(material) | {"refined_steps": steps}, solve)
 
 
 def record(material: Material) -> dict[str, Any]:

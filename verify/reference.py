@@ -18,7 +18,7 @@ from ..convert.architecture import Architecture
 from ..convert.checkpoint import Checkpoint
 from ..quant.affine import BFLOAT16
 from .model import Floats, Memory, Tokens
-from .places import Place
+from .places import Place, places
 
 EPSILON = 1e-8  # of RMSNorm
 Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
@@ -64,10 +64,15 @@ class TorchModel:
     def block(self, place: Place, x: Floats, memory: Memory | None = None, first: int = 0) -> tuple[Floats, Floats]:
         """Compute one attention or MLP."""
         stream = self._in(x)
-        steps = range(first, first + x.shape[1]) if place.component == "depformer" else None
-        attention = place.part == "attention"
-        added = self._attention(place, stream, memory, first, steps) if attention else self._mlp(place, stream, steps)
+        added = self.added(place, stream, memory, first)
         return self._out(added), self._out(stream + added)
+
+    def added(self, place: Place, x: Tensor, memory: Memory | None = None, first: int = 0) -> Tensor:
+        """Return what a block computes, as ``block`` does, on tensors that stay where they are."""
+        steps = range(first, first + x.shape[1]) if place.component == "depformer" else None
+        if place.part == "attention":
+            return self._attention(place, x, memory, first, steps)
+        return self._mlp(place, x, steps)
 
     def out_norm(self, x: Floats) -> Floats:
         """Normalize the last layer's output."""
@@ -79,13 +84,33 @@ class TorchModel:
 
     def step_input(self, step: int, hidden: Floats, previous: Tokens) -> Floats:
         """Project the hidden state and add the previous token's embedding."""
-        name = f"depformer_emb.{step - 1}.weight" if step else "depformer_text_emb.weight"
-        projected = self._linear(f"depformer_in.{step}.weight", None, self._in(hidden))
-        return self._out(projected + self._look_up(name, previous))
+        return self._out(self._step_input(step, self._in(hidden), previous))
 
     def audio_logits(self, step: int, x: Floats) -> Floats:
         """Apply a codebook's head."""
         return self._out(self._linear(f"linears.{step}.weight", None, self._in(x)))
+
+    def logits(
+        self, tokens: Tokens, targets: Tokens, vectors: Floats | None = None, steps: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return predictions that lead back to the weights: of the text, and of the first ``steps`` codebooks.
+
+        tokens, targets: ``[batch, streams, frames]``, what is read and what the depformer is told. Of shapes
+        ``[batch, frames, text_card]`` and ``[batch, frames, steps, card]``.
+        """
+        count = self.architecture.steps if steps is None else steps
+        x = self._in(self.embed(tokens, vectors))
+        for place in places(self.architecture, "temporal"):
+            x = x + self.added(place, x)
+        hidden = self._norm(self._alpha("out_norm.alpha", None), x)
+        text = self._linear("text_linear.weight", None, hidden)
+        rows = hidden.flatten(0, 1)
+        known = targets.transpose(0, 2, 1).reshape(len(rows), -1)
+        x = torch.stack([self._step_input(step, rows, known[:, step]) for step in range(count)], 1)
+        for place in places(self.architecture, "depformer"):
+            x = x + self.added(place, x)
+        audio = torch.stack([self._linear(f"linears.{step}.weight", None, x[:, step]) for step in range(count)], 1)
+        return text, audio.reshape(*hidden.shape[:2], count, -1)
 
     def _in(self, x: Floats) -> Tensor:
         return torch.from_numpy(x).to(self.device, self.dtype)
@@ -93,6 +118,10 @@ class TorchModel:
     def _out(self, x: Tensor) -> Floats:
         array: Floats = x.float().cpu().numpy()
         return array
+
+    def _step_input(self, step: int, hidden: Tensor, previous: Tokens) -> Tensor:
+        name = f"depformer_emb.{step - 1}.weight" if step else "depformer_text_emb.weight"
+        return self._linear(f"depformer_in.{step}.weight", None, hidden) + self._look_up(name, previous)
 
     def _alpha(self, name: str, step: int | None) -> Tensor:
         return self.weights(name, step).to(self.device, torch.float32).reshape(-1)

@@ -82,8 +82,8 @@ def solve_model(
     forms = forms_of(outputs)
     kept: list[dict[Part, Tensor]] = [{}, {}]
     original = reference_of(source.checkpoint, device=device)
-    read = _quantized_weights(source, forms, solution)
-    quantized = replace(original, weights=_kept(read, kept[1], device), rows=_quantized_rows(source, forms))
+    read = quantized_weights(source, forms, solution)
+    quantized = replace(original, weights=_kept(read, kept[1], device), rows=quantized_rows(source, forms))
     original = replace(original, weights=_kept(original.weights, kept[0], device))
     count = sum(form.method in SOLVED for form, _ in forms.values())
     with bar("solving", count, "matrix", quiet) as progress, torch.inference_mode():
@@ -104,7 +104,7 @@ def _kept(read: Weights, kept: dict[Part, Tensor], device: str) -> Weights:
     return read_once
 
 
-def _quantized_weights(source: Source, forms: dict[Part, tuple[Affine, str]], solution: Solution) -> Weights:
+def quantized_weights(source: Source, forms: dict[Part, tuple[Affine, str]], solution: Solution) -> Weights:
     """Return a way to read the quantized model's matrices: solved ones, others by their method, else the source's.
 
     A matrix that is still to be solved is read as it is: what is asked for comes before it.
@@ -127,7 +127,7 @@ def _quantized_weights(source: Source, forms: dict[Part, tuple[Affine, str]], so
     return read
 
 
-def _quantized_rows(source: Source, forms: dict[Part, tuple[Affine, str]]) -> Any:
+def quantized_rows(source: Source, forms: dict[Part, tuple[Affine, str]]) -> Any:
     """Return a way to read rows of embedding tables as they will be."""
     original = source_rows(source.checkpoint)
 

@@ -1,0 +1,263 @@
+"""Tuning codes, scales and biases together, so that the whole model predicts what the original does.
+
+Codes are rounded in the forward pass and moved as if they were not (a straight-through estimator); scales and biases
+are rounded to their storage dtype in the same way. What is made small is the divergence of the text's and the agent's
+predictions, on calibration material in which some tokens are drawn anew from the original's own predictions, so that no
+sequence comes twice.
+"""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+from tqdm import tqdm
+
+from ..convert.output import Output
+from ..convert.problems import UserError
+from ..convert.progress import bar
+from ..convert.solution import Part, Solution, forms_of
+from ..convert.source import Source
+from ..convert.tensorfile import DTYPES
+from ..quant.affine import SOLVED, Affine, unpack
+from ..quant.gptq import assemble
+from .material import Material
+from .model import Floats, Tokens
+from .reference import TorchModel, Weights, reference_of, source_weights
+from .solving import quantized_rows, quantized_weights
+
+REFINED = "refined"
+_BATCH = 16  # sequences of a step
+_CODES, _SIDES = 1e-2, 1e-3  # learning rates: in codes, and relative to a scale
+_DRAWN = 0.3  # of the frames, whose tokens are drawn anew
+_WARM_UP = 20  # steps
+_BYTES = 36  # a weight: code, gradient, Adam's two moments, and what the graph holds of it
+_EVERY = 60.0  # seconds between two states on the disk
+_STATE = "refining.pt"
+_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A matrix under way. codes: floats ``[rows, groups, group_size]``. scales, biases: relative, from 0 on."""
+
+    form: Affine
+    storage: torch.dtype
+    first: tuple[Tensor, Tensor]
+    codes: Tensor
+    scales: Tensor
+    biases: Tensor
+
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Return scales and biases ``[rows, groups]`` as they will be stored."""
+        scale, bias = self.first
+        found = (scale * (1 + self.scales), bias + scale * self.biases)
+        return _as_if(found[0], found[0].to(self.storage).float()), _as_if(found[1], found[1].to(self.storage).float())
+
+    def rounded(self) -> Tensor:
+        """Return codes as they will be stored."""
+        top = (1 << self.form.bits) - 1
+        inside = self.codes.clamp(-0.49, top + 0.49)
+        return _as_if(inside, inside.round().clamp(0, top))
+
+    def weight(self) -> Tensor:
+        """Return the matrix ``[rows, columns]``."""
+        scale, bias = self.sides()
+        return (self.rounded() * scale[..., None] + bias[..., None]).flatten(1)
+
+
+def _as_if(moved: Tensor, value: Tensor) -> Tensor:
+    """Return a value whose gradient goes to ``moved``."""
+    return moved + (value - moved).detach()
+
+
+def refine(
+    source: Source, outputs: list[Output], material: Material, solution: Solution, steps: int, quiet: bool = False
+) -> None:
+    """Tune what was solved for so many steps, and leave it in ``solution``; goes on from a killed run's last minute.
+
+    Raises UserError for a model that does not fit into memory with all that tuning holds.
+    """
+    if any(file == f"{REFINED}.safetensors" for file in solution.files.values()):
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    forms = {part: form for part, form in forms_of(outputs).items() if form[0].method in SOLVED}
+    read = source_weights(source.checkpoint)
+    _check_memory(sum(read(*part).numel() for part in forms), device)
+    tuned = {part: _start(part, form, dtype, solution, device) for part, (form, dtype) in forms.items()}
+    original = _held(reference_of(source.checkpoint, device=device))
+    rest = quantized_weights(source, forms_of(outputs), solution)
+    made = replace(original, weights=_weights(tuned, _held(replace(original, weights=rest)).weights))
+    made = replace(made, rows=quantized_rows(source, forms_of(outputs)))
+    with bar("refining", steps, "step", quiet) as progress:
+        _tune(original, made, tuned, material, source, steps, solution.folder / _STATE, progress)
+    finished = {}
+    with torch.inference_mode():
+        for part, one in tuned.items():
+            scale, bias = one.sides()
+            codes = one.rounded().flatten(1).to(torch.uint8)
+            finished[part] = assemble(read(*part), codes, scale, bias, one.form, DTYPES[forms[part][1]])
+    solution.add(REFINED, finished)
+
+
+def _check_memory(weights: int, device: str) -> None:
+    needed = weights * _BYTES
+    if device == "cuda":
+        there = torch.cuda.get_device_properties(0).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > 0.8 * there:
+        raise UserError(
+            f"--refine tunes {weights / 1e9:.2f} billion weights at once, which takes about {needed / 1e9:.0f} GB, and "
+            f"{there / 1e9:.0f} GB are there: leave it out"
+        )
+
+
+def _start(part: Part, form: Affine, dtype: str, solution: Solution, device: str) -> Tuned:
+    held = solution.read(part, 0, solution.rows(part), np.dtype(np.float32))
+    codes = torch.from_numpy(unpack(held.weight, form.bits)).float().to(device)
+    scale, bias = (torch.from_numpy(side.astype(np.float32)).to(device) for side in (held.scales, held.biases))
+    moved = (torch.zeros_like(scale, requires_grad=True), torch.zeros_like(bias, requires_grad=True))
+    grouped = codes.reshape(len(codes), -1, form.group_size).requires_grad_()
+    return Tuned(form, _TORCH[dtype], (scale, bias), grouped, *moved)
+
+
+def _held(model: TorchModel) -> TorchModel:
+    """Return a model that keeps every matrix in memory once it was read."""
+    kept: dict[Part, Tensor] = {}
+
+    def read(name: str, step: int | None) -> Tensor:
+        part = (name, step or 0)
+        if part not in kept:
+            kept[part] = model.weights(name, step).to(model.device, torch.float32)
+        return kept[part]
+
+    return replace(model, weights=read)
+
+
+def _weights(tuned: Mapping[Part, Tuned], rest: Weights) -> Weights:
+    def read(name: str, step: int | None) -> Tensor:
+        part = (name, step or 0)
+        return tuned[part].weight() if part in tuned else rest(name, step)
+
+    return read
+
+
+def _tune(
+    original: TorchModel,
+    made: TorchModel,
+    tuned: Mapping[Part, Tuned],
+    material: Material,
+    source: Source,
+    steps: int,
+    state: Path,
+    progress: "tqdm[Any]",
+) -> None:
+    """Take the steps, from the last state that was kept on."""
+    groups = [
+        {"params": [side for one in tuned.values() for side in (one.scales, one.biases)], "lr": _SIDES},
+        {"params": [one.codes for one in tuned.values()], "lr": _CODES},
+    ]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    vectors = material.vectors(source.voices, source.architecture.dim)
+    done = _resume(state, adam, steps)
+    progress.update(done)
+    kept = time.monotonic()
+    for step in range(done, steps):
+        share = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / _WARM_UP)
+        for group, rate in zip(adam.param_groups, (_SIDES, _CODES), strict=True):
+            group["lr"] = rate * share
+        random = np.random.default_rng(step)  # so that a resumed run draws what it would have drawn
+        chosen = random.choice(len(material.tokens), min(_BATCH, len(material.tokens)), replace=False)
+        given = None if vectors is None else vectors[chosen]
+        loss = _loss(original, made, _drawn(original, material, chosen, given, random), given)
+        adam.zero_grad()
+        torch.autograd.backward(loss)
+        adam.step()
+        progress.set_postfix_str(f"KL {loss.item():.4f}", refresh=False)
+        progress.update(1)
+        if time.monotonic() - kept > _EVERY:
+            _keep(state, adam, step + 1, steps)
+            kept = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some sequences, with tokens drawn anew; shapes are those of ``Material``."""
+
+    tokens: Tokens
+    targets: Tokens
+    counted: Tensor
+
+
+def _drawn(
+    original: TorchModel, material: Material, chosen: Any, vectors: Floats | None, random: np.random.Generator
+) -> Batch:
+    """Return sequences in which text and agent say, in some frames, what the original might have said there."""
+    tokens, targets, counted = (part[chosen] for part in (material.tokens, material.targets, material.counted))
+    half = original.architecture.n_q // 2
+    with torch.no_grad():
+        text, audio = original.logits(tokens, targets, vectors, half)
+        generator = torch.Generator(text.device).manual_seed(int(random.integers(1 << 62)))
+        said = [_sample(text, generator)] + [_sample(audio[:, :, step], generator) for step in range(half)]
+    new = targets.copy()
+    new[:, : half + 1] = np.stack(said, 1)
+    frames = random.random((len(tokens), 1, tokens.shape[2])) < _DRAWN
+    new = np.where(frames & (targets >= 0) & counted, new, targets)
+    read = tokens.copy()
+    read[:, :, 1:] = np.where(targets[:, :, :-1] == tokens[:, :, 1:], new[:, :, :-1], tokens[:, :, 1:])
+    return Batch(read, new, torch.from_numpy(counted).to(text.device))
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tokens:
+    flat = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
+    tokens: Tokens = flat.reshape(logits.shape[:2]).cpu().numpy().astype(np.int32)
+    return tokens
+
+
+def _loss(original: TorchModel, made: TorchModel, batch: Batch, vectors: Floats | None) -> Tensor:
+    """Return the divergence of the text, plus the mean of the agent's codebooks, in nats a token."""
+    half = original.architecture.n_q // 2
+    with torch.no_grad():
+        expected = original.logits(batch.tokens, batch.targets, vectors, half)
+    found = made.logits(batch.tokens, batch.targets, vectors, half)
+    text = _divergence(expected[0], found[0], batch.counted[:, 0])
+    agent = [
+        _divergence(expected[1][:, :, step], found[1][:, :, step], batch.counted[:, step + 1]) for step in range(half)
+    ]
+    return text + torch.stack(agent).mean()
+
+
+def _divergence(expected: Tensor, found: Tensor, counted: Tensor) -> Tensor:
+    each = kl_div(log_softmax(found, -1), log_softmax(expected, -1), reduction="none", log_target=True).sum(-1)
+    return (each * counted).sum() / counted.sum().clamp(min=1)
+
+
+def _keep(state: Path, adam: torch.optim.Adam, done: int, steps: int) -> None:
+    """Write down where the tuning is."""
+    temporary = state.with_name(f"{state.name}.partial")
+    values = [parameter.detach() for group in adam.param_groups for parameter in group["params"]]
+    torch.save({"done": done, "steps": steps, "values": values, "adam": adam.state_dict()}, temporary)
+    temporary.replace(state)
+
+
+def _resume(state: Path, adam: torch.optim.Adam, steps: int) -> int:
+    """Take up what a killed run wrote down; return how many steps it had taken."""
+    if not state.is_file():
+        return 0
+    held = torch.load(state, weights_only=True)
+    if held["steps"] != steps:
+        return 0
+    parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, held["values"], strict=True):
+            parameter.copy_(value)
+    adam.load_state_dict(held["adam"])
+    return int(held["done"])
