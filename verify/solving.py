@@ -216,7 +216,10 @@ class _Sums:
 
 
 def _block(walk: Walk, place: Place, streams: Streams) -> Streams:
-    """Solve a block's matrices, those that read its input before those that read what they make; then go through it."""
+    """Solve a block's matrices, those that read its input before those that read what they make; then go through it.
+
+    The streams are changed in place.
+    """
     stacked = [f".{step}" for step in range(walk.source.architecture.steps)] if place.component == "depformer" else [""]
     orders = (
         (["self_attn.in_proj_weight"], ["self_attn.out_proj.weight"])
@@ -229,12 +232,11 @@ def _block(walk: Walk, place: Place, streams: Streams) -> Streams:
         if parts:
             label = f"{place.prefix}.{names[0].removesuffix('weight').rstrip('._')}"
             walk.solve(label, _moments(walk, place, parts, streams))
-    after = tuple(
-        np.concatenate([model.block(place, x[rows])[1] for rows in _rows(place, x)])
-        for model, x in zip((walk.original, walk.quantized), streams, strict=True)
-    )
+    for model, x in zip((walk.original, walk.quantized), streams, strict=True):
+        for rows in _rows(place, x):
+            x[rows] = model.block(place, x[rows])[1]
     walk.forget()
-    return after[0], after[1]
+    return streams
 
 
 def _rows(place: Place, x: Floats) -> list[slice]:

@@ -1,0 +1,212 @@
+"""Quantizing layer by layer, by the command: what it gains, that it goes on, and that it says what it did."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ppx.convert import conversion
+from ppx.convert.plan import make_plan
+from ppx.convert.problems import UserError
+from ppx.convert.recipe import uniform
+from ppx.convert.solution import Solution, forms_of
+from ppx.convert.source import locate, open_source
+from ppx.quant.affine import Affine, dequantize
+from ppx.quant.gptq import Moments, solve
+from ppx.verify import refining, solving
+from ppx.verify.calibration import PROMPTS, material_for, solver_of
+from ppx.verify.material import PROMPT, read_tokens
+from ppx.verify.reference import reference_of, source_weights
+from safetensors.numpy import load_file, save_file
+
+FORM = Affine(4, 64, "gptq")
+
+
+@pytest.fixture(scope="module")
+def few(pico, tmp_path_factory):
+    """A file of some calibration sequences."""
+    path = tmp_path_factory.mktemp("few") / "tokens.safetensors"
+    save_file({"tokens": load_file(pico / "calibration_tokens.safetensors")["tokens"][:24]}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def opened(pico):
+    source = open_source(locate(str(pico)))
+    recipe = uniform(FORM, "speech-swift", "float16", ("temporal", "depformer"))
+    return source, make_plan(conversion.inventory(source), recipe)
+
+
+def bundles(program, pico, folder, few, *options):
+    program("ppx-convert", pico, "--method", "gptq", "--calibration", few, *options, "-o", "out", cwd=folder)
+    return {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*.safetensors"))}
+
+
+def agent(program, bundle, pico, folder):
+    tokens = ("--tokens", pico / "heldout_tokens.safetensors", "--sequences", "4", "--frames", "100")
+    done = program("ppx-verify", bundle, "--reference", pico, *tokens, "--json", cwd=folder)
+    predictions = json.loads(done.stdout)["predictions"]
+    return [predictions[stream]["bundle"]["kl"]["mean"] for stream in ("agent", "text")]
+
+
+def test_it_beats_least_squares_by_far(program, pico, few, tmp_path):
+    program("ppx-convert", pico, "-o", "lsq", cwd=tmp_path)
+    bundles(program, pico, tmp_path, few)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["calibration"]["sequences"] == 24
+    assert len(manifest["calibration"]["sha256"]) == 64
+    assert {entry["method"] for entry in manifest["tensors"] if "bits" in entry} == {"gptq"}
+    assert not list(tmp_path.glob("*.partial"))
+    plain, solved = (agent(program, name, pico, tmp_path) for name in ("lsq", "out"))
+    assert solved[0] < 0.6 * plain[0]
+    assert solved[1] < 0.6 * plain[1]
+
+
+@pytest.mark.parametrize("target", [["--recipe", "moshi-q4"], ["--target", "mlx", "--bits", "3", "--group-size", "32"]])
+def test_every_target_takes_it(target, program, pico, few, tmp_path):
+    program("ppx-convert", pico, *target, "--method", "gptq", "--calibration", few, "-o", "out", cwd=tmp_path)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    methods = {entry["method"] for entry in manifest["tensors"] if "bits" in entry}
+    assert methods == ({"gptq", "lsq"} if "moshi-q4" in target else {"gptq"})  # embeddings have no inputs to go by
+    agent(program, "out", pico, tmp_path)  # which fails if it cannot be loaded, or does not pass
+
+
+def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path):
+    """Against the block run at once: the first output projection, after the quantized input projection."""
+    source, plan = opened
+    material = read_tokens(few, source.architecture, 3, 40)
+    solution = Solution(tmp_path / "solution", "mark")
+    solving.solve_model(source, plan.outputs, material, solution, quiet=True)
+    first, second = "transformer.layers.0.self_attn.in_proj_weight", "transformer.layers.0.self_attn.out_proj.weight"
+    read, storage = source_weights(source.checkpoint), np.dtype(np.float16)
+    stored = solution.read((first, 0), 0, solution.rows((first, 0)), storage)
+    seen = []
+
+    def keep(name, _, x):
+        if name == second:
+            seen.append(x.reshape(-1, x.shape[-1]))
+
+    def quantized(name, step):
+        return torch.from_numpy(dequantize(stored, FORM)) if name == first else read(name, step)
+
+    with torch.inference_mode():
+        for weights in (read, quantized):
+            model = replace(reference_of(source.checkpoint), weights=weights, seen=keep)
+            model.block(solving.places(source.architecture, "temporal")[0], model.embed(material.tokens))
+        expected = solve(read(second, None), Moments(seen[1].T @ seen[1], seen[0].T @ seen[1]), FORM, storage)
+    found = solution.read((second, 0), 0, solution.rows((second, 0)), storage)
+    same = (found.weight == expected.weight).mean()
+    assert same > 0.99  # sums of other pieces differ in their last bits
+
+
+def test_every_part_is_solved_once(opened, few, tmp_path):
+    source, plan = opened
+    solution = Solution(tmp_path / "solution", "mark")
+    solver_of(source, plan, few, quiet=True).solve(solution)
+    assert solution.files.keys() == forms_of(plan.outputs).keys()
+    blocks = set(solution.files.values())
+    before = {name: (tmp_path / "solution" / name).stat().st_mtime_ns for name in blocks}
+    again = Solution(tmp_path / "solution", "mark")
+    solver_of(source, plan, few, quiet=True).solve(again)
+    assert before == {name: (tmp_path / "solution" / name).stat().st_mtime_ns for name in blocks}
+    assert Solution(tmp_path / "solution", "another").files == {}
+
+
+def killed(command, folder, ready):
+    """Start a program, kill it when something is there, and return."""
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return alive
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, tmp_path):
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = bundles(program, pico, tmp_path / "whole", few)
+    folder = tmp_path / "broken"
+    solved = folder / "out.solution.partial"
+    options = [str(pico), "--method", "gptq", "--calibration", str(few), "-o", "out", "--no-verify"]
+    command = [sys.executable, "-m", "ppx.recipes.convert_program", *options]
+    assert killed(command, folder, lambda: len(list(solved.glob("*.safetensors"))) >= 3)
+    assert not (folder / "out").exists()
+    done = {path: path.stat().st_mtime_ns for path in solved.glob("*.safetensors")}
+    assert killed(command, folder, lambda: len(list(solved.glob("*.safetensors"))) >= len(done) + 2)
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+    assert bundles(program, pico, folder, few) == whole
+    assert not solved.exists()
+
+
+def test_refining_brings_predictions_nearer_and_goes_on(opened, few, tmp_path, monkeypatch):
+    source, plan = opened
+    material = read_tokens(few, source.architecture, None, 60)
+    losses = []
+    divergence = refining._loss
+
+    def watched(*arguments):
+        losses.append(divergence(*arguments))
+        return losses[-1]
+
+    monkeypatch.setattr(refining, "_loss", watched)
+    folders = [tmp_path / "whole", tmp_path / "broken"]
+    solutions = [Solution(folder, "mark") for folder in folders]
+    for solution in solutions:
+        solving.solve_model(source, plan.outputs, material, solution, quiet=True)
+    refining.refine(source, plan.outputs, material, solutions[0], 8, quiet=True)
+    values = [loss.item() for loss in losses]
+    assert sum(values[4:]) < sum(values[:4])
+
+    monkeypatch.setattr(refining, "_EVERY", 0.0)  # a state after every step
+    losses.clear()
+    monkeypatch.setattr(refining, "_loss", lambda *a: watched(*a) if len(losses) < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        refining.refine(source, plan.outputs, material, solutions[1], 8, quiet=True)
+    monkeypatch.setattr(refining, "_loss", watched)
+    refining.refine(source, plan.outputs, material, solutions[1], 8, quiet=True)
+    assert len(losses) == 8  # five, then the three that were left
+    for part in forms_of(plan.outputs):
+        made = [solution.read(part, 0, solution.rows(part), np.dtype(np.float32)) for solution in solutions]
+        assert (made[0].weight == made[1].weight).mean() > 0.999
+        assert np.allclose(made[0].scales, made[1].scales, rtol=1e-3)
+
+
+def test_scales_come_out_in_their_storage_dtype(opened, few, tmp_path):
+    source, plan = opened
+    solution = Solution(tmp_path / "solution", "mark")
+    solver_of(source, plan, few, steps=2, quiet=True).solve(solution)
+    for part in forms_of(plan.outputs):
+        made = solution.read(part, 0, solution.rows(part), np.dtype(np.float32))
+        for side in (made.scales, made.biases):
+            assert (side == side.astype(np.float16).astype(np.float32)).all()
+
+
+def test_material_where_nothing_is_given(opened):
+    source, _ = opened
+    material = material_for(source, None)
+    assert len(material.tokens) == 18 * len(PROMPTS)
+    assert set(material.voices) == {voice.name for voice in source.voices}
+    assert PROMPT not in PROMPTS  # which a verification reads
+
+
+def test_a_model_that_does_not_fit_is_said(opened, few, tmp_path, monkeypatch):
+    source, plan = opened
+    monkeypatch.setattr(refining, "_BYTES", 1 << 40)
+    solution = Solution(tmp_path / "solution", "mark")
+    material = read_tokens(few, source.architecture, 2, 40)
+    with pytest.raises(UserError, match=r"--refine tunes 0\.00 billion weights at once, .* leave it out"):
+        refining.refine(source, plan.outputs, material, solution, 2, quiet=True)
+
+
+def test_options_for_another_method_are_refused(program, pico, few, tmp_path):
+    for options in (("--calibration", few), ("--refine", "2")):
+        done = program("ppx-convert", pico, *options, "-o", "out", cwd=tmp_path, status=2)
+        assert "are for --method gptq" in done.stderr
