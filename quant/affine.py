@@ -175,8 +175,7 @@ def _some_rows(rows: int, columns: int) -> list[slice]:
 
 def dequantize(quantized: Quantized, form: Affine) -> NDArray[np.float32]:
     """Return the weights ``[rows, columns]`` that a quantized matrix stands for, in float32."""
-    codes = unpack(quantized.weight, form.bits).astype(np.float32)
-    scales, biases = (
-        np.repeat(side.astype(np.float32), form.group_size, axis=1) for side in (quantized.scales, quantized.biases)
-    )
-    return np.asarray(scales * codes + biases, np.float32)
+    wide = unpack(quantized.weight, form.bits).astype(np.float32).reshape(*quantized.scales.shape, form.group_size)
+    wide *= quantized.scales.astype(np.float32)[..., None]
+    wide += quantized.biases.astype(np.float32)[..., None]
+    return np.asarray(wide.reshape(len(quantized.weight), -1))

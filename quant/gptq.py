@@ -5,15 +5,17 @@ follow make up for the error of those before. Here it begins from the weights th
 really get (those of the quantized layers before it), give what the original gave on its own.
 """
 
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .affine import Affine, Quantized, dequantize, pack, quantize
+from .affine import Affine, Quantized, pack, quantize
 
 DAMPING = 0.01  # of the mean second moment, added to each
+_ROWS = 1024  # of a group that one thread makes a grid for at a time
 
 
 @dataclass(frozen=True)
@@ -42,46 +44,51 @@ def solve(weight: Tensor, moments: Moments, form: Affine, storage: np.dtype[np.g
     damped = second.clone()
     damped.diagonal().add_(damping)
     factor = torch.linalg.cholesky(damped)
-    goal = torch.cholesky_solve((wide @ moments.cross + damping * wide).T, factor).T.contiguous()
+    goal = torch.cholesky_solve((wide @ moments.cross + damping * wide).T, factor).contiguous()
     errors = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     del damped, factor
     codes, scales, biases = _round(goal, errors, form, storage)
-    return assemble(weight, codes, scales, biases, form, storage)
+    return assemble(wide, codes, scales, biases, form, storage)
 
 
 def _round(goal: Tensor, errors: Tensor, form: Affine, storage: np.dtype[np.generic]) -> tuple[Tensor, Tensor, Tensor]:
-    """Round column by column; errors: the upper Cholesky factor of the inverse moments. ``goal`` is overwritten.
+    """Round column by column; return codes, scales and biases, ``[rows, ...]``.
 
-    Each group's grid is the least-squares one of what its weights have become when its turn comes.
+    goal: ``[columns, rows]``, overwritten. errors: the upper Cholesky factor of the inverse moments. Each group's grid is
+    the least-squares one of what its weights have become when its turn comes.
     """
-    rows, columns = goal.shape
+    columns, rows = goal.shape
     size, top = form.group_size, (1 << form.bits) - 1
-    codes = torch.empty((rows, columns), dtype=torch.uint8, device=goal.device)
-    scales = torch.empty((rows, columns // size), dtype=goal.dtype, device=goal.device)
+    codes = torch.empty((columns, rows), dtype=torch.uint8, device=goal.device)
+    scales = torch.empty((columns // size, rows), dtype=goal.dtype, device=goal.device)
     biases = torch.empty_like(scales)
-    for first in range(0, columns, size):
-        group = goal[:, first : first + size]
-        scale, bias = grid(group, form, storage)
-        lost = torch.empty_like(group)
-        for index in range(size):
-            column = first + index
-            code = ((group[:, index] - bias) / scale).round_().clamp_(0, top)
-            code = torch.where(scale == 0, torch.zeros_like(code), code)
-            codes[:, column] = code.to(torch.uint8)
-            lost[:, index] = (group[:, index] - (code * scale + bias)) / errors[column, column]
-            group[:, index:] -= torch.outer(lost[:, index], errors[column, column : first + size])
-        goal[:, first + size :] -= lost @ errors[first : first + size, first + size :]
-        scales[:, first // size], biases[:, first // size] = scale, bias
-    return codes, scales, biases
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="ppx-grid") as pool:
+        for first in range(0, columns, size):
+            group = goal[first : first + size]
+            scale, bias = grid(group.T, form, storage, pool)
+            lost = torch.empty_like(group)
+            for index in range(size):
+                column = first + index
+                code = ((group[index] - bias) / scale).round_().clamp_(0, top)
+                code = torch.where(scale == 0, torch.zeros_like(code), code)
+                codes[column] = code.to(torch.uint8)
+                lost[index] = (group[index] - (code * scale + bias)) / errors[column, column]
+                group[index:] -= torch.outer(errors[column, column : first + size], lost[index])
+            goal[first + size :] -= errors[first : first + size, first + size :].T @ lost
+            scales[first // size], biases[first // size] = scale, bias
+    return codes.T.contiguous(), scales.T.contiguous(), biases.T.contiguous()
 
 
-def grid(group: Tensor, form: Affine, storage: np.dtype[np.generic]) -> tuple[Tensor, Tensor]:
+def grid(group: Tensor, form: Affine, storage: np.dtype[np.generic], pool: Executor) -> tuple[Tensor, Tensor]:
     """Return scale and bias of each row of a group ``[rows, group_size]``: least squares, as they are stored."""
     array = np.ascontiguousarray(group.float().cpu().numpy())
-    made = quantize(array, Affine(form.bits, form.group_size, "lsq"), storage)
+    plain = Affine(form.bits, form.group_size, "lsq")
+    pieces = [array[first : first + _ROWS] for first in range(0, len(array), _ROWS)]
+    made = list(pool.map(lambda piece: quantize(piece, plain, storage), pieces))
+    sides = zip(*((one.scales, one.biases) for one in made), strict=True)
     scale, bias = (
-        torch.from_numpy(side.astype(np.float32).reshape(-1)).to(group.device, group.dtype)
-        for side in (made.scales, made.biases)
+        torch.from_numpy(np.concatenate(side).astype(np.float32).reshape(-1)).to(group.device, group.dtype)
+        for side in sides
     )
     return scale, bias
 
@@ -93,9 +100,8 @@ def assemble(
 
     Scales and biases must be values that their storage dtype holds.
     """
+    back = codes.reshape(*scales.shape, -1) * scales[..., None] + biases[..., None]
+    lost = weight.to(back.device) - back.flatten(1)
+    error, norm = (float(values.double().square().sum()) for values in (lost, weight))
     scale, bias = (side.float().cpu().numpy().astype(storage) for side in (scales, biases))
-    made = Quantized(pack(codes.cpu().numpy(), form.bits), scale, bias, 0.0, 0.0, 0, 0)
-    wide = weight.float().cpu().numpy()
-    lost = wide - dequantize(made, form)
-    error, norm = (float(np.square(part, dtype=np.float64).sum()) for part in (lost, wide))
-    return replace(made, squared_error=error, squared_norm=norm)
+    return Quantized(pack(codes.cpu().numpy(), form.bits), scale, bias, error, norm, 0, 0)

@@ -1,6 +1,7 @@
 """Second-order rounding, against what a search over all codes finds, and against the textbook."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_it_rounds_as_the_textbook_does():
     now, codes = weight.clone(), np.zeros((4, 64), np.uint8)
     for column in range(64):
         if column % 32 == 0:
-            scale, bias = gptq.grid(now[:, column : column + 32], form, STORAGE)
+            scale, bias = gptq.grid(now[:, column : column + 32], form, STORAGE, ThreadPoolExecutor(1))
         code = ((now[:, column] - bias) / scale).round().clamp(0, top)
         codes[:, column] = code
         lost = now[:, column] - (code * scale + bias)

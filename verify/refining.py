@@ -103,7 +103,9 @@ def refine(
         for part, one in tuned.items():
             scale, bias = one.sides()
             codes = one.rounded().flatten(1).to(torch.uint8)
-            finished[part] = assemble(read(*part), codes, scale, bias, one.form, DTYPES[forms[part][1]])
+            finished[part] = assemble(
+                read(*part).to(device, torch.float32), codes, scale, bias, one.form, DTYPES[forms[part][1]]
+            )
     solution.add(REFINED, finished)
 
 
