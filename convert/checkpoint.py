@@ -62,6 +62,16 @@ class Checkpoint:
         }
         return replace(self, tensors=tensors, merge=merge, merged=names)
 
+    def trimmed(self, steps: int) -> "Checkpoint":
+        """Return the checkpoint of a model with only the first depformer steps."""
+        architecture = replace(self.architecture, steps=steps)
+        tensors = {
+            name: replace(self.tensors[name], role=role, spec=replace(self.tensors[name].spec, shape=role.shape))
+            for name, role in roles(architecture).items()
+        }
+        filled = {name: origin for name, origin in self.filled.items() if name in tensors}
+        return replace(self, architecture=architecture, tensors=tensors, filled=filled)
+
     def read(self, name: str, first: int, last: int, once: bool = False) -> NDArray[Any]:
         """Return rows ``first`` to ``last`` of a tensor seen as a matrix, in the dtype that its ``spec`` names."""
         tensor, pieces, begin = self.tensors[name], [], 0

@@ -89,7 +89,15 @@ def prepare(
         except UserError as other:
             problems += other.problems
         raise UserError(problems) from None
-    return source, make_plan(inventory(source), recipe)
+    plan = make_plan(inventory(source), recipe)
+    return trimmed(source, plan.inventory.architecture.steps), plan
+
+
+def trimmed(source: Source, steps: int) -> Source:
+    """Return a source as if its model had only the first depformer steps, or itself if it has no more."""
+    if steps >= source.architecture.steps:
+        return source
+    return replace(source, checkpoint=source.checkpoint.trimmed(steps))
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -2,8 +2,11 @@
 
 from typing import Any
 
+_X
 from .plan import Plan
 from .tensorfile import Spec
+
+_LISTED = 3  # names of what is dropped for one reason
 
 
 def groups(plan: Plan) -> list[dict[str, Any]]:
@@ -74,7 +77,12 @@ def text(plan: Plan, workers: int) -> str:
         if file.copy or file.text
     ]
     lines += [f"{name}: filled from {origin}" for name, origin in plan.inventory.filled]
-    lines += [f"{name}: dropped, {reason}" for name, reason in plan.dropped.items()]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in plan.dropped.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        lines.append(f"{', '.join(names[:_LISTED])}{more}: dropped, {reason}")
     lines += [
         "",
         f"total {size(said['total_bytes'])}, {said['bits_per_weight']:.2f} bits a weight "

@@ -13,7 +13,7 @@ from .architecture import Architecture
 from .names import roles
 from .output import Output
 from .parallel import AHEAD
-from .problems import refuse
+from .problems import UserError, refuse
 from .recipe import DTYPES, Recipe
 from .source import CODEC, CONFIG, TOKENIZER, VOICES, WEIGHTS
 from .targets import TARGETS, Target
@@ -108,6 +108,7 @@ def make_plan(inventory: Inventory, recipe: Recipe) -> Plan:
     """
     target = TARGETS[recipe.target]
     dtype = DTYPES[recipe.dtype]
+    inventory, unused = _trimmed(inventory, recipe.depformer_steps)
     outputs = [
         replace(output, dtype=dtype, form=recipe.form(output.role, output.step))
         for output in target.layout(inventory.architecture)
@@ -116,7 +117,7 @@ def make_plan(inventory: Inventory, recipe: Recipe) -> Plan:
     files = [_tensors(name, group) for name, group in target.split(outputs).items()]
     if target.indexed:
         files.append(_index(files))
-    dropped = dict.fromkeys(inventory.others, "not a voice")
+    dropped = unused | dict.fromkeys(inventory.others, "not a voice")
     if target.voice_cache:
         files += [_voice(name, inventory, dtype, target) for name in sorted(inventory.voices)]
         dropped[VOICES] = "its voices stand in voices/"
@@ -126,6 +127,31 @@ def make_plan(inventory: Inventory, recipe: Recipe) -> Plan:
     plan = Plan(inventory, recipe, target, tuple(files), dropped)
     _check_total(plan)
     return plan
+
+
+def _trimmed(inventory: Inventory, steps: int | None) -> tuple[Inventory, dict[str, str]]:
+    """Return the inventory of a model with its first depformer steps only, and what is left out with the reason.
+
+    Raises UserError if the agent's codebooks would not all be predicted, or there are not so many steps.
+    """
+    full = inventory.architecture
+    if steps is None or steps == full.steps:
+        return inventory, {}
+    if not full.n_q // 2 <= steps < full.steps:
+        raise UserError(
+            f"depformer_steps is {steps}: the model has {full.steps}, and the first {full.n_q // 2} are the agent's: "
+            f"give {full.n_q // 2}, or leave it out"
+        )
+    few = roles(replace(full, steps=steps))
+    why = "predicts codebooks of the user, which are given"
+    unused = {}
+    for name, role in roles(full).items():
+        if name not in few:
+            unused[name] = why
+        elif few[name].shape != role.shape:
+            unused[f"{name} rows {few[name].shape[0]}-{role.shape[0] - 1}"] = why
+    filled = tuple(pair for pair in inventory.filled if pair[0] in few)
+    return replace(inventory, architecture=replace(full, steps=steps), filled=filled), unused
 
 
 def _problems(recipe: Recipe, outputs: Sequence[Output]) -> list[str]:

@@ -46,6 +46,7 @@ class Recipe:
 
     dtype: ``bfloat16`` or ``float16``, of what stays float and of scales and biases. parity: limits that
     a verification holds the bundle to, by figure. original: the text of the file that it was read from.
+    depformer_steps: how many are kept, None for all.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Recipe:
     description: str = ""
     parity: Mapping[str, float] = field(default_factory=dict)
     original: str = ""
+    depformer_steps: int | None = None
 
     def form(self, role: Role, step: int | None) -> Affine | None:
         """Return how an output is quantized, None if it stays float; norms always do.
@@ -84,6 +86,8 @@ def to_toml(recipe: Recipe) -> str:
     """Write a recipe as the TOML that its loader reads."""
     pairs = (("description", recipe.description), ("target", recipe.target), ("dtype", recipe.dtype))
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in pairs]
+    if recipe.depformer_steps is not None:
+        lines.append(f"depformer_steps = {recipe.depformer_steps}")
     for rule in recipe.rules:
         lines += ["", "[[rules]]"]
         lines += [

@@ -36,8 +36,12 @@ def split(outputs: Sequence[Output]) -> dict[str, list[Output]]:
 
 def problems(architecture: Architecture, outputs: Sequence[Output]) -> list[str]:
     """Return what of a quantization the Swift loader cannot load."""
-    del architecture  # it loads every size
     found = []
+    if architecture.steps < architecture.n_q:
+        found.append(
+            f"speech-swift loads a depformer of {architecture.n_q} steps, not {architecture.steps}: "
+            "the targets moshi-mlx and mlx load fewer"
+        )
     linears = [output for output in outputs if output.role.kind == "linear"]
     settings = sorted({(o.form.bits, o.form.group_size) for o in outputs if o.form})
     if len(settings) > 1:

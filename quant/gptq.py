@@ -54,8 +54,8 @@ def solve(weight: Tensor, moments: Moments, form: Affine, storage: np.dtype[np.g
 def _round(goal: Tensor, errors: Tensor, form: Affine, storage: np.dtype[np.generic]) -> tuple[Tensor, Tensor, Tensor]:
     """Round column by column; return codes, scales and biases, ``[rows, ...]``.
 
-    goal: ``[columns, rows]``, overwritten. errors: the upper Cholesky factor of the inverse moments. Each group's grid is
-    the least-squares one of what its weights have become when its turn comes.
+    goal: ``[columns, rows]``, overwritten. errors: the upper Cholesky factor of the inverse moments. Each group's grid
+    is the least-squares one of what its weights have become when its turn comes.
     """
     columns, rows = goal.shape
     size, top = form.group_size, (1 << form.bits) - 1

@@ -75,6 +75,9 @@ def convert(
     fill_depformer_steps: Annotated[
         bool, typer.Option("--fill-depformer-steps", help="Copy steps 0-7 of a base Moshi to 8-15.")
     ] = False,
+    depformer_steps: Annotated[
+        int | None, typer.Option(min=1, help="Keep only so many: 8 are the agent's, the user's are given.")
+    ] = None,
     adapter: Annotated[
         str | None, typer.Option(metavar="FILE_OR_HUB_ID", help="LoRA of moshi-finetune to merge while converting.")
     ] = None,
@@ -116,6 +119,8 @@ def convert(
         raise UserError("--private says nothing without --publish: give both")
     named = (None if option is None else str(option) for option in (target, dtype, method))
     chosen = _recipe(recipe, bits, group_size, no_quantize, *named)
+    if depformer_steps is not None:
+        chosen = replace(chosen, depformer_steps=depformer_steps, original="")
     if source.is_hub_id(where):
         conversion.check_recipe(chosen)
     elif revision:

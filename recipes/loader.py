@@ -17,7 +17,7 @@ from ..quant.affine import DEFAULT_METHOD, Affine
 from ..verify.limits import FIGURES
 
 PARITY = tuple(FIGURES)
-_TOP = ("description", "target", "dtype", "rules", "parity")
+_TOP = ("description", "target", "dtype", "depformer_steps", "rules", "parity")
 _RULE = ("components", "modules", "layers", "steps", "bits", "group_size", "method", "keep")
 _LARGEST = 1 << 20
 Wrong = Callable[[str, str, int], None]  # told of a mistake: the key, the message, the number of the rule
@@ -73,6 +73,9 @@ def parse(text: str, name: str, where: str, override: str | None = None) -> Reci
     dtype = data.get("dtype", TARGETS[target].dtype)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         wrong("dtype", f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
+    kept = data.get("depformer_steps")
+    if kept is not None and (type(kept) is not int or kept < 1):
+        wrong("depformer_steps", f"depformer_steps is {kept!r}: a whole number is needed")
     description = data.get("description", "")
     if not isinstance(description, str):
         wrong("description", "description is not a string")
@@ -91,7 +94,7 @@ def parse(text: str, name: str, where: str, override: str | None = None) -> Reci
         elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
             wrong(f"parity.{key}", f"{key} is {value!r}: a number of at least 0 is needed")
     refuse([message for _, message in sorted(problems)])
-    return Recipe(name, str(target), str(dtype), tuple(rules), str(description), parity, text)
+    return Recipe(name, str(target), str(dtype), tuple(rules), str(description), parity, text, kept)
 
 
 def _rule(data: dict[str, Any], number: int, line: int, wrong: Wrong) -> Rule:

@@ -92,6 +92,7 @@ def verify_bundle(
     merged = _adapter(bundle, adapter, made_from)
     opened = conversion.open_merged(location, merged, bool(made_from.get("filled")), quiet=quiet)
     _check_adapter(opened, made_from)
+    opened = conversion.trimmed(opened, _manifest(bundle)["architecture"]["steps"])
     found = parity.leave_report(opened, bundle, asked, _command(bundle, reference, merged, asked), quiet)
     parity.leave_card(found, bundle)
     typer.echo(json.dumps(found, indent=1) if as_json else parity.text(found, bundle))

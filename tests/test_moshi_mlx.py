@@ -105,3 +105,44 @@ def test_the_runtimes_own_step_gives_tokens(recipe, bundle):
     assert 0 <= text.item() < 400
     assert audio.size == 16
     assert 0 <= audio.min().item() <= audio.max().item() < 128
+
+
+@pytest.mark.parametrize("recipe", ["moshi-q4", "bf16"])
+def test_the_first_8_depformer_steps_alone_say_the_same(recipe, bundle, golden):
+    """What predicts the user's codebooks changes nothing of the agent's: not one bit of a logit, and no token."""
+    whole, half = load(bundle("--recipe", recipe)), load(bundle("--recipe", recipe, "--depformer-steps", "8"))
+    assert (len(whole.depformer.slices), len(half.depformer.slices)) == (16, 8)
+    (text, audio), (half_text, half_audio) = (logits(model, golden["tokens"]) for model in (whole, half))
+    assert mx.array_equal(text, half_text).item()
+    assert mx.array_equal(audio[:, :8], half_audio).item()
+    said = []
+    for model in (whole, half):
+        greedy = Sampler(temp=0.0)
+        token, heard, frames = mx.array([[model.cfg.text_out_vocab_size]]), [mx.array([[0]])] * 16, []
+        for cache in (*model.transformer_cache, *model.depformer_cache):
+            cache.reset()
+        for frame in range(FRAMES):
+            token, codes = model.sample(token, heard, greedy, greedy)
+            frames.append([token.item(), *codes.reshape(-1).tolist()[:8]])
+            agent, user = frames[-1][1:], [(7 * frame + k) % 128 for k in range(8)]
+            heard = [mx.array([[code]]) for code in (*agent, *user)]
+            token = token.reshape(1, 1)
+        said.append(frames)
+    assert said[0] == said[1]
+    assert len({tuple(frame) for frame in said[0]}) > 3
+
+
+def test_the_user_s_steps_are_accounted_for(bundle):
+    whole, half = bundle("--recipe", "moshi-q4"), bundle("--recipe", "moshi-q4", "--depformer-steps", "8")
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in (whole, half)]
+    assert manifests[1]["parameters"] < manifests[0]["parameters"]
+    assert manifests[1]["files"]["model.q4.safetensors"]["size"] < manifests[0]["files"]["model.q4.safetensors"]["size"]
+    gone = {entry["source"] for entry in manifests[0]["tensors"]} - {
+        entry["source"] for entry in manifests[1]["tensors"]
+    }
+    dropped = set(manifests[1]["dropped"])
+    assert gone <= dropped
+    layers = manifests[0]["architecture"]["depformer_num_layers"]
+    assert sum(" rows " in name for name in dropped) == 2 * layers
+    config = json.loads((half / "config.json").read_text())
+    assert (config["dep_q"], config["depformer_context"], config["n_q"]) == (8, 8, 16)

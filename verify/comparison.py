@@ -218,6 +218,8 @@ def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
     half = arch.n_q // 2
     of = [measured.predictions[f"codebook_{step}"] for step in range(arch.steps)]
     for name, streams_of in (("agent", of[:half]), ("user", of[half:])):
+        if not streams_of:  # a model without the user's steps
+            continue
         measured.predictions[name] = {
             key: mean_of([stream[key] for stream in streams_of]) for key in ("bundle", "noise")
         }
