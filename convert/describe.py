@@ -2,7 +2,6 @@
 
 from typing import Any
 
-_X
 from .plan import Plan
 from .tensorfile import Spec
 
