@@ -145,7 +145,7 @@ def convert(
     if present is None:
         with _disk_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            _check_disk(plan, output)
+            _check_disk(plan, output, plan.nbytes if solver else 0)
     prints = fingerprint(source, quiet)
     solved = solver.record if solver else None
     mark = plan_fingerprint(plan, source, prints, solved)
@@ -186,13 +186,14 @@ def _solution(solver: Solver | None, output: Path, mark: str) -> Iterator[Soluti
         yield solution
 
 
-def _check_disk(plan: Plan, output: Path) -> None:
-    partial = output.with_name(f"{output.name}.partial")
-    there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.is_dir() else 0
-    free = shutil.disk_usage(output.parent).free
-    if free + there < plan.free_disk:
+def _check_disk(plan: Plan, output: Path, solution: int) -> None:
+    """Raise UserError if the bundle does not fit, with so many bytes of a solution beside it for a while."""
+    folders = (output.with_name(f"{output.name}.partial"), _solution_folder(output))
+    there = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    free, needed = shutil.disk_usage(output.parent).free, plan.free_disk + solution
+    if free + there < needed:
         raise UserError(
-            f"{output.parent}: {free / 1e9:.2f} GB are free and {(plan.free_disk - there) / 1e9:.2f} GB are needed: "
+            f"{output.parent}: {free / 1e9:.2f} GB are free and {(needed - there) / 1e9:.2f} GB are needed: "
             "free some, or choose --output on another disk"
         )
 

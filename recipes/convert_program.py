@@ -136,6 +136,8 @@ def convert(
         publishing.check_token(publish_to)
     if adapter:
         adapters.locate(adapter, quiet)  # before a long download
+    if calibration and not calibration.is_file():
+        raise UserError(f"{calibration}: no such file: give tokens, or leave --calibration out")
     location = source.locate(where, revision, quiet, _room(where, chosen, folder))
     opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
     solver = _solver(opened, plan, calibration, refine, quiet)

@@ -210,3 +210,5 @@ def test_options_for_another_method_are_refused(program, pico, few, tmp_path):
     for options in (("--calibration", few), ("--refine", "2")):
         done = program("ppx-convert", pico, *options, "-o", "out", cwd=tmp_path, status=2)
         assert "are for --method gptq" in done.stderr
+    done = program("ppx-convert", pico, "--method", "gptq", "--calibration", "nothing", cwd=tmp_path, status=2)
+    assert "nothing: no such file" in done.stderr
