@@ -152,7 +152,7 @@ def test_the_readmes_table_of_recipes():
         assert (target, total, bits) == (plan.target.name, size(plan.nbytes), f"{plan.bits_per_weight:.2f}"), name
 
 
-@pytest.mark.parametrize("name", ["ppx-convert", "ppx-inspect", "ppx-publish", "ppx-verify"])
+@pytest.mark.parametrize("name", ["ppx-calibrate", "ppx-convert", "ppx-inspect", "ppx-publish", "ppx-verify"])
 def test_help_has_examples_and_no_option_without_a_word(name, program, tmp_path):
     said = program(name, "--help", cwd=tmp_path, environment={"COLUMNS": "200"}).stdout
     assert "Examples:" in said

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from ..convert.problems import UserError
 from ..convert.source import CODEC, Source
 from .material import Material, from_tokens
+from .model import Tokens
 from .session import SILENCE
 
 RATE = 24000  # samples a second, as Mimi takes them
@@ -18,10 +19,17 @@ _MISSING = "--audio needs more packages: pip install 'ppx-convert[audio]'"
 
 
 def read_audio(path: Path, source: Source, frames: int | None) -> Material:
-    """Read a WAV of any rate: its first channel is the agent, its second the user; of one channel, the user's alone.
+    """Read a recording as material; see ``recorded``."""
+    tokens = recorded(path, source, frames)
+    shape = {"sequences": 1, "frames": tokens.shape[2]}
+    return from_tokens(tokens, source.architecture, {"kind": "audio", "file": path.name} | shape)
 
-    A single channel is what a silent agent hears. The text stream is padding. Raises UserError for a file that cannot
-    be read, and without the packages.
+
+def recorded(path: Path, source: Source, frames: int | None = None) -> Tokens:
+    """Return tokens ``[1, streams, frames]`` of a WAV of any rate, as heard.
+
+    Its first channel is the agent, its second the user; of one channel, the user's alone, which is what a silent agent
+    hears. The text stream is padding. Raises UserError for a file that cannot be read, and without the packages.
     """
     a = source.architecture
     half = a.n_q // 2
@@ -39,7 +47,7 @@ def read_audio(path: Path, source: Source, frames: int | None) -> Material:
     tokens = np.concatenate([text, *encoded])[None].astype(np.int32)
     if tokens[:, 1:].max() >= a.card:
         raise UserError(f"{codec}: gives tokens that this model does not have: it belongs to another one")
-    return from_tokens(tokens, a, {"kind": "audio", "file": path.name, "sequences": 1, "frames": length})
+    return tokens
 
 
 def _samples(path: Path) -> NDArray[np.float32]:

@@ -1,15 +1,19 @@
 """What a model is quantized by: recorded conversations, or how every conversation begins."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..convert.plan import Plan
+from ..convert.problems import UserError
 from ..convert.solution import Solution, Solver
 from ..convert.source import TOKENIZER, Source
-from .material import Material, from_system_prompt, prompt_tokens, read_tokens
+from ..convert.tensorfile import Spec, TensorWriter
+from .material import Material, from_system_prompt, held_tokens, prompt_tokens, read_tokens
+from .model import Tokens
 from .refining import refine
 from .solving import solve_model
 
@@ -72,3 +76,58 @@ def record(material: Material) -> dict[str, Any]:
 def is_scarce(material_record: dict[str, Any], source: Source) -> bool:
     """Tell whether there are too few frames for the widest matrix to be sure of its inputs."""
     return bool(material_record["sequences"] * material_record["frames"] < ENOUGH * source.architecture.hidden)
+
+
+def gather(source: Source, files: Sequence[Path], recordings: Sequence[Path], frames: int) -> Tokens:
+    """Return conversations ``[sequences, streams, frames]``, as heard, of token files and recordings.
+
+    What is longer is cut into sequences; what is left over, and what is shorter, is not used. Raises UserError for
+    files that cannot be read, and if nothing is left.
+    """
+    found = [held_tokens(path, source.architecture) for path in files]
+    if recordings:
+        from .audio import recorded  # its packages are optional
+
+        found += [recorded(path, source) for path in recordings]
+    cut = []
+    for tokens in found:
+        count = tokens.shape[2] // frames
+        pieces = tokens[:, :, : count * frames].reshape(*tokens.shape[:2], count, frames)
+        cut.append(pieces.transpose(0, 2, 1, 3).reshape(-1, tokens.shape[1], frames))
+    whole = np.concatenate(cut)
+    if not len(whole):
+        raise UserError(
+            f"no conversation is {frames} frames long ({frames / 12.5:.0f} s): give longer ones, or --frames"
+        )
+    return whole
+
+
+def write(tokens: Tokens, path: Path) -> None:
+    """Write a token file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.partial")
+    small = tokens.max() < 1 << 15
+    writer = TensorWriter(temporary, [Spec("tokens", "I16" if small else "I32", tokens.shape)], {})
+    try:
+        writer.append("tokens", tokens.astype(np.int16 if small else np.int32))
+        writer.finish()
+    finally:
+        writer.close()
+    temporary.replace(path)
+
+
+def statistics(tokens: Tokens, source: Source) -> dict[str, Any]:
+    """Return how much there is, and how much of the model's vocabulary it uses.
+
+    coverage: for the text and each codebook, the share of its tokens that occur. enough: frames from which on more
+    help little. alike: sequences that occur more than once.
+    """
+    a = source.architecture
+    cards = [a.text_card] + [a.card] * a.n_q
+    coverage = [len(np.unique(tokens[:, stream])) / card for stream, card in enumerate(cards)]
+    return {
+        "sequences": len(tokens),
+        "frames": int(tokens.shape[0] * tokens.shape[2]),
+        "enough": ENOUGH * a.hidden,
+        "coverage": [float(f"{share:.4g}") for share in coverage],
+        "alike": len(tokens) - len({piece.tobytes() for piece in tokens}),
+    }

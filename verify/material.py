@@ -84,7 +84,14 @@ def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[st
 
 
 def read_tokens(path: Path, architecture: Architecture, sequences: int | None, frames: int | None) -> Material:
-    """Read a safetensors file with ``tokens`` ``[N, streams, T]``; raises UserError for tokens of another model."""
+    """Read a token file as material; see ``held_tokens``."""
+    tokens = held_tokens(path, architecture)[:sequences, :, :frames]
+    shape = {"sequences": tokens.shape[0], "frames": tokens.shape[2]}
+    return from_tokens(tokens, architecture, {"kind": "tokens", "file": path.name} | shape)
+
+
+def held_tokens(path: Path, architecture: Architecture) -> Tokens:
+    """Return ``tokens`` ``[N, streams, T]`` of a safetensors file, as heard; raises UserError for another model's."""
     if path.is_file() and path.stat().st_size > _LARGEST:
         raise UserError(f"{path}: over 1 GiB, which no file of tokens is")
     file = TensorFile(path)
@@ -99,15 +106,13 @@ def read_tokens(path: Path, architecture: Architecture, sequences: int | None, f
             )
         if 0 in spec.shape:
             raise UserError(f"{path}: tokens are empty: {list(spec.shape)}")
-        held = file.read("tokens", 0, spec.rows).reshape(spec.shape)[:sequences, :, :frames]
+        held = file.read("tokens", 0, spec.rows).reshape(spec.shape)
     finally:
         file.close()
     largest = np.array([architecture.text_card] + [architecture.card] * architecture.n_q)[:, None]
     if held.min() < -1 or bool((held >= largest).any()):
         raise UserError(f"{path}: holds tokens that this model does not have: it was made for another one")
-    tokens = held.astype(np.int32)
-    shape = {"sequences": tokens.shape[0], "frames": tokens.shape[2]}
-    return from_tokens(tokens, architecture, {"kind": "tokens", "file": path.name} | shape)
+    return held.astype(np.int32)
 
 
 def from_system_prompt(

@@ -1,0 +1,82 @@
+"""ppx-calibrate: recordings and token files into one file of conversations, which a bundle can be quantized by."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..convert import source
+from ..convert.problems import UserError
+from . import console
+
+FRAMES = 250
+EXAMPLES = """\b
+Examples:
+  ppx-calibrate nvidia/personaplex-7b-v1 --audio monday.wav --audio tuesday.wav -o mine.safetensors
+      encode recordings: first channel the agent, second the user
+  ppx-calibrate ./my-finetune --tokens a.safetensors --tokens b.safetensors -o mine.safetensors
+      join token files, and see what they cover
+  ppx-convert ./my-finetune --method gptq --calibration mine.safetensors
+      what it is for
+"""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(epilog=EXAMPLES)
+@partial(console.reported, interrupted="interrupted: nothing was written")
+def calibrate(
+    where: Annotated[str, typer.Argument(metavar="SOURCE", help="The checkpoint: a Hub id, a folder, or demo.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")],
+    tokens: Annotated[
+        list[Path] | None, typer.Option(help="safetensors with tokens [N, streams, T], as heard; as often as you like.")
+    ] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="A WAV; as often as you like.")] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Length of a sequence; 12.5 are a second.")] = FRAMES,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; errors go to standard error.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=console.show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Gather conversations to quantize by, and say whether they are enough.
+
+    Without any, ppx-convert --method gptq goes by all voices with several text prompts.
+    """
+    if not tokens and not audio:
+        raise UserError("nothing to gather: give --tokens or --audio (ppx-convert needs neither for its own material)")
+    if output.exists() and not force:
+        raise UserError(f"{output}: is there already: choose another --output, or replace it with --force")
+    if output.suffix != ".safetensors" or not output.parent.is_dir():
+        raise UserError(f"{output}: give the name of a .safetensors file in a folder that is there")
+    from ..verify import calibration  # imports torch: seconds that --help does not need
+
+    opened = source.open_source(source.locate(where, quiet=console.quiet(as_json)))
+    gathered = calibration.gather(opened, tokens or [], audio or [], frames)
+    found = calibration.statistics(gathered, opened)
+    calibration.write(gathered, output)
+    typer.echo(json.dumps(found | {"file": str(output)}, indent=1) if as_json else _text(found, output))
+    if found["alike"]:
+        console.say(f"{found['alike']} sequences are the same as another")
+    if found["frames"] < found["enough"]:
+        console.say(f"scarce: {found['enough']} frames ({found['enough'] / 12.5 / 60:.0f} minutes) or more are better")
+
+
+def _text(found: dict[str, Any], output: Path) -> str:
+    text, *codebooks = found["coverage"]
+    minutes = found["frames"] / 12.5 / 60
+    return (
+        f"{output}: {found['sequences']} sequences, {found['frames']} frames ({minutes:.0f} minutes)\n"
+        f"of the text's tokens {text:.0%} occur, of the codebooks' {min(codebooks):.0%} to {max(codebooks):.0%}"
+    )
+
+
+def main() -> None:
+    """Run the program."""
+    app(prog_name="ppx-calibrate")
+
+
+if __name__ == "__main__":
+    main()
