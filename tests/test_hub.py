@@ -62,6 +62,7 @@ def test_a_hub_source_is_downloaded_pinned_and_cached(convert, hub, tmp_path):
     assert (source["id"], source["revision"]) == (REPOSITORY, hub.repositories[REPOSITORY].heads["main"])
     assert source["license"]["license"] == "cc-by-nc-4.0"
     assert fetched(hub) == sizes(hub)
+    assert any(path.startswith("/cdn/") for _, path, _, _ in hub.log)
     hub.log.clear()
     convert(REPOSITORY, "-o", "again", HF_HUB_OFFLINE="1")
     convert(REPOSITORY, "-o", "third")
@@ -133,6 +134,7 @@ def test_a_gated_repository_says_which_licence_and_token(convert, hub, tmp_path)
     done = convert(REPOSITORY, "-o", "out", HF_TOKEN="hf_reader")
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not any(b"hf_reader" in data for data in [*written, done.stdout.encode(), done.stderr.encode()])
+    assert hub.strangers == []  # the host that large files come from is told no token
 
 
 @pytest.mark.parametrize(
