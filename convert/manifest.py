@@ -139,6 +139,9 @@ def _is_manifest(manifest: dict[str, Any]) -> bool:
     texts += [manifest["source"]["id"], *manifest["voices"]]
     files = [*manifest["files"].values(), *manifest["source"]["files"].values()]
     figures = [manifest["bits_per_weight"], manifest["parameters"]]
+    if calibration := manifest.get("calibration"):
+        texts += [calibration["kind"], calibration["sha256"], calibration.get("file", "")]
+        figures += [calibration[key] for key in ("sequences", "frames", "refined_steps")]
     if adapter := manifest["source"].get("adapter"):
         texts += [adapter["id"], str(adapter["revision"]), *adapter["merged"]]
         files.append(adapter)

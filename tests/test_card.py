@@ -123,6 +123,22 @@ def test_the_command_makes_the_same_bundle_again(made, program, pico, tmp_path):
     assert again["files"] == manifest["files"]
 
 
+def test_a_bundle_of_an_earlier_version_has_a_card(made):
+    manifest, report = copy.deepcopy(made)
+    del manifest["calibration"], manifest["source"]["adapter"], manifest["source"]["license"]
+    assert "The source names no licence." in card.files(manifest, report)["README.md"]
+
+
+def test_what_it_was_quantized_by(made):
+    manifest, report = copy.deepcopy(made)
+    record = {"kind": "tokens", "file": "my talks.safetensors", "sequences": 7, "frames": 250, "sha256": "ab" * 32}
+    manifest["calibration"] = record | {"refined_steps": 600}
+    text = card.files(manifest, report)["README.md"]
+    assert "tokens (my talks.safetensors): 7 sequences of 250 frames" in text
+    assert "refined for 600 steps" in text
+    assert "--calibration 'my talks.safetensors' --refine 600" in text
+
+
 def test_a_bundle_that_was_not_compared_or_fails(made):
     manifest, report = copy.deepcopy(made)
     assert "It was not compared with the original." in card.files(manifest, None)["README.md"]

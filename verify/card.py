@@ -30,6 +30,8 @@ def files(
 
     repository: what commands in the card call it. objections: why it should not have been published.
     """
+    source = {"adapter": None, "filled": {}} | dict(manifest["source"])  # which older bundles do not say
+    manifest = {"calibration": None} | dict(manifest) | {"source": source}
     licence = from_json(manifest["source"].get("license")) or UNKNOWN
     data = metadata(manifest, licence)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)  # noqa: S701  (Markdown)
@@ -94,6 +96,9 @@ def command(manifest: Mapping[str, Any]) -> str:
     words = [TOOLKIT, source["id"], *(["--revision", source["revision"]] if source["revision"] else [])]
     words += ["--adapter", "@".join(filter(None, (adapter["id"], adapter["revision"])))] if adapter else []
     words += ["--fill-depformer-steps"] if source["filled"] else []
+    calibration = manifest.get("calibration") or {}
+    words += ["--calibration", calibration["file"]] if "file" in calibration else []
+    words += ["--refine", str(calibration["refined_steps"])] if calibration.get("refined_steps") else []
     return shlex.join([*words, "--recipe", "recipe.toml", "--output", "bundle"])
 
 
