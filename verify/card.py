@@ -30,7 +30,7 @@ def files(
 
     repository: what commands in the card call it. objections: why it should not have been published.
     """
-    source = {"adapter": None, "filled": {}} | dict(manifest["source"])  # which older bundles do not say
+    source: dict[str, Any] = {"adapter": None, "filled": {}} | dict(manifest["source"])  # which older bundles do not say
     manifest = {"calibration": None} | dict(manifest) | {"source": source}
     licence = from_json(manifest["source"].get("license")) or UNKNOWN
     data = metadata(manifest, licence)
