@@ -30,7 +30,8 @@ def files(
 
     repository: what commands in the card call it. objections: why it should not have been published.
     """
-    source: dict[str, Any] = {"adapter": None, "filled": {}} | dict(manifest["source"])  # which older bundles do not say
+    unsaid: dict[str, Any] = {"adapter": None, "filled": {}}  # by bundles of earlier versions
+    source = unsaid | dict(manifest["source"])
     manifest = {"calibration": None} | dict(manifest) | {"source": source}
     licence = from_json(manifest["source"].get("license")) or UNKNOWN
     data = metadata(manifest, licence)
