@@ -103,6 +103,9 @@ def open_adapter(where: str, architecture: Architecture, quiet: bool = False) ->
         pieces = _claim(file, architecture, rank)
         with byte_bar("checking adapter", path.stat().st_size, quiet) as bar:
             found, bad = scan_tensors(file, bar)
+        expected = hub.hub_sha256(path)
+        if expected and expected != found.sha256:
+            raise UserError(f"{path}: its sha256 is not the one that the Hub gave: damaged in the cache: delete it")
         refuse([f"{path}: {name}: {count} values are NaN or infinite: it is damaged" for name, count in bad.items()])
     except UserError:
         file.close()
@@ -120,10 +123,11 @@ def locate(where: str, quiet: bool = False) -> tuple[Path, str, str | None]:
         folder, commit = hub.download(repository, revision or None, (WEIGHTS,), (CONFIG,), quiet=quiet)
         return folder / WEIGHTS, repository, commit
     path = Path(where).expanduser()
+    identity = f"{path.resolve().name}/{WEIGHTS}" if path.is_dir() else path.name
     path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such file: give a {WEIGHTS}, the folder that holds it, or a Hub id")
-    return path, path.resolve().parent.name + "/" + path.name, None
+    return path, identity, None
 
 
 def _settings(path: Path) -> tuple[int, float]:

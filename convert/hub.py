@@ -5,6 +5,7 @@ become blobs when their hash is the Hub's.
 """
 
 import hashlib
+import os
 import re
 import shutil
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -35,7 +36,7 @@ from .problems import CheckFailed, UserError, refuse
 from .progress import byte_bar
 
 _PATIENCE = 60.0  # seconds without a byte
-_SAFE = re.compile(r"\w[\w-]{0,127}")  # of an etag, which names a file
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # names a file in the cache
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ def download(
                 return found
             raise
         commit = resolved.resolved
-        if found := cached(repository, commit, files):
+        if found := cached(repository, commit, [*files, *optional]):
             return found
         remote = _listed(api, repository, commit, [*files, *optional])
-        refuse([f"{repository}: holds no {n}: is this a PersonaPlex repository?" for n in files if n not in remote])
+        refuse([f"{repository}: holds no {n}: is this the right repository?" for n in files if n not in remote])
         store = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
         folder = store / "snapshots" / commit
         missing = [file for name, file in remote.items() if not (folder / name).is_file()]
@@ -106,13 +107,15 @@ def download(
                 bar.set_postfix_str(file.name, refresh=False)
                 _fetch(repository, commit, file, store, bar)
         snapshot_download(repository, revision=resolved, allow_patterns=list(remote))  # names the blobs
+        if not cached(repository, commit, files):
+            raise UserError(f"{repository}: its files came, and the cache does not show them: run the command again")
         return folder, commit
 
 
 def hub_sha256(path: Path) -> str | None:
     """Return the sha256 that the Hub gave for a large file in its cache: the name of its blob. None for others."""
-    name = path.resolve().name
-    return name if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", name) else None
+    name = path.readlink().name if path.is_symlink() else ""  # the first link only: blobs may be links themselves
+    return name if re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def _listed(api: HfApi, repository: str, commit: str, names: Sequence[str]) -> dict[str, Remote]:
@@ -152,8 +155,8 @@ def _existing(path: Path) -> Path:
 def _fetch(repository: str, commit: str, file: Remote, store: Path, bar: "tqdm[Any]") -> None:
     """Make the cache's blob of one file, going on from the part of it that an earlier run left."""
     url = hf_hub_url(repository, file.name, revision=commit)
-    etag = patiently(lambda: get_hf_file_metadata(url)).etag or ""
-    if not _SAFE.fullmatch(etag):
+    etag = file.sha256 or file.blob  # what the client calls it, too
+    if not _HASH.fullmatch(etag):
         raise UserError(f"{repository}: the Hub names {file.name} {etag[:40]!r}, which is no hash: do not trust it")
     blob = store / "blobs" / etag
     part = blob.with_name(f"{etag}.ppx.incomplete")
@@ -163,7 +166,7 @@ def _fetch(repository: str, commit: str, file: Remote, store: Path, bar: "tqdm[A
     with WeakFileLock(lock):
         if not blob.exists():
             _complete(url, part, file.size, bar)
-            _check(part, file, etag)
+            _check(part, file)
             part.rename(blob)
         else:
             bar.update(file.size)
@@ -197,12 +200,15 @@ def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
 
 
 def _append(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
-    """Fetch what a partial file lacks, once."""
+    """Fetch what a partial file lacks, once; an answer of another length is somebody else's, and not written."""
     have = part.stat().st_size
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with get_session().stream("GET", url, headers=headers, timeout=_PATIENCE) as response:
         hf_raise_for_status(response)
         whole = response.status_code == 200  # also where a part was asked for: then all of it comes again
+        expected = str(size if whole else size - have)
+        if response.status_code not in (200, 206) or response.headers.get("Content-Length", expected) != expected:
+            raise httpx2.RemoteProtocolError(f"an answer of another length than the {expected} bytes of the file")
         with part.open("wb" if whole else "ab", buffering=0) as target:
             bar.update(-have if whole else 0)
             for block in response.iter_bytes():
@@ -210,14 +216,17 @@ def _append(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
                 if target.tell() > size:
                     raise httpx2.RemoteProtocolError(f"more than the {size} bytes that were announced")
                 bar.update(len(block))
+            if target.tell() < size:
+                raise httpx2.RemoteProtocolError("it broke off")
 
 
-def _check(part: Path, file: Remote, etag: str) -> None:
+def _check(part: Path, file: Remote) -> None:
     """Raise CheckFailed if a file is not what the Hub says, and remove it."""
-    expected = file.sha256 or (etag if len(etag) == 64 else file.blob)
+    expected = file.sha256 or file.blob
     small = len(expected) == 40
     digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False) if small else hashlib.sha256()
     with part.open("rb") as data:
+        os.fsync(data.fileno())
         while block := data.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != expected:

@@ -19,14 +19,15 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 from huggingface_hub.utils import logging
+from huggingface_hub.utils._http import parse_ratelimit_headers
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from .problems import UserError
+from .problems import UserError, printable
 
 HOW_TO_LOG_IN = "log in with `hf auth login`, or put a token into HF_TOKEN"
 TRIES = 5
 _SILENT = 50  # logging's CRITICAL
-_LONGEST_WAIT = 60.0  # seconds between two tries, whatever the Hub asks for
+_LONGEST_WAIT = 300.0  # seconds between two tries, whatever the Hub asks for
 R = TypeVar("R")
 
 
@@ -50,7 +51,9 @@ def patiently(call: Callable[[], R]) -> R:
 def asked_wait(error: HfHubHTTPError) -> float | None:
     """Return the seconds that the Hub asks to wait, None if it does not."""
     asked = error.response.headers.get("Retry-After", "")
-    return min(float(asked), _LONGEST_WAIT) if asked.isdigit() else None
+    limit = parse_ratelimit_headers(error.response.headers)
+    seconds = float(asked) if asked.isdigit() else (limit.reset_in_seconds if limit else None)
+    return None if seconds is None else min(float(seconds), _LONGEST_WAIT)
 
 
 def is_passing(error: HfHubHTTPError) -> bool:
@@ -114,9 +117,14 @@ def _unreached(repository: str, cause: BaseException | None, again: str) -> str:
         status = cause.response.status_code
         if status == 401:
             return f"{repository}: the Hub does not know the token: {HOW_TO_LOG_IN}"
+        said = printable(str(cause.server_message or "").split("\n")[0][:200])
+        why = f" ({said})" if said else ""
         if status == 403:
-            return f"{repository}: the token may not do this: make one with write access at {constants.ENDPOINT}"
-        return f"{repository}: the Hub answered {status}: {again}"
+            return (
+                f"{repository}: the token may not do this{why}: reading gated repositories and writing are permissions "
+                f"of their own, see {constants.ENDPOINT}/settings/tokens"
+            )
+        return f"{repository}: the Hub answered {status}{why}" + (f": {again}" if is_passing(cause) else "")
     offline = constants.HF_HUB_OFFLINE or isinstance(cause, OfflineModeIsEnabled)
     hint = "HF_HUB_OFFLINE is set" if offline else "check the network"
     return f"{repository}: no folder here, not in the Hub's cache, and {constants.ENDPOINT} was not reached: {hint}"

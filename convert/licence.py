@@ -1,5 +1,6 @@
 """The licence that a source comes with, as its model card states it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 CARD = "README.md"
+_LINK = re.compile(r"https?://[^\s<>\"]+|[\w.-]+")  # an address, or a file of the repository
 _LONGEST = 1 << 20  # bytes of a card
 _NON_COMMERCIAL = ("-nc", "noncommercial", "non-commercial", "non commercial", "research-only", "academic")
 
@@ -62,4 +64,5 @@ def from_json(data: object) -> Licence | None:
     keys = ("license", "license_name", "license_link")
     values = [data.get(key) for key in keys]
     plain = [v if isinstance(v, str) and 0 < len(v) <= 300 and v.isprintable() else None for v in values]
-    return Licence(plain[0], plain[1], plain[2]) if plain[0] else None
+    link = plain[2] if plain[2] and _LINK.fullmatch(plain[2]) else None
+    return Licence(plain[0], plain[1], link) if plain[0] else None

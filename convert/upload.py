@@ -16,6 +16,7 @@ from huggingface_hub.utils._http import hf_raise_for_status, http_backoff
 from .hub_answers import HOW_TO_LOG_IN, patiently, silent_client, told
 from .licence import CARD
 from .problems import CheckFailed, UserError
+from .workspace import MANIFEST
 
 _ALONE = 1 << 20  # bytes from which a file is sent for itself, so that a break costs no other
 
@@ -67,6 +68,7 @@ def upload(repository: str, files: Sequence[Local], message: str, wish: Wish, qu
         api = HfApi()
         _open_repository(api, repository, wish)
         there = _tree(api, repository, wish.revision)
+        _check_own(repository, there, wish)
         changed = [file for file in files if not _is_same(there.get(file.name), file)]
         page = f"{constants.ENDPOINT}/{repository}"
         commit, place = wish.revision, f"{page}/tree/{wish.revision}" if wish.revision else page
@@ -94,7 +96,8 @@ def _commit(api: HfApi, repository: str, changed: Sequence[Local], message: str,
     for operation in operations:
         if operation.upload_info.size >= _ALONE:
             patiently(partial(api.preupload_lfs_files, repository, additions=[operation], **where))
-    done: CommitInfo = patiently(partial(api.create_commit, repository, operations, commit_message=message, **where))
+    commit = partial(api.create_commit, repository, operations, commit_message=message, **where)
+    done: CommitInfo = commit() if wish.create_pr else patiently(commit)  # a second try might open a second request
     return done
 
 
@@ -111,6 +114,16 @@ def _open_repository(api: HfApi, repository: str, wish: Wish) -> None:
             raise UserError(f"{repository}: is there already, and public: make it private in its settings first")
     if wish.revision:
         patiently(lambda: api.create_branch(repository, branch=str(wish.revision), exist_ok=True))
+
+
+def _check_own(repository: str, there: dict[str, RepoFile], wish: Wish) -> None:
+    """Raise UserError if a repository holds something else than a bundle, which publishing would write over."""
+    others = there.keys() - {".gitattributes", CARD}
+    if others and MANIFEST not in there and not (wish.create_pr or wish.force):
+        raise UserError(
+            f"{repository}: holds {', '.join(sorted(others)[:3])}, and is no bundle: choose another name, --create-pr, "
+            "or --force, which writes over what has the same name"
+        )
 
 
 def _tree(api: HfApi, repository: str, revision: str | None) -> dict[str, RepoFile]:

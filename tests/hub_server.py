@@ -114,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(what, tuple) and what[0] == "status":
             self.body()
             return self.answer(what[1], b"{}", **what[2])
+        if isinstance(what, tuple) and what[0] == "page":
+            return self.answer(200, what[1])
         if self.command in ("GET", "HEAD"):
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
                 return self.info(match[1], match[2] or "main")

@@ -128,11 +128,11 @@ def test_steps_that_lie_in_one_pair_of_matrices(program, pico, tmp_path):
 
 def test_the_manifest_and_the_card_name_it(program, pico, adapter, tmp_path):
     done = program("ppx-convert", pico, "--adapter", adapter / "lora.safetensors", "-o", "out", cwd=tmp_path)
-    assert "run/lora.safetensors was merged into 10 tensors" in done.stdout
+    assert "lora.safetensors was merged into 10 tensors" in done.stdout
     record = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["adapter"]
     data = (adapter / "lora.safetensors").read_bytes()
     assert record == {
-        "id": "run/lora.safetensors",
+        "id": "lora.safetensors",
         "revision": None,
         "rank": RANK,
         "scaling": SCALING,
@@ -141,8 +141,8 @@ def test_the_manifest_and_the_card_name_it(program, pico, adapter, tmp_path):
         "merged": sorted({name for name, *_ in layers(pico).values()}),
     }
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "The adapter run/lora.safetensors was merged into 10 tensors in float32 (rank 4, scaling 1.5" in card
-    assert "--adapter run/lora.safetensors" in card
+    assert "The adapter lora.safetensors was merged into 10 tensors in float32 (rank 4, scaling 1.5" in card
+    assert "--adapter lora.safetensors" in card
 
 
 def test_without_a_configuration_rank_and_scaling_are_those_of_moshi_finetune(program, pico, tmp_path):

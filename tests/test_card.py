@@ -83,6 +83,12 @@ def test_the_demo_says_that_it_is_one(made):
     assert "NVIDIA" not in notice
 
 
+def test_another_licence_is_not_called_nvidias(made):
+    found, notice = rendered(made, id="kyutai/moshiko", license={"license": "cc-by-4.0"})
+    assert "NVIDIA" not in notice + found.text
+    assert "Derived from Moshi by Kyutai" in notice
+
+
 @pytest.mark.parametrize(
     ("target", "said"),
     [
@@ -151,7 +157,10 @@ def test_a_bundle_that_was_not_compared_or_fails(made):
 def test_strangers_strings_command_neither_yaml_nor_markdown(made):
     evil = "x](javascript:alert)<script>\u202e```|\n---\nlicense: mit\n# "
     manifest, report = copy.deepcopy(made)
-    manifest["source"] |= {"id": evil, "license": {"license": "a: [b", "license_name": "c\nd", "license_link": "e>f"}}
+    manifest["source"] |= {
+        "id": evil,
+        "license": {"license": "a: [b", "license_name": "c\nd", "license_link": "img src=x"},
+    }
     manifest["voices"] = [evil]
     manifest["recipe"] |= {"name": evil, "text": "description = 'x'\n```\n<script>\n"}
     manifest["target"] = evil

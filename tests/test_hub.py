@@ -157,9 +157,9 @@ def test_a_repository_of_another_kind(convert, hub):
 
 
 def test_a_busy_or_broken_hub_is_waited_for(convert, hub):
-    asked = ["GET /api/models/[^/]+/[^/]+", "GET .*/tree/", "HEAD .*/resolve/", "GET .*/resolve/"]
+    asked = ["GET /api/models/[^/]+/[^/]+", "GET .*/tree/", "GET .*/resolve/"]
     hub.faults = [(where, ("status", 429, {"Retry_After": "0"})) for where in asked]
-    hub.faults += [(asked[1], ("status", 429, {"Retry_After": "3"})), (asked[2], ("status", 500, {}))]
+    hub.faults += [(asked[1], ("status", 429, {"RateLimit": '"api";r=0;t=3'})), (asked[2], ("status", 500, {}))]
     began = time.monotonic()
     done = convert(REPOSITORY, "-o", "out")
     assert time.monotonic() - began > 3
@@ -223,6 +223,39 @@ def test_a_strangers_listing_writes_nothing_outside_of_the_cache(convert, hub, t
     inside = tmp_path / "hf"
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "out"}
     assert not [path for path in inside.rglob("*") if path.name in ("x", "a" * 300)]
+
+
+def test_another_s_page_in_place_of_a_file_is_not_kept(convert, hub, tmp_path):
+    """A proxy that answers 200 with a page of its own, after a part has come."""
+    where = r"GET .*/resolve/.*model\.safetensors"
+    hub.faults = [(where, ("cut", 0.3))] + [(where, ("page", b"<html>blocked"))] * 9
+    done = convert(REPOSITORY, "-o", "out", status=2)
+    assert "the download stopped (RemoteProtocolError)" in done.stderr
+    part = next((tmp_path / "hf").rglob("*.ppx.incomplete"))
+    assert part.stat().st_size == int(sizes(hub)["model.safetensors"] * 0.3)
+    hub.faults.clear()
+    convert(REPOSITORY, "-o", "out")
+    assert fetched(hub) == sizes(hub)
+
+
+def test_what_the_client_alone_has_fetched_is_not_enough_without_the_card(convert, hub, environment, tmp_path):
+    """And a blob that is itself a link, as in the client's shared store, is no damaged one."""
+    code = (
+        "from huggingface_hub import snapshot_download\n"
+        f"snapshot_download({REPOSITORY!r}, allow_patterns={list(FILES)!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | environment | {"HF_HUB_DISABLE_XET": "1"}, check=True)
+    weights = sha256(hub.repositories[REPOSITORY].at("main")["model.safetensors"])
+    blob = next((tmp_path / "hf").rglob(f"blobs/{weights}"))
+    if not blob.is_symlink():
+        elsewhere = tmp_path / "hf" / ("ab" * 32)
+        blob.rename(elsewhere)
+        blob.symlink_to(elsewhere)
+    hub.log.clear()
+    convert(REPOSITORY, "-o", "out")
+    source = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]
+    assert source["license"]["license"] == "cc-by-nc-4.0"
+    assert set(fetched(hub)) == {"README.md"}
 
 
 def test_an_etag_that_is_a_path_is_refused(convert, monkeypatch):

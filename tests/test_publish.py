@@ -11,6 +11,7 @@ from ppx.convert.problems import UserError
 from ppx.verify.publishing import check_name
 
 NAME = "me/personaplex-4bit"
+FAILURE = {"check": "predictions", "limit": "text_kl", "where": "text", "message": "text KL is 9, over .1"}
 REPORT = ("parity/report.json", "parity/report.md", "parity/report.html")
 
 
@@ -167,26 +168,64 @@ def edit(path, change):
 
 
 def fail(report):
-    report["verdict"] = {"passed": False, "failures": [{"limit": "text_kl", "message": "text KL is 9, over .1"}]}
+    report["verdict"] = {"passed": False, "failures": [FAILURE]}
 
 
 def test_refused_with_a_report_that_fails_contradicts_itself_or_is_of_other_files(publish, hub, bundle, proven):
     report = bundle / "parity" / "report.json"
     cases = [
         (fail, "its report fails: text KL is 9, over .1"),
-        (lambda r: r["verdict"].update(failures=[{"limit": "x", "message": "x"}]), "contradicts itself"),
+        (lambda r: r["verdict"].update(failures=[FAILURE]), "contradicts itself"),
         (lambda r: r["bundle"].update(fingerprint="0" * 64), "its report is older, or about other files"),
         (lambda r: r["bundle"]["files"].popitem(), "its report is older, or about other files"),
-        (lambda r: r.clear(), "not a report of ppx-verify"),
+        (lambda r: r.clear(), "its report cannot be read: run ppx-verify again"),
     ]
     for change, message in cases:
         shutil.copy(proven / "parity" / "report.json", report)
         edit(report, change)
         assert message in objections(publish(status=1))
-    shutil.copy(proven / "parity" / "report.json", report)
-    (bundle / "parity" / "report.html").unlink()
-    assert "its report lacks report.html" in objections(publish(status=1))
     assert hub.log == []
+
+
+def test_pages_are_those_of_the_report_whatever_lies_in_the_folder(publish, hub, bundle, proven, tmp_path):
+    (tmp_path / "diary").write_text("private")
+    (bundle / "parity" / "report.md").unlink()
+    (bundle / "parity" / "report.md").symlink_to(tmp_path / "diary")
+    (bundle / "parity" / "report.html").write_text("<script>")
+    publish()
+    for name in REPORT:
+        assert held(hub)[name] == (proven / name).read_bytes()
+    (bundle / "manifest.json").rename(tmp_path / "manifest.json")
+    (bundle / "manifest.json").symlink_to(tmp_path / "manifest.json")
+    assert "manifest.json: leads out of the bundle" in publish(status=2).stderr
+
+
+def test_a_repository_of_something_else_is_not_written_over(publish, hub, bundle):
+    hub.repositories[NAME] = Repository({"README.md": b"theirs", "model.safetensors": b"theirs"})
+    done = publish(status=2)
+    assert "holds model.safetensors, and is no bundle: choose another name, --create-pr, or --force" in done.stderr
+    assert commits(hub) == 1
+    publish("--force")
+    assert held(hub) == expected(bundle) | {"model.safetensors": b"theirs"}
+
+
+def test_a_pull_request_whose_answer_is_lost_is_not_made_twice(publish, hub, bundle, monkeypatch):
+    hub.repositories[NAME] = Repository({"README.md": b"theirs"})
+    made = Repository.commit
+
+    def lost(self, branch, files):
+        hub.faults = [("POST .*/commit/", ("status", 502, {}))] * 9
+        return made(self, branch, files)
+
+    hub.faults = []
+    monkeypatch.setattr(Repository, "commit", lost)
+    publish("--create-pr")
+    hub.faults = []
+    monkeypatch.undo()
+    done = publish("--create-pr")
+    assert "discussions/1: nothing new" in done.stdout
+    assert len(hub.repositories[NAME].requests) == 1
+    assert expected(bundle)
 
 
 def test_refused_with_files_that_are_not_those_of_the_report(publish, hub, bundle):
@@ -219,7 +258,7 @@ def test_a_token_or_a_home_directory_in_any_file_stops_it_even_with_force(publis
     report = bundle / "parity" / "report.json"
     original = report.read_text()
     secret = "hf_" + "a1B2c3D4" * 4
-    edit(report, lambda r: r.update(command=f"HF_TOKEN={secret} ppx-verify"))
+    edit(report, lambda r: r.update(command=f"my_{secret} ppx-verify"))  # no word of its own
     done = publish("--force", status=1)
     assert "parity/report.json holds a token" in done.stderr
     assert secret not in done.stderr + done.stdout
@@ -294,7 +333,10 @@ def test_a_dry_run_needs_no_network_and_no_token(publish, hub, bundle):
     [
         ("", "publishing needs a token with write access: log in with `hf auth login`"),
         ("hf_stranger", "the Hub does not know the token"),
-        ("hf_reader", "the token may not do this: make one with write access"),
+        (
+            "hf_reader",
+            "the token may not do this (no): reading gated repositories and writing are permissions of their own",
+        ),
     ],
 )
 def test_tokens_that_may_not(token, message, publish, hub):

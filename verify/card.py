@@ -17,6 +17,7 @@ from . import report as reports
 
 README, NOTICE = "README.md", "NOTICE"
 PIPELINE = "audio-to-audio"
+KYUTAI_NOTICE = "Derived from Moshi by Kyutai, whose weights are under CC BY 4.0."
 NVIDIA_NOTICE = "Licensed by NVIDIA Corporation under the NVIDIA Open Model License"
 
 
@@ -48,7 +49,8 @@ def files(
         total=sum(record["size"] for record in manifest["files"].values()),
         command=command(manifest),
         made_up=_is_made_up(manifest),
-        notice="" if _is_made_up(manifest) else NVIDIA_NOTICE,
+        notice=NVIDIA_NOTICE if licence.of_nvidia else "",
+        kyutai="" if _is_made_up(manifest) else KYUTAI_NOTICE,
         linked=is_on_hub(manifest),
     )
     return {README: f"---\n{data.to_yaml()}\n---\n\n{text}\n", NOTICE: _notice(manifest, licence)}
@@ -116,8 +118,8 @@ def _notice(manifest: Mapping[str, Any], licence: Licence) -> str:
     )
     if licence.non_commercial:
         lines.append("Commercial use is not allowed.")
-    if not _is_made_up(manifest):
-        lines += [NVIDIA_NOTICE, "PersonaPlex is derived from Moshi by Kyutai, whose weights are under CC BY 4.0."]
+    lines += [NVIDIA_NOTICE] if licence.of_nvidia else []
+    lines += [] if _is_made_up(manifest) else [KYUTAI_NOTICE]
     return "\n".join(lines) + "\n"
 
 

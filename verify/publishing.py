@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_token
+from jinja2 import UndefinedError
 from tqdm import tqdm
 
 from ..convert.describe import size
 from ..convert.manifest import read_manifest
-from ..convert.problems import CheckFailed, UserError
+from ..convert.problems import CheckFailed, UserError, printable, refuse
 from ..convert.progress import byte_bar
 from ..convert.upload import Local, Wish, check_token, upload
 from ..convert.workspace import MANIFEST, write_durably
@@ -22,7 +23,7 @@ from . import report as reports
 __all__ = ["Ready", "Wish", "check_name", "check_token", "publish", "ready"]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
-_TOKEN = re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
+_TOKEN = re.compile(rb"(?:hf|api_org)_[A-Za-z0-9]{20,}")
 _HOMES = re.compile(rb"/(?:home|Users)/[^/\s\"'<>]{1,64}/")
 _TEXT = (".json", ".md", ".html", ".txt", ".toml")
 _BLOCK, _OVERLAP = 4 << 20, 256
@@ -75,7 +76,15 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
         raise UserError([f"{bundle / name}: missing: make the bundle again" for name in missing])
     report, objections = _report(bundle, manifest)
     names = [*manifest["files"], MANIFEST]
-    names += [f"{reports.FOLDER}/{name}" for name in (reports.JSON, reports.MARKDOWN, reports.HTML) if report]
+    names += [f"{reports.FOLDER}/{reports.JSON}"] if report else []
+    root = bundle.resolve()
+    refuse(
+        [
+            f"{bundle / name}: leads out of the bundle"
+            for name in names
+            if not (bundle / name).resolve().is_relative_to(root)
+        ]
+    )
     found, leaks = _look(bundle, names, quiet)
     objections += [
         f"{file.name} is not the file that {MANIFEST} names"
@@ -86,7 +95,11 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
         raise CheckFailed(
             f"{bundle}: not published: {'; '.join(objections)} (--force publishes it, and the card says so)"
         )
-    written = card.files(manifest, report, repository, objections)
+    try:
+        written = reports.pages(report) if report else {}  # what is in the folder may say something else
+        written |= card.files(manifest, report, repository, objections)
+    except (UndefinedError, LookupError, TypeError) as error:
+        raise UserError(f"{bundle}: manifest or report is of another version ({error}): make them again") from None
     for name, text in written.items():
         data = text.encode()
         leaks += [f"{name} {leak}" for leak in _leaks(data, name)]
@@ -113,7 +126,7 @@ def publish(bundle: Path, repository: str, wish: Wish, quiet: bool = False) -> P
     line = f"{done.page}: {said}; all {len(found.files)} files are there with the sizes and sha256 that they have here"
     if done.others:
         line += f"; it also holds {', '.join(done.others[:5])}, which is not of this bundle"
-    return Published(done.page, done.changed, done.others, line)
+    return Published(done.page, done.changed, done.others, printable(line))
 
 
 def _report(bundle: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
@@ -123,8 +136,8 @@ def _report(bundle: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any] | No
         return None, ["it has no report: run ppx-verify first"]
     try:
         report = reports.read(bundle)
-    except UserError as error:
-        return None, [str(error)]
+    except UserError:
+        return None, ["its report cannot be read: run ppx-verify again"]
     objections = []
     beyond = [row["name"] for row in reports.figures(report) if _is_beyond(row)]
     if not report["verdict"]["passed"]:
@@ -135,9 +148,6 @@ def _report(bundle: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any] | No
     about = report["bundle"]
     if about.get("files") != manifest["files"] or about.get("fingerprint") != manifest["fingerprint"]:
         objections.append("its report is older, or about other files: run ppx-verify again")
-    for name in (reports.MARKDOWN, reports.HTML):
-        if not path.with_name(name).is_file():
-            objections.append(f"its report lacks {name}: run ppx-verify again")
     return report, objections
 
 

@@ -31,7 +31,7 @@ def write(report: Mapping[str, Any], folder: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    contents = {JSON: text, MARKDOWN: markdown(report), HTML: html(report)}
+    contents = {JSON: text} | {name.partition("/")[2]: page for name, page in pages(report).items()}
     for name, content in contents.items():
         with (partial / name).open("w", encoding="utf-8") as file:
             file.write(content)
@@ -41,6 +41,11 @@ def write(report: Mapping[str, Any], folder: Path) -> Path:
         shutil.rmtree(target)
     partial.rename(target)
     return target
+
+
+def pages(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return what people read of a report, by its name in the bundle."""
+    return {f"{FOLDER}/{MARKDOWN}": markdown(report), f"{FOLDER}/{HTML}": html(report)}
 
 
 def finish(report: dict[str, Any]) -> dict[str, Any]:
