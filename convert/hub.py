@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     RevisionResolutionError,
@@ -96,7 +97,12 @@ def download(
         commit = resolved.resolved
         if found := cached(repository, commit, [*files, *optional]):
             return found
-        remote = _listed(api, repository, commit, [*files, *optional])
+        try:
+            remote = _listed(api, repository, commit, [*files, *optional])
+        except (httpx2.TransportError, OfflineModeIsEnabled):
+            if found := cached(repository, commit, files):  # what is optional may be nowhere
+                return found
+            raise
         refuse([f"{repository}: holds no {n}: is this the right repository?" for n in files if n not in remote])
         store = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
         folder = store / "snapshots" / commit
@@ -132,7 +138,9 @@ def _listed(api: HfApi, repository: str, commit: str, names: Sequence[str]) -> d
 def _check_room(store: Path, missing: Sequence[Remote], room: Room | None) -> None:
     """Raise UserError if what is missing, and the bundle that is made of it, do not fit on their disks."""
     size = sum(file.size for file in missing)
-    there = sum(path.stat().st_size for path in (store / "blobs").glob("*.ppx.incomplete"))
+    blobs = [store / "blobs" / (file.sha256 or file.blob) for file in missing]
+    parts = [blob.with_name(f"{blob.name}.ppx.incomplete") for blob in blobs]
+    there = sum(path.stat().st_size for path in (*blobs, *parts) if path.is_file())
     needed = {str(store): max(0, size - there)}
     if room:
         same = _existing(store).stat().st_dev == _existing(room.folder).stat().st_dev

@@ -52,7 +52,8 @@ def asked_wait(error: HfHubHTTPError) -> float | None:
     """Return the seconds that the Hub asks to wait, None if it does not."""
     asked = error.response.headers.get("Retry-After", "")
     limit = parse_ratelimit_headers(error.response.headers)
-    seconds = float(asked) if asked.isdigit() else (limit.reset_in_seconds if limit else None)
+    spent = limit is not None and error.response.status_code == 429 and limit.remaining == 0  # it is on every answer
+    seconds = float(asked) if asked.isdigit() else (limit.reset_in_seconds + 1 if limit and spent else None)
     return None if seconds is None else min(float(seconds), _LONGEST_WAIT)
 
 

@@ -44,8 +44,11 @@ class Solution:
             held = json.loads((self.folder / _INDEX).read_text("utf-8"))
             if held["mark"] != self.mark:
                 return False
-            self.files = {(str(name), int(part)): str(file) for name, part, file in held["parts"]}
-            return all((self.folder / file).is_file() for file in set(self.files.values()))
+            files = {(str(name), int(part)): str(file) for name, part, file in held["parts"]}
+            if not all((self.folder / file).is_file() for file in set(files.values())):
+                return False
+            self.files = files
+            return True
         except (OSError, ValueError, LookupError, TypeError):
             return False
 

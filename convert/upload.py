@@ -143,8 +143,10 @@ def _is_same(there: RepoFile | None, file: Local) -> bool:
 
 
 def _operation(file: Local) -> CommitOperationAdd:
+    """Return what sends a file; raises CheckFailed if it is no longer the one that was looked at."""
     operation = CommitOperationAdd(file.name, file.path)
-    operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # what was hashed is what goes up
+    if operation.upload_info.sha256.hex() != file.sha256:
+        raise CheckFailed(f"{file.path}: changed while it was published: run the command again")
     return operation
 
 

@@ -246,7 +246,10 @@ def _keep(state: Path, adam: torch.optim.Adam, done: int, steps: int) -> None:
     """Write down where the tuning is."""
     temporary = state.with_name(f"{state.name}.partial")
     values = [parameter.detach() for group in adam.param_groups for parameter in group["params"]]
-    torch.save({"done": done, "steps": steps, "values": values, "adam": adam.state_dict()}, temporary)
+    with temporary.open("wb") as file:
+        torch.save({"done": done, "steps": steps, "values": values, "adam": adam.state_dict()}, file)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(state)
 
 
