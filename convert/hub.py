@@ -32,7 +32,7 @@ from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import get_session, hf_raise_for_status
 from tqdm import tqdm
 
-from .hub_answers import TRIES, asked_wait, is_passing, patiently, silent_client, told
+from .hub_answers import TRIES, asked_wait, git_blob, is_passing, patiently, silent_client, told
 from .problems import CheckFailed, UserError, refuse
 from .progress import byte_bar
 
@@ -48,6 +48,16 @@ class Remote:
     size: int
     sha256: str | None
     blob: str
+
+    @property
+    def hash(self) -> str:
+        """What its blob in the cache is called, by the client too."""
+        return self.sha256 or self.blob
+
+    @property
+    def part(self) -> str:
+        """What the begun blob is called."""
+        return f"{self.hash}.ppx.incomplete"
 
 
 @dataclass(frozen=True)
@@ -129,18 +139,19 @@ def _listed(api: HfApi, repository: str, commit: str, names: Sequence[str]) -> d
     found = {}
     for entry in patiently(lambda: list(api.list_repo_tree(repository, revision=commit))):
         if isinstance(entry, RepoFile) and entry.path in names:
-            found[entry.path] = Remote(
-                entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id or ""
-            )
+            file = Remote(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id or "")
+            if not _HASH.fullmatch(file.hash):
+                named = f"{file.name} {file.hash[:40]!r}"
+                raise UserError(f"{repository}: the Hub names {named}, which is no hash: do not trust it")
+            found[entry.path] = file
     return found
 
 
 def _check_room(store: Path, missing: Sequence[Remote], room: Room | None) -> None:
     """Raise UserError if what is missing, and the bundle that is made of it, do not fit on their disks."""
     size = sum(file.size for file in missing)
-    blobs = [store / "blobs" / (file.sha256 or file.blob) for file in missing]
-    parts = [blob.with_name(f"{blob.name}.ppx.incomplete") for blob in blobs]
-    there = sum(path.stat().st_size for path in (*blobs, *parts) if path.is_file())
+    begun = [store / "blobs" / name for file in missing for name in (file.hash, file.part)]
+    there = sum(path.stat().st_size for path in begun if path.is_file())
     needed = {str(store): max(0, size - there)}
     if room:
         same = _existing(store).stat().st_dev == _existing(room.folder).stat().st_dev
@@ -163,12 +174,9 @@ def _existing(path: Path) -> Path:
 def _fetch(repository: str, commit: str, file: Remote, store: Path, bar: "tqdm[Any]") -> None:
     """Make the cache's blob of one file, going on from the part of it that an earlier run left."""
     url = hf_hub_url(repository, file.name, revision=commit)
-    etag = file.sha256 or file.blob  # what the client calls it, too
-    if not _HASH.fullmatch(etag):
-        raise UserError(f"{repository}: the Hub names {file.name} {etag[:40]!r}, which is no hash: do not trust it")
-    blob = store / "blobs" / etag
-    part = blob.with_name(f"{etag}.ppx.incomplete")
-    lock = store.parent / ".locks" / store.name / f"{etag}.lock"
+    blob = store / "blobs" / file.hash
+    part = blob.with_name(file.part)
+    lock = store.parent / ".locks" / store.name / f"{file.hash}.lock"
     for folder in (blob.parent, lock.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
@@ -230,14 +238,13 @@ def _append(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
 
 def _check(part: Path, file: Remote) -> None:
     """Raise CheckFailed if a file is not what the Hub says, and remove it."""
-    expected = file.sha256 or file.blob
-    small = len(expected) == 40
-    digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False) if small else hashlib.sha256()
+    small = len(file.hash) == 40
+    digest = git_blob(file.size) if small else hashlib.sha256()
     with part.open("rb") as data:
         os.fsync(data.fileno())
         while block := data.read(1 << 20):
             digest.update(block)
-    if digest.hexdigest() != expected:
+    if digest.hexdigest() != file.hash:
         part.unlink()
         kind = "git hash" if small else "sha256"
         raise CheckFailed(f"{file.name}: its {kind} is not the Hub's: damaged on its way, and removed: try again")

@@ -1,5 +1,6 @@
 """What the Hub answers: it is waited for where it is busy, and every failure is one line that says what to do."""
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,11 @@ TRIES = 5
 _SILENT = 50  # logging's CRITICAL
 _LONGEST_WAIT = 300.0  # seconds between two tries, whatever the Hub asks for
 R = TypeVar("R")
+
+
+def git_blob(size: int) -> "hashlib._Hash":
+    """Return the digest by which git, and the Hub for small files, calls a file of so many bytes."""
+    return hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
 
 
 def patiently(call: Callable[[], R]) -> R:

@@ -129,6 +129,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return dict(manifest)
 
 
+def manifest_of(bundle: Path) -> dict[str, Any]:
+    """Return the manifest of what must be a bundle; raises UserError for anything else."""
+    manifest = read_manifest(bundle) if bundle.is_dir() else None
+    if manifest is None:
+        raise UserError(f"{bundle}: not a bundle: give a folder that ppx-convert wrote (with a {MANIFEST})")
+    return manifest
+
+
 def _inside(folder: Path, name: str) -> bool:
     return name.isprintable() and (folder / name).resolve().is_relative_to(folder.resolve())
 

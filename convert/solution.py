@@ -93,8 +93,7 @@ class Solution:
         """Return rows of an output, from ``first`` on; array: the same rows of the source, to tell what was lost."""
         if output.form is None:
             raise ValueError(f"{output.name} stays float")
-        height = (output.rows[1] - output.rows[0]) // output.parts
-        part, row = divmod(output.rows[0] + first, height if output.role.stacked > 1 else output.rows[1])
+        part, row = divmod(output.rows[0] + first, _height(output))
         made = self.read((output.role.name, part), row, row + len(array), storage)
         wide = array.astype(np.float32)
         lost = wide - dequantize(made, output.form)
@@ -106,11 +105,6 @@ class Solution:
         for file in self._open.values():
             file.close()
         self._open.clear()
-
-    def remove(self) -> None:
-        """Remove it, once the bundle is whole."""
-        self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _arrays(solved: Mapping[Part, Quantized]) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -136,9 +130,11 @@ def forms_of(outputs: list[Output]) -> dict[Part, tuple[Affine, str]]:
     found: dict[Part, tuple[Affine, str]] = {}
     for output in outputs:
         if output.form:
-            height = (output.rows[1] - output.rows[0]) // output.parts
-            for index in range(output.parts):
-                first = output.rows[0] + index * height
-                part = first // height if output.role.stacked > 1 else 0
+            for part in range(output.rows[0] // _height(output), output.rows[1] // _height(output)):
                 found[output.role.name, part] = (output.form, output.dtype)
     return found
+
+
+def _height(output: Output) -> int:
+    """Return how many rows each part of its source tensor has."""
+    return (output.rows[1] - output.rows[0]) // output.parts if output.role.stacked > 1 else output.rows[1]

@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status, http_backoff
 
-from .hub_answers import HOW_TO_LOG_IN, patiently, silent_client, told
+from .hub_answers import HOW_TO_LOG_IN, git_blob, patiently, silent_client, told
 from .licence import CARD
 from .problems import CheckFailed, UserError
 from .workspace import MANIFEST
@@ -42,12 +42,19 @@ class Uploaded:
 
 @dataclass(frozen=True)
 class Wish:
-    """How to publish. create_pr: as a pull request. revision: a branch, None for main. force: despite objections."""
+    """How to publish. create_pr: as a pull request. revision: a branch, None for main. force: despite objections.
+
+    Raises UserError for a pull request to a branch.
+    """
 
     private: bool = False
     create_pr: bool = False
     revision: str | None = None
     force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.create_pr and self.revision:
+            raise UserError("--create-pr and --revision contradict each other: a pull request is for main")
 
 
 def check_token(repository: str) -> None:
@@ -137,7 +144,7 @@ def _is_same(there: RepoFile | None, file: Local) -> bool:
         return False
     if there.lfs:
         return there.lfs.sha256 == file.sha256
-    digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    digest = git_blob(file.size)
     digest.update(file.path.read_bytes())
     return there.blob_id == digest.hexdigest()
 

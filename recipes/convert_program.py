@@ -111,20 +111,12 @@ def convert(
     compares what the bundle predicts with what its source predicts; ppx-verify repeats that, and has more to choose.
     """
     quiet = console.quiet(as_json)
-    if publish_to and not verify:
-        raise UserError("--publish needs the report of a verification: leave --no-verify out")
-    if publish_to:
-        publishing.check_name(publish_to)
-    elif private:
-        raise UserError("--private says nothing without --publish: give both")
+    _check_publishing(publish_to, private, verify)
     named = (None if option is None else str(option) for option in (target, dtype, method))
     chosen = _recipe(recipe, bits, group_size, no_quantize, *named)
     if depformer_steps is not None:
         chosen = replace(chosen, depformer_steps=depformer_steps, original="")
-    if source.is_hub_id(where):
-        conversion.check_recipe(chosen)
-    elif revision:
-        raise UserError(f"--revision says nothing of {where}, which is not on the Hub: leave it out")
+    _check_source(where, revision, chosen)
     folder = output or Path(f"{Path(where).resolve().name.replace(':', '-')}-{chosen.target}-{chosen.name}")
     if dry_run:
         plan = _plan(where, revision, chosen, fill_depformer_steps, adapter, quiet)
@@ -132,12 +124,7 @@ def convert(
         typer.echo(json.dumps(said, indent=1) if as_json else describe.text(plan, jobs or cores()))
         return
     conversion.check_output(folder, force)
-    if publish_to:
-        publishing.check_token(publish_to)
-    if adapter:
-        adapters.locate(adapter, quiet)  # before a long download
-    if calibration and not calibration.is_file():
-        raise UserError(f"{calibration}: no such file: give tokens, or leave --calibration out")
+    _check_at_hand(publish_to, adapter, calibration, quiet)
     location = source.locate(where, revision, quiet, _room(where, chosen, folder))
     opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
     solver = _solver(opened, plan, calibration, refine, quiet)
@@ -150,6 +137,34 @@ def convert(
     if publish_to:
         published = publishing.publish(done.folder, publish_to, publishing.Wish(private=private), quiet)
         console.say(published.line) if as_json else typer.echo(published.line)
+
+
+def _check_publishing(repository: str | None, private: bool, verify: bool) -> None:
+    """Raise UserError for options that contradict each other, or a name that is none."""
+    if repository and not verify:
+        raise UserError("--publish needs the report of a verification: leave --no-verify out")
+    if repository:
+        publishing.check_name(repository)
+    elif private:
+        raise UserError("--private says nothing without --publish: give both")
+
+
+def _check_source(where: str, revision: str | None, recipe: Recipe) -> None:
+    """Raise UserError for a revision of what has none, and, before a download, for what the target cannot load."""
+    if source.is_hub_id(where):
+        conversion.check_recipe(recipe)
+    elif revision:
+        raise UserError(f"--revision says nothing of {where}, which is not on the Hub: leave it out")
+
+
+def _check_at_hand(repository: str | None, adapter: str | None, calibration: Path | None, quiet: bool) -> None:
+    """Raise UserError for what a long download would be in vain without."""
+    if repository:
+        publishing.check_token(repository)
+    if adapter:
+        adapters.locate(adapter, quiet)
+    if calibration and not calibration.is_file():
+        raise UserError(f"{calibration}: no such file: give tokens, or leave --calibration out")
 
 
 def _solver(opened: Source, plan: Plan, tokens: Path | None, steps: int, quiet: bool) -> Solver | None:

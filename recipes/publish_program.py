@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from ..convert.describe import size
-from ..convert.problems import UserError
 from ..verify.publishing import Ready, Wish, publish, ready
 from . import console
 
@@ -51,8 +50,6 @@ def publish_bundle(
     """
     quiet = console.quiet(as_json)
     wish = Wish(private, create_pr, revision, force)
-    if create_pr and revision:
-        raise UserError("--create-pr and --revision contradict each other: a pull request is for main")
     if dry_run:
         _show(ready(bundle, repository, force, quiet), wish, as_json)
         return

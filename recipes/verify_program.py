@@ -13,7 +13,7 @@ import typer
 
 from ..convert import adapter as adapters
 from ..convert import conversion, demo, source
-from ..convert.manifest import read_manifest
+from ..convert.manifest import manifest_of
 from ..convert.problems import UserError
 from ..verify import side_by_side
 from ..verify.request import ARITHMETICS, DEVICES, Request
@@ -87,23 +87,17 @@ def verify_bundle(
     asked = Request(
         tokens, audio, sequences, frames, rollout, str(arithmetic or ARITHMETICS[0]), device and str(device)
     )
-    made_from = _manifest(bundle)["source"]
+    manifest = manifest_of(bundle)
+    made_from = manifest["source"]
     location = source.locate(*_reference(bundle, reference, made_from), quiet=quiet)
     merged = _adapter(bundle, adapter, made_from)
     opened = conversion.open_merged(location, merged, bool(made_from.get("filled")), quiet=quiet)
     _check_adapter(opened, made_from)
-    opened = conversion.trimmed(opened, _manifest(bundle)["architecture"]["steps"])
+    opened = conversion.trimmed(opened, manifest["architecture"]["steps"])
     found = parity.leave_report(opened, bundle, asked, _command(bundle, reference, merged, asked), quiet)
     parity.leave_card(found, bundle)
     typer.echo(json.dumps(found, indent=1) if as_json else parity.text(found, bundle))
     parity.fail_if_failed(found)
-
-
-def _manifest(bundle: Path) -> dict[str, Any]:
-    manifest = read_manifest(bundle) if bundle.is_dir() else None
-    if manifest is None:
-        raise UserError(f"{bundle}: not a bundle: give a folder that ppx-convert wrote (with a manifest.json)")
-    return manifest
 
 
 def _reference(bundle: Path, named: str | None, made_from: Mapping[str, Any]) -> tuple[str, str | None]:

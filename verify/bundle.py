@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.architecture import Architecture, read_config
-from ..convert.manifest import architecture_of, read_manifest
+from ..convert.manifest import architecture_of, manifest_of
 from ..convert.output import Output
 from ..convert.problems import UserError
 from ..convert.recipe import DTYPES
@@ -97,11 +97,7 @@ def layout_of(folder: Path) -> tuple[dict[str, Any], Layout]:
 
     Raises UserError for a folder that is no bundle of this toolkit's.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: not a folder: give a bundle that ppx-convert wrote")
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise UserError(f"{folder}: holds no manifest.json: give a bundle that ppx-convert wrote")
+    manifest = manifest_of(folder)
     target, dtype = TARGETS.get(manifest["target"]), DTYPES.get(manifest["dtype"])
     if target is None or dtype is None:
         raise UserError(f"{folder}: made for {manifest['target']} in {manifest['dtype']}, which this version is not")

@@ -73,9 +73,14 @@ def record(material: Material) -> dict[str, Any]:
     return material.description | {"sha256": digest.hexdigest()}
 
 
+def enough(source: Source) -> int:
+    """Return how many frames there should be for the widest matrix to be sure of its inputs."""
+    return ENOUGH * source.architecture.hidden
+
+
 def is_scarce(material_record: dict[str, Any], source: Source) -> bool:
-    """Tell whether there are too few frames for the widest matrix to be sure of its inputs."""
-    return bool(material_record["sequences"] * material_record["frames"] < ENOUGH * source.architecture.hidden)
+    """Tell whether there are fewer frames than enough."""
+    return bool(material_record["sequences"] * material_record["frames"] < enough(source))
 
 
 def gather(source: Source, files: Sequence[Path], recordings: Sequence[Path], frames: int) -> Tokens:
@@ -127,7 +132,7 @@ def statistics(tokens: Tokens, source: Source) -> dict[str, Any]:
     return {
         "sequences": len(tokens),
         "frames": int(tokens.shape[0] * tokens.shape[2]),
-        "enough": ENOUGH * a.hidden,
+        "enough": enough(source),
         "coverage": [float(f"{share:.4g}") for share in coverage],
         "alike": len(tokens) - len({piece.tobytes() for piece in tokens}),
     }

@@ -24,7 +24,6 @@ from .places import Place, places
 from .reference import TorchModel, reference_of
 
 _LOGITS = 1 << 24  # logits held at a time, of each model
-_POSITIONS = 2048  # frames, or rows of depformer steps, that go through a block at a time
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -98,10 +97,8 @@ class Walk:
 
 
 def _block(model: Model, place: Place, x: Floats) -> tuple[Floats, Floats]:
-    """Go through a block with so many sequences, or rows, at a time that what it holds meanwhile stays small."""
-    frames = x.shape[1] if place.component == "temporal" else 1
-    height = max(1, _POSITIONS // frames)
-    parts = [model.block(place, x[first : first + height]) for first in range(0, len(x), height)]
+    """Go through a block piece by piece."""
+    parts = [model.block(place, x[rows]) for rows in place.pieces(x)]
     if len(parts) == 1:
         return parts[0]
     return np.concatenate([added for added, _ in parts]), np.concatenate([after for _, after in parts])

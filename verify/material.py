@@ -39,6 +39,12 @@ class Material:
     voices: tuple[str, ...] = ()
     scored: bool = True
 
+    def chosen(self, sequences: NDArray[np.int64]) -> "Material":
+        """Return some of its sequences."""
+        tokens, targets, counted = self.tokens[sequences], self.targets[sequences], self.counted[sequences]
+        voices = tuple(self.voices[index] for index in sequences) if self.voices else ()
+        return Material(self.description, tokens, targets, counted, voices, self.scored)
+
     def vectors(self, voices: Sequence[Voice], dim: int) -> Floats | None:
         """Return the embeddings of its voices, as a bundle or source holds them, in place: ``[seq., frames, dim]``."""
         if not self.voices:

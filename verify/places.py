@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..convert.architecture import Architecture
 
+POSITIONS = 2048  # frames, or rows of depformer steps, that go through a block at a time
 PARTS = ("attention", "mlp")
 
 
@@ -19,6 +23,11 @@ class Place:
     def prefix(self) -> str:
         """What its tensors' names begin with in the checkpoint."""
         return f"{'transformer' if self.component == 'temporal' else 'depformer'}.layers.{self.layer}"
+
+    def pieces(self, x: NDArray[np.float32]) -> list[slice]:
+        """Return rows of a stream that go through the block together: so few that what it holds meanwhile is small."""
+        height = max(1, POSITIONS // (x.shape[1] if self.component == "temporal" else 1))
+        return [slice(first, first + height) for first in range(0, len(x), height)]
 
     def __str__(self) -> str:
         return f"{self.component} layer {self.layer} {self.part}"

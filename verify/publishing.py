@@ -12,7 +12,7 @@ from jinja2 import UndefinedError
 from tqdm import tqdm
 
 from ..convert.describe import size
-from ..convert.manifest import read_manifest
+from ..convert.manifest import manifest_of
 from ..convert.problems import CheckFailed, UserError, printable, refuse
 from ..convert.progress import byte_bar
 from ..convert.upload import Local, Wish, check_token, upload
@@ -27,6 +27,7 @@ _TOKEN = re.compile(rb"(?:hf|api_org)_[A-Za-z0-9]{20,}")
 _HOMES = re.compile(rb"/(?:home|Users)/[^/\s\"'<>]{1,64}/")
 _TEXT = (".json", ".md", ".html", ".txt", ".toml")
 _BLOCK, _OVERLAP = 4 << 20, 256
+Private = tuple[bytes | None, bytes | None]  # what of this user must not be in a file: the token, the home directory
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,7 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
     a token or somebody's home directory; UserError for what is no bundle or lacks files.
     """
     check_name(repository)
-    manifest = read_manifest(bundle) if bundle.is_dir() else None
-    if manifest is None:
-        raise UserError(f"{bundle}: not a bundle: give a folder that ppx-convert wrote (with a {MANIFEST})")
+    manifest = manifest_of(bundle)
     missing = [name for name in manifest["files"] if not (bundle / name).is_file()]
     if missing:
         raise UserError([f"{bundle / name}: missing: make the bundle again" for name in missing])
@@ -85,7 +84,8 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
             if not (bundle / name).resolve().is_relative_to(root)
         ]
     )
-    found, leaks = _look(bundle, names, quiet)
+    private = _private()
+    found, leaks = _look(bundle, names, private, quiet)
     objections += [
         f"{file.name} is not the file that {MANIFEST} names"
         for file in found
@@ -102,7 +102,7 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
         raise UserError(f"{bundle}: manifest or report is of another version ({error}): make them again") from None
     for name, text in written.items():
         data = text.encode()
-        leaks += [f"{name} {leak}" for leak in _leaks(data, name)]
+        leaks += [f"{name} {leak}" for leak in _leaks(data, name, private)]
         found.append(Local(name, bundle / name, len(data), hashlib.sha256(data).hexdigest()))
     if leaks:
         raise CheckFailed(
@@ -114,8 +114,6 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
 
 def publish(bundle: Path, repository: str, wish: Wish, quiet: bool = False) -> Published:
     """Write the card, upload a bundle's files, and compare what arrived; raises what ``ready`` and ``upload`` raise."""
-    if wish.create_pr and wish.revision:
-        raise UserError("--create-pr and --revision contradict each other: a pull request is for main")
     found = ready(bundle, repository, wish.force, quiet)
     for name, text in found.card.items():
         if not (bundle / name).is_file() or (bundle / name).read_bytes() != text.encode():
@@ -157,7 +155,7 @@ def _is_beyond(row: dict[str, Any]) -> bool:
     return bool(row["bundle"] < row["bound"] if row["sign"] == "≥" else row["bundle"] > row["bound"])
 
 
-def _look(bundle: Path, names: Iterable[str], quiet: bool) -> tuple[list[Local], list[str]]:
+def _look(bundle: Path, names: Iterable[str], private: Private, quiet: bool) -> tuple[list[Local], list[str]]:
     """Hash files and search them, in one pass; return them, and what must not go up."""
     found, leaks = [], []
     paths = [(name, bundle / name) for name in names if (bundle / name).is_file()]
@@ -167,7 +165,7 @@ def _look(bundle: Path, names: Iterable[str], quiet: bool) -> tuple[list[Local],
             digest, seen = hashlib.sha256(), set()
             for block, window in _blocks(path, bar):
                 digest.update(block)
-                seen.update(_leaks(window, name))
+                seen.update(_leaks(window, name, private))
             found.append(Local(name, path, path.stat().st_size, digest.hexdigest()))
             leaks += [f"{name} {leak}" for leak in sorted(seen)]
     return found, leaks
@@ -183,14 +181,19 @@ def _blocks(path: Path, bar: "tqdm[Any]") -> Iterable[tuple[bytes, bytes]]:
             bar.update(len(block))
 
 
-def _leaks(data: bytes, name: str) -> list[str]:
+def _private() -> Private:
+    """Return this user's token and home directory, each None if it is too short to be told from chance."""
+    token, home = (get_token() or "").encode(), f"{Path.home()}/".encode()
+    return (token if len(token) > 8 else None, home if len(home) > 5 else None)
+
+
+def _leaks(data: bytes, name: str, private: Private) -> list[str]:
     """Return what of a piece of a file must not be published; in weights only what cannot be there by chance."""
     found = []
-    token = (get_token() or "").encode()
-    if _TOKEN.search(data) or (len(token) > 8 and token in data):
+    token, home = private
+    if _TOKEN.search(data) or (token and token in data):
         found.append("holds a token")
-    home = f"{Path.home()}/".encode()
     is_text = name.endswith(_TEXT) or "." not in name
-    if (len(home) > 5 and home in data) or (is_text and _HOMES.search(data)):
+    if (home and home in data) or (is_text and _HOMES.search(data)):
         found.append("holds the path of a home directory")
     return found

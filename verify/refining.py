@@ -30,7 +30,7 @@ from ..quant.affine import SOLVED, Affine, unpack
 from ..quant.gptq import assemble
 from .material import Material
 from .model import Floats, Tokens
-from .reference import TorchModel, Weights, reference_of, source_weights
+from .reference import TorchModel, Weights, kept_by, reference_of, source_weights
 from .solving import quantized_rows, quantized_weights
 
 REFINED = "refined"
@@ -92,9 +92,10 @@ def refine(
     read = source_weights(source.checkpoint)
     _check_memory(sum(read(*part).numel() for part in forms), device)
     tuned = {part: _start(part, form, dtype, solution, device) for part, (form, dtype) in forms.items()}
-    original = _held(reference_of(source.checkpoint, device=device))
-    rest = quantized_weights(source, forms_of(outputs), solution)
-    made = replace(original, weights=_weights(tuned, _held(replace(original, weights=rest)).weights))
+    original = reference_of(source.checkpoint, device=device)
+    original = replace(original, weights=kept_by({}, original.weights, device))
+    rest = kept_by({}, quantized_weights(source, forms_of(outputs), solution), device)
+    made = replace(original, weights=_weights(tuned, rest))
     made = replace(made, rows=quantized_rows(source, forms_of(outputs)))
     with bar("refining", steps, "step", quiet) as progress:
         _tune(original, made, tuned, material, source, steps, solution.folder / _STATE, progress)
@@ -129,19 +130,6 @@ def _start(part: Part, form: Affine, dtype: str, solution: Solution, device: str
     moved = (torch.zeros_like(scale, requires_grad=True), torch.zeros_like(bias, requires_grad=True))
     grouped = codes.reshape(len(codes), -1, form.group_size).requires_grad_()
     return Tuned(form, _TORCH[dtype], (scale, bias), grouped, *moved)
-
-
-def _held(model: TorchModel) -> TorchModel:
-    """Return a model that keeps every matrix in memory once it was read."""
-    kept: dict[Part, Tensor] = {}
-
-    def read(name: str, step: int | None) -> Tensor:
-        part = (name, step or 0)
-        if part not in kept:
-            kept[part] = model.weights(name, step).to(model.device, torch.float32)
-        return kept[part]
-
-    return replace(model, weights=read)
 
 
 def _weights(tuned: Mapping[Part, Tuned], rest: Weights) -> Weights:

@@ -25,10 +25,9 @@ from ..quant.affine import SOLVED, Affine, Quantized, dequantize, quantize
 from ..quant.gptq import Moments, solve
 from .material import Material
 from .model import Floats, Tokens
-from .places import Place, places
-from .reference import TorchModel, Weights, reference_of, source_rows, source_weights
+from .places import POSITIONS, Place, places
+from .reference import Rows, TorchModel, Weights, kept_by, reference_of, source_rows, source_weights
 
-_POSITIONS = 2048  # frames, or rows of depformer steps, that go through a block at a time
 _STREAM = 1 << 29  # bytes of a stream, at most: of that many frames, evenly spread, a solution is made
 Streams = tuple[Floats, Floats]  # of the original and of the quantized model
 
@@ -83,25 +82,14 @@ def solve_model(
     kept: list[dict[Part, Tensor]] = [{}, {}]
     original = reference_of(source.checkpoint, device=device)
     read = quantized_weights(source, forms, solution)
-    quantized = replace(original, weights=_kept(read, kept[1], device), rows=quantized_rows(source, forms))
-    original = replace(original, weights=_kept(original.weights, kept[0], device))
+    quantized = replace(original, weights=kept_by(kept[1], read, device), rows=quantized_rows(source, forms))
+    original = replace(original, weights=kept_by(kept[0], original.weights, device))
     count = sum(form.method in SOLVED for form, _ in forms.values())
     with bar("solving", count, "matrix", quiet) as progress, torch.inference_mode():
         walk = Walk(source, forms, solution, original, quantized, kept, progress)
         progress.update(len(solution.files))
-        _audio(walk, material, _temporal(walk, material))
-
-
-def _kept(read: Weights, kept: dict[Part, Tensor], device: str) -> Weights:
-    """Return a way to read matrices that keeps them, until ``kept`` is cleared: a block is gone through in pieces."""
-
-    def read_once(name: str, step: int | None) -> Tensor:
-        part = (name, step or 0)
-        if part not in kept:
-            kept[part] = read(name, step).to(device, torch.float32)
-        return kept[part]
-
-    return read_once
+        fitting = material.chosen(_spread(len(material.tokens), material.tokens.shape[2] * source.architecture.dim))
+        _audio(walk, fitting, _temporal(walk, fitting))
 
 
 def quantized_weights(source: Source, forms: dict[Part, tuple[Affine, str]], solution: Solution) -> Weights:
@@ -127,7 +115,7 @@ def quantized_weights(source: Source, forms: dict[Part, tuple[Affine, str]], sol
     return read
 
 
-def quantized_rows(source: Source, forms: dict[Part, tuple[Affine, str]]) -> Any:
+def quantized_rows(source: Source, forms: dict[Part, tuple[Affine, str]]) -> Rows:
     """Return a way to read rows of embedding tables as they will be."""
     original = source_rows(source.checkpoint)
 
@@ -145,11 +133,8 @@ def quantized_rows(source: Source, forms: dict[Part, tuple[Affine, str]]) -> Any
 def _temporal(walk: Walk, material: Material) -> Streams:
     """Go through the temporal transformer; return its normalized outputs ``[sequences, frames, dim]``."""
     arch = walk.source.architecture
-    sequences = _spread(len(material.tokens), material.tokens.shape[2] * arch.dim)
     vectors = material.vectors(walk.source.voices, arch.dim)
-    chosen = None if vectors is None else vectors[sequences]
-    tokens = material.tokens[sequences]
-    streams = (walk.original.embed(tokens, chosen), walk.quantized.embed(tokens, chosen))
+    streams = (walk.original.embed(material.tokens, vectors), walk.quantized.embed(material.tokens, vectors))
     for place in places(arch, "temporal"):
         streams = _block(walk, place, streams)
     outputs = (walk.original.out_norm(streams[0]), walk.quantized.out_norm(streams[1]))
@@ -160,9 +145,8 @@ def _temporal(walk: Walk, material: Material) -> Streams:
 def _audio(walk: Walk, material: Material, hidden: Streams) -> None:
     """Go through the depformer."""
     arch = walk.source.architecture
-    sequences = _spread(len(material.tokens), material.tokens.shape[2] * arch.dim)
-    known = material.counted[sequences, 1 : arch.steps + 1].any(1)
-    targets = material.targets[sequences].transpose(0, 2, 1)[known]
+    known = material.counted[:, 1 : arch.steps + 1].any(1)
+    targets = material.targets.transpose(0, 2, 1)[known]
     rows = _spread(len(targets), arch.steps * arch.depformer_dim)
     targets, states = targets[rows], tuple(array[known][rows] for array in hidden)
     inputs = [f"depformer_in.{step}.weight" for step in range(arch.steps)]
@@ -194,8 +178,8 @@ def _solve_read(walk: Walk, block: str, parts: list[Part], inputs: Streams) -> N
     if parts:
         sums = _Sums(inputs[0].shape[-1], walk.original.device)
         flat = [np.ascontiguousarray(array).reshape(-1, array.shape[-1]) for array in inputs]
-        for first in range(0, len(flat[0]), _POSITIONS):
-            sums.add(*(torch.from_numpy(array[first : first + _POSITIONS]) for array in flat))
+        for first in range(0, len(flat[0]), POSITIONS):
+            sums.add(*(torch.from_numpy(array[first : first + POSITIONS]) for array in flat))
         walk.solve(block, dict.fromkeys(parts, sums.moments()))
 
 
@@ -233,21 +217,16 @@ def _block(walk: Walk, place: Place, streams: Streams) -> Streams:
             label = f"{place.prefix}.{names[0].removesuffix('weight').rstrip('._')}"
             walk.solve(label, _moments(walk, place, parts, streams))
     for model, x in zip((walk.original, walk.quantized), streams, strict=True):
-        for rows in _rows(place, x):
+        for rows in place.pieces(x):
             x[rows] = model.block(place, x[rows])[1]
     walk.forget()
     return streams
 
 
-def _rows(place: Place, x: Floats) -> list[slice]:
-    height = max(1, _POSITIONS // (x.shape[1] if place.component == "temporal" else 1))
-    return [slice(first, first + height) for first in range(0, len(x), height)]
-
-
 def _moments(walk: Walk, place: Place, parts: list[Part], streams: Streams) -> dict[Part, Moments]:
     """Return the moments of the inputs of a block's matrices."""
     sums: dict[Part, _Sums] = {}
-    for rows in _rows(place, streams[0]):
+    for rows in place.pieces(streams[0]):
         caught = [
             _caught(model, place, parts, x[rows])
             for model, x in zip((walk.original, walk.quantized), streams, strict=True)
