@@ -96,7 +96,7 @@ def to_toml(recipe: Recipe) -> str:
             if values
         ]
         lines += [
-            f'{key} = "{",".join(f"{first}-{last}" for first, last in ranges)}"'
+            f'{key} = "{",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)}"'
             for key, ranges in (("layers", rule.layers), ("steps", rule.steps))
             if ranges
         ]

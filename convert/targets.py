@@ -17,7 +17,8 @@ class Target:
     dtype: its usual one for floats and scales. uniform: components that a uniform recipe quantizes. copies: source
     file -> its name in the bundle. voice_cache: dtype of a voice's tokens in ``voices/NAME.safetensors``, None where
     the archive is copied instead. indexed: whether model.safetensors.index.json belongs to it.
-    problems: what of an architecture and a quantization it cannot load, in sentences.
+    mixes: whether any module may have any setting. problems: what of an architecture and a quantization it cannot load,
+    in sentences.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Target:
     copies: dict[str, str]
     voice_cache: str | None
     indexed: bool
+    mixes: bool
     layout: Callable[[Architecture], list[Output]]
     split: Callable[[Sequence[Output]], dict[str, list[Output]]]
     problems: Callable[[Architecture, Sequence[Output]], list[str]]
@@ -49,6 +51,7 @@ TARGETS = {
             copies={CODEC: speech_swift.CODEC, TOKENIZER: TOKENIZER},
             voice_cache="F32",
             indexed=False,
+            mixes=False,
             layout=speech_swift.layout,
             split=speech_swift.split,
             problems=speech_swift.problems,
@@ -62,6 +65,7 @@ TARGETS = {
             copies={CODEC: CODEC, TOKENIZER: TOKENIZER, VOICES: VOICES},
             voice_cache=None,
             indexed=False,
+            mixes=False,
             layout=moshi_mlx.layout,
             split=moshi_mlx.runtime_split,
             problems=moshi_mlx.runtime_problems,
@@ -75,6 +79,7 @@ TARGETS = {
             copies={CODEC: CODEC, TOKENIZER: TOKENIZER},
             voice_cache="I32",
             indexed=True,
+            mixes=True,
             layout=moshi_mlx.layout,
             split=moshi_mlx.sharded_split,
             problems=_anything,

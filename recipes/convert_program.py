@@ -3,7 +3,6 @@
 import json
 import shlex
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,15 +14,17 @@ from ..convert.hub import Room
 from ..convert.parallel import cores
 from ..convert.plan import Plan, inventory_of_7b, make_plan
 from ..convert.problems import UserError
-from ..convert.recipe import DTYPES, Recipe, uniform
+from ..convert.recipe import Recipe, uniform
 from ..convert.solution import Solver
 from ..convert.source import Source
 from ..convert.targets import DEFAULT, TARGETS
 from ..convert.workspace import MANIFEST
-from ..quant.affine import DEFAULT_METHOD, METHODS, SOLVED, Affine
+from ..quant.affine import DEFAULT_METHOD, SOLVED, Affine
 from ..verify import publishing
+from ..verify.budget import Budget, Wanted
 from ..verify.request import Request
-from . import console, loader, parity
+from . import allocate_program, allotting, console, loader, parity
+from .choices import DtypeName, MethodName, TargetName
 
 EXAMPLES = f"""\b
 Examples:
@@ -36,10 +37,6 @@ Examples:
 """
 DEFAULT_RECIPE = "4bit"
 DEFAULT_GROUP_SIZE = 64
-
-TargetName = StrEnum("TargetName", {name: name for name in TARGETS})  # type: ignore[misc]
-DtypeName = StrEnum("DtypeName", {name: name for name in DTYPES})  # type: ignore[misc]
-MethodName = StrEnum("MethodName", {name: name for name in METHODS})  # type: ignore[misc]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -63,6 +60,12 @@ def convert(
         int | None, typer.Option(help=f"Uniform recipe: 32, 64 or 128.  [default: {DEFAULT_GROUP_SIZE}]")
     ] = None,
     no_quantize: Annotated[bool, typer.Option("--no-quantize", help="Keep everything float.")] = False,
+    target_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The bits that lose least within 5.3GB, say; see ppx-allocate.")
+    ] = None,
+    bits_per_weight: Annotated[
+        float | None, typer.Option(min=1, max=32, help="The same, by the bits of the whole model a weight.")
+    ] = None,
     target: Annotated[
         TargetName | None, typer.Option(help=f"What will load it.  [default: the recipe's, else {DEFAULT}]")
     ] = None,
@@ -113,12 +116,15 @@ def convert(
     quiet = console.quiet(as_json)
     _check_publishing(publish_to, private, verify)
     named = (None if option is None else str(option) for option in (target, dtype, method))
-    chosen = _recipe(recipe, bits, group_size, no_quantize, *named)
+    budget = allotting.budget_of(target_size, bits_per_weight)
+    chosen = _recipe(recipe, bits, group_size, no_quantize, budget, *named)
     if depformer_steps is not None:
         chosen = replace(chosen, depformer_steps=depformer_steps, original="")
     _check_source(where, revision, chosen)
     folder = output or Path(f"{Path(where).resolve().name.replace(':', '-')}-{chosen.target}-{chosen.name}")
     if dry_run:
+        if budget:
+            raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
         plan = _plan(where, revision, chosen, fill_depformer_steps, adapter, quiet)
         said = describe.summary(plan, jobs or cores()) | {"output": str(folder)}
         typer.echo(json.dumps(said, indent=1) if as_json else describe.text(plan, jobs or cores()))
@@ -126,8 +132,12 @@ def convert(
     conversion.check_output(folder, force)
     _check_at_hand(publish_to, adapter, calibration, quiet)
     location = source.locate(where, revision, quiet, _room(where, chosen, folder))
+    if budget:
+        wanted = Wanted(budget, chosen.target, chosen.dtype, str(method or DEFAULT_METHOD), chosen.depformer_steps)
+        merged = conversion.open_merged(location, adapter, fill_depformer_steps, quiet=quiet)
+        chosen = _allotted(merged, wanted, calibration, folder, quiet, as_json)
     opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
-    solver = _solver(opened, plan, calibration, refine, quiet)
+    solver = _solver(opened, plan, calibration, refine, budget is not None, quiet)
     done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet, solver=solver)
     if not as_json:
         typer.echo(_report(done))
@@ -167,10 +177,18 @@ def _check_at_hand(repository: str | None, adapter: str | None, calibration: Pat
         raise UserError(f"{calibration}: no such file: give tokens, or leave --calibration out")
 
 
-def _solver(opened: Source, plan: Plan, tokens: Path | None, steps: int, quiet: bool) -> Solver | None:
+def _allotted(opened: Source, wanted: Wanted, tokens: Path | None, folder: Path, quiet: bool, as_json: bool) -> Recipe:
+    """Return the recipe for a budget; it and what was measured for it are left beside the bundle."""
+    measured, written = (folder.with_name(f"{folder.name}.{what}") for what in ("sensitivity.json", "recipe.toml"))
+    found = allotting.allotted(opened, wanted, tokens, measured, written, quiet)
+    console.say(allotting.text(found)) if as_json else typer.echo(allotting.text(found))
+    return found.recipe
+
+
+def _solver(opened: Source, plan: Plan, tokens: Path | None, steps: int, allotted: bool, quiet: bool) -> Solver | None:
     """Return what solves what the plan wants solved; importing PyTorch takes seconds that others need not wait."""
     if not any(output.form and output.form.method in SOLVED for output in plan.outputs):
-        if tokens or steps:
+        if steps or (tokens and not allotted):
             raise UserError("--calibration and --refine are for --method gptq: leave them out, or choose that method")
         return None
     from ..verify import calibration
@@ -213,12 +231,13 @@ def _recipe(
     bits: int | None,
     group_size: int | None,
     no_quantize: bool,
+    budget: Budget | None,
     target: str | None,
     dtype: str | None,
     method: str | None,
 ) -> Recipe:
-    """Return the recipe that the options mean; raises UserError where they contradict each other."""
-    asked = {"--recipe": name, "--bits": bits, "--no-quantize": no_quantize or None}
+    """Return the recipe that the options mean, that of a budget without rules; raises UserError if they contradict."""
+    asked = {"--recipe": name, "--bits": bits, "--no-quantize": no_quantize or None, "a size": budget}
     given = [option for option, value in asked.items() if value is not None]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} contradict each other: give one of them")
@@ -226,6 +245,9 @@ def _recipe(
         raise UserError("--group-size says nothing without --bits: give both")
     if no_quantize and method:
         raise UserError("--method says nothing with --no-quantize: leave one out")
+    if budget:
+        consumer = TARGETS[target or allocate_program.DEFAULT_TARGET]
+        return Recipe(budget.name, consumer.name, dtype or consumer.dtype)
     if bits is not None or no_quantize:
         consumer = TARGETS[target or DEFAULT]
         form = None if bits is None else Affine(bits, group_size or DEFAULT_GROUP_SIZE, method or DEFAULT_METHOD)

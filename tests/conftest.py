@@ -9,6 +9,7 @@ import pytest
 
 DATA = Path(__file__).parent / "data"
 PROGRAMS = {
+    "ppx-allocate": "ppx.recipes.allocate_program",
     "ppx-calibrate": "ppx.recipes.calibrate_program",
     "ppx-convert": "ppx.recipes.convert_program",
     "ppx-inspect": "ppx.recipes.inspect_program",

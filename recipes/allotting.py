@@ -1,0 +1,87 @@
+"""What programs that fit a model into a budget share: measure, or take what was measured; choose; write a recipe."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ..convert import conversion
+from ..convert.describe import size
+from ..convert.problems import UserError
+from ..convert.recipe import to_toml
+from ..convert.source import WEIGHTS, Source, fingerprint
+from ..convert.workspace import write_durably
+from ..verify import plots, sensitivity
+from ..verify.budget import Allotted, Budget, Wanted, allot, size_of
+from ..verify.sensitivity import Sensitivities
+
+
+def budget_of(target_size: str | None, bits_per_weight: float | None) -> Budget | None:
+    """Return the budget that two options mean, None for neither; raises UserError for both."""
+    if target_size is not None and bits_per_weight is not None:
+        raise UserError("--target-size and --bits-per-weight contradict each other: give one of them")
+    if target_size is None and bits_per_weight is None:
+        return None
+    return Budget(None if target_size is None else size_of(target_size), bits_per_weight)
+
+
+def sensitivities(source: Source, tokens: Path | None, file: Path, quiet: bool) -> Sensitivities:
+    """Return a source's sensitivities: those in the file, else measured now and written there.
+
+    Raises UserError for a file of another source or other material.
+    """
+    from ..verify import calibration, measuring  # imports torch: seconds that --help does not need
+
+    material = calibration.material_for(source, tokens)
+    decisive = [fingerprint(source, quiet)[WEIGHTS].sha256, source.adapter, calibration.record(material)["sha256"]]
+    mark = hashlib.sha256(repr(decisive).encode()).hexdigest()
+    if file.exists():
+        found = sensitivity.read(file)
+        if found.mark != mark:
+            raise UserError(f"{file}: was measured on another source or other tokens: remove it, or name another file")
+        return found
+    found = measuring.measure(source, material, mark, quiet)
+    sensitivity.write(found, file)
+    return found
+
+
+def allotted(source: Source, wanted: Wanted, tokens: Path | None, file: Path, recipe: Path, quiet: bool) -> Allotted:
+    """Find the recipe for a budget, and write it."""
+    found = allot(conversion.inventory(source), wanted, sensitivities(source, tokens, file, quiet))
+    write_durably(recipe, to_toml(found.recipe))
+    return found
+
+
+def text(found: Allotted) -> str:
+    """Return what is printed of a recipe that was found."""
+    expected = ", ".join(f"{stream} {value:.2g}" for stream, value in found.expected.items())
+    total = sum(found.expected.values())
+    line = f"{found.recipe.name}: {size(found.nbytes)}, expected divergence in nats a token: {expected}"
+    if found.bound is None:
+        return f"{line} (the best that {found.recipe.target} takes)"
+    near = (
+        "no other choice is better" if found.bound >= total * (1 - 1e-9) else f"none is below {found.bound:.3g} in sum"
+    )
+    return f"{line} ({near})"
+
+
+def said(found: Allotted) -> dict[str, Any]:
+    """Return the same for a program."""
+    return {
+        "recipe": found.recipe.name,
+        "bytes": found.nbytes,
+        "expected": found.expected,
+        "bound": found.bound,
+        "settings": {str(part): form.label if form else None for part, form in found.settings.items()},
+    }
+
+
+def draw(found: Allotted, file: Path, picture: Path) -> None:
+    """Draw what was measured and chosen, as an SVG file."""
+    held = sensitivity.read(file)
+    costs = {str(part): {bits: sum(cost.values()) for bits, cost in of.items()} for part, of in held.costs.items()}
+    chosen = {
+        str(part): sum(cost.values())
+        for part, form in found.settings.items()
+        if form and part in held.costs and (cost := held.cost(part, form))
+    }
+    write_durably(picture, plots.sensitivities(costs, chosen))

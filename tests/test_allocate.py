@@ -1,0 +1,278 @@
+"""Bits where they matter: what is measured, against the model run at once, and the recipes that come of it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ppx.convert import conversion
+from ppx.convert.names import COMPONENTS, roles
+from ppx.convert.problems import UserError
+from ppx.convert.recipe import uniform
+from ppx.convert.source import locate, open_source
+from ppx.quant.affine import BITS, Affine, dequantize, quantize
+from ppx.recipes import loader
+from ppx.verify import measuring, sensitivity
+from ppx.verify.budget import Budget, Wanted, allot, size_of
+from ppx.verify.material import read_tokens
+from ppx.verify.reference import reference_of
+from ppx.verify.sensitivity import Part
+from safetensors.numpy import load_file, save_file
+
+SCALES = np.dtype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def few(pico, tmp_path_factory):
+    """A file of some calibration sequences."""
+    path = tmp_path_factory.mktemp("few") / "tokens.safetensors"
+    save_file({"tokens": load_file(pico / "calibration_tokens.safetensors")["tokens"][:6, :, :60].copy()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(pico, few):
+    """Pico, what it was measured on, and its sensitivities."""
+    source = open_source(locate(str(pico)))
+    material = read_tokens(few, source.architecture, None, None)
+    return source, material, measuring.measure(source, material, "pico", quiet=True)
+
+
+def rounded(values, bits):
+    flat = np.ascontiguousarray(values.float().numpy().reshape(-1, values.shape[-1]))
+    form = Affine(bits, 64, "lsq")
+    return torch.from_numpy(dequantize(quantize(flat, form, SCALES), form)).reshape(values.shape)
+
+
+def predictions(source, material, altered=None, bits=0):
+    """Log-probabilities of the whole model, run at once; altered: tells of a tensor and step if it is quantized."""
+    model = reference_of(source.checkpoint)
+
+    class Altered:
+        def weights(self, name, step):
+            held = model.weights(name, step)
+            return rounded(held, bits) if altered and altered(name, step) else held
+
+        def rows(self, name, tokens):
+            held = model.rows(name, tokens)
+            return rounded(held, bits) if altered and altered(name, None) else held
+
+    both = Altered()
+    with torch.inference_mode():
+        text, audio = replace(model, weights=both.weights, rows=both.rows).logits(
+            material.tokens, material.targets, None, source.architecture.n_q // 2
+        )
+    return text.double().log_softmax(-1), audio.double().log_softmax(-1)
+
+
+def divergence(reference, other, counted):
+    return float((reference.exp() * (reference - other)).sum(-1)[torch.from_numpy(counted)].mean())
+
+
+@pytest.mark.parametrize(
+    ("part", "bits", "altered"),
+    [
+        (
+            Part("temporal", "self_attn.*", layer=0),
+            3,
+            lambda name, _: name.startswith("transformer.layers.0.self_attn."),
+        ),
+        (Part("temporal", "gating.*", layer=1), 4, lambda name, _: name.startswith("transformer.layers.1.gating.")),
+        (
+            Part("depformer", "self_attn.*", step=2),
+            2,
+            lambda name, step: "depformer" in name and "self_attn" in name and step == 2,
+        ),
+        (Part("depformer", "gating.*", step=1), 4, lambda name, _: "depformer" in name and ".gating.1." in name),
+        (Part("depformer", "depformer_in", step=0), 3, lambda name, _: name == "depformer_in.0.weight"),
+        (Part("embeddings", "emb"), 3, lambda name, _: name.startswith("emb.")),
+        (Part("embeddings", "depformer_emb"), 2, lambda name, _: name.startswith("depformer_emb.")),
+        (Part("heads", "linears", step=3), 4, lambda name, _: name == "linears.3.weight"),
+        (Part("heads", "text_linear"), 3, lambda name, _: name == "text_linear.weight"),
+    ],
+    ids=str,
+)
+def test_a_part_costs_what_the_whole_model_loses_by_it(part, bits, altered, measured):
+    source, material, found = measured
+    half = source.architecture.n_q // 2
+    heard = material.counted[:, 1 : half + 1].all(1)
+    text, audio = predictions(source, material)
+    other_text, other_audio = predictions(source, material, altered, bits)
+    cost = found.costs[part][bits]
+    assert cost["text"] == pytest.approx(divergence(text, other_text, material.counted[:, 0]), rel=1e-3, abs=1e-7)
+    agent = [divergence(audio[:, :, step], other_audio[:, :, step], heard) for step in range(half)]
+    assert cost["agent"] == pytest.approx(np.mean(agent), rel=1e-3, abs=1e-7)
+    assert sum(cost.values()) > 1e-4
+
+
+def test_every_tensor_that_the_agent_depends_on_is_in_a_part(measured):
+    source, _, found = measured
+    half = source.architecture.n_q // 2
+    heard = {
+        sensitivity.part_of(role, step)
+        for role in roles(source.architecture).values()
+        for step in (range(half) if role.stacked > 1 else [role.step])
+        if role.kind != "norm" and (step is None or step < half)
+    }
+    assert set(found.costs) == set(found.errors) == heard
+    for part, costs in found.costs.items():
+        total = [sum(costs[bits].values()) for bits in BITS]
+        assert total[0] > 3 * total[2] > 9 * total[-1], part
+
+
+def test_other_group_sizes_cost_as_their_errors_grow(measured):
+    found = measured[2]
+    part = Part("temporal", "self_attn.*", layer=0)
+    small, usual, large = (found.cost(part, Affine(4, size, "lsq"))["agent"] for size in (32, 64, 128))
+    assert small < usual < large
+    assert usual == found.costs[part][4]["agent"]
+    assert found.cost(part, None) == {"text": 0.0, "agent": 0.0}
+    assert found.cost(Part("temporal", "gating.*", layer=0), Affine(4, 128, "lsq")) is None  # does not divide its rows
+
+
+def test_a_file_of_them_comes_back_as_it_was(measured, tmp_path):
+    path = tmp_path / "s.json"
+    sensitivity.write(measured[2], path)
+    assert sensitivity.read(path) == measured[2]
+    held = json.loads(path.read_text())
+    for wrong in (
+        "{",
+        "[]",
+        json.dumps(held | {"sensitivities": 2}),
+        json.dumps(held | {"parts": [held["parts"][0] | {"divergence": {}}]}),
+        json.dumps(held | {"parts": [held["parts"][0] | {"error": {}}]}),
+        json.dumps(held | {"parts": [held["parts"][0] | {"layer": "0"}]}),
+        path.read_text().replace(str(held["parts"][0]["divergence"]["4"]["text"]), "NaN", 1),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match="not a file of sensitivities"):
+            sensitivity.read(path)
+
+
+@pytest.mark.parametrize("budget", [Budget(None, 3.2), Budget(None, 4.5), Budget(3_400_000)], ids=str)
+def test_a_recipe_is_within_its_budget_and_beats_uniform_ones(budget, measured):
+    source, _, found = measured
+    inventory = conversion.inventory(source)
+    wanted = Wanted(budget, "mlx", "float16", "lsq", 8)
+    mixed = allot(inventory, wanted, found)
+    plan = conversion.make_plan(inventory, mixed.recipe)
+    assert plan.nbytes == mixed.nbytes
+    used = plan.nbytes if budget.nbytes else plan.bits_per_weight
+    limit = budget.nbytes or budget.bits_per_weight
+    assert 0.985 * limit < used <= limit
+    total = sum(mixed.expected.values())
+    assert 0.98 * total < mixed.bound <= total
+    bits = {(output.form.bits, output.form.group_size) if output.form else None for output in plan.outputs}
+    assert len(bits) > 3
+    for form in bits - {None}:
+        everything = {part: found.cost(part, Affine(*form, "lsq")) for part in found.costs}
+        if None not in everything.values():
+            alike = conversion.make_plan(inventory, uniform(Affine(*form, "lsq"), "mlx", "float16", COMPONENTS))
+            if (alike.nbytes if budget.nbytes else alike.bits_per_weight) <= limit:
+                assert total < sum(sum(cost.values()) for cost in everything.values())
+
+
+def test_what_is_kept_is_kept_and_the_users_steps_get_least(measured):
+    source, _, found = measured
+    inventory = conversion.inventory(source)
+    kept = allot(inventory, Wanted(Budget(None, 7.0), "mlx", "float16", "lsq", None, ("embeddings", "heads")), found)
+    for part, form in kept.settings.items():
+        if part.component in ("embeddings", "heads"):
+            assert form is None
+        elif part.step is not None and part.step >= 8:
+            assert form.bits == 2
+    assert max(form.bits for form in kept.settings.values() if form) > 4
+
+
+def test_targets_of_one_setting_get_the_best_that_they_load(measured):
+    source, _, found = measured
+    inventory = conversion.inventory(source)
+
+    def chosen(target, bits_per_weight):
+        recipe = allot(inventory, Wanted(Budget(None, bits_per_weight), target, "float16", "lsq"), found).recipe
+        return [(rule.form.bits, rule.form.group_size, rule.components) for rule in recipe.rules]
+
+    everything = ("temporal", "depformer", "embeddings", "heads")
+    assert chosen("moshi-mlx", 6) == [(4, 32, everything)]
+    assert chosen("moshi-mlx", 9) == [(8, 64, everything)]
+    assert chosen("moshi-mlx", 17) == []
+    assert chosen("speech-swift", 8)[0][2] in (("temporal",), ("temporal", "depformer"))
+    with pytest.raises(UserError, match=r"smallest bundle for moshi-mlx is larger \(.*5\.\d\d bits a weight\)"):
+        chosen("moshi-mlx", 4)
+    with pytest.raises(UserError, match="smallest bundle for mlx is larger"):
+        chosen("mlx", 1.5)
+
+
+def test_sizes():
+    assert [size_of(text) for text in ("5.3GB", "800 MB", "2 GiB", "12kB", "700")] == [
+        5_300_000_000, 800_000_000, 2 << 30, 12_000, 700
+    ]  # fmt: skip
+    for text in ("", "GB", "5,3GB", "-1GB", "1e9", "5 TB"):
+        with pytest.raises(UserError, match="not a size"):
+            size_of(text)
+
+
+@pytest.fixture(scope="module")
+def held(program, pico, few, tmp_path_factory):
+    """What the program measures, in a file."""
+    folder = tmp_path_factory.mktemp("held")
+    options = ("--tokens", few, "--bits-per-weight", "4.5", "-o", "a.toml", "--plot", "a.svg")
+    done = program("ppx-allocate", pico, *options, cwd=folder)
+    assert done.stdout.startswith("4.5bpw: ")
+    assert "temporal self_attn.* layer 1" in (folder / "a.svg").read_text()
+    return folder / "a.sensitivity.json"
+
+
+def test_the_program_writes_a_recipe_and_keeps_what_it_measured(program, pico, few, held, measured, tmp_path):
+    before = held.read_bytes()
+    assert sensitivity.read(held).costs == measured[2].costs
+    common = ("ppx-allocate", pico, "--tokens", few, "--sensitivity", held, "--depformer-steps", "8")
+    said = json.loads(program(*common, "--target-size", "2.2MB", "-o", "b.toml", "--json", cwd=tmp_path).stdout)
+    assert said["bytes"] <= 2_200_000
+    assert held.read_bytes() == before
+    recipe = loader.load(str(tmp_path / "b.toml"))
+    assert "expected divergence" in recipe.description
+    assert recipe.depformer_steps == 8
+    program("ppx-convert", pico, "--recipe", "b.toml", "-o", "out", cwd=tmp_path)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert sum(record["size"] for record in manifest["files"].values()) == said["bytes"]
+    done = program("ppx-verify", "out", "--reference", pico, "--tokens", few, "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)["predictions"]
+    for stream in ("text", "agent"):
+        assert 0.5 < found[stream]["bundle"]["kl"]["mean"] / said["expected"][stream] < 2
+
+
+def test_the_program_refuses_what_contradicts_itself(program, pico, tmp_path):
+    (tmp_path / "there.toml").write_text("")
+    for options, words in (
+        (("-o", "a.toml"), "no size is given"),
+        (("--target-size", "1GB", "--bits-per-weight", "4", "-o", "a.toml"), "contradict"),
+        (("--target-size", "1GB", "-o", "a.json"), ".toml file"),
+        (("--target-size", "1GB", "-o", "there.toml"), "there already"),
+        (("--target-size", "1GB", "--keep", "codec", "-o", "a.toml"), "--keep codec"),
+    ):
+        assert words in program("ppx-allocate", pico, *options, cwd=tmp_path, status=2).stderr
+    assert not (tmp_path / "a.toml").exists()
+
+
+def test_measurements_of_another_source_are_refused(program, pico, few, measured, tmp_path):
+    sensitivity.write(measured[2], tmp_path / "held.json")
+    given = ("--tokens", few, "--sensitivity", "held.json", "--bits-per-weight", "4", "-o", "a.toml")
+    done = program("ppx-allocate", pico, *given, cwd=tmp_path, status=2)
+    assert "measured on another source" in done.stderr
+
+
+def test_a_conversion_to_a_size(program, pico, few, held, tmp_path):
+    shutil.copy(held, tmp_path / "out.sensitivity.json")
+    common = ("ppx-convert", pico, "--depformer-steps", "8", "--calibration", few, "-o", "out")
+    done = program(*common, "--target-size", "2.2MB", cwd=tmp_path)
+    assert "2.2MB: " in done.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["target"] == "mlx"
+    assert sum(record["size"] for record in manifest["files"].values()) <= 2_200_000
+    assert loader.load(str(tmp_path / "out.recipe.toml")).rules
+    assert "measures nothing" in program(*common, "--target-size", "2MB", "--dry-run", cwd=tmp_path, status=2).stderr
+    again = program(*common, "--target-size", "2MB", "--recipe", "4bit", cwd=tmp_path, status=2)
+    assert "contradict" in again.stderr
