@@ -12,7 +12,6 @@ import pytest
 import torch
 from ppx.convert import conversion
 from ppx.convert.plan import make_plan
-from ppx.convert.problems import UserError
 from ppx.convert.recipe import uniform
 from ppx.convert.solution import Solution, forms_of
 from ppx.convert.source import locate, open_source
@@ -25,6 +24,7 @@ from ppx.verify.reference import reference_of, source_weights
 from safetensors.numpy import load_file, save_file
 
 FORM = Affine(4, 64, "gptq")
+LAYER = "transformer.layers.0.self_attn.out_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -197,13 +197,85 @@ def test_material_where_nothing_is_given(opened):
     assert PROMPT not in PROMPTS  # which a verification reads
 
 
-def test_a_model_that_does_not_fit_is_said(opened, few, tmp_path, monkeypatch):
+def loss_of(source, plan, material, solution):
+    """The divergence that refining makes small, on its material as it is."""
+    original = reference_of(source.checkpoint)
+    weights = solving.quantized_weights(source, forms_of(plan.outputs), solution)
+    batch = refining.Batch(material.tokens, material.targets, torch.from_numpy(material.counted))
+    with torch.no_grad():
+        return refining._loss(original, replace(original, weights=weights), batch, None, False).item()
+
+
+def test_what_is_tuned_is_what_fits(opened, few, tmp_path, monkeypatch):
+    """All at once; or blocks, then scales and biases; or blocks alone. Each is nearer than what was only solved."""
     source, plan = opened
-    monkeypatch.setattr(refining, "_BYTES", 1 << 40)
+    assert refining.reach(plan.outputs) == "codes"
+    path = tmp_path / "tokens.safetensors"
+    save_file({"tokens": load_file(few)["tokens"][:, :, :60].copy()}, path)
+    material = read_tokens(path, source.architecture, None, None)
+    solutions, records = {}, {}
+    for what, nbytes in (("sides", {"codes": 1 << 40, "sides": 1}), ("blocks", {"codes": 1 << 40, "sides": 1 << 40})):
+        monkeypatch.setattr(refining, "_BYTES", nbytes)
+        solver = solver_of(source, plan, path, steps=20, quiet=True)
+        solutions[what], records[what] = Solution(tmp_path / what, "mark"), solver.record
+        solver.solve(solutions[what])
+    solutions["solved"] = Solution(tmp_path / "solved", "mark")
+    solving.solve_model(source, plan.outputs, material, solutions["solved"], quiet=True)
+    assert records["blocks"]["refined"] == "codes, scales and biases, block by block"
+    assert "then scales and biases together" in records["sides"]["refined"]
+    loss = {what: loss_of(source, plan, material, solution) for what, solution in solutions.items()}
+    assert loss["sides"] < loss["blocks"] < loss["solved"]
+    same, moved, tuned = 0, 0, set(solutions["blocks"].files.values())
+    for part in forms_of(plan.outputs):
+        made = {what: one.read(part, 0, one.rows(part), np.dtype(np.float32)) for what, one in solutions.items()}
+        assert (made["sides"].weight == made["blocks"].weight).all()  # the codes
+        moved += int((made["sides"].scales != made["blocks"].scales).any())
+        same += int((made["solved"].weight == made["blocks"].weight).all())
+    assert same < 0.5 * len(forms_of(plan.outputs))
+    assert moved > 0.5 * len(forms_of(plan.outputs))  # not those of the user's steps
+    assert {name for name in tuned if "layers" in name} == {
+        name for name in tuned if name.endswith(".tuned.safetensors")
+    }
+
+
+def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path, monkeypatch):
+    source, plan = opened
+    material = read_tokens(few, source.architecture, 4, 40)
     solution = Solution(tmp_path / "solution", "mark")
-    material = read_tokens(few, source.architecture, 2, 40)
-    with pytest.raises(UserError, match=r"--refine tunes 0\.00 billion weights at once, .* leave it out"):
-        refining.refine(source, plan.outputs, material, solution, 2, quiet=True)
+    blocks, tune = [], solving.tune_block
+
+    def watched(*arguments):
+        if len(blocks) == 3:
+            raise KeyboardInterrupt
+        blocks.append(str(arguments[2]))
+        tune(*arguments)
+
+    monkeypatch.setattr(solving, "tune_block", watched)
+    with pytest.raises(KeyboardInterrupt):
+        solving.solve_model(source, plan.outputs, material, solution, 2, quiet=True)
+    monkeypatch.setattr(solving, "tune_block", lambda *a: (blocks.append(str(a[2])), tune(*a)))
+    solving.solve_model(source, plan.outputs, material, Solution(tmp_path / "solution", "mark"), 2, quiet=True)
+    layers = source.architecture.num_layers + source.architecture.depformer_num_layers
+    assert len(blocks) == len(set(blocks)) == 2 * layers
+
+
+def test_computing_blocks_again_changes_no_gradient(opened):
+    source, _ = opened
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, source.architecture.card, (2, 17, 12)).astype(np.int32)
+    gradients = []
+    for again in (False, True):
+        read = source_weights(source.checkpoint)
+        leaf = read(LAYER, None).float().requires_grad_()
+
+        def weights(name, step, read=read, leaf=leaf):
+            return leaf if name == LAYER else read(name, step)
+
+        text, audio = replace(reference_of(source.checkpoint), weights=weights).logits(tokens, tokens, None, 8, again)
+        (text.square().mean() + audio.square().mean()).backward()
+        gradients.append(leaf.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-9)
 
 
 def test_options_for_another_method_are_refused(program, pico, few, tmp_path):

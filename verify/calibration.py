@@ -14,7 +14,7 @@ from ..convert.source import TOKENIZER, Source
 from ..convert.tensorfile import Spec, TensorWriter
 from .material import Material, from_system_prompt, held_tokens, prompt_tokens, read_tokens
 from .model import Tokens
-from .refining import refine
+from .refining import reach, refine
 from .solving import solve_model
 
 # What conversations are about. The prompt that a verification reads is not among them.
@@ -26,6 +26,11 @@ PROMPTS = (
     "You take orders for a small bakery. Bread is 4 dollars, cakes are 30, and Monday is closed.",
     "You are a travel guide who knows the mountains well and likes to tell old stories.",
 )
+_REFINED = {  # what a manifest says of what was tuned, by what can be tuned as a whole
+    "codes": "codes, scales and biases, all together",
+    "sides": "codes, scales and biases block by block, then scales and biases together",
+    None: "codes, scales and biases, block by block",
+}
 ENOUGH = 4  # frames for each column of the widest matrix, from which on more help little
 
 
@@ -56,13 +61,16 @@ def solver_of(source: Source, plan: Plan, tokens: Path | None, steps: int = 0, q
     Raises UserError for tokens of another model.
     """
     material = material_for(source, tokens)
+    whole = reach(plan.outputs) if steps else None
 
     def solve(solution: Solution) -> None:
-        solve_model(source, plan.outputs, material, solution, quiet)
-        if steps:
-            refine(source, plan.outputs, material, solution, steps, quiet)
+        solve_model(source, plan.outputs, material, solution, 0 if whole == "codes" else steps, quiet)
+        if whole:
+            refine(source, plan.outputs, material, solution, steps, whole == "codes", quiet)
 
-    return Solver(record(material) | {"refined_steps": steps}, solve)
+    return Solver(
+        record(material) | {"refined_steps": steps, "refined": _REFINED[whole] if steps else "nothing"}, solve
+    )
 
 
 def record(material: Material) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ..convert.architecture import Architecture
 from ..convert.checkpoint import Checkpoint
@@ -91,24 +92,34 @@ class TorchModel:
         return self._out(self._linear(f"linears.{step}.weight", None, self._in(x)))
 
     def logits(
-        self, tokens: Tokens, targets: Tokens, vectors: Floats | None = None, steps: int | None = None
+        self,
+        tokens: Tokens,
+        targets: Tokens,
+        vectors: Floats | None = None,
+        steps: int | None = None,
+        again: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return predictions that lead back to the weights: of the text, and of the first ``steps`` codebooks.
 
         tokens, targets: ``[batch, streams, frames]``, what is read and what the depformer is told. Of shapes
-        ``[batch, frames, text_card]`` and ``[batch, frames, steps, card]``.
+        ``[batch, frames, text_card]`` and ``[batch, frames, steps, card]``. again: compute blocks a second time on the
+        way back, rather than hold what is between them.
         """
+
+        def added(place: Place, x: Tensor) -> Tensor:
+            return checkpoint(self.added, place, x, use_reentrant=False) if again else self.added(place, x)
+
         count = self.architecture.steps if steps is None else steps
         x = self._in(self.embed(tokens, vectors))
         for place in places(self.architecture, "temporal"):
-            x = x + self.added(place, x)
+            x = x + added(place, x)
         hidden = self._norm(self._alpha("out_norm.alpha", None), x)
         text = self._linear("text_linear.weight", None, hidden)
         rows = hidden.flatten(0, 1)
         known = targets.transpose(0, 2, 1).reshape(len(rows), -1)
         x = torch.stack([self._step_input(step, rows, known[:, step]) for step in range(count)], 1)
         for place in places(self.architecture, "depformer"):
-            x = x + self.added(place, x)
+            x = x + added(place, x)
         audio = torch.stack([self._linear(f"linears.{step}.weight", None, x[:, step]) for step in range(count)], 1)
         return text, audio.reshape(*hidden.shape[:2], count, -1)
 
@@ -216,6 +227,11 @@ def kept_by(kept: dict[tuple[str, int], Tensor], read: Weights, device: str) -> 
         return kept[part]
 
     return read_once
+
+
+def rows_of(weights: Weights) -> Rows:
+    """Return a way to read rows of tables that are read whole."""
+    return lambda name, tokens: weights(name, None)[torch.from_numpy(tokens).long()]
 
 
 def source_rows(checkpoint: Checkpoint) -> Rows:

@@ -21,123 +21,65 @@ from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from ..convert.output import Output
-from ..convert.problems import UserError
 from ..convert.progress import bar
 from ..convert.solution import Part, Solution, forms_of
 from ..convert.source import Source
-from ..convert.tensorfile import DTYPES
-from ..quant.affine import SOLVED, Affine, unpack
-from ..quant.gptq import assemble
+from ..quant.affine import SOLVED
 from .material import Material
 from .model import Floats, Tokens
-from .reference import TorchModel, Weights, kept_by, reference_of, source_weights
-from .solving import quantized_rows, quantized_weights
+from .reference import TorchModel, kept_by, reference_of, rows_of, source_weights
+from .solving import REFINED, quantized_weights
+from .tuned import Tuned, adam_for, begin, set_rate, weights_of
 
-REFINED = "refined"
 _BATCH = 16  # sequences of a step
-_CODES, _SIDES = 1e-2, 1e-3  # learning rates: in codes, and relative to a scale
 _DRAWN = 0.3  # of the frames, whose tokens are drawn anew
 _WARM_UP = 20  # steps
-_BYTES = 36  # a weight: code, gradient, Adam's two moments, and what the graph holds of it
+# Bytes a weight: code, gradient, Adam's two moments, and what the graph holds; or the original's weight, and the code.
+_BYTES = {"codes": 36, "sides": 12}
 _EVERY = 60.0  # seconds between two states on the disk
 _STATE = "refining.pt"
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A matrix under way. codes: floats ``[rows, groups, group_size]``. scales, biases: relative, from 0 on."""
-
-    form: Affine
-    storage: torch.dtype
-    first: tuple[Tensor, Tensor]
-    codes: Tensor
-    scales: Tensor
-    biases: Tensor
-
-    def sides(self) -> tuple[Tensor, Tensor]:
-        """Return scales and biases ``[rows, groups]`` as they will be stored."""
-        scale, bias = self.first
-        found = (scale * (1 + self.scales), bias + scale * self.biases)
-        return _as_if(found[0], found[0].to(self.storage).float()), _as_if(found[1], found[1].to(self.storage).float())
-
-    def rounded(self) -> Tensor:
-        """Return codes as they will be stored."""
-        top = (1 << self.form.bits) - 1
-        inside = self.codes.clamp(-0.49, top + 0.49)
-        return _as_if(inside, inside.round().clamp(0, top))
-
-    def weight(self) -> Tensor:
-        """Return the matrix ``[rows, columns]``."""
-        scale, bias = self.sides()
-        return (self.rounded() * scale[..., None] + bias[..., None]).flatten(1)
-
-
-def _as_if(moved: Tensor, value: Tensor) -> Tensor:
-    """Return a value whose gradient goes to ``moved``."""
-    return moved + (value - moved).detach()
 
 
 def refine(
-    source: Source, outputs: list[Output], material: Material, solution: Solution, steps: int, quiet: bool = False
+    source: Source,
+    outputs: list[Output],
+    material: Material,
+    solution: Solution,
+    steps: int,
+    codes_too: bool = True,
+    quiet: bool = False,
 ) -> None:
     """Tune what was solved for so many steps, and leave it in ``solution``; goes on from a killed run's last minute.
 
-    Raises UserError for a model that does not fit into memory with all that tuning holds.
+    codes_too: as well as scales and biases. See ``reach`` for what fits into memory.
     """
-    if any(file == f"{REFINED}.safetensors" for file in solution.files.values()):
+    if any(file == REFINED for file in solution.files.values()):
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     forms = {part: form for part, form in forms_of(outputs).items() if form[0].method in SOLVED}
     read = source_weights(source.checkpoint)
-    _check_memory(sum(read(*part).numel() for part in forms), device)
-    tuned = {part: _start(part, form, dtype, solution, device) for part, (form, dtype) in forms.items()}
+    tuned = {part: begin(part, *form, solution, device, codes_too) for part, form in forms.items()}
     original = reference_of(source.checkpoint, device=device)
-    original = replace(original, weights=kept_by({}, original.weights, device))
+    held = kept_by({}, original.weights, device)
+    original = replace(original, weights=held, rows=rows_of(held))
     rest = kept_by({}, quantized_weights(source, forms_of(outputs), solution), device)
-    made = replace(original, weights=_weights(tuned, rest))
-    made = replace(made, rows=quantized_rows(source, forms_of(outputs)))
+    made = replace(original, weights=weights_of(tuned, rest), rows=rows_of(rest))
     with bar("refining", steps, "step", quiet) as progress:
         _tune(original, made, tuned, material, source, steps, solution.folder / _STATE, progress)
-    finished = {}
     with torch.inference_mode():
-        for part, one in tuned.items():
-            scale, bias = one.sides()
-            codes = one.rounded().flatten(1).to(torch.uint8)
-            finished[part] = assemble(
-                read(*part).to(device, torch.float32), codes, scale, bias, one.form, DTYPES[forms[part][1]]
-            )
-    solution.add(REFINED, finished)
-
-
-def _check_memory(weights: int, device: str) -> None:
-    needed = weights * _BYTES
-    if device == "cuda":
-        there = torch.cuda.get_device_properties(0).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > 0.8 * there:
-        raise UserError(
-            f"--refine tunes {weights / 1e9:.2f} billion weights at once, which takes about {needed / 1e9:.0f} GB, and "
-            f"{there / 1e9:.0f} GB are there: leave it out"
+        solution.add(
+            REFINED.removesuffix(".safetensors"), {part: one.finished(read(*part)) for part, one in tuned.items()}
         )
 
 
-def _start(part: Part, form: Affine, dtype: str, solution: Solution, device: str) -> Tuned:
-    held = solution.read(part, 0, solution.rows(part), np.dtype(np.float32))
-    codes = torch.from_numpy(unpack(held.weight, form.bits)).float().to(device)
-    scale, bias = (torch.from_numpy(side.astype(np.float32)).to(device) for side in (held.scales, held.biases))
-    moved = (torch.zeros_like(scale, requires_grad=True), torch.zeros_like(bias, requires_grad=True))
-    grouped = codes.reshape(len(codes), -1, form.group_size).requires_grad_()
-    return Tuned(form, _TORCH[dtype], (scale, bias), grouped, *moved)
-
-
-def _weights(tuned: Mapping[Part, Tuned], rest: Weights) -> Weights:
-    def read(name: str, step: int | None) -> Tensor:
-        part = (name, step or 0)
-        return tuned[part].weight() if part in tuned else rest(name, step)
-
-    return read
+def reach(outputs: list[Output]) -> str | None:
+    """Return what of a model can be tuned as a whole in the memory that is there: ``codes``, ``sides`` or None."""
+    if torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(0).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    weights = sum(math.prod(output.shape) for output in outputs if output.form and output.form.method in SOLVED)
+    return next((what for what, nbytes in _BYTES.items() if weights * nbytes < 0.8 * there), None)
 
 
 def _tune(
@@ -151,23 +93,18 @@ def _tune(
     progress: "tqdm[Any]",
 ) -> None:
     """Take the steps, from the last state that was kept on."""
-    groups = [
-        {"params": [side for one in tuned.values() for side in (one.scales, one.biases)], "lr": _SIDES},
-        {"params": [one.codes for one in tuned.values()], "lr": _CODES},
-    ]
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    adam = adam_for(tuned)
+    again = len(adam.param_groups) == 1  # what is tuned without codes is large
     vectors = material.vectors(source.voices, source.architecture.dim)
     done = _resume(state, adam, steps)
     progress.update(done)
     kept = time.monotonic()
     for step in range(done, steps):
-        share = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / _WARM_UP)
-        for group, rate in zip(adam.param_groups, (_SIDES, _CODES), strict=True):
-            group["lr"] = rate * share
+        set_rate(adam, 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / _WARM_UP))
         random = np.random.default_rng(step)  # so that a resumed run draws what it would have drawn
         chosen = random.choice(len(material.tokens), min(_BATCH, len(material.tokens)), replace=False)
         given = None if vectors is None else vectors[chosen]
-        loss = _loss(original, made, _drawn(original, material, chosen, given, random), given)
+        loss = _loss(original, made, _drawn(original, material, chosen, given, random), given, again)
         adam.zero_grad()
         torch.autograd.backward(loss)
         adam.step()
@@ -212,12 +149,12 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tokens:
     return tokens
 
 
-def _loss(original: TorchModel, made: TorchModel, batch: Batch, vectors: Floats | None) -> Tensor:
+def _loss(original: TorchModel, made: TorchModel, batch: Batch, vectors: Floats | None, again: bool) -> Tensor:
     """Return the divergence of the text, plus the mean of the agent's codebooks, in nats a token."""
     half = original.architecture.n_q // 2
     with torch.no_grad():
         expected = original.logits(batch.tokens, batch.targets, vectors, half)
-    found = made.logits(batch.tokens, batch.targets, vectors, half)
+    found = made.logits(batch.tokens, batch.targets, vectors, half, again)
     text = _divergence(expected[0], found[0], batch.counted[:, 0])
     agent = [
         _divergence(expected[1][:, :, step], found[1][:, :, step], batch.counted[:, step + 1]) for step in range(half)

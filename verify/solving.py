@@ -23,12 +23,15 @@ from ..convert.source import Source
 from ..convert.tensorfile import DTYPES
 from ..quant.affine import SOLVED, Affine, Quantized, dequantize, quantize
 from ..quant.gptq import Moments, solve
+from .block_tuning import tune_block
 from .material import Material
 from .model import Floats, Tokens
 from .places import POSITIONS, Place, places
 from .reference import Rows, TorchModel, Weights, kept_by, reference_of, source_rows, source_weights
+from .tuned import begin
 
 _STREAM = 1 << 29  # bytes of a stream, at most: of that many frames, evenly spread, a solution is made
+REFINED = "refined.safetensors"  # where a solution holds what was tuned as a whole
 Streams = tuple[Floats, Floats]  # of the original and of the quantized model
 
 
@@ -38,7 +41,10 @@ class _SeenError(Exception):
 
 @dataclass(frozen=True)
 class Walk:
-    """Both models under way. forms: how each part is quantized, and the dtype of its scales."""
+    """Both models under way.
+
+    forms: how each part is quantized, and the dtype of its scales. steps: that each block is tuned for.
+    """
 
     source: Source
     forms: dict[Part, tuple[Affine, str]]
@@ -46,6 +52,7 @@ class Walk:
     original: TorchModel
     quantized: TorchModel
     kept: list[dict[Part, Tensor]]
+    steps: int
     bar: "tqdm[Any]"
 
     def wanted(self, names: Sequence[str]) -> list[Part]:
@@ -56,6 +63,18 @@ class Walk:
         """Drop the weights of the block that is done."""
         for kept in self.kept:
             kept.clear()
+
+    def tune(self, place: Place, parts: list[Part], streams: Streams) -> None:
+        """Tune a block's solved matrices, and keep them."""
+        label = f"{place.prefix}.{place.part}.tuned"
+        if not (self.steps and parts) or self.solution.files[parts[0]] in (f"{label}.safetensors", REFINED):
+            return
+        device, read = self.original.device, source_weights(self.source.checkpoint)
+        tuned = {part: begin(part, *self.forms[part], self.solution, device) for part in parts}
+        tune_block(self.original, self.quantized, place, tuned, streams, self.steps)
+        self.solution.add(label, {part: one.finished(read(*part)) for part, one in tuned.items()})
+        for part in parts:
+            self.kept[1].pop(part, None)
 
     def solve(self, block: str, found: dict[Part, Moments]) -> None:
         """Quantize parts by their inputs' moments, and keep them."""
@@ -71,9 +90,9 @@ class Walk:
 
 
 def solve_model(
-    source: Source, outputs: list[Output], material: Material, solution: Solution, quiet: bool = False
+    source: Source, outputs: list[Output], material: Material, solution: Solution, steps: int = 0, quiet: bool = False
 ) -> None:
-    """Solve everything that a plan's outputs want solved, and leave it in ``solution``.
+    """Solve everything that a plan's outputs want solved, and leave it in ``solution``; tune each block for some steps.
 
     PyTorch computes on a GPU where there is one. Raises ValueError if the model gives values that are not finite.
     """
@@ -85,8 +104,8 @@ def solve_model(
     quantized = replace(original, weights=kept_by(kept[1], read, device), rows=quantized_rows(source, forms))
     original = replace(original, weights=kept_by(kept[0], original.weights, device))
     count = sum(form.method in SOLVED for form, _ in forms.values())
-    with bar("solving", count, "matrix", quiet) as progress, torch.inference_mode():
-        walk = Walk(source, forms, solution, original, quantized, kept, progress)
+    with bar("solving", count, "matrix", quiet) as progress, torch.no_grad():
+        walk = Walk(source, forms, solution, original, quantized, kept, steps, progress)
         progress.update(len(solution.files))
         fitting = material.chosen(_spread(len(material.tokens), material.tokens.shape[2] * source.architecture.dim))
         _audio(walk, fitting, _temporal(walk, fitting))
@@ -216,6 +235,7 @@ def _block(walk: Walk, place: Place, streams: Streams) -> Streams:
         if parts:
             label = f"{place.prefix}.{names[0].removesuffix('weight').rstrip('._')}"
             walk.solve(label, _moments(walk, place, parts, streams))
+    walk.tune(place, walk.wanted([f"{place.prefix}.{name}" for names in orders for name in names]), streams)
     for model, x in zip((walk.original, walk.quantized), streams, strict=True):
         for rows in place.pieces(x):
             x[rows] = model.block(place, x[rows])[1]

@@ -1,0 +1,43 @@
+"""Tuning one block at a time: so that, on the quantized model's stream, it leaves what the original leaves on its own.
+
+For models of which no more than a block can be held with all that tuning needs.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..convert.solution import Part
+from .model import Floats
+from .places import Place
+from .reference import TorchModel
+from .tuned import Tuned, adam_for, set_rate, weights_of
+
+
+def tune_block(
+    original: TorchModel,
+    quantized: TorchModel,
+    place: Place,
+    tuned: Mapping[Part, Tuned],
+    streams: tuple[Floats, Floats],
+    steps: int,
+) -> None:
+    """Move a block's matrices for so many steps; streams: what the original and the quantized block read."""
+    adam = adam_for(tuned)
+    moved = replace(quantized, weights=weights_of(tuned, quantized.weights))
+    height = min(len(streams[0]), place.pieces(streams[0])[0].stop)
+    random = np.random.default_rng(0)
+    for step in range(steps):
+        set_rate(adam, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rows = random.choice(len(streams[0]), height, replace=False)
+        first, second = (torch.from_numpy(stream[rows]).to(original.device) for stream in streams)
+        with torch.no_grad():
+            goal = first + original.added(place, first)
+        with torch.enable_grad():
+            loss = (second + moved.added(place, second) - goal).square().mean()
+            adam.zero_grad()
+            torch.autograd.backward(loss)
+        adam.step()
