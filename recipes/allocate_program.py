@@ -55,7 +55,7 @@ def allocate(
         list[str] | None, typer.Option(metavar="COMPONENT", help=f"Stays float: {', '.join(COMPONENTS)}.")
     ] = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="Tokens [N, streams, T] to measure on.  [default: all voices, several prompts]")
+        Path | None, typer.Option(help="Tokens [N, streams, T] to measure on.  [default: the model speaks some itself]")
     ] = None,
     sensitivity: Annotated[
         Path | None, typer.Option(help="Where measurements are kept.  [default: NAME.sensitivity.json]")
@@ -87,7 +87,8 @@ def allocate(
     wanted = Wanted(budget, consumer.name, *named, depformer_steps, tuple(keep or ()))
     opened = source.open_source(source.locate(where, quiet=quiet))
     file = sensitivity or output.with_suffix(".sensitivity.json")
-    found = allotting.allotted(opened, wanted, tokens, file, output, quiet)
+    heard = allotting.conversations(opened, tokens, output.with_suffix(""), quiet)
+    found = allotting.allotted(opened, wanted, heard, file, output, quiet)
     if plot:
         allotting.draw(found, file, plot)
     typer.echo(json.dumps(allotting.said(found), indent=1) if as_json else allotting.text(found))

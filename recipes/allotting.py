@@ -24,14 +24,15 @@ def budget_of(target_size: str | None, bits_per_weight: float | None) -> Budget 
     return Budget(None if target_size is None else size_of(target_size), bits_per_weight)
 
 
-def sensitivities(source: Source, tokens: Path | None, file: Path, quiet: bool) -> Sensitivities:
+def sensitivities(source: Source, tokens: Path, file: Path, quiet: bool) -> Sensitivities:
     """Return a source's sensitivities: those in the file, else measured now and written there.
 
     Raises UserError for a file of another source or other material.
     """
     from ..verify import calibration, measuring  # imports torch: seconds that --help does not need
+    from ..verify.material import read_tokens
 
-    material = calibration.material_for(source, tokens)
+    material = read_tokens(tokens, source.architecture, None, None)
     decisive = [fingerprint(source, quiet)[WEIGHTS].sha256, source.adapter, calibration.record(material)["sha256"]]
     mark = hashlib.sha256(repr(decisive).encode()).hexdigest()
     if file.exists():
@@ -44,7 +45,16 @@ def sensitivities(source: Source, tokens: Path | None, file: Path, quiet: bool) 
     return found
 
 
-def allotted(source: Source, wanted: Wanted, tokens: Path | None, file: Path, recipe: Path, quiet: bool) -> Allotted:
+def conversations(source: Source, tokens: Path | None, beside: Path, quiet: bool) -> Path:
+    """Return a file of conversations: the one that is given, else one that the model speaks itself, left beside."""
+    if tokens:
+        return tokens
+    from ..verify.speaking import spoken
+
+    return spoken(source, beside.with_name(f"{beside.name}.spoken.safetensors"), quiet=quiet)
+
+
+def allotted(source: Source, wanted: Wanted, tokens: Path, file: Path, recipe: Path, quiet: bool) -> Allotted:
     """Find the recipe for a budget, and write it."""
     found = allot(conversion.inventory(source), wanted, sensitivities(source, tokens, file, quiet))
     write_durably(recipe, to_toml(found.recipe))

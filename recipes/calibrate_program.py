@@ -9,13 +9,16 @@ import typer
 
 from ..convert import source
 from ..convert.problems import UserError
+from ..verify.material import SPOKEN
+from ..verify.request import CALIBRATION_FRAMES
 from . import console
 
-FRAMES = 250
 EXAMPLES = """\b
 Examples:
   ppx-calibrate nvidia/personaplex-7b-v1 --audio monday.wav --audio tuesday.wav -o mine.safetensors
       encode recordings: first channel the agent, second the user
+  ppx-calibrate ./my-finetune -o own.safetensors
+      let the model speak for itself
   ppx-calibrate ./my-finetune --tokens a.safetensors --tokens b.safetensors -o mine.safetensors
       join token files, and see what they cover
   ppx-convert ./my-finetune --method gptq --calibration mine.safetensors
@@ -34,7 +37,10 @@ def calibrate(
         list[Path] | None, typer.Option(help="safetensors with tokens [N, streams, T], as heard; as often as you like.")
     ] = None,
     audio: Annotated[list[Path] | None, typer.Option(help="A WAV; as often as you like.")] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Length of a sequence; 12.5 are a second.")] = FRAMES,
+    sessions: Annotated[
+        int | None, typer.Option(min=1, help="Of what the model speaks itself, so many.  [default: 108]")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Length of a sequence; 12.5 are a second.")] = CALIBRATION_FRAMES,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; errors go to standard error.")] = False,
     _version: Annotated[
@@ -43,20 +49,26 @@ def calibrate(
 ) -> None:
     """Gather conversations to quantize by, and say whether they are enough.
 
-    Without any, ppx-convert --method gptq goes by all voices with several text prompts.
+    Without any, the model speaks: sessions in all its voices with several text prompts, in which it says both sides.
+    That is also what ppx-convert --method gptq goes by where no --calibration is given.
     """
-    if not tokens and not audio:
-        raise UserError("nothing to gather: give --tokens or --audio (ppx-convert needs neither for its own material)")
+    if sessions and (tokens or audio):
+        raise UserError("--sessions is for what the model speaks itself: leave it out, or --tokens and --audio")
     if output.exists() and not force:
         raise UserError(f"{output}: is there already: choose another --output, or replace it with --force")
     if output.suffix != ".safetensors" or not output.parent.is_dir():
         raise UserError(f"{output}: give the name of a .safetensors file in a folder that is there")
-    from ..verify import calibration  # imports torch: seconds that --help does not need
+    from ..verify import calibration, speaking  # imports torch: seconds that --help does not need
 
     opened = source.open_source(source.locate(where, quiet=console.quiet(as_json)))
-    gathered = calibration.gather(opened, tokens or [], audio or [], frames)
+    metadata = None
+    if tokens or audio:
+        gathered = calibration.gather(opened, tokens or [], audio or [], frames)
+    else:
+        gathered = speaking.speak(opened, frames, sessions, console.quiet(as_json))
+        metadata = {"kind": SPOKEN}
     found = calibration.statistics(gathered, opened)
-    calibration.write(gathered, output)
+    calibration.write(gathered, output, metadata)
     typer.echo(json.dumps(found | {"file": str(output)}, indent=1) if as_json else _text(found, output))
     if found["alike"]:
         console.say(f"{found['alike']} sequences are the same as another")

@@ -86,7 +86,7 @@ def convert(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Tokens [N, streams, T] for --method gptq.  [default: all voices, several prompts]"),
+        typer.Option(help="Tokens [N, streams, T] for --method gptq.  [default: the model speaks some itself]"),
     ] = None,
     refine: Annotated[
         int, typer.Option(min=0, metavar="STEPS", help="Tune codes, scales and biases together; 600 are usual.")
@@ -137,7 +137,7 @@ def convert(
         merged = conversion.open_merged(location, adapter, fill_depformer_steps, quiet=quiet)
         chosen = _allotted(merged, wanted, calibration, folder, quiet, as_json)
     opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
-    solver = _solver(opened, plan, calibration, refine, budget is not None, quiet)
+    solver = _solver(opened, plan, folder, calibration, refine, budget is not None, quiet)
     done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet, solver=solver)
     if not as_json:
         typer.echo(_report(done))
@@ -180,12 +180,15 @@ def _check_at_hand(repository: str | None, adapter: str | None, calibration: Pat
 def _allotted(opened: Source, wanted: Wanted, tokens: Path | None, folder: Path, quiet: bool, as_json: bool) -> Recipe:
     """Return the recipe for a budget; it and what was measured for it are left beside the bundle."""
     measured, written = (folder.with_name(f"{folder.name}.{what}") for what in ("sensitivity.json", "recipe.toml"))
-    found = allotting.allotted(opened, wanted, tokens, measured, written, quiet)
+    heard = allotting.conversations(opened, tokens, folder, quiet)
+    found = allotting.allotted(opened, wanted, heard, measured, written, quiet)
     console.say(allotting.text(found)) if as_json else typer.echo(allotting.text(found))
     return found.recipe
 
 
-def _solver(opened: Source, plan: Plan, tokens: Path | None, steps: int, allotted: bool, quiet: bool) -> Solver | None:
+def _solver(
+    opened: Source, plan: Plan, folder: Path, tokens: Path | None, steps: int, allotted: bool, quiet: bool
+) -> Solver | None:
     """Return what solves what the plan wants solved; importing PyTorch takes seconds that others need not wait."""
     if not any(output.form and output.form.method in SOLVED for output in plan.outputs):
         if steps or (tokens and not allotted):
@@ -193,7 +196,8 @@ def _solver(opened: Source, plan: Plan, tokens: Path | None, steps: int, allotte
         return None
     from ..verify import calibration
 
-    found = calibration.solver_of(opened, plan, tokens, steps, quiet)
+    heard = allotting.conversations(opened, tokens, folder, quiet)
+    found = calibration.solver_of(opened, plan, heard, steps, quiet)
     if calibration.is_scarce(found.record, opened):
         console.say("calibration material is scarce: recorded conversations (--calibration) make a better bundle")
     return found

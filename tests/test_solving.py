@@ -18,8 +18,8 @@ from ppx.convert.source import locate, open_source
 from ppx.quant.affine import Affine, dequantize
 from ppx.quant.gptq import Moments, solve
 from ppx.verify import refining, solving
-from ppx.verify.calibration import PROMPTS, material_for, solver_of
-from ppx.verify.material import PROMPT, read_tokens
+from ppx.verify.calibration import solver_of
+from ppx.verify.material import read_tokens
 from ppx.verify.reference import reference_of, source_weights
 from safetensors.numpy import load_file, save_file
 
@@ -187,14 +187,6 @@ def test_scales_come_out_in_their_storage_dtype(opened, few, tmp_path):
         made = solution.read(part, 0, solution.rows(part), np.dtype(np.float32))
         for side in (made.scales, made.biases):
             assert (side == side.astype(np.float16).astype(np.float32)).all()
-
-
-def test_material_where_nothing_is_given(opened):
-    source, _ = opened
-    material = material_for(source, None)
-    assert len(material.tokens) == 18 * len(PROMPTS)
-    assert set(material.voices) == {voice.name for voice in source.voices}
-    assert PROMPT not in PROMPTS  # which a verification reads
 
 
 def loss_of(source, plan, material, solution):

@@ -1,4 +1,4 @@
-"""What a model is quantized by: recorded conversations, or how every conversation begins."""
+"""What a model is quantized by: conversations."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,22 +10,13 @@ import numpy as np
 from ..convert.plan import Plan
 from ..convert.problems import UserError
 from ..convert.solution import Solution, Solver
-from ..convert.source import TOKENIZER, Source
+from ..convert.source import Source
 from ..convert.tensorfile import Spec, TensorWriter
-from .material import Material, from_system_prompt, held_tokens, prompt_tokens, read_tokens
+from .material import Material, held_tokens, read_tokens
 from .model import Tokens
 from .refining import reach, refine
 from .solving import solve_model
 
-# What conversations are about. The prompt that a verification reads is not among them.
-PROMPTS = (
-    "You enjoy having a good conversation. Have a casual discussion about weekend plans and the weather.",
-    "You work for a city library and your name is Nora. A card is free; books may be kept for 21 days.",
-    "You are a calm nurse on a night line. Ask about the symptoms and say when to see a doctor.",
-    "You are an engineer on the radio. Explain to listeners how bridges carry their load, in plain words.",
-    "You take orders for a small bakery. Bread is 4 dollars, cakes are 30, and Monday is closed.",
-    "You are a travel guide who knows the mountains well and likes to tell old stories.",
-)
 _REFINED = {  # what a manifest says of what was tuned, by what can be tuned as a whole
     "codes": "codes, scales and biases, all together",
     "sides": "codes, scales and biases block by block, then scales and biases together",
@@ -34,33 +25,12 @@ _REFINED = {  # what a manifest says of what was tuned, by what can be tuned as 
 ENOUGH = 4  # frames for each column of the widest matrix, from which on more help little
 
 
-def material_for(source: Source, tokens: Path | None) -> Material:
-    """Return recorded conversations, or, where none are given, all voices with several prompts."""
-    a = source.architecture
-    if tokens:
-        return read_tokens(tokens, a, None, None)
-    names = [voice.name for voice in source.voices]
-    tokenizer = source.location.folder / TOKENIZER
-    made = [
-        from_system_prompt(a, source.voices, names, prompt_tokens(tokenizer, a, text), None, {"kind": "system prompts"})
-        for text in PROMPTS
-    ]
-    frames = min(part.tokens.shape[2] for part in made)
-    tokens_of, targets, counted = (
-        np.concatenate([part[:, :, :frames] for part in parts])
-        for parts in zip(*((part.tokens, part.targets, part.counted) for part in made), strict=True)
-    )
-    shape = {"sequences": len(names) * len(made), "frames": frames, "prompts": len(PROMPTS)}
-    description = {"kind": "system prompts"} | shape
-    return Material(description, tokens_of, targets, counted, tuple(names) * len(made), scored=False)
-
-
-def solver_of(source: Source, plan: Plan, tokens: Path | None, steps: int = 0, quiet: bool = False) -> Solver:
+def solver_of(source: Source, plan: Plan, tokens: Path, steps: int = 0, quiet: bool = False) -> Solver:
     """Return what solves a plan's matrices, and refines them for so many steps.
 
     Raises UserError for tokens of another model.
     """
-    material = material_for(source, tokens)
+    material = read_tokens(tokens, source.architecture, None, None)
     whole = reach(plan.outputs) if steps else None
 
     def solve(solution: Solution) -> None:
@@ -115,11 +85,11 @@ def gather(source: Source, files: Sequence[Path], recordings: Sequence[Path], fr
     return whole
 
 
-def write(tokens: Tokens, path: Path) -> None:
+def write(tokens: Tokens, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a token file, whole or not at all."""
     temporary = path.with_name(f"{path.name}.partial")
     small = tokens.max() < 1 << 15
-    writer = TensorWriter(temporary, [Spec("tokens", "I16" if small else "I32", tokens.shape)], {})
+    writer = TensorWriter(temporary, [Spec("tokens", "I16" if small else "I32", tokens.shape)], metadata or {})
     try:
         writer.append("tokens", tokens.astype(np.int16 if small else np.int32))
         writer.finish()

@@ -1,6 +1,7 @@
 """What both models are given to read: token files, the model's own system prompt, or encoded audio."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..convert.voices import Voice
 from .model import Floats, Tokens
 from .session import prompt_columns, system_prompt
 
+SPOKEN = "sessions that the model spoke itself"
 DEFAULT_SEQUENCES = 3  # of the system prompt: voices
 DEFAULT_FRAMES = 96  # of the system prompt, whose text takes about 25 of them
 PROMPT = "You are a wise and friendly teacher. Answer questions or provide advice in a clear and engaging way."
@@ -57,6 +59,12 @@ class Material:
         return found
 
 
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """Return so many of ``count``, at most, evenly spread."""
+    fitting = min(count, most)
+    return np.arange(fitting) * count // fitting
+
+
 def checked(material: Material, architecture: Architecture) -> Material:
     """Return material that tells all limited figures; raises UserError for what is too long, or says too little."""
     frames = material.tokens.shape[2]
@@ -93,7 +101,9 @@ def read_tokens(path: Path, architecture: Architecture, sequences: int | None, f
     """Read a token file as material; see ``held_tokens``."""
     tokens = held_tokens(path, architecture)[:sequences, :, :frames]
     shape = {"sequences": tokens.shape[0], "frames": tokens.shape[2]}
-    return from_tokens(tokens, architecture, {"kind": "tokens", "file": path.name} | shape)
+    with closing(TensorFile(path)) as file:
+        kind = SPOKEN if file.metadata.get("kind") == SPOKEN else "tokens"
+    return from_tokens(tokens, architecture, {"kind": kind, "file": path.name} | shape)
 
 
 def held_tokens(path: Path, architecture: Architecture) -> Tokens:

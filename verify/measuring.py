@@ -21,7 +21,8 @@ from ..convert.names import roles
 from ..convert.progress import bar
 from ..convert.source import Source
 from ..quant.affine import BITS, Affine, dequantize, quantize
-from .material import Material
+from . import device as devices
+from .material import Material, spread
 from .model import Floats, Tokens
 from .places import Place, places
 from .reference import Rows, TorchModel, kept_by, reference_of, source_weights
@@ -73,7 +74,7 @@ def measure(source: Source, material: Material, mark: str, quiet: bool = False) 
     among them: what the agent says does not depend on those.
     """
     members = _members(source.architecture)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = devices.device()
     kept: dict[tuple[str, int], Tensor] = {}
     model = reference_of(source.checkpoint, device=device)
     model = replace(model, weights=kept_by(kept, model.weights, device), rows=_remembered(model.rows))
@@ -108,12 +109,6 @@ def _fitting(architecture: Architecture, members: Mapping[Part, Any], material: 
     streams = 1 + len(BITS) * sum(part.component != "depformer" for part in members)
     frames = min(_FRAMES, _STREAMS // (streams * architecture.dim * 4))
     return spread(len(material.tokens), max(1, frames // material.tokens.shape[2]))
-
-
-def spread(count: int, most: int) -> NDArray[np.int64]:
-    """Return so many of ``count``, at most, evenly spread."""
-    fitting = min(count, most)
-    return np.arange(fitting) * count // fitting
 
 
 @dataclass(frozen=True)

@@ -217,13 +217,15 @@ def source_weights(checkpoint: Checkpoint) -> Weights:
     return read
 
 
-def kept_by(kept: dict[tuple[str, int], Tensor], read: Weights, device: str) -> Weights:
-    """Return a way to read float32 matrices that reads each once, until ``kept`` is cleared."""
+def kept_by(
+    kept: dict[tuple[str, int], Tensor], read: Weights, device: str, dtype: torch.dtype = torch.float32
+) -> Weights:
+    """Return a way to read matrices that reads each once, until ``kept`` is cleared."""
 
     def read_once(name: str, step: int | None) -> Tensor:
         part = (name, step or 0)
         if part not in kept:
-            kept[part] = read(name, step).to(device, torch.float32)
+            kept[part] = read(name, step).to(device, dtype)
         return kept[part]
 
     return read_once

@@ -25,6 +25,7 @@ from ..convert.progress import bar
 from ..convert.solution import Part, Solution, forms_of
 from ..convert.source import Source
 from ..quant.affine import SOLVED
+from . import device as devices
 from .material import Material
 from .model import Floats, Tokens
 from .reference import TorchModel, kept_by, reference_of, rows_of, source_weights
@@ -55,7 +56,7 @@ def refine(
     """
     if any(file == REFINED for file in solution.files.values()):
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = devices.device()
     forms = {part: form for part, form in forms_of(outputs).items() if form[0].method in SOLVED}
     read = source_weights(source.checkpoint)
     tuned = {part: begin(part, *form, solution, device, codes_too) for part, form in forms.items()}
@@ -74,12 +75,8 @@ def refine(
 
 def reach(outputs: list[Output]) -> str | None:
     """Return what of a model can be tuned as a whole in the memory that is there: ``codes``, ``sides`` or None."""
-    if torch.cuda.is_available():
-        there = torch.cuda.get_device_properties(0).total_memory
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     weights = sum(math.prod(output.shape) for output in outputs if output.form and output.form.method in SOLVED)
-    return next((what for what, nbytes in _BYTES.items() if weights * nbytes < 0.8 * there), None)
+    return next((what for what, nbytes in _BYTES.items() if weights * nbytes < 0.8 * devices.memory()), None)
 
 
 def _tune(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 ARITHMETICS = ("float32", "bundle")
 DEVICES = ("cpu", "gpu")
+CALIBRATION_FRAMES = 250  # of a sequence: 20 seconds
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Tokens stand in delayed columns: column n holds stream k's token of frame n - de
 completes column n: what is given there stays, the rest is predicted, the text first, then codebook after codebook.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -117,23 +117,46 @@ def prompt_columns(architecture: Architecture, voice: Voice, frames: Sequence[Fr
 def greedy(model: Model, architecture: Architecture, voice: Voice, frames: Sequence[Frame]) -> Iterator[Step]:
     """Run a session and yield its steps over ``frames``, the likeliest token taken wherever none is given.
 
-    The voice goes through the temporal transformer in one pass, then each frame in one. For what the reference does
-    while streaming, the model must see one frame and one step less than its context (its ring masks the oldest key).
+    For what the reference does while streaming, the model must see one frame and one step less than its context (its
+    ring masks the oldest key).
+    """
+    for steps in sessions(model, architecture, [voice], [[frame] for frame in frames], likeliest):
+        yield steps[0]
+
+
+def likeliest(logits: Floats, stream: int) -> Tokens:
+    """Return the likeliest token of each row ``[rows, vocabulary]``, of whatever stream."""
+    del stream
+    tokens: Tokens = logits.argmax(-1).astype(np.int32)
+    return tokens
+
+
+def sessions(
+    model: Model,
+    architecture: Architecture,
+    voices: Sequence[Voice],
+    frames: Iterable[Sequence[Frame]],
+    choose: Callable[[Floats, int], Tokens],
+) -> Iterator[list[Step]]:
+    """Run sessions side by side, of voices of one length; yield the step of each, frame by frame.
+
+    frames: the next frame of every session. choose: takes logits ``[sessions, vocabulary]`` and the stream, and returns
+    tokens for where none is given. The voices go through the temporal transformer in one pass, then each frame in one.
     """
     memory: Memory = {}
-    vectors = voice.embeddings.reshape(1, -1, architecture.dim).astype(np.float32)
-    nothing = np.full((1, 1 + architecture.n_q, vectors.shape[1]), -1, np.int32)
+    vectors = np.stack([voice.embeddings.reshape(-1, architecture.dim).astype(np.float32) for voice in voices])
+    nothing = np.full((len(voices), 1 + architecture.n_q, vectors.shape[1]), -1, np.int32)
     _temporal(model, architecture, model.embed(nothing, vectors), memory, 0)
-    columns = Columns(architecture, voice)
-    for done, frame in enumerate(frames, vectors.shape[1]):
-        source, target, given = columns.give(frame)
-        x = model.embed(source[None, :, None])
+    columns = [Columns(architecture, voice) for voice in voices]
+    for done, given_now in enumerate(frames, vectors.shape[1]):
+        parts = [one.give(frame) for one, frame in zip(columns, given_now, strict=True)]
+        targets, given = [target for _, target, _ in parts], [held for _, _, held in parts]
+        x = model.embed(np.stack([source for source, _, _ in parts])[:, :, None])
         hidden = model.out_norm(_temporal(model, architecture, x, memory, done))[:, 0]
-        text = model.text_logits(hidden)[0]
-        if 0 not in given:
-            target[0] = text.argmax()
-        audio = _steps(model, architecture, hidden, target, given)
-        yield Step(columns.advance(), text, audio)
+        text = model.text_logits(hidden)
+        _complete(targets, given, 0, choose(text, 0))
+        audio = _steps(model, architecture, hidden, targets, given, choose)
+        yield [Step(one.advance(), text[index], audio[index]) for index, one in enumerate(columns)]
 
 
 def _temporal(model: Model, architecture: Architecture, x: Floats, memory: Memory, first: int) -> Floats:
@@ -142,15 +165,29 @@ def _temporal(model: Model, architecture: Architecture, x: Floats, memory: Memor
     return x
 
 
-def _steps(model: Model, architecture: Architecture, hidden: Floats, target: Tokens, given: set[int]) -> Floats:
-    """Run the depformer's steps for one frame and complete its column; return their logits."""
+def _complete(targets: Sequence[Tokens], given: Sequence[set[int]], stream: int, tokens: Tokens) -> None:
+    """Put tokens into the columns where none is given."""
+    for target, held, token in zip(targets, given, tokens, strict=True):
+        if stream not in held:
+            target[stream] = token
+
+
+def _steps(
+    model: Model,
+    architecture: Architecture,
+    hidden: Floats,
+    targets: Sequence[Tokens],
+    given: Sequence[set[int]],
+    choose: Callable[[Floats, int], Tokens],
+) -> Floats:
+    """Run the depformer's steps for one frame and complete its columns; return logits ``[sessions, steps, card]``."""
     memory: Memory = {}
     logits = []
     for step in range(architecture.steps):
-        x = model.step_input(step, hidden, target[step : step + 1])[:, None]
+        previous = np.array([target[step] for target in targets], np.int32)
+        x = model.step_input(step, hidden, previous)[:, None]
         for place in places(architecture, "depformer"):
             _, x = model.block(place, x, memory, step)
-        logits.append(model.audio_logits(step, x[:, 0])[0])
-        if step + 1 not in given:
-            target[step + 1] = logits[-1].argmax()
-    return np.stack(logits)
+        logits.append(model.audio_logits(step, x[:, 0]))
+        _complete(targets, given, step + 1, choose(logits[-1], step + 1))
+    return np.stack(logits, 1)

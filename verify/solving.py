@@ -23,8 +23,9 @@ from ..convert.source import Source
 from ..convert.tensorfile import DTYPES
 from ..quant.affine import SOLVED, Affine, Quantized, dequantize, quantize
 from ..quant.gptq import Moments, solve
+from . import device as devices
 from .block_tuning import tune_block
-from .material import Material
+from .material import Material, spread
 from .model import Floats, Tokens
 from .places import POSITIONS, Place, places
 from .reference import Rows, TorchModel, Weights, kept_by, reference_of, source_rows, source_weights
@@ -96,7 +97,7 @@ def solve_model(
 
     PyTorch computes on a GPU where there is one. Raises ValueError if the model gives values that are not finite.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = devices.device()
     forms = forms_of(outputs)
     kept: list[dict[Part, Tensor]] = [{}, {}]
     original = reference_of(source.checkpoint, device=device)
@@ -107,7 +108,7 @@ def solve_model(
     with bar("solving", count, "matrix", quiet) as progress, torch.no_grad():
         walk = Walk(source, forms, solution, original, quantized, kept, steps, progress)
         progress.update(len(solution.files))
-        fitting = material.chosen(_spread(len(material.tokens), material.tokens.shape[2] * source.architecture.dim))
+        fitting = material.chosen(_fitting(len(material.tokens), material.tokens.shape[2] * source.architecture.dim))
         _audio(walk, fitting, _temporal(walk, fitting))
 
 
@@ -166,7 +167,7 @@ def _audio(walk: Walk, material: Material, hidden: Streams) -> None:
     arch = walk.source.architecture
     known = material.counted[:, 1 : arch.steps + 1].any(1)
     targets = material.targets.transpose(0, 2, 1)[known]
-    rows = _spread(len(targets), arch.steps * arch.depformer_dim)
+    rows = _fitting(len(targets), arch.steps * arch.depformer_dim)
     targets, states = targets[rows], tuple(array[known][rows] for array in hidden)
     inputs = [f"depformer_in.{step}.weight" for step in range(arch.steps)]
     _solve_read(walk, "depformer_in", walk.wanted(inputs), (states[0], states[1]))
@@ -185,10 +186,9 @@ def _audio(walk: Walk, material: Material, hidden: Streams) -> None:
         _solve_read(walk, name, walk.wanted([f"{name}.weight"]), (streams[0][:, step], streams[1][:, step]))
 
 
-def _spread(count: int, floats: int) -> NDArray[np.int64]:
-    """Return which of ``count`` sequences or rows, of so many floats each, fit into a stream: evenly spread ones."""
-    fitting = max(1, min(count, _STREAM // (4 * floats)))
-    return np.arange(fitting) * count // fitting
+def _fitting(count: int, floats: int) -> NDArray[np.int64]:
+    """Return which of ``count`` sequences or rows, of so many floats each, fit into a stream."""
+    return spread(count, max(1, _STREAM // (4 * floats)))
 
 
 def _solve_read(walk: Walk, block: str, parts: list[Part], inputs: Streams) -> None:

@@ -17,6 +17,7 @@ from ..convert.progress import bar, byte_bar
 from ..convert.scan import hash_file
 from ..convert.source import TOKENIZER, WEIGHTS, Source
 from ..convert.workspace import MANIFEST
+from . import device as devices
 from . import kernels, limits, rollout, structure
 from .bundle import Bundle, Layout, layout_of
 from .comparison import Measured, compare
@@ -197,6 +198,4 @@ def _choose_device(asked: str | None) -> None:
 
 
 def _torch_device(request: Request) -> str:
-    import torch
-
-    return "cuda" if request.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cpu" if request.device == "cpu" else devices.device()

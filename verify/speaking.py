@@ -1,0 +1,121 @@
+"""Material that the original speaks itself: sessions in all its voices, in which it says both sides."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..convert.problems import UserError
+from ..convert.progress import bar
+from ..convert.source import TOKENIZER, WEIGHTS, Source, fingerprint
+from ..convert.tensorfile import TensorFile
+from ..convert.voices import Voice
+from . import device as devices
+from .calibration import write
+from .material import SPOKEN, prompt_tokens, spread
+from .model import Floats, Tokens
+from .reference import TorchModel, kept_by, reference_of, rows_of
+from .request import CALIBRATION_FRAMES
+from .session import PAUSE, Frame, sessions, system_prompt
+
+# What conversations are about. The prompt that a verification reads is not among them.
+PROMPTS = (
+    "You enjoy having a good conversation. Have a casual discussion about weekend plans and the weather.",
+    "You work for a city library and your name is Nora. A card is free; books may be kept for 21 days.",
+    "You are a calm nurse on a night line. Ask about the symptoms and say when to see a doctor.",
+    "You are an engineer on the radio. Explain to listeners how bridges carry their load, in plain words.",
+    "You take orders for a small bakery. Bread is 4 dollars, cakes are 30, and Monday is closed.",
+    "You are a travel guide who knows the mountains well and likes to tell old stories.",
+)
+_KEPT = 0.4  # of the memory that is there, for weights; what does not fit in float32 computes in bfloat16
+_SESSIONS = 0.1  # of it, for keys and values of the sessions that run side by side
+_TEXT, _AUDIO = (0.7, 25), (0.8, 250)  # temperature, and how many tokens may be drawn: what the model is published with
+
+
+def spoken(source: Source, path: Path, sessions_wanted: int | None = None, quiet: bool = False) -> Path:
+    """Return a file of sessions that a source speaks itself, made if there is none of this source.
+
+    Raises UserError for a file of something else.
+    """
+    adapter = source.adapter and source.adapter["sha256"]
+    decisive = [fingerprint(source, quiet)[WEIGHTS].sha256, adapter, sessions_wanted, CALIBRATION_FRAMES, PROMPTS]
+    mark = hashlib.sha256(repr(decisive).encode()).hexdigest()
+    if path.exists():
+        with closing(TensorFile(path)) as file:
+            if file.metadata.get("mark") == mark:
+                return path
+        raise UserError(f"{path}: is not of this source: move it away, or give it as --calibration if it is meant")
+    write(speak(source, CALIBRATION_FRAMES, sessions_wanted, quiet), path, {"kind": SPOKEN, "mark": mark})
+    return path
+
+
+def speak(source: Source, frames: int, sessions_wanted: int | None = None, quiet: bool = False) -> Tokens:
+    """Return sessions ``[sessions, streams, frames]`` as heard, sampled after each voice and text prompt.
+
+    sessions_wanted: so many of them, evenly spread. The same again on the same machine.
+    """
+    a = source.architecture
+    texts = [prompt_tokens(source.location.folder / TOKENIZER, a, text) for text in PROMPTS]
+    wanted = [(voice, text) for text in texts for voice in source.voices]
+    wanted = [wanted[index] for index in spread(len(wanted), sessions_wanted or len(wanted))]
+    wanted.sort(key=_lengths)
+    made: list[Tokens] = []
+    model = _model(source)
+    with bar("speaking", len(wanted) * frames, "frame", quiet) as progress, torch.inference_mode():
+        for lengths, alike in groupby(wanted, _lengths):
+            pairs = list(alike)
+            room = 2 * model.dtype.itemsize * a.num_layers * a.dim * min(a.context, sum(lengths) + 2 * PAUSE + frames)
+            some = max(1, int(_SESSIONS * devices.memory()) // room)
+            for first in range(0, len(pairs), some):
+                made.append(_together(model, pairs[first : first + some], frames, len(made), progress))
+    return np.concatenate(made)
+
+
+def _lengths(pair: tuple[Voice, Sequence[int]]) -> tuple[int, int]:
+    return len(pair[0].embeddings), len(pair[1])
+
+
+def _model(source: Source) -> TorchModel:
+    """Return what speaks: in float32 and held in memory if that fits, else in bfloat16 and held if that does."""
+    size, there = source.checkpoint.file.path.stat().st_size, _KEPT * devices.memory()
+    dtype = torch.float32 if 2 * size < there else torch.bfloat16
+    model = reference_of(source.checkpoint, dtype, devices.device())
+    if size < there:
+        held = kept_by({}, model.weights, model.device, dtype)
+        model = replace(model, weights=held, rows=rows_of(held))
+    return replace(model, context=model.context - 1, steps_seen=model.steps_seen - 1)  # as the reference streams
+
+
+def _together(
+    model: TorchModel, pairs: Sequence[tuple[Voice, Sequence[int]]], frames: int, seed: int, progress: "tqdm[Any]"
+) -> Tokens:
+    """Return sessions of voices of one length and prompts of one length."""
+    a = model.architecture
+    begin = list(zip(*(system_prompt(a, prompt) for _, prompt in pairs), strict=True))
+    late = max(a.delays)  # columns until the last frame is whole
+
+    def given() -> Iterator[Sequence[Frame]]:
+        yield from begin
+        for number in range(late + frames):
+            yield [Frame()] * len(pairs)
+            progress.update(len(pairs) if number >= late else 0)
+
+    generator = torch.Generator(model.device).manual_seed(seed)
+
+    def choose(logits: Floats, stream: int) -> Tokens:
+        temperature, most = _AUDIO if stream else _TEXT
+        likely = (torch.from_numpy(logits).to(model.device) / temperature).topk(min(most, logits.shape[-1]), -1)
+        drawn = torch.multinomial(likely.values.softmax(-1), 1, generator=generator)
+        tokens: Tokens = likely.indices.gather(-1, drawn)[:, 0].cpu().numpy().astype(np.int32)
+        return tokens
+
+    voices = [voice for voice, _ in pairs]
+    heard = [[step.tokens for step in steps] for steps in sessions(model, a, voices, given(), choose)]
+    return np.stack([np.stack([frame[index] for frame in heard[-frames:]], 1) for index in range(len(pairs))])
