@@ -1,0 +1,146 @@
+"""How near to its original each recipe and method comes, for how many bytes: a table, and a picture.
+
+    python benchmarks/fidelity.py SOURCE --heldout TOKENS [--calibration TOKENS] [--rows NAME ...] [--folder DIR]
+        [--refine STEPS] [--picture FILE.svg]
+
+Each row is a conversion and a verification by the programs that users run, on held-out tokens that nothing was
+calibrated on. Sizes are those of the bundle's model without the codec and the voices. What was measured stays in the
+folder; a row that is there is not measured again. ``--refine`` adds the rows that tune codes, scales and biases: on a
+processor each of its steps takes as long as a pass over 16 sequences, there and back.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RTN, LSQ, GPTQ = (["--method", method] for method in ("rtn", "lsq", "gptq"))
+FOUR, THREE = (["--bits", bits, "--group-size", "64"] for bits in ("4", "3"))
+SAME_SIZE = ["--target", "mlx", "--dtype", "float16", "--depformer-steps", "8", "--target-size", "{size}"]
+ROWS: dict[str, list[str]] = {
+    "4 bit, rtn": [*FOUR, *RTN],
+    "4 bit, lsq": [*FOUR, *LSQ],
+    "4 bit, gptq": [*FOUR, *GPTQ],
+    "4 bit, gptq, refined": [*FOUR, *GPTQ, "--refine"],
+    "3 bit, rtn": [*THREE, *RTN],
+    "3 bit, lsq": [*THREE, *LSQ],
+    "3 bit, gptq": [*THREE, *GPTQ],
+    "3 bit, gptq, refined": [*THREE, *GPTQ, "--refine"],
+    "moshi-q4, rtn": ["--recipe", "moshi-q4", *RTN],
+    "moshi-q4, lsq": ["--recipe", "moshi-q4", *LSQ],
+    "moshi-q4, gptq": ["--recipe", "moshi-q4", *GPTQ],
+    "moshi-q4, gptq, refined": ["--recipe", "moshi-q4", *GPTQ, "--refine"],
+    "4bit-depformer16, lsq": ["--recipe", "4bit-depformer16", *LSQ],
+    "mixed, lsq": ["--recipe", "mixed", *LSQ],
+    "mixed, gptq": ["--recipe", "mixed", *GPTQ],
+    "4.5 bits a weight, lsq": [*SAME_SIZE[:-2], "--bits-per-weight", "4.5", *LSQ],
+    "4.5 bits a weight, gptq": [*SAME_SIZE[:-2], "--bits-per-weight", "4.5", *GPTQ],
+    "size of 4 bit, lsq": [*SAME_SIZE, *LSQ],
+    "8bit, lsq": ["--recipe", "8bit", *LSQ],
+    "moshi-q8, lsq": ["--recipe", "moshi-q8", *LSQ],
+}
+COLUMNS = ("text", "codebook_0", "agent")
+COLOURS = {"rtn": "#7a8288", "lsq": "#2b7bba", "gptq": "#d9730d", "refined": "#1a7f37"}
+
+
+def run(program: str, *arguments: str) -> str:
+    """Run one of the programs; return what it prints. A bundle beyond its limits is a figure, too."""
+    command = [sys.executable, "-m", f"ppx.recipes.{program}_program", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+    return done.stdout
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Convert and verify for one row; what the table needs of it."""
+    held = options.folder / f"{name.replace(' ', '-').replace(',', '')}.json"
+    if held.is_file():
+        found: dict[str, Any] = json.loads(held.read_text())
+        return found
+    words = [str(options.size) if word == "{size}" else word for word in ROWS[name]]
+    if words[-1] == "--refine":
+        words.append(str(options.refine))
+    if options.calibration and ("gptq" in words or "--target-size" in words or "--bits-per-weight" in words):
+        words += ["--calibration", str(options.calibration)]
+    bundle, reusable = options.folder / "bundle", options.folder / "sensitivity.json"
+    if reusable.is_file():
+        shutil.copy(reusable, options.folder / "bundle.sensitivity.json")
+    run("convert", str(options.source), *words, "--output", str(bundle), "--no-verify")
+    tokens = ["--tokens", str(options.heldout), "--sequences", str(options.sequences), "--frames", str(options.frames)]
+    report = json.loads(run("verify", str(bundle), "--reference", str(options.source), *tokens, "--json"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    found = {stream: report["predictions"][stream]["bundle"]["kl"]["mean"] for stream in COLUMNS}
+    found["agreement"] = report["predictions"]["agent"]["bundle"]["top1"]["agreement"]
+    found["passed"] = report["verdict"]["passed"]
+    found["bits_per_weight"] = manifest["bits_per_weight"]
+    found["bytes"] = int(manifest["bits_per_weight"] * manifest["parameters"] / 8)
+    found["whole"] = sum(record["size"] for record in manifest["files"].values())
+    if (left := options.folder / "bundle.sensitivity.json").is_file():
+        left.replace(reusable)
+    shutil.rmtree(bundle)
+    held.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Return the rows as Markdown."""
+    lines = ["| | MB | bits a weight | text | codebook 0 | agent | agreement |", "| --- |" + " --- |" * 6]
+    for name, row in found.items():
+        figures = " | ".join(f"{row[stream]:.2g}" if row[stream] < 1e-3 else f"{row[stream]:.4f}" for stream in COLUMNS)
+        size = f"{row['bytes'] / 1e6:.1f} | {row['bits_per_weight']:.2f}"
+        lines.append(f"| {name} | {size} | {figures} | {row['agreement']:.3f} |")
+    return "\n".join(lines)
+
+
+def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw the agent's divergence over the size."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ppx", "font.size": 8})
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.6), layout="constrained")
+    for name, row in found.items():
+        kind = name.rpartition(", ")[2]
+        axis.plot(row["bytes"] / 1e6, row["agent"], "o", color=COLOURS[kind], markersize=5)
+        axis.annotate(name, (row["bytes"] / 1e6, row["agent"]), xytext=(5, 3), textcoords="offset points", fontsize=6.5)
+    axis.set_yscale("log")
+    axis.set_xlabel("MB of the model")
+    axis.set_ylabel("divergence of the agent's codebooks, nats a token")
+    axis.grid(alpha=0.25, which="both")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--heldout", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, help="[default: the model speaks some itself, for every row]")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, help="[default: all]")
+    parser.add_argument("--sequences", type=int, default=24)
+    parser.add_argument("--frames", type=int, default=200)
+    parser.add_argument("--refine", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-fidelity"), help="kept")
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    options.folder.mkdir(exist_ok=True)
+    found = {}
+    for name in options.rows or [row for row in ROWS if options.refine or not row.endswith("refined")]:
+        if name.startswith("size of"):
+            options.size = measure("4 bit, lsq", options)["whole"]
+        found[name] = measure(name, options)
+        row = found[name]
+        print(f"{name}: text {row['text']:.5f}, agent {row['agent']:.5f}", file=sys.stderr, flush=True)
+    print(table(found))
+    if options.picture:
+        draw(found, options.picture)
+
+
+if __name__ == "__main__":
+    main()
