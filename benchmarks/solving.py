@@ -1,0 +1,98 @@
+"""Time and memory of ``--method gptq`` on whole layers of real size, and what follows for the 7B model.
+
+    python benchmarks/solving.py [--frames 8192] [--sequence 256] [--refine STEPS] [--folder DIR]
+
+Makes a source with PersonaPlex's widths and one layer of each transformer (made-up weights, random tokens), and
+quantizes it as a conversion does: every matrix of a layer by what its inputs are. Beside each block's seconds stands how
+many times as long that is as one pass of the original through it, in the same run. The whole model's time is the sum of
+what it has of each. Memory is the largest ``ru_maxrss`` above a Python that imports the same and does nothing. Needs 3
+GB of disk.
+"""
+
+import argparse
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from ppx.convert import conversion, demo
+from ppx.convert.architecture import Architecture
+from ppx.convert.parallel import cores
+from ppx.convert.plan import make_plan
+from ppx.convert.recipe import uniform
+from ppx.convert.solution import Solution
+from ppx.convert.source import locate, open_source
+from ppx.quant.affine import Affine
+from ppx.verify import device, solving
+from ppx.verify.calibration import write
+from ppx.verify.material import read_tokens
+from ppx.verify.places import Place
+
+WHOLE = Architecture()
+IMPORTS = "import torch, ppx.verify.calibration, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=8192)
+    parser.add_argument("--sequence", type=int, default=256, help="frames of a sequence")
+    parser.add_argument("--refine", type=int, default=0, help="steps that each block is tuned for")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-solving"), help="made and removed")
+    options = parser.parse_args()
+    idle = int(subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, check=True).stdout)
+    options.folder.mkdir()
+    try:
+        solve(options, idle)
+    finally:
+        shutil.rmtree(options.folder)
+
+
+def solve(options: argparse.Namespace, idle: int) -> None:
+    """Make the source, quantize it, and print what it took."""
+    one = replace(WHOLE, num_layers=1, depformer_num_layers=1)
+    demo.make("demo", options.folder / "source", quiet=True, architecture=one)
+    source = open_source(locate(str(options.folder / "source")))
+    random, count = np.random.default_rng(0), options.frames // options.sequence
+    shape = (count, 1 + one.n_q, options.sequence)
+    tokens = np.minimum(random.integers(0, one.text_card, shape), one.card - 1).astype(np.int32)
+    write(tokens, options.folder / "tokens.safetensors")
+    material = read_tokens(options.folder / "tokens.safetensors", one, None, None)
+    recipe = uniform(Affine(4, 64, "gptq"), "speech-swift", "float16", ("temporal", "depformer"))
+    plan = make_plan(conversion.inventory(source), recipe)
+    seconds: dict[str, float] = {}
+    block, walk_block = solving._block, {"original": 0.0}
+
+    def timed(walk: solving.Walk, place: Place, streams: solving.Streams) -> solving.Streams:
+        start = time.perf_counter()
+        for rows in place.pieces(streams[0]):
+            walk.original.block(place, streams[0][rows])
+        alone = time.perf_counter() - start
+        start = time.perf_counter()
+        found = block(walk, place, streams)
+        took = time.perf_counter() - start
+        walk_block["original"] += alone
+        seconds[place.component] = seconds.get(place.component, 0.0) + took
+        print(f"{place}: {took:.1f} s, {took / alone:.1f} times one pass ({alone:.1f} s)", flush=True)
+        return found
+
+    solving._block = timed
+    start = time.perf_counter()
+    solving.solve_model(source, plan.outputs, material, Solution(options.folder / "solution", "x"), options.refine)
+    total = time.perf_counter() - start - walk_block["original"]
+    rest = total - sum(seconds.values())
+    whole = WHOLE.num_layers * seconds["temporal"] + WHOLE.depformer_num_layers * seconds["depformer"] + rest
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) * (1 if sys.platform == "darwin" else 1024)
+    frames = int(material.tokens.shape[0] * material.tokens.shape[2])
+    print(f"{platform.system()} {platform.machine()}, {cores()} cores, {device.device()}, {frames} frames")
+    print(f"all else (depformer_in, embeddings): {rest:.1f} s; the 7B model: {whole / 3600:.2f} h, extrapolated")
+    print(f"peak memory above imports {memory / 2**30:.2f} GiB")
+
+
+if __name__ == "__main__":
+    main()
