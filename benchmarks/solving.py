@@ -4,9 +4,9 @@
 
 Makes a source with PersonaPlex's widths and one layer of each transformer (made-up weights, random tokens), and
 quantizes it as a conversion does: every matrix of a layer by what its inputs are. Beside each block's seconds stands
-how many times as long that is as one pass of the original through it, in the same run. The whole model's time is the sum
-of what it has of each. Memory is the largest ``ru_maxrss`` above a Python that imports the same and does nothing. Needs 3
-GB of disk.
+how many times as long that is as one pass of the original through it, in the same run. The whole model's time is the
+sum of what it has of each. Memory is the largest ``ru_maxrss`` above a Python that imports the same and does nothing.
+Needs 3 GB of disk.
 """
 
 import argparse

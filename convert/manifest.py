@@ -173,6 +173,7 @@ def _is_entry(entry: dict[str, Any]) -> bool:
         bool(entry["outputs"])
         and type(first) is type(last) is int
         and ("bits" in entry) == ("group_size" in entry)
+        and all(type(entry.get(key, 0)) is int for key in ("bits", "group_size"))
         and all(isinstance(name, str) and name.isprintable() for name in names)
         and all(type(figure) in (int, float) and 0 <= figure < math.inf for figure in figures)
     )

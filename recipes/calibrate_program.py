@@ -10,7 +10,7 @@ import typer
 from ..convert import source
 from ..convert.problems import UserError
 from ..verify.material import SPOKEN
-from ..verify.request import CALIBRATION_FRAMES
+from ..verify.request import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 from . import console
 
 EXAMPLES = """\b
@@ -38,7 +38,8 @@ def calibrate(
     ] = None,
     audio: Annotated[list[Path] | None, typer.Option(help="A WAV; as often as you like.")] = None,
     sessions: Annotated[
-        int | None, typer.Option(min=1, help="Of what the model speaks itself, so many.  [default: 108]")
+        int | None,
+        typer.Option(min=1, help=f"Of what the model speaks itself, so many.  [default: {CALIBRATION_SESSIONS}]"),
     ] = None,
     frames: Annotated[int, typer.Option(min=1, help="Length of a sequence; 12.5 are a second.")] = CALIBRATION_FRAMES,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
@@ -49,7 +50,7 @@ def calibrate(
 ) -> None:
     """Gather conversations to quantize by, and say whether they are enough.
 
-    Without any, the model speaks: sessions in all its voices with several text prompts, in which it says both sides.
+    Without any, the model speaks: sessions in which it says both sides, half of them after a voice and a text prompt.
     That is also what ppx-convert --method gptq goes by where no --calibration is given.
     """
     if sessions and (tokens or audio):

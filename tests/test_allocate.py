@@ -1,8 +1,11 @@
 """Bits where they matter: what is measured, against the model run at once, and the recipes that come of it."""
 
 import json
+import re
+import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from ppx.convert.recipe import uniform
 from ppx.convert.source import locate, open_source
 from ppx.quant.affine import BITS, Affine, dequantize, quantize
 from ppx.recipes import loader
-from ppx.verify import measuring, sensitivity
+from ppx.verify import sensitivity
 from ppx.verify.budget import Budget, Wanted, allot, size_of
 from ppx.verify.material import read_tokens
 from ppx.verify.reference import reference_of
@@ -33,11 +36,21 @@ def few(pico, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def measured(pico, few):
+def held(program, pico, few, tmp_path_factory):
+    """What the program measures, in a file."""
+    folder = tmp_path_factory.mktemp("held")
+    options = ("--tokens", few, "--bits-per-weight", "4.5", "-o", "a.toml", "--plot", "a.svg")
+    done = program("ppx-allocate", pico, *options, cwd=folder)
+    assert done.stdout.startswith("4.5bpw: ")
+    assert "temporal self_attn.* layer 1" in (folder / "a.svg").read_text()
+    return folder / "a.sensitivity.json"
+
+
+@pytest.fixture(scope="module")
+def measured(pico, few, held):
     """Pico, what it was measured on, and its sensitivities."""
     source = open_source(locate(str(pico)))
-    material = read_tokens(few, source.architecture, None, None)
-    return source, material, measuring.measure(source, material, "pico", quiet=True)
+    return source, read_tokens(few, source.architecture, None, None), sensitivity.read(held)
 
 
 def rounded(values, bits):
@@ -214,20 +227,8 @@ def test_sizes():
             size_of(text)
 
 
-@pytest.fixture(scope="module")
-def held(program, pico, few, tmp_path_factory):
-    """What the program measures, in a file."""
-    folder = tmp_path_factory.mktemp("held")
-    options = ("--tokens", few, "--bits-per-weight", "4.5", "-o", "a.toml", "--plot", "a.svg")
-    done = program("ppx-allocate", pico, *options, cwd=folder)
-    assert done.stdout.startswith("4.5bpw: ")
-    assert "temporal self_attn.* layer 1" in (folder / "a.svg").read_text()
-    return folder / "a.sensitivity.json"
-
-
-def test_the_program_writes_a_recipe_and_keeps_what_it_measured(program, pico, few, held, measured, tmp_path):
+def test_the_program_writes_a_recipe_and_keeps_what_it_measured(program, pico, few, held, tmp_path):
     before = held.read_bytes()
-    assert sensitivity.read(held).costs == measured[2].costs
     common = ("ppx-allocate", pico, "--tokens", few, "--sensitivity", held, "--depformer-steps", "8")
     said = json.loads(program(*common, "--target-size", "2.2MB", "-o", "b.toml", "--json", cwd=tmp_path).stdout)
     assert said["bytes"] <= 2_200_000
@@ -258,7 +259,7 @@ def test_the_program_refuses_what_contradicts_itself(program, pico, tmp_path):
 
 
 def test_measurements_of_another_source_are_refused(program, pico, few, measured, tmp_path):
-    sensitivity.write(measured[2], tmp_path / "held.json")
+    sensitivity.write(replace(measured[2], mark="another"), tmp_path / "held.json")
     given = ("--tokens", few, "--sensitivity", "held.json", "--bits-per-weight", "4", "-o", "a.toml")
     done = program("ppx-allocate", pico, *given, cwd=tmp_path, status=2)
     assert "measured on another source" in done.stderr
@@ -276,3 +277,12 @@ def test_a_conversion_to_a_size(program, pico, few, held, tmp_path):
     assert "measures nothing" in program(*common, "--target-size", "2MB", "--dry-run", cwd=tmp_path, status=2).stderr
     again = program(*common, "--target-size", "2MB", "--recipe", "4bit", cwd=tmp_path, status=2)
     assert "contradict" in again.stderr
+
+
+def test_the_command_of_the_readme(program, pico, few, held, tmp_path):
+    page = (Path(__file__).parent.parent / "README.md").read_text()
+    command = re.search(r"^ppx-allocate (.*)$", page, re.MULTILINE)[1]
+    arguments = [pico if argument == "./my-finetune" else argument for argument in shlex.split(command)]
+    program("ppx-allocate", *arguments, "--tokens", few, "--sensitivity", held, cwd=tmp_path)
+    assert loader.load(str(tmp_path / "mine.toml")).depformer_steps == 8
+    assert (tmp_path / "mine.svg").read_text().startswith("<svg")

@@ -14,6 +14,7 @@ import pytest
 from hub_server import running
 from ppx.convert.describe import size
 from ppx.convert.plan import inventory_of_7b, make_plan
+from ppx.convert.recipe import to_toml
 from ppx.recipes import loader
 from ppx.verify import limits
 
@@ -87,9 +88,11 @@ def readme_commands():
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_commands_of_the_readme_plan(command, program, tmp_path):
+def test_commands_of_the_readme_plan(command, program, pico, tmp_path):
     name, *arguments = shlex.split(command)
-    done = program(name, *[a for a in arguments if a != "--dry-run"], "--dry-run", cwd=tmp_path)
+    arguments = [pico if argument == "./my-finetune" else argument for argument in arguments if argument != "--dry-run"]
+    (tmp_path / "mine.toml").write_text(to_toml(loader.load("mixed")))
+    done = program(name, *arguments, "--dry-run", cwd=tmp_path)
     assert "bits a weight" in done.stdout
 
 
@@ -152,7 +155,7 @@ def test_the_readmes_table_of_recipes():
         assert (target, total, bits) == (plan.target.name, size(plan.nbytes), f"{plan.bits_per_weight:.2f}"), name
 
 
-@pytest.mark.parametrize("name", ["ppx-calibrate", "ppx-convert", "ppx-inspect", "ppx-publish", "ppx-verify"])
+@pytest.mark.parametrize("name", tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"])
 def test_help_has_examples_and_no_option_without_a_word(name, program, tmp_path):
     said = program(name, "--help", cwd=tmp_path, environment={"COLUMNS": "200"}).stdout
     assert "Examples:" in said

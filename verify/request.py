@@ -5,7 +5,7 @@ from pathlib import Path
 
 ARITHMETICS = ("float32", "bundle")
 DEVICES = ("cpu", "gpu")
-CALIBRATION_FRAMES = 250  # of a sequence: 20 seconds
+CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: what a model speaks to be quantized by
 
 
 @dataclass(frozen=True)

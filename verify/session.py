@@ -145,8 +145,9 @@ def sessions(
     """
     memory: Memory = {}
     vectors = np.stack([voice.embeddings.reshape(-1, architecture.dim).astype(np.float32) for voice in voices])
-    nothing = np.full((len(voices), 1 + architecture.n_q, vectors.shape[1]), -1, np.int32)
-    _temporal(model, architecture, model.embed(nothing, vectors), memory, 0)
+    if vectors.shape[1]:
+        nothing = np.full((len(voices), 1 + architecture.n_q, vectors.shape[1]), -1, np.int32)
+        _temporal(model, architecture, model.embed(nothing, vectors), memory, 0)
     columns = [Columns(architecture, voice) for voice in voices]
     for done, given_now in enumerate(frames, vectors.shape[1]):
         parts = [one.give(frame) for one, frame in zip(columns, given_now, strict=True)]

@@ -1,4 +1,8 @@
-"""Material that the original speaks itself: sessions in all its voices, in which it says both sides."""
+"""Material that the original speaks itself: sessions in which it says both sides.
+
+Half of them begin with a voice and a text prompt, as conversations do, half with nothing, as training data did: what is
+drawn from a model's own distribution is what it was trained on, as far as it has learnt it.
+"""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..convert.architecture import Architecture
 from ..convert.problems import UserError
 from ..convert.progress import bar
 from ..convert.source import TOKENIZER, WEIGHTS, Source, fingerprint
@@ -22,7 +27,7 @@ from .calibration import write
 from .material import SPOKEN, prompt_tokens, spread
 from .model import Floats, Tokens
 from .reference import TorchModel, kept_by, reference_of, rows_of
-from .request import CALIBRATION_FRAMES
+from .request import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 from .session import PAUSE, Frame, sessions, system_prompt
 
 # What conversations are about. The prompt that a verification reads is not among them.
@@ -35,8 +40,9 @@ PROMPTS = (
     "You are a travel guide who knows the mountains well and likes to tell old stories.",
 )
 _KEPT = 0.4  # of the memory that is there, for weights; what does not fit in float32 computes in bfloat16
-_SESSIONS = 0.1  # of it, for keys and values of the sessions that run side by side
-_TEXT, _AUDIO = (0.7, 25), (0.8, 250)  # temperature, and how many tokens may be drawn: what the model is published with
+_ROOM = 0.1  # of it, for keys and values of the sessions that run side by side
+_VERSION = 1  # of how they are made
+Beginning = tuple[Voice, Sequence[int] | None]  # a voice, and the tokens of a text prompt
 
 
 def spoken(source: Source, path: Path, sessions_wanted: int | None = None, quiet: bool = False) -> Path:
@@ -45,7 +51,14 @@ def spoken(source: Source, path: Path, sessions_wanted: int | None = None, quiet
     Raises UserError for a file of something else.
     """
     adapter = source.adapter and source.adapter["sha256"]
-    decisive = [fingerprint(source, quiet)[WEIGHTS].sha256, adapter, sessions_wanted, CALIBRATION_FRAMES, PROMPTS]
+    decisive = [
+        fingerprint(source, quiet)[WEIGHTS].sha256,
+        adapter,
+        sessions_wanted,
+        CALIBRATION_FRAMES,
+        PROMPTS,
+        _VERSION,
+    ]
     mark = hashlib.sha256(repr(decisive).encode()).hexdigest()
     if path.exists():
         with closing(TensorFile(path)) as file:
@@ -57,29 +70,37 @@ def spoken(source: Source, path: Path, sessions_wanted: int | None = None, quiet
 
 
 def speak(source: Source, frames: int, sessions_wanted: int | None = None, quiet: bool = False) -> Tokens:
-    """Return sessions ``[sessions, streams, frames]`` as heard, sampled after each voice and text prompt.
-
-    sessions_wanted: so many of them, evenly spread. The same again on the same machine.
-    """
+    """Return so many sessions ``[sessions, streams, frames]`` as heard; the same again on the same machine."""
     a = source.architecture
     texts = [prompt_tokens(source.location.folder / TOKENIZER, a, text) for text in PROMPTS]
-    wanted = [(voice, text) for text in texts for voice in source.voices]
-    wanted = [wanted[index] for index in spread(len(wanted), sessions_wanted or len(wanted))]
+    count = sessions_wanted or CALIBRATION_SESSIONS
+    begun = [(voice, text) for text in texts for voice in source.voices]
+    wanted: list[Beginning] = [begun[index] for index in spread(len(begun), (count + 1) // 2)]
+    wanted += [(_nobody(a), None)] * (count - len(wanted))
     wanted.sort(key=_lengths)
     made: list[Tokens] = []
     model = _model(source)
     with bar("speaking", len(wanted) * frames, "frame", quiet) as progress, torch.inference_mode():
         for lengths, alike in groupby(wanted, _lengths):
             pairs = list(alike)
-            room = 2 * model.dtype.itemsize * a.num_layers * a.dim * min(a.context, sum(lengths) + 2 * PAUSE + frames)
-            some = max(1, int(_SESSIONS * devices.memory()) // room)
+            room = 2 * model.dtype.itemsize * a.num_layers * a.dim * min(a.context, sum(lengths) + frames)
+            some = max(1, int(_ROOM * devices.memory()) // room)
             for first in range(0, len(pairs), some):
                 made.append(_together(model, pairs[first : first + some], frames, len(made), progress))
     return np.concatenate(made)
 
 
-def _lengths(pair: tuple[Voice, Sequence[int]]) -> tuple[int, int]:
-    return len(pair[0].embeddings), len(pair[1])
+def _lengths(pair: Beginning) -> tuple[int, int]:
+    voice, text = pair
+    return len(voice.embeddings), 0 if text is None else len(text) + 2 * PAUSE
+
+
+def _nobody(architecture: Architecture) -> Voice:
+    """Return a voice of no frames, whose ring holds the initial tokens."""
+    a = architecture
+    ring = np.full((1, 1 + a.n_q, max(a.delays) + 2), a.card, np.int64)
+    ring[:, 0] = a.text_card
+    return Voice("", np.zeros((0, 1, 1, a.dim), np.float32), ring)
 
 
 def _model(source: Source) -> TorchModel:
@@ -93,12 +114,10 @@ def _model(source: Source) -> TorchModel:
     return replace(model, context=model.context - 1, steps_seen=model.steps_seen - 1)  # as the reference streams
 
 
-def _together(
-    model: TorchModel, pairs: Sequence[tuple[Voice, Sequence[int]]], frames: int, seed: int, progress: "tqdm[Any]"
-) -> Tokens:
-    """Return sessions of voices of one length and prompts of one length."""
+def _together(model: TorchModel, pairs: Sequence[Beginning], frames: int, seed: int, progress: "tqdm[Any]") -> Tokens:
+    """Return sessions of voices of one length and prompts of one length, drawn from the model's own distribution."""
     a = model.architecture
-    begin = list(zip(*(system_prompt(a, prompt) for _, prompt in pairs), strict=True))
+    begin = list(zip(*(system_prompt(a, text) if text is not None else [] for _, text in pairs), strict=True))
     late = max(a.delays)  # columns until the last frame is whole
 
     def given() -> Iterator[Sequence[Frame]]:
@@ -110,10 +129,9 @@ def _together(
     generator = torch.Generator(model.device).manual_seed(seed)
 
     def choose(logits: Floats, stream: int) -> Tokens:
-        temperature, most = _AUDIO if stream else _TEXT
-        likely = (torch.from_numpy(logits).to(model.device) / temperature).topk(min(most, logits.shape[-1]), -1)
-        drawn = torch.multinomial(likely.values.softmax(-1), 1, generator=generator)
-        tokens: Tokens = likely.indices.gather(-1, drawn)[:, 0].cpu().numpy().astype(np.int32)
+        del stream
+        drawn = torch.multinomial(torch.from_numpy(logits).to(model.device).softmax(-1), 1, generator=generator)
+        tokens: Tokens = drawn[:, 0].cpu().numpy().astype(np.int32)
         return tokens
 
     voices = [voice for voice, _ in pairs]
