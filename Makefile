@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	$(BIN)/ppx-inspect demo-bundle --check
 
 test: $(VENV)/tested lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Types are checked under the names that users import: a link makes the checkout look like the installed package.
 lint: $(VENV)/tested

@@ -7,6 +7,15 @@ from pathlib import Path
 
 import pytest
 
+LONGEST = (
+    "test_solving.py",
+    "test_allocate.py",
+    "test_promises.py",
+    "test_publish.py",
+    "test_verify.py",
+    "test_convert.py",
+    "test_kill.py",
+)
 DATA = Path(__file__).parent / "data"
 PROGRAMS = {
     "ppx-allocate": "ppx.recipes.allocate_program",
@@ -85,3 +94,9 @@ def bundle(program, pico, tmp_path_factory):
         return made[options]
 
     return convert
+
+
+def pytest_collection_modifyitems(items):
+    """Let the files that take longest come first, so that no worker is left with one of them at the end."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -35,6 +36,9 @@ def headers(folder):
     return found
 
 
+UNEVEN = str(Path(__file__).parent / "data" / "uneven.toml")
+
+
 @pytest.mark.parametrize("recipe", loader.shipped())
 def test_every_shipped_recipe(recipe, bundle):
     folder = bundle("--recipe", recipe)
@@ -47,7 +51,7 @@ def test_every_shipped_recipe(recipe, bundle):
     assert not list(folder.parent.glob("*.partial"))
 
 
-@pytest.mark.parametrize("recipe", ["4bit", "moshi-q4", "mixed"])
+@pytest.mark.parametrize("recipe", ["4bit", "moshi-q4", UNEVEN])
 def test_every_source_tensor_is_accounted_for(recipe, bundle, pico):
     folder = bundle("--recipe", recipe)
     manifest, held = manifest_of(folder), headers(folder)
@@ -118,7 +122,7 @@ def test_lsq_beats_rtn_on_every_tensor(bundle):
     assert all(a < b for a, b in pairs)
 
 
-@pytest.mark.parametrize(("recipe", "dtype", "cache"), [("4bit", "float16", "float32"), ("mixed", "bfloat16", "int32")])
+@pytest.mark.parametrize(("recipe", "dtype", "cache"), [("4bit", "float16", "float32"), (UNEVEN, "bfloat16", "int32")])
 def test_voices_keep_their_values(recipe, dtype, cache, bundle, pico):
     folder = bundle("--recipe", recipe)
     with tarfile.open(pico / "voices.tgz") as packed:
@@ -154,7 +158,7 @@ def test_speech_swift_config(bundle):
 
 
 def test_mlx_config_names_exactly_the_quantized_modules(bundle):
-    folder = bundle("--recipe", "mixed")
+    folder = bundle("--recipe", UNEVEN)
     config = json.loads((folder / "config.json").read_text())
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     held = {name: spec for (file, name), spec in headers(folder).items() if file == "model.safetensors"}

@@ -21,7 +21,7 @@ def test_a_bundle_adds_up(recipe, bundle, program, tmp_path):
     assert said["kind"] == "bundle"
     assert said["differences"] == said["missing"] == []
     assert len(said["tensors"]) == sum(row["tensors"] for name, row in rows.items() if name != "model")
-    dtypes = {"4bit": ["F16"], "moshi-q8": ["BF16", "U32"]}.get(recipe, ["BF16"])
+    dtypes = {"4bit": ["F16"], "bf16": ["BF16"]}.get(recipe, ["BF16", "U32"])
     assert rows["embeddings"]["dtypes"] == dtypes
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import closing
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from ppx.verify.places import places
 from ppx.verify.reference import TorchModel, to_torch
 from safetensors.torch import load_file
 
+UNEVEN = str(Path(__file__).parent / "data" / "uneven.toml")
 FLOAT = {
     "speech-swift": ("--no-quantize", "--target", "speech-swift", "--dtype", "bfloat16"),
     "moshi-mlx": ("--recipe", "bf16"),
@@ -27,7 +29,7 @@ FLOAT = {
 QUANTIZED = {
     "speech-swift": ("--recipe", "4bit"),
     "moshi-mlx": ("--recipe", "moshi-q4"),
-    "mlx": ("--recipe", "mixed"),
+    "mlx": ("--recipe", UNEVEN),
 }
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import zlib
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from ppx.verify.limits import prediction_failures
 from ppx.verify.request import Request
 from ppx.verify.verification import verify
 
+UNEVEN = str(Path(__file__).parent / "data" / "uneven.toml")
 QUICK = Request(sequences=1, frames=40, device="cpu")
 SWIFT = ("--recipe", "4bit")
 
@@ -99,7 +101,7 @@ def swap(first, last, other):
 
 
 def test_an_untouched_bundle_passes(source, bundle):
-    for options in (SWIFT, ("--recipe", "moshi-q4"), ("--recipe", "mixed")):
+    for options in (SWIFT, ("--recipe", "moshi-q4"), ("--recipe", UNEVEN)):
         found = verify(source, bundle(*options), QUICK, "", quiet=True)
         assert found["verdict"] == {"passed": True, "failures": []}
         assert found["predictions"]["agent"]["bundle"]["kl"]["mean"] > 0.001
@@ -168,7 +170,7 @@ def test_q_and_k_swapped_in_one_layer(sealed, broken, reasons):
         (SWIFT, "temporal.safetensors", "layers.1.norm2.alpha"),
         (SWIFT, "temporal.safetensors", "out_norm.alpha"),
         (SWIFT, "depformer.safetensors", "layers.0.norm1.alpha"),
-        (("--recipe", "mixed"), "model.safetensors", "depformer.slices.7.transformer.layers.1.norm2.weight"),
+        (("--recipe", UNEVEN), "model.safetensors", "depformer.slices.9.transformer.layers.1.norm2.weight"),
     ],
 )
 def test_a_norm_off_by_one_per_cent(sealed, options, file, name, broken, reasons):
@@ -384,7 +386,7 @@ class TestByAStrangerWhoSealsWhatHeDid:
 
     @pytest.mark.parametrize(
         ("options", "name"),
-        [(("--recipe", "mixed"), "model-extra.safetensors"), (("--recipe", "moshi-q8"), "model.q4.safetensors")],
+        [(("--recipe", UNEVEN), "model-extra.safetensors"), (("--recipe", "moshi-q8"), "model.q4.safetensors")],
     )
     def test_weights_that_a_runtime_would_load_as_well(self, options, name, broken, reasons):
         folder = broken(*options)
