@@ -11,8 +11,9 @@ demo: $(VENV)/installed
 	$(BIN)/ppx-convert demo --bits 4 --group-size 64 --output demo-bundle
 	$(BIN)/ppx-inspect demo-bundle --check
 
+# Two workers of one thread each: more threads than cores wait for each other.
 test: $(VENV)/tested lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Types are checked under the names that users import: a link makes the checkout look like the installed package.
 lint: $(VENV)/tested

@@ -75,10 +75,7 @@ def allocate(
     budget = allotting.budget_of(target_size, bits_per_weight)
     if budget is None:
         raise UserError("no size is given: use --target-size or --bits-per-weight")
-    if output.suffix != ".toml" or not output.parent.is_dir():
-        raise UserError(f"{output}: give the name of a .toml file in a folder that is there")
-    if output.exists() and not force:
-        raise UserError(f"{output}: is there already: choose another --output, or replace it with --force")
+    console.check_new(output, ".toml", force)
     if unknown := [name for name in keep or [] if name not in COMPONENTS]:
         raise UserError(f"--keep {unknown[0]}: use {', '.join(COMPONENTS)}")
     quiet = console.quiet(as_json)

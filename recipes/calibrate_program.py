@@ -55,10 +55,7 @@ def calibrate(
     """
     if sessions and (tokens or audio):
         raise UserError("--sessions is for what the model speaks itself: leave it out, or --tokens and --audio")
-    if output.exists() and not force:
-        raise UserError(f"{output}: is there already: choose another --output, or replace it with --force")
-    if output.suffix != ".safetensors" or not output.parent.is_dir():
-        raise UserError(f"{output}: give the name of a .safetensors file in a folder that is there")
+    console.check_new(output, ".safetensors", force)
     from ..verify import calibration, speaking  # imports torch: seconds that --help does not need
 
     opened = source.open_source(source.locate(where, quiet=console.quiet(as_json)))

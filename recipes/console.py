@@ -4,6 +4,7 @@ import functools
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import typer
@@ -52,6 +53,14 @@ def say(line: str) -> None:
 def quiet(as_json: bool) -> bool:
     """Tell whether progress bars would only disturb: output for a program, or nobody looks at standard error."""
     return as_json or sys.stderr is None or not sys.stderr.isatty()
+
+
+def check_new(path: Path, suffix: str, force: bool) -> None:
+    """Raise UserError if a file of this kind cannot be written there, or is there already."""
+    if path.suffix != suffix or not path.parent.is_dir():
+        raise UserError(f"{path}: give the name of a {suffix} file in a folder that is there")
+    if path.exists() and not force:
+        raise UserError(f"{path}: is there already: choose another --output, or replace it with --force")
 
 
 def show_version(asked: bool) -> None:

@@ -111,7 +111,11 @@ def test_two_conversions_of_one_folder_do_not_meet(tmp_path, program):
 
 
 def test_control_c_ends_in_a_line(tmp_path):
-    process = subprocess.Popen(COMMAND, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def listen():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells let background processes ignore
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(COMMAND, cwd=tmp_path, preexec_fn=listen, **pipes)
     while not (tmp_path / "out.partial" / "temporal.safetensors.tmp").exists():
         assert process.poll() is None
     process.send_signal(signal.SIGSTOP)  # so that it cannot finish before the signal that is meant reaches it
