@@ -63,9 +63,8 @@ def allotted(source: Source, wanted: Wanted, tokens: Path, file: Path, recipe: P
 
 def text(found: Allotted) -> str:
     """Return what is printed of a recipe that was found."""
-    expected = ", ".join(f"{stream} {value:.2g}" for stream, value in found.expected.items())
     total = sum(found.expected.values())
-    line = f"{found.recipe.name}: {size(found.nbytes)}, expected divergence in nats a token: {expected}"
+    line = f"{found.recipe.name}: {size(found.nbytes)}, {found.forecast}"
     if found.bound is None:
         return f"{line} (the best that {found.recipe.target} takes)"
     near = (

@@ -75,7 +75,7 @@ def predictions(source, material, altered=None, bits=0):
     both = Altered()
     with torch.inference_mode():
         text, audio = replace(model, weights=both.weights, rows=both.rows).logits(
-            material.tokens, material.targets, None, source.architecture.n_q // 2
+            material.tokens, material.targets, source.architecture.n_q // 2
         )
     return text.double().log_softmax(-1), audio.double().log_softmax(-1)
 

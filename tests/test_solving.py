@@ -195,7 +195,7 @@ def loss_of(source, plan, material, solution):
     weights = solving.quantized_weights(source, forms_of(plan.outputs), solution)
     batch = refining.Batch(material.tokens, material.targets, torch.from_numpy(material.counted))
     with torch.no_grad():
-        return refining._loss(original, replace(original, weights=weights), batch, None, False).item()
+        return refining._loss(original, replace(original, weights=weights), batch, False).item()
 
 
 def test_what_is_tuned_is_what_fits(opened, few, tmp_path, monkeypatch):
@@ -263,7 +263,7 @@ def test_computing_blocks_again_changes_no_gradient(opened):
         def weights(name, step, read=read, leaf=leaf):
             return leaf if name == LAYER else read(name, step)
 
-        text, audio = replace(reference_of(source.checkpoint), weights=weights).logits(tokens, tokens, None, 8, again)
+        text, audio = replace(reference_of(source.checkpoint), weights=weights).logits(tokens, tokens, 8, again)
         (text.square().mean() + audio.square().mean()).backward()
         gradients.append(leaf.grad)
     assert gradients[0].abs().max() > 0

@@ -3,7 +3,6 @@
 For models of which no more than a block can be held with all that tuning needs.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -31,7 +30,7 @@ def tune_block(
     height = min(len(streams[0]), place.pieces(streams[0])[0].stop)
     random = np.random.default_rng(0)
     for step in range(steps):
-        set_rate(adam, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        set_rate(adam, step, steps)
         rows = random.choice(len(streams[0]), height, replace=False)
         first, second = (torch.from_numpy(stream[rows]).to(original.device) for stream in streams)
         with torch.no_grad():

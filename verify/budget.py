@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from ..convert.describe import size as described
+from ..convert.names import COMPONENTS
 from ..convert.output import Output
 from ..convert.plan import Inventory, Plan, make_plan
 from ..convert.problems import UserError
@@ -20,7 +21,7 @@ from .sensitivity import STREAMS, Part, Sensitivities, part_of
 _METHODS = {"lsq": 1.0, "rtn": 1.25, "gptq": 0.4}
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TRIES, _MARGIN = 12, 1 << 12  # at a budget that headers and settings do not overrun; bytes
-_COMPONENTS = (("temporal",), ("temporal", "depformer"), ("temporal", "depformer", "embeddings", "heads"))
+_COMPONENTS = (COMPONENTS[:1], COMPONENTS[:2], COMPONENTS)  # that one setting may be for
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Allotted:
     bound: float | None
     settings: dict[Part, Affine | None]
 
+    @property
+    def forecast(self) -> str:
+        """What is expected, in words."""
+        streams = ", ".join(f"{stream} {value:.2g}" for stream, value in self.expected.items())
+        return f"expected divergence in nats a token: {streams}"
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -85,18 +92,15 @@ def allot(inventory: Inventory, wanted: Wanted, found: Sensitivities) -> Allotte
     """
     recipe = Recipe(wanted.budget.name, wanted.target, wanted.dtype, depformer_steps=wanted.depformer_steps)
     plain = make_plan(inventory, recipe)
-    missing = [
-        str(part) for part in _parts(plan_outputs(plain)) if part not in found.costs and _is_heard(part, inventory)
-    ]
+    missing = [str(part) for part in _parts(_outputs(plain)) if part not in found.costs and _is_heard(part, inventory)]
     if missing:
         raise UserError(f"the sensitivities are of another model (they lack {missing[0]}): measure them again")
     allotted = (_mixed if TARGETS[wanted.target].mixes else _uniform)(inventory, wanted, recipe, plain, found)
-    expected = ", ".join(f"{stream} {value:.2g}" for stream, value in allotted.expected.items())
-    text = f"within {wanted.budget.name} by {wanted.method}; expected divergence in nats a token: {expected}"
+    text = f"within {wanted.budget.name} by {wanted.method}; {allotted.forecast}"
     return replace(allotted, recipe=replace(allotted.recipe, description=text))
 
 
-def plan_outputs(plan: Plan) -> list[Output]:
+def _outputs(plan: Plan) -> list[Output]:
     """Return the outputs of a plan that can be quantized."""
     return [output for output in plan.outputs if output.role.kind != "norm"]
 
@@ -124,7 +128,7 @@ def _cost(found: Sensitivities, part: Part, form: Affine | None, method: str) ->
 
 def _mixed(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, found: Sensitivities) -> Allotted:
     """Choose for each part for itself."""
-    parts = _parts(plan_outputs(plain))
+    parts = _parts(_outputs(plain))
     forms: dict[Part, list[Affine | None]] = {}
     choices: dict[Part, list[Choice]] = {}
     for part, outputs in parts.items():
@@ -136,13 +140,13 @@ def _mixed(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, fo
                 nbytes = sum(replace(output, form=form).nbytes for output in outputs)
                 forms[part].append(form)
                 choices[part].append(Choice(nbytes, sum(cost.values())))
-    free = wanted.budget.left(plain) + sum(output.nbytes for output in plan_outputs(plain))
+    free = wanted.budget.left(plain) + sum(output.nbytes for output in _outputs(plain))
     for attempt in range(_TRIES):
         try:
             made = allocate(list(choices.values()), free)
         except ValueError:
             least = sum(min(choice.nbytes for choice in part) for part in choices.values())
-            raise _too_small(wanted.budget, least - sum(o.nbytes for o in plan_outputs(plain)), plain) from None
+            raise _too_small(wanted.budget, least - sum(o.nbytes for o in _outputs(plain)), plain) from None
         chosen = {part: forms[part][index] for part, index in zip(parts, made.chosen, strict=True)}
         plan = make_plan(inventory, replace(recipe, rules=tuple(_rules(chosen))))
         left = wanted.budget.left(plan)
@@ -175,7 +179,7 @@ def _uniform(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, 
             plan = make_plan(inventory, replace(recipe, rules=rules))
         except UserError:  # not for this target, or not for these sizes
             continue
-        settings = {part: outputs[0].form for part, outputs in _parts(plan_outputs(plan)).items()}
+        settings = {part: outputs[0].form for part, outputs in _parts(_outputs(plan)).items()}
         kept = not any(form and part.component in wanted.keep for part, form in settings.items())
         if kept and all(_cost(found, part, form, wanted.method) is not None for part, form in settings.items()):
             least = min(least, plan.nbytes)

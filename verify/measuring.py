@@ -140,10 +140,8 @@ class Walk:
 def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
     """Go through the temporal transformer; note what the text costs; return outputs of the frames that are heard."""
     arch, material = walk.source.architecture, walk.material
-    vectors = material.vectors(walk.source.voices, arch.dim)
     streams: dict[Variant | None, Floats] = {
-        variant: walk.altered(variant).embed(material.tokens, vectors)
-        for variant in (None, *walk.variants("text_emb", "emb"))
+        variant: walk.altered(variant).embed(material.tokens) for variant in (None, *walk.variants("text_emb", "emb"))
     }
     for place in places(arch, "temporal"):
         pattern = "self_attn.*" if place.part == "attention" else "gating.*"

@@ -95,7 +95,6 @@ class TorchModel:
         self,
         tokens: Tokens,
         targets: Tokens,
-        vectors: Floats | None = None,
         steps: int | None = None,
         again: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -110,7 +109,7 @@ class TorchModel:
             return checkpoint(self.added, place, x, use_reentrant=False) if again else self.added(place, x)
 
         count = self.architecture.steps if steps is None else steps
-        x = self._in(self.embed(tokens, vectors))
+        x = self._in(self.embed(tokens))
         for place in places(self.architecture, "temporal"):
             x = x + added(place, x)
         hidden = self._norm(self._alpha("out_norm.alpha", None), x)

@@ -27,7 +27,7 @@ from ..convert.source import Source
 from ..quant.affine import SOLVED
 from . import device as devices
 from .material import Material
-from .model import Floats, Tokens
+from .model import Tokens
 from .reference import TorchModel, kept_by, reference_of, rows_of, source_weights
 from .solving import REFINED, quantized_weights
 from .tuned import Tuned, adam_for, begin, set_rate, weights_of
@@ -66,7 +66,7 @@ def refine(
     rest = kept_by({}, quantized_weights(source, forms_of(outputs), solution), device)
     made = replace(original, weights=weights_of(tuned, rest), rows=rows_of(rest))
     with bar("refining", steps, "step", quiet) as progress:
-        _tune(original, made, tuned, material, source, steps, solution.folder / _STATE, progress)
+        _tune(original, made, tuned, material, steps, solution.folder / _STATE, progress)
     with torch.inference_mode():
         solution.add(
             REFINED.removesuffix(".safetensors"), {part: one.finished(read(*part)) for part, one in tuned.items()}
@@ -84,7 +84,6 @@ def _tune(
     made: TorchModel,
     tuned: Mapping[Part, Tuned],
     material: Material,
-    source: Source,
     steps: int,
     state: Path,
     progress: "tqdm[Any]",
@@ -92,16 +91,14 @@ def _tune(
     """Take the steps, from the last state that was kept on."""
     adam = adam_for(tuned)
     again = len(adam.param_groups) == 1  # what is tuned without codes is large
-    vectors = material.vectors(source.voices, source.architecture.dim)
     done = _resume(state, adam, steps)
     progress.update(done)
     kept = time.monotonic()
     for step in range(done, steps):
-        set_rate(adam, 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / _WARM_UP))
+        set_rate(adam, step, steps, _WARM_UP)
         random = np.random.default_rng(step)  # so that a resumed run draws what it would have drawn
         chosen = random.choice(len(material.tokens), min(_BATCH, len(material.tokens)), replace=False)
-        given = None if vectors is None else vectors[chosen]
-        loss = _loss(original, made, _drawn(original, material, chosen, given, random), given, again)
+        loss = _loss(original, made, _drawn(original, material, chosen, random), again)
         adam.zero_grad()
         torch.autograd.backward(loss)
         adam.step()
@@ -121,14 +118,12 @@ class Batch:
     counted: Tensor
 
 
-def _drawn(
-    original: TorchModel, material: Material, chosen: Any, vectors: Floats | None, random: np.random.Generator
-) -> Batch:
+def _drawn(original: TorchModel, material: Material, chosen: Any, random: np.random.Generator) -> Batch:
     """Return sequences in which text and agent say, in some frames, what the original might have said there."""
     tokens, targets, counted = (part[chosen] for part in (material.tokens, material.targets, material.counted))
     half = original.architecture.n_q // 2
     with torch.no_grad():
-        text, audio = original.logits(tokens, targets, vectors, half)
+        text, audio = original.logits(tokens, targets, half)
         generator = torch.Generator(text.device).manual_seed(int(random.integers(1 << 62)))
         said = [_sample(text, generator)] + [_sample(audio[:, :, step], generator) for step in range(half)]
     new = targets.copy()
@@ -146,12 +141,12 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tokens:
     return tokens
 
 
-def _loss(original: TorchModel, made: TorchModel, batch: Batch, vectors: Floats | None, again: bool) -> Tensor:
+def _loss(original: TorchModel, made: TorchModel, batch: Batch, again: bool) -> Tensor:
     """Return the divergence of the text, plus the mean of the agent's codebooks, in nats a token."""
     half = original.architecture.n_q // 2
     with torch.no_grad():
-        expected = original.logits(batch.tokens, batch.targets, vectors, half)
-    found = made.logits(batch.tokens, batch.targets, vectors, half, again)
+        expected = original.logits(batch.tokens, batch.targets, half)
+    found = made.logits(batch.tokens, batch.targets, half, again)
     text = _divergence(expected[0], found[0], batch.counted[:, 0])
     agent = [
         _divergence(expected[1][:, :, step], found[1][:, :, step], batch.counted[:, step + 1]) for step in range(half)

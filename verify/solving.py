@@ -153,8 +153,7 @@ def quantized_rows(source: Source, forms: dict[Part, tuple[Affine, str]]) -> Row
 def _temporal(walk: Walk, material: Material) -> Streams:
     """Go through the temporal transformer; return its normalized outputs ``[sequences, frames, dim]``."""
     arch = walk.source.architecture
-    vectors = material.vectors(walk.source.voices, arch.dim)
-    streams = (walk.original.embed(material.tokens, vectors), walk.quantized.embed(material.tokens, vectors))
+    streams = (walk.original.embed(material.tokens), walk.quantized.embed(material.tokens))
     for place in places(arch, "temporal"):
         streams = _block(walk, place, streams)
     outputs = (walk.original.out_norm(streams[0]), walk.quantized.out_norm(streams[1]))

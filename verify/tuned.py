@@ -1,5 +1,6 @@
 """Matrices whose codes, scales and biases are moved by gradients, as they will be stored."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -76,8 +77,9 @@ def adam_for(tuned: Mapping[Part, Tuned]) -> torch.optim.Adam:
     return torch.optim.Adam(groups[: 2 if codes else 1], betas=(0.9, 0.99))
 
 
-def set_rate(adam: torch.optim.Adam, share: float) -> None:
-    """Move by a share of the usual learning rates."""
+def set_rate(adam: torch.optim.Adam, step: int, steps: int, warm_up: int = 1) -> None:
+    """Let the learning rates fall to nothing over the steps, as a cosine does, after some in which they rise."""
+    share = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warm_up)
     for group in adam.param_groups:
         group["lr"] = share * group["usual"]
 
