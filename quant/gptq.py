@@ -41,14 +41,24 @@ def solve(weight: Tensor, moments: Moments, form: Affine, storage: np.dtype[np.g
     wide = weight.to(second.device, second.dtype)
     mean = second.diagonal().mean()
     damping = DAMPING * (mean if mean > 0 else torch.ones_like(mean))
-    damped = second.clone()
-    damped.diagonal().add_(damping)
-    factor = torch.linalg.cholesky(damped)
+    factor = _factor(second, damping)
     goal = torch.cholesky_solve((wide @ moments.cross + damping * wide).T, factor).contiguous()
-    errors = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    del damped, factor
+    inverse = torch.cholesky_inverse(factor)
+    del factor
+    errors = torch.linalg.cholesky(inverse, upper=True)
+    del inverse
     codes, scales, biases = _round(goal, errors, form, storage)
     return assemble(wide, codes, scales, biases, form, storage)
+
+
+def _factor(second: Tensor, damping: Tensor) -> Tensor:
+    """Return the lower Cholesky factor of damped moments, without a copy of them: they are half a gigabyte."""
+    diagonal = second.diagonal().clone()
+    second.diagonal().add_(damping)
+    try:
+        return torch.linalg.cholesky(second)
+    finally:
+        second.diagonal().copy_(diagonal)
 
 
 def _round(goal: Tensor, errors: Tensor, form: Affine, storage: np.dtype[np.generic]) -> tuple[Tensor, Tensor, Tensor]:

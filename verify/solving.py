@@ -61,7 +61,7 @@ class Walk:
         return [part for part in self.forms if part[0] in names and self.forms[part][0].method in SOLVED]
 
     def forget(self) -> None:
-        """Drop the weights of the block that is done."""
+        """Drop the weights that are kept."""
         for kept in self.kept:
             kept.clear()
 
@@ -79,6 +79,7 @@ class Walk:
 
     def solve(self, block: str, found: dict[Part, Moments]) -> None:
         """Quantize parts by their inputs' moments, and keep them."""
+        self.forget()  # solving needs the room; reading a block again takes little of its time
         made: dict[Part, Quantized] = {}
         read = source_weights(self.source.checkpoint)
         for part, moments in found.items():
@@ -86,8 +87,6 @@ class Walk:
             made[part] = solve(read(*part), moments, form, DTYPES[dtype])
             self.bar.update(1)
         self.solution.add(block, made)
-        for part in made:
-            self.kept[1].pop(part, None)
 
 
 def solve_model(
