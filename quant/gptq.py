@@ -56,9 +56,10 @@ def _factor(second: Tensor, damping: Tensor) -> Tensor:
     diagonal = second.diagonal().clone()
     second.diagonal().add_(damping)
     try:
-        return torch.linalg.cholesky(second)
+        factor: Tensor = torch.linalg.cholesky(second)
     finally:
         second.diagonal().copy_(diagonal)
+    return factor
 
 
 def _round(goal: Tensor, errors: Tensor, form: Affine, storage: np.dtype[np.generic]) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from ..convert.solution import Part
 from .model import Floats
-from .places import Place
+from .places import POSITIONS, Place
 from .reference import TorchModel
 from .tuned import Tuned, adam_for, set_rate, weights_of
 
@@ -27,7 +27,8 @@ def tune_block(
     """Move a block's matrices for so many steps; streams: what the original and the quantized block read."""
     adam = adam_for(tuned)
     moved = replace(quantized, weights=weights_of(tuned, quantized.weights))
-    height = min(len(streams[0]), place.pieces(streams[0])[0].stop)
+    length = streams[0].shape[1] if place.component == "temporal" else 1
+    height = min(len(streams[0]), max(1, POSITIONS // length))
     random = np.random.default_rng(0)
     for step in range(steps):
         set_rate(adam, step, steps)

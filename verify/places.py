@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from ..convert.architecture import Architecture
 
-POSITIONS = 2048  # frames, or rows of depformer steps, that go through a block at a time
+POSITIONS = 2048  # frames that go through a block at a time
+STEP_ROWS = 512  # rows of depformer steps that do: 16 positions each
 PARTS = ("attention", "mlp")
 
 
@@ -26,7 +27,7 @@ class Place:
 
     def pieces(self, x: NDArray[np.float32]) -> list[slice]:
         """Return rows of a stream that go through the block together: so few that what it holds meanwhile is small."""
-        height = max(1, POSITIONS // (x.shape[1] if self.component == "temporal" else 1))
+        height = max(1, POSITIONS // x.shape[1]) if self.component == "temporal" else STEP_ROWS
         return [slice(first, first + height) for first in range(0, len(x), height)]
 
     def __str__(self) -> str:
