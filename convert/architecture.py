@@ -9,6 +9,12 @@ from .problems import UserError, refuse
 
 DELAYS = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
 PERSONAPLEX_STEPS = 16
+SAMPLING: dict[str, Any] = {
+    "audio_temp": 0.8,
+    "audio_top_k": 250,
+    "text_temp": 0.7,
+    "text_top_k": 25,
+}  # as the reference has it
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,27 @@
 """Demo sources: seeded, made offline, with every file and all 475 tensors of the real one.
 
-``demo`` is narrow and ready in a second; ``demo:7b`` has the real shapes. Weights are no trained ones: they have the
+``demo`` is narrow and ready in a second; ``demo:audio`` is as narrow, and has a whole codec, so that it can be spoken
+with; ``demo:7b`` has the real shapes. Weights are no trained ones: they have the
 spread between rows and the few outliers that trained ones have, which is what quantizers and benchmarks feel.
 """
 
 import gzip
 import io
 import json
+import math
 import os
 import shutil
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..quant.affine import BFLOAT16
+from . import mimi
 from .architecture import Architecture, to_config
 from .names import Role, roles
 from .parallel import cores, in_order
@@ -25,23 +29,21 @@ from .progress import byte_bar
 from .tensorfile import Spec, TensorWriter
 from .voices import PRESETS
 
-VERSION = 2  # of the recipe below: a cached demo of another version is made again
+VERSION = 3  # of the recipe below: a cached demo of another version is made again
 SEED = 7
-SIZES = {
-    "demo": Architecture(
-        dim=256,
-        num_heads=4,
-        context=250,
-        text_card=512,
-        card=128,
-        depformer_dim=64,
-        depformer_num_heads=1,
-        depformer_dim_feedforward=288,
-    ),
-    "demo:7b": Architecture(),
-}
+_NARROW = Architecture(
+    dim=256,
+    num_heads=4,
+    context=250,
+    text_card=512,
+    card=128,
+    depformer_dim=64,
+    depformer_num_heads=1,
+    depformer_dim_feedforward=288,
+)
+SIZES = {"demo": _NARROW, "demo:audio": replace(_NARROW, card=2048), "demo:7b": Architecture()}
 FULL_SIZE = "demo:7b"
-_CODEC_BYTES = {"demo": 1 << 16, FULL_SIZE: 384_644_900}
+LARGE = ("demo:audio", FULL_SIZE)  # those with a whole codec: 385 MB of it
 _BLOCK = 1 << 22  # weights made at a time; part of what the seed means
 
 
@@ -72,7 +74,7 @@ def make(size: str, folder: Path, quiet: bool = False, architecture: Architectur
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (partial / "tokenizer_spm_32k_3.model").write_bytes(tokenizer(a.text_card))
         (partial / "voices.tgz").write_bytes(_voices(a))
-        _codec(partial / "tokenizer-e351c8d8-checkpoint125.safetensors", _CODEC_BYTES[size])
+        codec(partial / "tokenizer-e351c8d8-checkpoint125.safetensors", size in LARGE)
         _weights(partial / "model.safetensors", a, quiet)
         partial.chmod(0o755)
         partial.rename(folder)
@@ -125,18 +127,22 @@ def _block(
     return values.astype(BFLOAT16)
 
 
-def _codec(path: Path, nbytes: int) -> None:
-    """Write a file in the codec's place: two tensors under two of its names, of the size asked for."""
-    specs = [
-        Spec("encoder.model.0.conv.conv.weight", "F32", (64, 1, 7)),
-        Spec("quantizer.rvq_first.vq.layers.0._codebook.embedding_sum", "F32", (nbytes // 1024, 256)),
-    ]
-    writer = TensorWriter(path, specs, {})
-    random = np.random.Generator(np.random.SFC64(SEED))
-    writer.append(specs[0].name, random.standard_normal(specs[0].shape, dtype=np.float32))
-    for first in range(0, specs[1].rows, 1 << 14):
-        rows = min(1 << 14, specs[1].rows - first)
-        writer.append(specs[1].name, random.standard_normal((rows, 256), dtype=np.float32))
+def codec(path: Path, whole: bool) -> None:
+    """Write a codec's file: Mimi with random weights, which makes noise, or two small tensors in its place."""
+    first = "encoder.model.0.conv.conv.weight"
+    shapes = (
+        mimi.tensors()
+        if whole
+        else {first: (64, 1, 7), "quantizer.rvq_first.vq.layers.0._codebook.embedding_sum": (64, 256)}
+    )
+    writer = TensorWriter(path, [Spec(name, "F32", shape) for name, shape in shapes.items()], {})
+    for number, (name, shape) in enumerate(shapes.items()):
+        random = np.random.Generator(np.random.SFC64([SEED, 2000 + number]))
+        if len(shape) == 1 or name.endswith("weight_g"):
+            values = np.full(shape, not name.endswith("bias"), np.float32)
+        else:
+            values = random.standard_normal(shape, dtype=np.float32) * np.float32(math.prod(shape[1:]) ** -0.5)
+        writer.append(name, values)
     writer.finish()
 
 

@@ -7,7 +7,7 @@ silently skips what it does not find. Names are the checkpoint's own, split into
 from collections.abc import Sequence
 from typing import Any
 
-from .architecture import Architecture
+from .architecture import SAMPLING, Architecture
 from .names import Role, roles
 from .output import Output, whole
 
@@ -104,7 +104,7 @@ def config(architecture: Architecture, outputs: Sequence[Output], base_model: st
             "codebook_size": a.card,
             "codebook_dim": 256,
         },
-        "sampling": {"audio_temp": 0.8, "audio_top_k": 250, "text_temp": 0.7, "text_top_k": 25},
+        "sampling": dict(SAMPLING),
         "delays": list(a.delays),
         "quantization": {
             "bits": form.bits if form else 16,

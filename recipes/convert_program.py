@@ -45,7 +45,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @console.reported
 def convert(
     where: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Hub id, folder with its five files, demo or demo:7b.")
+        str, typer.Argument(metavar="SOURCE", help="Hub id, folder with its five files, demo, demo:audio or demo:7b.")
     ] = source.DEFAULT,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
     output: Annotated[

@@ -1,5 +1,6 @@
 """What the programs that verify share: run it, leave the report, say what came of it."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..convert.source import Source
 from ..convert.workspace import write_durably
 from ..verify import card
 from ..verify import report as reports
-from ..verify.request import Request
+from ..verify.request import EMBEDDED, Request
 
 _SAID = 3  # reasons that are printed; the report has them all
 
@@ -27,6 +28,45 @@ def leave_report(
     found = reports.finish(verify(source, bundle, asked, command, quiet, same_source))
     reports.write(found, bundle)
     return found
+
+
+def report_of(bundle: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the report that a bundle has, None if it has none, or one of other files."""
+    if not (bundle / reports.FOLDER / reports.JSON).is_file():
+        return None
+    found = reports.read(bundle)
+    return found if found["bundle"].get("fingerprint") == manifest["fingerprint"] else None
+
+
+def add_round_trip(
+    found: dict[str, Any],
+    bundle: Path,
+    question: Path,
+    codec: Path | None,
+    listener: str | None,
+    device: str | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Let a bundle answer a recording, add what comes of it to its report, and write that again."""
+    from ..verify import round_trip
+    from ..verify.mlx_model import choose_device
+    from ..verify.speaker import Scene
+
+    choose_device(device)
+    heard = round_trip.run(bundle, question, Scene(codec=codec), listener or EMBEDDED, quiet)
+    failures = [one for one in found["verdict"]["failures"] if one["check"] != round_trip.CHECK]
+    failures += heard.pop("failures")
+    verdict = {"passed": not failures, "failures": failures}
+    found = reports.finish(found | {"round_trip": heard, "verdict": verdict})
+    reports.write(found, bundle)
+    return found
+
+
+def as_json(found: Mapping[str, Any]) -> str:
+    """Return a report for a program to read, without the sound that its page plays."""
+    heard = found["round_trip"]
+    short = dict(found) | {"round_trip": heard and {key: heard[key] for key in heard if key != "audio"}}
+    return json.dumps(short, indent=1)
 
 
 def leave_card(found: Mapping[str, Any] | None, bundle: Path) -> None:
@@ -58,8 +98,27 @@ def text(found: Mapping[str, Any], bundle: Path) -> str:
         parts = f"parts at frame {first['frame']} ({first['stream']})" if first else "never parts"
         share = f"{session['agreement_agent']:.0%} of the agent's tokens agree"
         lines.append(f"a greedy session of {session['frames']} frames on both: {parts}; {share}")
+    if heard := found["round_trip"]:
+        lines += _round_trip(heard)
     lines.append(f"report: {page}")
     return "\n".join(lines)
+
+
+def _round_trip(heard: Mapping[str, Any]) -> list[str]:
+    """Return what is printed of a round trip."""
+    answer, floor = heard["answer"], heard["question"]["word_error_rate"]
+    wrong = answer["word_error_rate"]
+    line = "too few words to compare" if wrong is None else f"{wrong:.0%} of the words differ"
+    if floor is None or floor > heard["limits"]["floor"]:
+        line += f"; not judged by its words: {heard['recognizer']} does not understand the question through the codec"
+    else:
+        line += f" (of the question through the codec alone: {floor:.0%})"
+    return [
+        f"round trip: {answer['seconds']:.1f} s, {answer['silent']:.0%} of it silent; heard by {heard['recognizer']}",
+        f"  means  {answer['text'] or '(nothing)'}",
+        f"  heard  {answer['heard'] or '(nothing)'}",
+        f"  {line}",
+    ]
 
 
 def fail_if_failed(found: Mapping[str, Any]) -> None:

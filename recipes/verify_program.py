@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +15,9 @@ from ..convert import conversion, demo, source
 from ..convert.manifest import manifest_of
 from ..convert.problems import UserError
 from ..verify import side_by_side
-from ..verify.request import ARITHMETICS, DEVICES, Request
+from ..verify.request import ARITHMETICS, EMBEDDED, Request
 from . import console, parity
+from .choices import ArithmeticName, DeviceName, RecognizerName
 
 EXAMPLES = """\b
 Examples:
@@ -25,11 +25,11 @@ Examples:
       compare a bundle with its checkpoint, and write my-bundle/parity/report.html
   ppx-verify my-bundle --reference ./my-finetune --tokens heldout.safetensors --sequences 24 --frames 200
       the same, on recorded conversations
+  ppx-verify my-bundle --round-trip question.wav
+      let it answer aloud, and have a speech recognizer write down what it hears
   ppx-verify my-4bit my-8bit
       print two reports side by side
 """
-DeviceName = StrEnum("DeviceName", {name: name for name in DEVICES})  # type: ignore[misc]
-ArithmeticName = StrEnum("ArithmeticName", {name: name for name in ARITHMETICS})  # type: ignore[misc]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -62,6 +62,13 @@ def verify_bundle(
     device: Annotated[
         DeviceName | None, typer.Option(help="Where to compute.  [default: gpu if MLX has one, else cpu]")
     ] = None,
+    round_trip: Annotated[
+        Path | None, typer.Option(metavar="QUESTION", help="Recording to answer aloud, and to be understood.")
+    ] = None,
+    recognizer: Annotated[
+        RecognizerName | None, typer.Option(help=f"Who listens to the answer.  [default: {EMBEDDED}]")
+    ] = None,
+    codec: Annotated[Path | None, typer.Option(help="Mimi's weights for that.  [default: the bundle's]")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON; errors go to standard error.")
     ] = False,
@@ -72,10 +79,12 @@ def verify_bundle(
     """Compare a bundle with its checkpoint, layer by layer, and leave a report in BUNDLE/parity.
 
     With nothing at hand it reads what every conversation starts with: a few voices, silence, a text prompt, silence.
+    --round-trip adds to the report that is there, or makes one first.
     Ends with 0 if the bundle passes, 1 if it fails, 2 if it could not be compared.
     """
+    compared = any((reference, adapter, tokens, audio, sequences, frames, rollout, arithmetic))
     if other is not None:
-        if any((reference, adapter, tokens, audio, sequences, frames, rollout, arithmetic, device)):
+        if compared or any((device, round_trip, recognizer, codec)):
             raise UserError("two bundles are compared by their reports: leave all options but --json out")
         _print_both(bundle, other, as_json)
         return
@@ -83,21 +92,35 @@ def verify_bundle(
         raise UserError("--sequences says nothing of --audio, which is one: leave it out")
     if tokens and audio:
         raise UserError("--tokens and --audio contradict each other: give one of them")
+    if (recognizer or codec) and not round_trip:
+        raise UserError("--recognizer and --codec are for --round-trip: give a recording to answer")
     quiet = console.quiet(as_json)
     asked = Request(
         tokens, audio, sequences, frames, rollout, str(arithmetic or ARITHMETICS[0]), device and str(device)
     )
     manifest = manifest_of(bundle)
+    found = None if compared else round_trip and parity.report_of(bundle, manifest)
+    if not found:
+        found = _compare(bundle, manifest, reference, adapter, asked, quiet)
+    if round_trip:
+        listener = recognizer and str(recognizer)
+        found = parity.add_round_trip(found, bundle, round_trip, codec, listener, asked.device, quiet)
+    parity.leave_card(found, bundle)
+    typer.echo(parity.as_json(found) if as_json else parity.text(found, bundle))
+    parity.fail_if_failed(found)
+
+
+def _compare(
+    bundle: Path, manifest: Mapping[str, Any], reference: str | None, adapter: str | None, asked: Request, quiet: bool
+) -> dict[str, Any]:
+    """Compare a bundle with its checkpoint; leave the report, and return it."""
     made_from = manifest["source"]
     location = source.locate(*_reference(bundle, reference, made_from), quiet=quiet)
     merged = _adapter(bundle, adapter, made_from)
     opened = conversion.open_merged(location, merged, bool(made_from.get("filled")), quiet=quiet)
     _check_adapter(opened, made_from)
     opened = conversion.trimmed(opened, manifest["architecture"]["steps"])
-    found = parity.leave_report(opened, bundle, asked, _command(bundle, reference, merged, asked), quiet)
-    parity.leave_card(found, bundle)
-    typer.echo(json.dumps(found, indent=1) if as_json else parity.text(found, bundle))
-    parity.fail_if_failed(found)
+    return parity.leave_report(opened, bundle, asked, _command(bundle, reference, merged, asked), quiet)
 
 
 def _reference(bundle: Path, named: str | None, made_from: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from ppx.convert import demo
+from ppx.convert.source import CODEC
 
 LONGEST = (
+    "test_speak.py",
     "test_solving.py",
     "test_allocate.py",
     "test_promises.py",
@@ -19,10 +22,12 @@ LONGEST = (
 DATA = Path(__file__).parent / "data"
 PROGRAMS = {
     "ppx-allocate": "ppx.recipes.allocate_program",
+    "ppx-bench": "ppx.recipes.bench_program",
     "ppx-calibrate": "ppx.recipes.calibrate_program",
     "ppx-convert": "ppx.recipes.convert_program",
     "ppx-inspect": "ppx.recipes.inspect_program",
     "ppx-publish": "ppx.recipes.publish_program",
+    "ppx-speak": "ppx.recipes.speak_program",
     "ppx-verify": "ppx.recipes.verify_program",
 }
 
@@ -59,6 +64,14 @@ def pico_copy(pico, tmp_path):
 @pytest.fixture(scope="session")
 def layout():
     return lambda name: json.loads((DATA / "layouts" / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def codec(tmp_path_factory):
+    """A file of Mimi's names and shapes with random weights, 385 MB."""
+    path = tmp_path_factory.mktemp("codec") / CODEC
+    demo.codec(path, whole=True)
+    return path
 
 
 @pytest.fixture(scope="session")

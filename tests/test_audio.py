@@ -1,31 +1,28 @@
 """Recordings as material, through the real rustymimi and a codec with random weights of Mimi's names and shapes."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import rustymimi
 import soundfile
+from ppx.convert.mimi import FRAME, RATE, tensors
 from ppx.convert.problems import UserError
 from ppx.convert.source import CODEC, locate, open_source
-from ppx.verify.audio import FRAME, RATE, read_audio
+from ppx.verify import waves
+from ppx.verify.audio import read_audio
+from ppx.verify.codec import Codec
 from ppx.verify.session import SILENCE
-from safetensors.numpy import save_file
+from safetensors import safe_open
 
 
 @pytest.fixture(scope="module")
-def source(pico, layout, tmp_path_factory):
+def source(pico, codec):
     """Pico with a whole codec, and room for its 2048 tokens."""
-    random = np.random.default_rng(5)
-    tensors = {}
-    for name, shape in layout("mimi").items():
-        values = random.standard_normal(shape, np.float32) / np.sqrt(np.prod(shape[1:], dtype=np.float32))
-        tensors[name] = np.ones(shape, np.float32) if len(shape) == 1 and "bias" not in name else values
-    folder = tmp_path_factory.mktemp("codec")
-    save_file(tensors, folder / CODEC)
     opened = open_source(locate(str(pico)))
     room = replace(opened.checkpoint, architecture=replace(opened.architecture, card=2048))
-    return replace(opened, checkpoint=room, location=replace(opened.location, folder=folder))
+    return replace(opened, checkpoint=room, location=replace(opened.location, folder=codec.parent))
 
 
 def tone(seconds, rate, pitch=220):
@@ -80,3 +77,75 @@ def test_what_is_no_recording_is_refused(source, pico, tmp_path):
         read_audio(tmp_path / "mono.wav", small, None)
     with pytest.raises(UserError, match="not a codec that rustymimi loads"):
         read_audio(tmp_path / "mono.wav", open_source(locate(str(pico))), None)
+
+
+def test_a_made_codec_has_mimis_names_and_shapes(layout, codec):
+    assert tensors(codebooks=8) == {name: tuple(shape) for name, shape in layout("mimi").items()}
+    whole = tensors()
+    assert set(whole) > set(layout("mimi"))
+    assert sum(name.endswith("embedding_sum") for name in whole) == 32
+    with safe_open(codec, "np") as file:
+        assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == whole  # noqa: SIM118
+    assert 384e6 < codec.stat().st_size < 386e6
+
+
+def test_a_codec_frame_by_frame_is_the_codec_as_a_whole(codec):
+    samples = np.random.default_rng(0).standard_normal(6 * FRAME).astype(np.float32) * 0.1
+    mimi = Codec(codec, 8)
+    apart = np.stack([mimi.encode(frame) for frame in samples.reshape(-1, FRAME)], 1)
+    np.testing.assert_array_equal(apart, mimi.encode_whole(samples))
+    assert apart.shape == (8, 6)
+    assert 0 <= apart.min() <= apart.max() < 2048
+    first = [mimi.decode(tokens) for tokens in apart.T]
+    assert all(frame.shape == (FRAME,) and np.isfinite(frame).all() for frame in first)
+    mimi.reset()
+    again = [mimi.decode(tokens) for tokens in apart.T]
+    np.testing.assert_allclose(np.stack(again), np.stack(first), atol=1e-4)  # its threads sum in any order
+    whole = rustymimi.Tokenizer(str(codec), num_codebooks=8).decode(apart[None].astype(np.uint32))[0, 0]
+    np.testing.assert_allclose(np.concatenate(first), whole[: 6 * FRAME], atol=2e-4 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(24000, 1), (16000, 1), (44100, 2), (8000, 1)])
+def test_a_file_is_read_frame_by_frame_as_it_is_as_a_whole(tmp_path, rate, channels):
+    samples = np.stack([tone(3.33, rate, 150 + 90 * channel) for channel in range(channels)], 1)
+    soundfile.write(tmp_path / "a.wav", samples, rate, subtype="FLOAT")
+    with waves.reading(tmp_path / "a.wav") as (count, frames):
+        found = np.concatenate(list(frames))
+    assert count == round(len(samples) * RATE / rate)
+    assert len(found) == -(-count // FRAME) * FRAME
+    whole = waves.read(tmp_path / "a.wav").mean(0)
+    middle = slice(2000, count - 2000)  # a stream's resampler does not know what comes at the ends
+    np.testing.assert_allclose(found[middle], whole[middle], atol=1e-3)
+    assert not found[count:].any() or np.abs(found[count:]).max() < 0.02
+
+
+def test_a_long_file_is_read_in_little_memory(tmp_path):
+    with soundfile.SoundFile(tmp_path / "long.wav", "w", 48000, 2) as file:
+        for _ in range(60):
+            file.write(np.zeros((48000, 2), np.float32))
+    tracemalloc.start()
+    with waves.reading(tmp_path / "long.wav") as (count, frames):
+        assert sum(1 for _ in frames) == count / FRAME == 750
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+def test_an_answer_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "a.wav"
+    with waves.writing(path, 3000) as write:
+        write(np.full(FRAME, 0.5, np.float32))
+        assert not path.exists()
+        write(np.full(FRAME, 2.0, np.float32))
+    samples, rate = soundfile.read(path)
+    assert (len(samples), rate) == (3000, RATE)
+    np.testing.assert_allclose(samples[:FRAME], 0.5, atol=1e-4)
+    assert samples[FRAME:].min() > 0.99  # clipped, not wrapped around
+
+    def broken():
+        with waves.writing(tmp_path / "b.wav", 3000) as write:
+            write(np.zeros(FRAME, np.float32))
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        broken()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.wav"]

@@ -19,6 +19,7 @@ from .session import prompt_columns, system_prompt
 SPOKEN = "sessions that the model spoke itself"
 DEFAULT_SEQUENCES = 3  # of the system prompt: voices
 DEFAULT_FRAMES = 96  # of the system prompt, whose text takes about 25 of them
+VOICE = "NATF2"
 PROMPT = "You are a wise and friendly teacher. Answer questions or provide advice in a clear and engaging way."
 _LARGEST = 1 << 30  # bytes of a token file
 _MOST_FRAMES = 4096  # of a sequence: attention holds a square of them for each head

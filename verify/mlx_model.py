@@ -8,10 +8,10 @@ import numpy as np
 
 from ..convert.architecture import Architecture
 from ..convert.parallel import cores
+from ..convert.problems import UserError
 from .bundle import Bundle, Matrix, joined
-from .model import Floats, Memory, Tokens
+from .model import EPSILON, Floats, Memory, Tokens
 from .places import Place
-from .reference import EPSILON
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 Read = Callable[[str, int | None], Matrix]  # name in the checkpoint and depformer step -> what the bundle stores
@@ -173,6 +173,21 @@ def streams() -> tuple[mx.Stream, ...]:
     """Return a stream for each processor that this process may use, or one on a GPU if that is MLX's default."""
     device = mx.default_device()
     return tuple(mx.new_stream(device) for _ in range(cores() if device == mx.cpu else 1))
+
+
+def choose_device(asked: str | None) -> None:
+    """Make MLX compute on a device, its own choice if none is asked for; raises UserError if it is not there."""
+    if asked == "gpu" and not mx.is_available(mx.gpu):
+        raise UserError("--device gpu: MLX has no GPU here: leave it out")
+    if asked:
+        mx.set_default_device(mx.gpu if asked == "gpu" else mx.cpu)
+
+
+def arithmetic_of(asked: str | None, dtype: str) -> str:
+    """Return the dtype of activations: float32, or a bundle's own; on processors, where that is slow, float32."""
+    if asked is None:
+        asked = "float32" if mx.default_device() == mx.cpu else "bundle"
+    return dtype if asked == "bundle" else asked
 
 
 def model_of(bundle: Bundle, dtype: str = "float32") -> MlxModel:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from .places import Place
 
+EPSILON = 1e-8  # of RMSNorm
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
 Memory = dict[Place, Any]  # keys and values of what came before, by attention block; each model's own

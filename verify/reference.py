@@ -18,10 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from ..convert.architecture import Architecture
 from ..convert.checkpoint import Checkpoint
 from ..quant.affine import BFLOAT16
-from .model import Floats, Memory, Tokens
+from .model import EPSILON, Floats, Memory, Tokens
 from .places import Place, places
 
-EPSILON = 1e-8  # of RMSNorm
 Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
 Seen = Callable[[str, int | None, Tensor], None]  # name and step of a matrix, and its input [..., columns]
 Rows = Callable[[str, Tokens], Tensor]  # name of an embedding table and tokens [...] -> its rows [..., dim]

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from importlib.resources import files
@@ -23,6 +24,7 @@ JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
 _DIGITS = 6
 _WORST = 5
 _LARGEST = 256 << 20
+_SOUND = re.compile("data:audio/flac;base64,[A-Za-z0-9+/]*={0,2}")
 
 
 def write(report: Mapping[str, Any], folder: Path) -> Path:
@@ -74,7 +76,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > _LARGEST:
             raise UserError(f"{file}: over 256 MiB, which no report is")
-        report = json.loads(file.read_text("utf-8"))
+        report = {"round_trip": None} | json.loads(file.read_text("utf-8"))
         known = report["report_version"] == REPORT_VERSION and _is_report(report)
         figures(report), worst(report)  # use most of it
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -94,7 +96,22 @@ def _is_report(report: Mapping[str, Any]) -> bool:
         and all(isinstance(row["source"], str) for row in report["weights"])
         and all(isinstance(row["component"], str) for row in rows)
         and isinstance(report["material"], dict)
+        and (report["round_trip"] is None or _is_round_trip(report["round_trip"]))
         and _is_printable(report)
+    )
+
+
+def _is_round_trip(heard: Mapping[str, Any]) -> bool:
+    """Tell the same of its round trip; sounds come with the page, from nowhere else."""
+    rates = [heard[part]["word_error_rate"] for part in ("question", "answer")]
+    figures = [heard["answer"][key] for key in ("seconds", "silent", "clipped", "repeats")] + [heard["limits"]["floor"]]
+    return (
+        all(math.isfinite(figure) for figure in (*figures, heard["question"]["seconds"]))
+        and all(rate is None or math.isfinite(rate) for rate in rates)
+        and all(isinstance(heard["answer"][key], str) for key in ("text", "heard"))
+        and all(isinstance(heard["scene"][key], str) for key in ("voice", "prompt"))
+        and isinstance(heard["recognizer"], str)
+        and all(_SOUND.fullmatch(heard["audio"][part]) is not None for part in ("question", "answer"))
     )
 
 
@@ -150,6 +167,10 @@ def _percent(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2%}"
 
 
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
 def short(value: float | None) -> str:
     """Return a figure in a few digits."""
     if value is None:
@@ -159,7 +180,14 @@ def short(value: float | None) -> str:
 
 def _environment() -> Environment:
     found = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    found.filters |= {"short": short, "size": size, "percent": _percent, "block": block_name, "tensor": name_of}
+    found.filters |= {
+        "short": short,
+        "size": size,
+        "percent": _percent,
+        "share": _share,
+        "block": block_name,
+        "tensor": name_of,
+    }
     return found
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 ARITHMETICS = ("float32", "bundle")
 DEVICES = ("cpu", "gpu")
+EMBEDDED = "pocketsphinx"  # the recognizer that comes with a small model of its own
+RECOGNIZERS = (EMBEDDED, "faster-whisper", "mlx-whisper")
 CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: what a model speaks to be quantized by
 
 

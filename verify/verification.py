@@ -30,6 +30,7 @@ from .material import (
     prompt_tokens,
     read_tokens,
 )
+from .mlx_model import choose_device
 from .request import Request
 from .session import PAUSE
 
@@ -68,7 +69,7 @@ def verify(
     """
     began = time.time()
     manifest, layout = layout_of(folder)
-    _choose_device(request.device)
+    choose_device(request.device)
     if not same_source:
         _check_origin(source, manifest, quiet)
     material = material_of(source, request)
@@ -94,6 +95,7 @@ def verify(
         "activations": [],
         "predictions": {},
         "rollout": None,
+        "round_trip": None,
         "ran_on": _ran_on(request),
         "command": command,
     }
@@ -187,14 +189,6 @@ def _ran_on(request: Request) -> dict[str, Any]:
         "toolkit": f"{TOOLKIT} {version(TOOLKIT)}",
         "libraries": {name: version(name) for name in LIBRARIES},
     }
-
-
-def _choose_device(asked: str | None) -> None:
-    """Make MLX compute on a device, its own choice if none is asked for; raises UserError if it is not there."""
-    if asked == "gpu" and not mx.is_available(mx.gpu):
-        raise UserError("--device gpu: MLX has no GPU here: leave it out")
-    if asked:
-        mx.set_default_device(mx.gpu if asked == "gpu" else mx.cpu)
 
 
 def _torch_device(request: Request) -> str:

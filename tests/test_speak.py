@@ -1,0 +1,360 @@
+"""ppx-speak and ppx-bench, as users run them, and the round trip of a verification."""
+
+import json
+import math
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+from ppx.convert import demo
+from ppx.convert.mimi import FRAME, RATE
+from ppx.convert.problems import UserError
+from ppx.recipes import parity
+from ppx.verify import live, recognizer, round_trip
+from ppx.verify import report as reports
+from ppx.verify.material import PROMPT, prompt_tokens
+from ppx.verify.request import RECOGNIZERS
+from ppx.verify.sampling import GREEDY
+from ppx.verify.speaker import Scene, Words, open_speaker, text_of
+from safetensors import safe_open
+
+README = Path(__file__).parent.parent / "README.md"
+SPEECH = Path(__file__).parent / "data" / "speech.flac"
+SAID = "The weather is nice today. We can go to the park, and have a good time with the children."
+TARGETS = {
+    "speech-swift": ("--bits", "4", "--group-size", "64"),
+    "moshi-mlx": ("--recipe", "moshi-q4", "--method", "rtn"),
+    "mlx": ("--recipe", "mixed"),
+}
+
+
+@pytest.fixture(scope="module")
+def demos(program, tmp_path_factory):
+    """The demo source converted for each target; made once."""
+    folder = tmp_path_factory.mktemp("demos")
+    for target, options in TARGETS.items():
+        program("ppx-convert", "demo", *options, "--output", target, cwd=folder)
+    return folder
+
+
+def write(path, seconds=1.0, rate=16000, channels=1):
+    samples = np.random.default_rng(2).standard_normal((round(seconds * rate), channels)).astype(np.float32) * 0.1
+    soundfile.write(path, samples, rate)
+
+
+@pytest.mark.parametrize(
+    ("target", "rate", "channels"), [("speech-swift", 16000, 1), ("moshi-mlx", 44100, 2), ("mlx", 24000, 1)]
+)
+def test_bundles_of_all_targets_answer(program, demos, codec, tmp_path, target, rate, channels):
+    write(tmp_path / "q.wav", 0.7, rate, channels)
+    command = ("ppx-speak", demos / target, "q.wav", "--codec", codec, "--seed", "4")
+    done = program(*command, "-o", "a.wav", cwd=tmp_path)
+    samples, found = soundfile.read(tmp_path / "a.wav")
+    assert (len(samples), found) == (round(0.7 * RATE), RATE)
+    assert np.abs(samples).max() > 0
+    assert "0.7 s of sound" in done.stderr
+    assert "modulo" in done.stderr  # the demo has 128 of the codec's 2048 tokens
+    again = program(*command, "-o", "b.wav", "--json", cwd=tmp_path)
+    said = json.loads(again.stdout)
+    np.testing.assert_allclose(soundfile.read(tmp_path / "b.wav")[0], samples, atol=1e-3)
+    assert said["text"] == " ".join(done.stdout.split())
+    assert (said["seconds"], said["seed"], said["voice"]) == (0.7, 4, "NATF2")
+
+
+def test_a_voice_a_prompt_a_seed_and_temperatures_change_the_answer(demos, codec):
+    question = np.random.default_rng(2).standard_normal((4, FRAME)).astype(np.float32) * 0.1
+    scenes = [{}, {"voice": "NATM1"}, {"prompt": "Be brief."}, {"seed": 5}, {"sampling": GREEDY}]
+    answers = set()
+    for chosen in scenes:
+        speaker = open_speaker(demos / "mlx", Scene(codec=codec, **chosen))
+        answers.add(tuple(token for said in speaker.answer(question) for token in said.agent.tolist()))
+    assert len(answers) == len(scenes)
+
+
+def test_mistakes_are_told_in_one_line(program, demos, codec, bundle, tmp_path):
+    write(tmp_path / "q.wav", 0.2)
+    (tmp_path / "text.wav").write_text("hello")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+    swift = demos / "speech-swift"
+    asked = ("-o", "a.wav", "--codec", codec)
+    for arguments, reason in (
+        ((swift, "q.wav", *asked, "--voice", "NOBODY"), "--voice NOBODY: not in this bundle: it holds NATF0, "),
+        ((swift, "text.wav", *asked), "text.wav: not audio that can be read"),
+        ((swift, "none.wav", *asked), "none.wav: not audio that can be read"),
+        ((swift, "empty.wav", *asked), "empty.wav: holds no sound"),
+        ((swift, "q.wav", *asked, "--prompt", "long " * 80), "--prompt has 4"),
+        ((swift, "q.wav", "-o", "a.wav"), "mimi.safetensors: not a codec that rustymimi loads"),
+        ((swift, "q.wav", "-o", "q.wav", "--codec", codec), "q.wav: is there already"),
+        ((swift, "q.wav", "-o", "a.mp3", "--codec", codec), "a.mp3: give the name of a .wav file"),
+        ((swift, "q.wav"), "give a recording and --output, or --live"),
+        ((swift, "--live", "-o", "a.wav"), "give a recording and --output, or --live"),
+        ((tmp_path / "nowhere", "q.wav", *asked), "nowhere: not a bundle"),
+        ((bundle(), "q.wav", *asked), "remembers at most 2: shorten it"),
+    ):
+        done = program("ppx-speak", *arguments, cwd=tmp_path, status=2)
+        assert len(done.stderr.splitlines()) == 1
+        assert reason in done.stderr, done.stderr
+    assert not (tmp_path / "a.wav").exists()
+
+
+def test_the_readmes_conversation_is_a_real_one(program, tmp_path):
+    section = README.read_text().partition("\n## Talk to it\n")[2].partition("```sh\n")[2]
+    commands = [shlex.split(line) for line in section.partition("```")[0].splitlines() if line.startswith("ppx-")]
+    assert [command[0] for command in commands] == ["ppx-convert", "ppx-speak", "ppx-verify", "ppx-bench"]
+    samples, rate = soundfile.read(SPEECH)
+    soundfile.write(tmp_path / "question.wav", samples, rate)
+    said = [program(name, *arguments, cwd=tmp_path).stdout for name, *arguments in commands]
+    assert soundfile.info(tmp_path / "answer.wav").duration == pytest.approx(4.72)
+    assert "demo-audio passes the comparison" in said[2]
+    assert "round trip: 4.7 s" in said[2]
+    assert "codec" in said[3]
+
+
+def test_words_come_piece_by_piece(tmp_path):
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(demo.tokenizer(512))
+    words = Words(tokenizer, padding=3)
+    architecture = demo.SIZES["demo"]
+    tokens = prompt_tokens(tokenizer, architecture, "Hello, grüße €!")
+    pieces = [words.piece(token) for token in [0, 3, *tokens, 1, 2, 10**6]]
+    assert text_of(pieces) == "<system> Hello, grüße €! <system>"
+    assert pieces[:2] == ["", ""]
+    escape = next(token for token in range(512) if words._processor.id_to_piece(token) == "<0x1B>")
+    assert words.piece(escape) == "\ufffd"
+
+
+class Sound:
+    """What sounddevice offers, with somebody who says one frame after another."""
+
+    PortAudioError = OSError
+
+    def __init__(self, broken=False):
+        self.broken, self.played = broken, []
+
+    def Stream(self, samplerate, blocksize, channels, dtype, callback):
+        assert (samplerate, blocksize, channels, dtype) == (RATE, FRAME, 1, "float32")
+        if self.broken:
+            raise self.PortAudioError("no device")
+        self.callback = callback
+        return self
+
+    def __enter__(self):
+        for number in range(3):
+            self.tick(number)
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def tick(self, number):
+        out = np.full((FRAME, 1), 7, np.float32)
+        self.callback(np.full((FRAME, 1), number, np.float32), out, FRAME, None, None)
+        self.played.append(out[0, 0])
+
+
+def test_live_goes_from_the_microphone_to_the_speaker(monkeypatch):
+    sound = Sound()
+    monkeypatch.setitem(sys.modules, "sounddevice", sound)
+    with live.devices() as (frames, play):
+        heard = [next(frames) for _ in range(3)]
+        assert [frame[0] for frame in heard] == [0, 1, 2]
+        assert heard[0].shape == (FRAME,)
+        play(np.full(FRAME, 0.5, np.float32))
+        sound.tick(3)
+        sound.tick(4)
+    assert sound.played == [0, 0, 0, 0.5, 0]  # silence where nothing is ready
+    monkeypatch.setitem(sys.modules, "sounddevice", Sound(broken=True))
+    with pytest.raises(UserError, match="no microphone or no speaker"), live.devices():
+        pass
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    with pytest.raises(UserError, match=r"ppx-convert\[audio,live\]"), live.devices():
+        pass
+
+
+def test_bench_counts_what_a_frame_takes(program, demos, codec, tmp_path):
+    folder = demos / "mlx"
+    done = program("ppx-bench", folder, "--frames", "6", "--codec", codec, "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    frame, parts = found["frame"], found["parts"]
+    assert 0 < frame["p50"] <= frame["p95"] <= frame["p99"]
+    assert set(parts) == {"temporal", "depformer", "codec"}
+    assert all(seconds > 0 for seconds in parts.values())
+    assert found["real_time_factor"] == pytest.approx((frame["mean"] + parts["codec"]) / 0.08)
+    assert found["bound"] == pytest.approx(found["bytes_a_frame"] / found["bandwidth"])
+    assert found["prefill"]["frames"] == 51 + 12 + 25
+    assert (found["frames"], found["steps"]) == (6, 8)
+    with safe_open(next(folder.glob("model*.safetensors")), "np") as file:
+        names = [name for name in file.keys() if "emb" not in name]  # noqa: SIM118
+        stored = sum(math.prod(file.get_slice(name).get_shape()) * 2 for name in names if "weight" in name)
+    assert found["bytes_a_frame"] > 0.5 * stored
+    longer = json.loads(
+        program("ppx-bench", folder, "--frames", "2", "--remembered", "200", "--json", cwd=tmp_path).stdout
+    )
+    assert longer["prefill"]["frames"] == 200
+    assert "codec" not in longer["parts"]  # the demo's own is none
+    printed = program("ppx-bench", folder, "--frames", "2", cwd=tmp_path).stdout
+    assert "real time factor" in printed
+    assert "without a codec" in printed
+
+
+def meant(transcribe, samples, text, tokens=None):
+    """The judgement of an answer, with a floor of a recognizer that understands the question."""
+    frames = -(-len(samples) // FRAME)
+    tokens = np.random.default_rng(0).integers(0, 2048, (frames, 8)) if tokens is None else tokens
+    found = {"question": {"word_error_rate": 0.0}, "answer": round_trip.judged(samples, tokens, text, transcribe)}
+    return found["answer"], [failure["message"] for failure in round_trip.failures(found)]
+
+
+@pytest.fixture(scope="module")
+def speech():
+    with round_trip.waves.reading(SPEECH) as (count, frames):
+        return np.concatenate(list(frames))[:count]
+
+
+def test_speech_passed_around_the_model_is_understood(speech):
+    """Synthetic speech in the answer's place: what the recognizer gets wrong of it is the floor."""
+    transcribe = recognizer.load()
+    found, failures = meant(transcribe, speech, SAID)
+    assert found["word_error_rate"] <= 0.1
+    assert found["heard"].split()[-1] == "children"
+    assert failures == []
+    assert found["clipped"] == 0
+    assert found["silent"] < 0.4
+    _, failures = meant(transcribe, speech, "Once upon a time a king lived in a castle far away from here.")
+    assert ["other words than the model means" in reason for reason in failures] == [True]
+
+
+def test_what_is_wrong_with_an_answer_is_said(speech):
+    heard = {"words": SAID}
+
+    def transcribe(samples):
+        assert len(samples) == pytest.approx(len(speech) * 16000 / RATE, abs=2)
+        return heard["words"]
+
+    assert meant(transcribe, speech, SAID)[1] == []
+    assert "silent" in meant(transcribe, np.zeros_like(speech), "")[1][0]
+    assert "clipped" in meant(transcribe, np.clip(speech * 100, -1, 1), SAID)[1][0]
+    again = " ".join(["and then we went home"] * 5)
+    heard["words"] = again
+    assert "the same 5 times over" in meant(transcribe, speech, again)[1][0]
+    heard["words"] = SAID
+    frames = -(-len(speech) // FRAME)
+    assert round_trip.repeated_sound(np.zeros((frames, 8), int), np.ones(frames, bool)) == 1  # shorter than six seconds
+    assert round_trip.repeated_sound(np.tile(np.arange(20)[:, None], (6, 8)), np.ones(120, bool)) == 6
+    assert round_trip.repeated_sound(np.zeros((120, 8), int), np.zeros(120, bool)) == 1  # silence may go on
+    assert round_trip.repeated_sound(np.random.default_rng(0).integers(0, 9, (300, 8)), np.ones(300, bool)) == 1
+
+
+def test_a_recognizer_that_hears_nothing_right_condemns_nobody():
+    answer = {"silent": 0.0, "clipped": 0.0, "repeats": 1, "word_error_rate": 1.0}
+    for floor, count in ((0.2, 1), (0.9, 0), (None, 0)):
+        assert len(round_trip.failures({"question": {"word_error_rate": floor}, "answer": answer})) == count
+    assert round_trip.word_error_rate("Yes.", "yes") is None
+    assert round_trip.word_error_rate("It's four o'clock, Nora!", "it's four o'clock nora") == 0
+    assert round_trip.word_error_rate("one two three four", "one three four") == 0.25
+
+
+def test_recognizers_are_loaded_by_name(monkeypatch):
+    segments = [SimpleNamespace(text="good"), SimpleNamespace(text="morning")]
+    asked = []
+
+    class WhisperModel:
+        def __init__(self, name):
+            asked.append(name)
+
+        def transcribe(self, samples, language):
+            assert (len(samples), language) == (16000, "en")
+            return segments, None
+
+    def transcribe(samples, path_or_hf_repo, language):
+        assert (len(samples), language) == (16000, "en")
+        asked.append(path_or_hf_repo)
+        return {"text": "good evening"}
+
+    monkeypatch.setattr(recognizer, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=WhisperModel))
+    monkeypatch.setitem(sys.modules, "mlx_whisper", SimpleNamespace(transcribe=transcribe))
+    second = np.zeros(16000, np.float32)
+    assert recognizer.load("faster-whisper")(second) == "good morning"
+    assert recognizer.load("mlx-whisper")(second) == "good evening"
+    assert asked == ["base.en", "mlx-community/whisper-base.en-mlx"]
+    monkeypatch.setattr(recognizer, "find_spec", lambda _: None)
+    for name in RECOGNIZERS:
+        with pytest.raises(UserError, match="pip install"):
+            recognizer.load(name)
+
+
+@pytest.fixture(scope="module")
+def spoken(program, demos, codec):
+    """A bundle that was verified with a round trip, and what was printed."""
+    compared = ("--reference", "demo", "--sequences", "1", "--frames", "80")
+    asked = ("--round-trip", SPEECH, "--codec", codec)
+    done = program("ppx-verify", demos / "speech-swift", *compared, *asked, cwd=demos)
+    return demos / "speech-swift", done
+
+
+def test_a_round_trip_stands_in_the_report(program, spoken, codec, tmp_path):
+    folder, done = spoken
+    asked = ("--round-trip", SPEECH, "--codec", codec)
+    assert "round trip: 4.7 s" in done.stdout
+    assert "not judged by its words" in done.stdout  # through a random codec nobody understands the question
+    report = json.loads((folder / "parity" / "report.json").read_text())
+    heard = report["round_trip"]
+    assert heard["question"]["heard"].startswith("the weather is nice today")
+    assert heard["answer"]["seconds"] == pytest.approx(4.72)
+    assert heard["scene"]["prompt"] == PROMPT
+    page = (folder / "parity" / "report.html").read_text()
+    assert page.count("<audio controls") == 2
+    assert page.count("data:audio/flac;base64,") == 2
+    assert "media-src data:" in page
+    assert "Spoken: of 4.7 s of answer" in (folder / "parity" / "report.md").read_text()
+    again = program("ppx-verify", folder, *asked, "--json", cwd=tmp_path)  # adds to the report that is there
+    found = json.loads(again.stdout)
+    assert found["times"] == report["times"]
+    assert found["round_trip"]["answer"] == heard["answer"]
+    assert "audio" not in found["round_trip"]
+    wrong = program("ppx-verify", folder, *asked, "--recognizer", "mlx-whisper", cwd=tmp_path, status=2)
+    assert "pip install mlx-whisper" in wrong.stderr
+    alone = program("ppx-verify", folder, "--recognizer", "pocketsphinx", cwd=tmp_path, status=2)
+    assert "are for --round-trip" in alone.stderr
+
+
+def test_a_broken_answer_fails_a_verification_until_it_is_mended(spoken, tmp_path, monkeypatch):
+    folder = tmp_path / "bundle"
+    shutil.copytree(spoken[0] / "parity", folder / "parity")
+    shutil.copy(spoken[0] / "manifest.json", folder)
+    report = reports.read(folder)
+    assert report["verdict"]["passed"]
+    for answer, passes in (({"silent": 1.0}, False), ({}, True)):
+        heard = report["round_trip"] | {
+            "answer": report["round_trip"]["answer"] | {"repeats": 1, "clipped": 0.0} | answer
+        }
+        made = heard | {"failures": round_trip.failures(heard)}
+        monkeypatch.setattr(round_trip, "run", lambda *_, made=made: dict(made))
+        found = parity.add_round_trip(reports.read(folder), folder, SPEECH, None, None, None, True)
+        assert found["verdict"]["passed"] is passes
+        assert reports.read(folder)["verdict"] == found["verdict"]
+        assert ("the answer is silent" in (folder / "parity" / "report.html").read_text()) is not passes
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"audio": {"question": "https://x/y", "answer": "data:audio/flac;base64,QQ=="}},
+        {"answer": {}},
+        {"recognizer": 3},
+    ],
+)
+def test_a_strangers_round_trip_is_looked_at(spoken, tmp_path, broken):
+    report = json.loads((spoken[0] / "parity" / "report.json").read_text())
+    (tmp_path / "good.json").write_text(json.dumps(report))
+    assert reports.read(tmp_path / "good.json") == report
+    report["round_trip"] |= broken
+    (tmp_path / "bad.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match="not a report "):
+        reports.read(tmp_path / "bad.json")

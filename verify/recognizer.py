@@ -1,0 +1,68 @@
+"""Speech recognizers that run here, all of them optional: what does the answer sound like to a listener?"""
+
+import io
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from ..convert.problems import UserError
+from .model import Floats
+from .request import EMBEDDED
+
+RATE = 16000  # samples a second, as all of them take them
+_WHISPER = "base.en"
+MISSING = "--round-trip needs more packages: pip install 'ppx-convert[audio,round-trip]'"
+
+Transcribe = Callable[[Floats], str]  # samples at RATE -> words
+
+
+def _pocketsphinx() -> Transcribe:
+    from pocketsphinx import Decoder, Segmenter
+
+    decoder = Decoder(samprate=RATE)
+
+    def transcribe(samples: Floats) -> str:
+        raw = (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+        words = []
+        for segment in Segmenter(sample_rate=RATE).segment(io.BytesIO(raw)):
+            decoder.start_utt()
+            decoder.process_raw(segment.pcm, full_utt=True)
+            decoder.end_utt()
+            heard = decoder.hyp()
+            words += [heard.hypstr] if heard else []
+        return " ".join(words)
+
+    return transcribe
+
+
+def _faster_whisper() -> Transcribe:
+    from faster_whisper import WhisperModel
+
+    model: Any = WhisperModel(_WHISPER)
+    return lambda samples: " ".join(segment.text for segment in model.transcribe(samples, language="en")[0])
+
+
+def _mlx_whisper() -> Transcribe:
+    import mlx_whisper
+
+    repository = f"mlx-community/whisper-{_WHISPER}-mlx"
+    return lambda samples: str(mlx_whisper.transcribe(samples, path_or_hf_repo=repository, language="en")["text"])
+
+
+_LOADERS = {"mlx-whisper": _mlx_whisper, "faster-whisper": _faster_whisper, EMBEDDED: _pocketsphinx}
+
+
+def load(name: str = EMBEDDED) -> Transcribe:
+    """Return a recognizer by its package's name; raises UserError if it is not installed, or does not load.
+
+    Whispers take their model from the Hub or its cache.
+    """
+    module = name.replace("-", "_")
+    if find_spec(module) is None:
+        raise UserError(MISSING if name == EMBEDDED else f"--recognizer {name}: pip install {name} first")
+    try:
+        return _LOADERS[name]()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"--recognizer {name}: does not load ({str(error).splitlines()[0][:120]})") from None

@@ -1,0 +1,115 @@
+"""All that a bundle needs to speak: model, codec, voice, tokenizer; audio in, audio and words out."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..convert.architecture import read_config
+from ..convert.problems import UserError, printable
+from ..convert.source import CODEC, CONFIG, TOKENIZER
+from . import loading
+from .bundle import Bundle, layout_of
+from .codec import Codec
+from .conversation import Conversation
+from .material import PROMPT, VOICE, prompt_tokens
+from .mlx_model import arithmetic_of
+from .model import Floats, Tokens
+from .sampling import Sampling, sampling_of
+from .session import system_prompt
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Who speaks, and how. sampling, codec: None for the bundle's. arithmetic: of activations; None for what suits."""
+
+    voice: str = VOICE
+    prompt: str = PROMPT
+    sampling: Sampling | None = None
+    seed: int = 0
+    arithmetic: str | None = None
+    codec: Path | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What comes of a frame. text: a piece of a word or nothing. agent: tokens ``[codebooks]``. samples: of a frame."""
+
+    text: str
+    agent: Tokens
+    samples: Floats
+
+
+@dataclass
+class Speaker:
+    """A bundle with its prompts behind it, ready to hear. folded: whether it knows fewer tokens than its codec."""
+
+    conversation: Conversation
+    codec: Codec
+    words: "Words"
+    folded: bool = False
+
+    def answer(self, question: Iterable[Floats]) -> Iterator[Said]:
+        """Hear frames of samples ``[FRAME]``, and yield what is said in each of them."""
+        card = self.conversation.runtime.architecture.card
+        for frame in question:
+            heard = self.codec.encode(frame)
+            self.folded |= bool((heard >= card).any())
+            token, agent = self.conversation.hear(heard % card)
+            yield Said(self.words.piece(token), agent, self.codec.decode(agent))
+
+
+def open_speaker(folder: Path, scene: Scene) -> Speaker:
+    """Open a bundle, and go through its prompts; raises UserError for what it lacks, or has no room for."""
+    manifest, layout = layout_of(folder)
+    codec = Codec(scene.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
+    with closing(Bundle(folder, manifest, layout)) as bundle:
+        voices = {voice.name: voice for voice in bundle.voices()}
+        if scene.voice not in voices:
+            raise UserError(f"--voice {scene.voice}: not in this bundle: it holds {', '.join(voices)}")
+        tokenizer = folder / layout.target.copies[TOKENIZER]
+        text = prompt_tokens(tokenizer, layout.architecture, scene.prompt)
+        prompt = system_prompt(layout.architecture, text)
+        reach = loading.reach_of(bundle)
+        if len(prompt) >= reach:
+            most = max(reach - 1 - (len(prompt) - len(text)), 0)
+            raise UserError(f"--prompt has {len(text)} tokens: this model remembers at most {most}: shorten it")
+        model = loading.load(bundle, arithmetic_of(scene.arithmetic, manifest["dtype"]))
+    sampling = scene.sampling or sampling_of(read_config(folder / CONFIG))
+    conversation = Conversation(model, voices[scene.voice], prompt, sampling, scene.seed)
+    return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
+
+
+class Words:
+    """Text from tokens, piece by piece."""
+
+    def __init__(self, tokenizer: Path, padding: int) -> None:
+        """Open a sentencepiece model."""
+        import sentencepiece
+
+        self._processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        self._padding, self._bytes = padding, b""
+
+    def piece(self, token: int) -> str:
+        """Return what a token adds to the text; bytes of a character wait until it is whole."""
+        held = self._processor
+        if token == self._padding or token >= len(held) or held.is_control(token) or held.is_unknown(token):
+            return ""
+        piece = str(held.id_to_piece(token))
+        if not held.is_byte(token):
+            self._bytes = b""
+            return printable(piece.replace("\u2581", " "))
+        self._bytes += bytes([int(piece[3:5], 16)])
+        try:
+            found = self._bytes.decode()
+        except UnicodeDecodeError:
+            self._bytes = self._bytes[-3:]  # no character has more than four
+            return ""
+        self._bytes = b""
+        return " " if found.isspace() else printable(found)
+
+
+def text_of(pieces: Iterable[str]) -> str:
+    """Return pieces as a text."""
+    return " ".join("".join(pieces).split())
