@@ -16,6 +16,11 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
+def reason(error: Exception) -> str:
+    """Return the first line of what a library says went wrong."""
+    return printable((str(error).splitlines() or [type(error).__name__])[0][:120])
+
+
 def refuse(problems: Sequence[str]) -> None:
     """Raise UserError with all problems, if there are any."""
     if problems:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..quant.affine import BFLOAT16
 from .architecture import Architecture
-from .problems import UserError, refuse
+from .problems import UserError, reason, refuse
 
 PRESETS = tuple(
     f"{style}{sex}{number}" for style, count in (("NAT", 4), ("VAR", 5)) for sex in "FM" for number in range(count)
@@ -99,9 +99,9 @@ def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
         with warnings.catch_warnings(action="ignore"):  # torch's advice on old formats is for those who save
             held: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"refused, it asks for more than tensors ({_short(error)}): do not use this file") from None
+        raise ValueError(f"refused, it asks for more than tensors ({reason(error)}): do not use this file") from None
     except _UNREADABLE as error:  # a damaged pickle can end in any of them
-        raise ValueError(f"not a voice that torch can read ({_short(error)})") from None
+        raise ValueError(f"not a voice that torch can read ({reason(error)})") from None
     if not isinstance(held, dict) or set(held) != {"embeddings", "cache"}:
         keys = sorted(map(str, held)) if isinstance(held, dict) else type(held).__name__
         raise ValueError(f"holds {keys}, not embeddings and cache")
@@ -114,19 +114,22 @@ def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
             raise ValueError(f"{key} is {getattr(tensor, 'dtype', type(tensor).__name__)}: one of {dtypes} is needed")
         if not tensor.is_contiguous() or tensor.nbytes > len(data):  # a view can claim more than the file holds
             raise ValueError(f"{key} claims {tensor.nbytes} bytes of a file of {len(data)}")
-    streams = 1 + architecture.n_q
+    embeddings = embeddings.detach()
+    half = embeddings.view(torch.uint16).numpy().view(BFLOAT16) if embeddings.dtype == torch.bfloat16 else None
+    voice = Voice(name, embeddings.numpy() if half is None else half, cache.detach().numpy())
+    check(voice, architecture)
+    return voice
+
+
+def check(voice: Voice, architecture: Architecture) -> None:
+    """Raise ValueError for a voice that is none of this model's."""
+    embeddings, cache, streams = voice.embeddings, voice.cache, 1 + architecture.n_q
     if embeddings.ndim != 4 or embeddings.shape[1:] != (1, 1, architecture.dim) or not len(embeddings):
         raise ValueError(f"embeddings have shape {list(embeddings.shape)}, not [frames, 1, 1, {architecture.dim}]")
     if cache.ndim != 3 or cache.shape[:2] != (1, streams) or not cache.shape[2]:
         raise ValueError(f"cache has shape {list(cache.shape)}, not [1, {streams}, slots]")
-    if not bool(torch.isfinite(embeddings).all()):
+    if not np.isfinite(embeddings.astype(np.float32)).all():
         raise ValueError("embeddings are not finite")
-    if int(cache.min()) < -2 or int(cache.max()) > max(architecture.text_card, architecture.card):
+    largest = np.array([architecture.text_card] + [architecture.card] * architecture.n_q)[:, None]
+    if not ((cache[0] >= -2) & (cache[0] <= largest)).all():
         raise ValueError("cache holds numbers that are no tokens of this model")
-    embeddings = embeddings.detach()
-    half = embeddings.view(torch.uint16).numpy().view(BFLOAT16) if embeddings.dtype == torch.bfloat16 else None
-    return Voice(name, embeddings.numpy() if half is None else half, cache.detach().numpy())
-
-
-def _short(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

@@ -12,17 +12,21 @@ from ..convert.source import Source
 from ..convert.workspace import write_durably
 from ..verify import card
 from ..verify import report as reports
-from ..verify.request import EMBEDDED, Request
+from ..verify.request import Request
 
 _SAID = 3  # reasons that are printed; the report has them all
+
+
+def _check_writable(bundle: Path) -> None:
+    if not os.access(bundle, os.W_OK) and bundle.is_dir():
+        raise UserError(f"{bundle}: not writable: the report goes into it, so copy the bundle to where you can write")
 
 
 def leave_report(
     source: Source, bundle: Path, asked: Request, command: str, quiet: bool, same_source: bool = False
 ) -> dict[str, Any]:
     """Verify a bundle, write its report beside it, and return it."""
-    if not os.access(bundle, os.W_OK) and bundle.is_dir():
-        raise UserError(f"{bundle}: not writable: the report goes into it, so copy the bundle to where you can write")
+    _check_writable(bundle)
     from ..verify.verification import verify  # imports torch and mlx: seconds that --help does not need
 
     found = reports.finish(verify(source, bundle, asked, command, quiet, same_source))
@@ -38,12 +42,20 @@ def report_of(bundle: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | Non
     return found if found["bundle"].get("fingerprint") == manifest["fingerprint"] else None
 
 
+def check_round_trip(bundle: Path, question: Path, codec: Path | None, listener: str) -> None:
+    """Raise UserError for what a round trip would end with, before anything that takes long."""
+    from ..verify import round_trip
+
+    _check_writable(bundle)
+    round_trip.check(bundle, question, codec, listener)
+
+
 def add_round_trip(
     found: dict[str, Any],
     bundle: Path,
     question: Path,
     codec: Path | None,
-    listener: str | None,
+    listener: str,
     device: str | None,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -53,7 +65,7 @@ def add_round_trip(
     from ..verify.speaker import Scene
 
     choose_device(device)
-    heard = round_trip.run(bundle, question, Scene(codec=codec), listener or EMBEDDED, quiet)
+    heard = round_trip.run(bundle, question, Scene(codec=codec), listener, quiet)
     failures = [one for one in found["verdict"]["failures"] if one["check"] != round_trip.CHECK]
     failures += heard.pop("failures")
     verdict = {"passed": not failures, "failures": failures}

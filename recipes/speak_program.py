@@ -9,9 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 
 from ..convert.architecture import read_config
+from ..convert.manifest import manifest_of
 from ..convert.mimi import FRAME, RATE
 from ..convert.problems import UserError
 from ..convert.progress import bar
@@ -21,7 +23,7 @@ from . import console
 from .choices import ArithmeticName, DeviceName
 
 if TYPE_CHECKING:
-    from ..verify.speaker import Scene, Speaker
+    from ..verify.speaker import Scene
 
 EXAMPLES = """\b
 Examples:
@@ -48,7 +50,7 @@ def speak(
     voice: Annotated[str, typer.Option(help="One of the bundle's voices.")] = VOICE,
     prompt: Annotated[str, typer.Option(help="What it is told to be.")] = PROMPT,
     greedy: Annotated[bool, typer.Option(help="Always take the likeliest token.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of what is drawn.")] = 0,
     audio_temperature: Annotated[float | None, typer.Option(min=0, help="[default: the bundle's]")] = None,
     audio_top_k: Annotated[int | None, typer.Option(min=0, help="[default: the bundle's]")] = None,
     text_temperature: Annotated[float | None, typer.Option(min=0, help="[default: the bundle's]")] = None,
@@ -72,24 +74,29 @@ def speak(
     """
     if live == (question is not None) or live == (output is not None):
         raise UserError("give a recording and --output, or --live")
-    if output is not None:
-        console.check_new(output, ".wav", force)
-    from ..verify.mlx_model import choose_device  # imports mlx: a second that --help does not need
-    from ..verify.sampling import GREEDY, sampling_of
-    from ..verify.speaker import Scene, open_speaker
-
-    choose_device(device and str(device))
-    sampling = GREEDY if greedy else sampling_of(read_config(bundle / CONFIG) if bundle.is_dir() else {})
+    if live and (force or as_json):
+        raise UserError("--force and --json are for recordings: leave them out with --live")
     asked: dict[str, Any] = {
         "audio_temperature": audio_temperature,
         "audio_top_k": audio_top_k,
         "text_temperature": text_temperature,
         "text_top_k": text_top_k,
     }
-    sampling = replace(sampling, **{key: value for key, value in asked.items() if value is not None})
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if greedy and asked:
+        raise UserError("--greedy takes the likeliest token: leave temperatures and top-k out")
+    if output is not None:
+        console.check_new(output, ".wav", force)
+    from ..verify.mlx_model import choose_device  # imports mlx: a second that --help does not need
+    from ..verify.sampling import GREEDY, sampling_of
+    from ..verify.speaker import Scene
+
+    choose_device(device and str(device))
+    manifest_of(bundle)  # what is no bundle is told first
+    sampling = GREEDY if greedy else replace(sampling_of(read_config(bundle / CONFIG)), **asked)
     scene = Scene(voice, prompt, sampling, seed, arithmetic and str(arithmetic), codec)
     if question is None or output is None:
-        _talk(open_speaker(bundle, scene))
+        _talk(bundle, scene)
     else:
         _answer(bundle, scene, question, output, as_json)
 
@@ -129,12 +136,17 @@ def _answer(bundle: Path, scene: "Scene", question: Path, output: Path, as_json:
         console.say(f"{output}: {seconds:.1f} s of sound, made in {took:.1f} s ({took / seconds:.2f} times real time)")
 
 
-def _talk(speaker: "Speaker") -> None:
+def _talk(bundle: Path, scene: "Scene") -> None:
     """Talk through the machine's own devices until interrupted."""
     from ..verify import live
+    from ..verify.speaker import open_speaker
 
-    console.say("listening: speak, and end with Ctrl-C (headphones keep it from hearing itself)")
+    live.check()
+    speaker = open_speaker(bundle, scene)
+    for _ in speaker.answer([np.zeros(FRAME, np.float32)] * 2):  # a moment of silence, in which functions are compiled
+        pass
     with live.devices() as (frames, play), suppress(KeyboardInterrupt):
+        console.say("listening: speak, and end with Ctrl-C (headphones keep it from hearing itself)")
         for said in speaker.answer(frames):
             play(said.samples)
             typer.echo(said.text, nl=False)

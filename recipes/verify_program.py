@@ -92,7 +92,10 @@ def verify_bundle(
         raise UserError("--sequences says nothing of --audio, which is one: leave it out")
     if tokens and audio:
         raise UserError("--tokens and --audio contradict each other: give one of them")
-    if (recognizer or codec) and not round_trip:
+    listener = str(recognizer or EMBEDDED)
+    if round_trip:
+        parity.check_round_trip(bundle, round_trip, codec, listener)
+    elif recognizer or codec:
         raise UserError("--recognizer and --codec are for --round-trip: give a recording to answer")
     quiet = console.quiet(as_json)
     asked = Request(
@@ -103,7 +106,6 @@ def verify_bundle(
     if not found:
         found = _compare(bundle, manifest, reference, adapter, asked, quiet)
     if round_trip:
-        listener = recognizer and str(recognizer)
         found = parity.add_round_trip(found, bundle, round_trip, codec, listener, asked.device, quiet)
     parity.leave_card(found, bundle)
     typer.echo(parity.as_json(found) if as_json else parity.text(found, bundle))

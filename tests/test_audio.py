@@ -124,10 +124,20 @@ def test_a_long_file_is_read_in_little_memory(tmp_path):
         for _ in range(60):
             file.write(np.zeros((48000, 2), np.float32))
     tracemalloc.start()
-    with waves.reading(tmp_path / "long.wav") as (count, frames):
-        assert sum(1 for _ in frames) == count / FRAME == 750
-    assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    tracemalloc.stop()
+    try:
+        with waves.reading(tmp_path / "long.wav") as (count, frames):
+            assert sum(1 for _ in frames) == count / FRAME == 750
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_holds_less_than_it_says_is_damaged(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", tone(2.0, RATE), RATE)
+    with waves.reading(tmp_path / "a.wav") as (_, frames):
+        monkeypatch.setattr(soundfile.SoundFile, "read", lambda *_, **__: np.zeros((0, 1), np.float32))
+        with pytest.raises(UserError, match="breaks off"):
+            list(frames)
 
 
 def test_an_answer_appears_when_it_is_whole(tmp_path):

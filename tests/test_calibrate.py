@@ -1,6 +1,7 @@
 """Gathering conversations to quantize by."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,8 +51,8 @@ def test_recordings_become_tokens(pico, tmp_path, monkeypatch):
     from ppx.verify import calibration
 
     codes = np.arange(8 * 30).reshape(8, 30) % 100
-    monkeypatch.setattr(audio, "_samples", lambda _: np.zeros((2, 30 * audio.FRAME), np.float32))
-    monkeypatch.setattr(audio, "_encode", lambda *_: codes)
+    monkeypatch.setattr(audio.waves, "read", lambda _: np.zeros((2, 30 * audio.FRAME), np.float32))
+    monkeypatch.setattr(audio, "Codec", lambda *_: SimpleNamespace(encode_whole=lambda _: codes))
     source = open_source(locate(str(pico)))
     tokens = calibration.gather(source, [], [tmp_path / "x.wav"], 15)
     assert tokens.shape == (2, 17, 15)

@@ -1,7 +1,7 @@
 """An open bundle: which stored tensor is which part of the model, and a way to read it as MLX arrays."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from ..convert.architecture import Architecture, read_config
 from ..convert.manifest import architecture_of, manifest_of
 from ..convert.output import Output
-from ..convert.problems import UserError
+from ..convert.problems import UserError, refuse
 from ..convert.recipe import DTYPES
 from ..convert.source import CONFIG, VOICES
 from ..convert.targets import TARGETS, Target
 from ..convert.tensorfile import Spec, TensorFile
-from ..convert.voices import Voice, read_voices
+from ..convert.voices import Voice, check, read_voices
 from ..quant.affine import BFLOAT16, Affine
 
 _FARTHEST = 1 << 24  # frames: far above any context
@@ -163,9 +163,11 @@ class Bundle:
     def voices(self) -> list[Voice]:
         """Read the bundle's voices; raises UserError with what is wrong with them."""
         if self.layout.target.voice_cache is None:
-            return read_voices(self.folder / VOICES, self.architecture)[0]
+            return read_voices(self.folder / VOICES, self.architecture)[0]  # which refuses an archive that lacks some
         files = sorted(name for name in self.manifest["files"] if name.startswith("voices/"))
-        return [_voice(self.folder / name) for name in files]  # the manifest names no file outside of the folder
+        if not files:
+            raise UserError(f"{self.folder}: its manifest names no voices: convert again with --force")
+        return [_voice(self.folder / name, self.architecture) for name in files]  # none lies outside of the folder
 
     def reach(self) -> tuple[int, int]:
         """Return how many frames and how many depformer steps a runtime lets attend, by the bundle's config.json."""
@@ -188,13 +190,34 @@ def to_mlx(array: NDArray[Any]) -> mx.array:
     return mx.array(array)
 
 
-def _voice(path: Path) -> Voice:
+def _voice(path: Path, architecture: Architecture) -> Voice:
     """Read a voice's own file."""
     file = TensorFile(path)
     try:
         if set(file.specs) != {"cache", "embeddings"}:
             raise UserError(f"{path}: holds {', '.join(file.specs) or 'nothing'}, not cache and embeddings")
         arrays = {key: file.read(key, 0, spec.rows).reshape(spec.shape) for key, spec in file.specs.items()}
-        return Voice(path.stem, arrays["embeddings"], arrays["cache"])
     finally:
         file.close()
+    voice = Voice(path.stem, arrays["embeddings"], arrays["cache"])
+    try:
+        check(voice, architecture)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: convert again with --force") from None
+    return voice
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Open a bundle whose files hold the tensors that its manifest says, of the right types and shapes.
+
+    Raises UserError with all that is otherwise. Hashes are not looked at.
+    """
+    manifest, layout = layout_of(folder)
+    found = []
+    for name, specs in layout.specs().items():
+        with closing(TensorFile(folder / name)) as file:
+            held = {key: (spec.dtype, spec.shape) for key, spec in file.specs.items()}
+        wrong = [spec.name for spec in specs if held.get(spec.name) != (spec.dtype, spec.shape)]
+        found += [f"{folder / name}: {key}: not as the manifest says: convert again with --force" for key in wrong]
+    refuse(found)
+    return Bundle(folder, manifest, layout)

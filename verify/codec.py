@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..convert.problems import UserError
+from ..convert.problems import UserError, reason
 from .model import Floats, Tokens
 
 MISSING = "needs more packages: pip install 'ppx-convert[audio]'"
@@ -25,17 +25,22 @@ class Codec:
         try:
             self._tokenizer: Any = rustymimi.Tokenizer(str(path), num_codebooks=codebooks)
         except (OSError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0][:80]
-            raise UserError(f"{path}: not a codec that rustymimi loads ({reason})") from None
+            raise UserError(f"{path}: not a codec that rustymimi loads ({reason(error)})") from None
 
     def encode(self, samples: Floats) -> Tokens:
         """Return the tokens ``[codebooks]`` of a frame's samples ``[FRAME]``."""
-        codes = self._tokenizer.encode_step(np.ascontiguousarray(samples, np.float32)[None, None])
+        try:
+            codes = self._tokenizer.encode_step(np.ascontiguousarray(samples, np.float32)[None, None])
+        except (RuntimeError, ValueError) as error:
+            raise self._failed(error) from None
         return np.asarray(codes[0, :, 0], np.int32)
 
     def decode(self, tokens: Tokens) -> Floats:
         """Return the samples ``[FRAME]`` of a frame's tokens ``[codebooks]``."""
-        samples = self._tokenizer.decode_step(np.asarray(tokens, np.uint32)[None, :, None])
+        try:
+            samples = self._tokenizer.decode_step(np.asarray(tokens, np.uint32)[None, :, None])
+        except (RuntimeError, ValueError) as error:
+            raise self._failed(error) from None
         return np.asarray(samples[0, 0], np.float32)
 
     def encode_whole(self, samples: Floats) -> NDArray[np.int64]:
@@ -44,9 +49,12 @@ class Codec:
         try:
             return np.asarray(self._tokenizer.encode(samples[None, None])[0], np.int64)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{self.path}: fails on this recording ({str(error).splitlines()[0][:80]})") from None
+            raise self._failed(error) from None
         finally:
             self.reset()
+
+    def _failed(self, error: Exception) -> UserError:
+        return UserError(f"{self.path}: fails ({reason(error)}): does it belong to this model?")
 
     def reset(self) -> None:
         """Begin anew."""

@@ -162,13 +162,23 @@ def from_system_prompt(
     return checked(Material(description | shown, tokens, targets, counted, tuple(names), scored=False), architecture)
 
 
+def _tagged(text: str) -> str:
+    """Return a prompt between its tags, as the reference has it: none around nothing, none twice."""
+    text = text.strip()
+    tagged = text.startswith("<system>") and text.endswith("<system>")
+    return text if tagged or not text else f"<system> {text} <system>"
+
+
 def prompt_tokens(model_file: Path, architecture: Architecture, text: str) -> list[int]:
     """Return the tokens of a text prompt as the reference tags it; raises UserError for an unusable tokenizer."""
     import sentencepiece
 
     try:
+        text.encode()
         processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-        tokens = [int(token) for token in processor.encode(f"<system> {text} <system>")]
+        tokens = [int(token) for token in processor.encode(_tagged(text))]
+    except UnicodeEncodeError:
+        raise UserError("the text prompt is not text that can be written as UTF-8: type it again") from None
     except (RuntimeError, OSError, TypeError) as error:
         raise UserError(f"{model_file}: not a sentencepiece model ({str(error)[:80]}): download it again") from None
     if not all(0 <= token < architecture.text_card for token in tokens):

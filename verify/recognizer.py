@@ -6,13 +6,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
+from httpx2 import HTTPError
 
-from ..convert.problems import UserError
+from ..convert.problems import UserError, reason
 from .model import Floats
 from .request import EMBEDDED
 
 RATE = 16000  # samples a second, as all of them take them
 _WHISPER = "base.en"
+_BLOCK = 480  # samples that pocketsphinx looks at together
 MISSING = "--round-trip needs more packages: pip install 'ppx-convert[audio,round-trip]'"
 
 Transcribe = Callable[[Floats], str]  # samples at RATE -> words
@@ -24,7 +26,9 @@ def _pocketsphinx() -> Transcribe:
     decoder = Decoder(samprate=RATE)
 
     def transcribe(samples: Floats) -> str:
-        raw = (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+        silence = RATE // 2 + (_BLOCK // 2 - len(samples) - RATE // 2) % _BLOCK  # a whole number of blocks has no end
+        padded = np.pad(samples, (0, silence))
+        raw = (np.clip(padded, -1, 1) * 32767).astype("<i2").tobytes()
         words = []
         for segment in Segmenter(sample_rate=RATE).segment(io.BytesIO(raw)):
             decoder.start_utt()
@@ -48,6 +52,7 @@ def _mlx_whisper() -> Transcribe:
     import mlx_whisper
 
     repository = f"mlx-community/whisper-{_WHISPER}-mlx"
+    mlx_whisper.transcribe(np.zeros(RATE, np.float32), path_or_hf_repo=repository)  # loads it
     return lambda samples: str(mlx_whisper.transcribe(samples, path_or_hf_repo=repository, language="en")["text"])
 
 
@@ -64,5 +69,5 @@ def load(name: str = EMBEDDED) -> Transcribe:
         raise UserError(MISSING if name == EMBEDDED else f"--recognizer {name}: pip install {name} first")
     try:
         return _LOADERS[name]()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"--recognizer {name}: does not load ({str(error).splitlines()[0][:120]})") from None
+    except (ImportError, OSError, RuntimeError, ValueError, HTTPError) as error:
+        raise UserError(f"--recognizer {name}: does not load ({reason(error)})") from None

@@ -96,6 +96,7 @@ def _is_report(report: Mapping[str, Any]) -> bool:
         and all(isinstance(row["source"], str) for row in report["weights"])
         and all(isinstance(row["component"], str) for row in rows)
         and isinstance(report["material"], dict)
+        and all(isinstance(entry[key], str) for entry in report["verdict"]["failures"] for key in ("check", "message"))
         and (report["round_trip"] is None or _is_round_trip(report["round_trip"]))
         and _is_printable(report)
     )
@@ -104,13 +105,16 @@ def _is_report(report: Mapping[str, Any]) -> bool:
 def _is_round_trip(heard: Mapping[str, Any]) -> bool:
     """Tell the same of its round trip; sounds come with the page, from nowhere else."""
     rates = [heard[part]["word_error_rate"] for part in ("question", "answer")]
-    figures = [heard["answer"][key] for key in ("seconds", "silent", "clipped", "repeats")] + [heard["limits"]["floor"]]
+    figures = [heard["answer"][key] for key in ("seconds", "silent", "clipped", "repeats", "looped")] + [
+        heard["limits"]["floor"]
+    ]
     return (
         all(math.isfinite(figure) for figure in (*figures, heard["question"]["seconds"]))
         and all(rate is None or math.isfinite(rate) for rate in rates)
         and all(isinstance(heard["answer"][key], str) for key in ("text", "heard"))
         and all(isinstance(heard["scene"][key], str) for key in ("voice", "prompt"))
-        and isinstance(heard["recognizer"], str)
+        and all(isinstance(text, str) for text in (heard["recognizer"], heard["question"]["file"]))
+        and type(heard["scene"]["folded"]) is bool
         and all(_SOUND.fullmatch(heard["audio"][part]) is not None for part in ("question", "answer"))
     )
 

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.mimi import FRAME, RATE
-from ..convert.problems import UserError
+from ..convert.problems import UserError, printable
 from ..convert.progress import bar
+from ..convert.source import CODEC
 from . import recognizer, waves
+from .bundle import layout_of
 from .codec import Codec
 from .limits import failure
 from .model import Floats, Tokens
@@ -28,7 +30,8 @@ LIMITS = {
     "word_error_rate": 0.75,  # of an answer; above, most words are lost
     "silent": 0.98,  # share of frames
     "clipped": 0.01,  # share of samples
-    "repeats": 5,  # of a phrase, or of 2 seconds of sound, one after another
+    "repeats": 5,  # of a phrase, one after another
+    "looped": 6.0,  # seconds in which two seconds of sound or less come again and again
 }
 _FLOOR = 0.5  # word error rate of the question through the codec, up to which the recognizer is believed
 _FEWEST = 3  # words from which an error rate says something
@@ -44,7 +47,7 @@ def run(bundle: Path, question: Path, scene: Scene, listener: str = EMBEDDED, qu
 
     Raises UserError for what cannot be read or loaded.
     """
-    transcribe = recognizer.load(listener)
+    transcribe = _listening(listener)
     with waves.reading(question) as (count, frames):
         if count > waves.LONGEST * RATE:
             raise UserError(f"{question}: longer than an hour: cut it")
@@ -60,7 +63,7 @@ def run(bundle: Path, question: Path, scene: Scene, listener: str = EMBEDDED, qu
     speaker.codec.reset()
     floor = _floor(speaker.codec, asked, transcribe)
     found = {
-        "question": {"file": question.name, "seconds": count / RATE} | floor,
+        "question": {"file": printable(question.name), "seconds": count / RATE} | floor,
         "answer": judged(answer, tokens, text, transcribe),
         "scene": {"voice": scene.voice, "prompt": scene.prompt, "seed": scene.seed, "folded": speaker.folded},
         "recognizer": listener,
@@ -68,6 +71,20 @@ def run(bundle: Path, question: Path, scene: Scene, listener: str = EMBEDDED, qu
         "audio": {"question": _embedded(asked[:count]), "answer": _embedded(answer)},
     }
     return found | {"failures": failures(found)}
+
+
+def check(bundle: Path, question: Path, codec: Path | None, listener: str = EMBEDDED) -> None:
+    """Raise UserError for what a round trip would end with, before anything that takes long."""
+    _, layout = layout_of(bundle)
+    recognizer.load(listener)
+    word_error_rate("", "")
+    with waves.reading(question):
+        Codec(codec or bundle / layout.target.copies[CODEC], layout.architecture.n_q // 2)
+
+
+def _listening(listener: str) -> recognizer.Transcribe:
+    transcribe = recognizer.load(listener)
+    return lambda samples: printable(" ".join(transcribe(samples).split()))
 
 
 def _floor(codec: Codec, asked: Floats, transcribe: recognizer.Transcribe) -> dict[str, Any]:
@@ -88,7 +105,8 @@ def judged(answer: Floats, tokens: Tokens, text: str, transcribe: recognizer.Tra
         "word_error_rate": word_error_rate(text, heard),
         "silent": float(1 - loud.mean()),
         "clipped": float((np.abs(answer) >= _LOUD).mean()),
-        "repeats": max(repeated_words(text.lower().split()), repeated_sound(tokens[: len(loud)], loud)),
+        "repeats": repeated_words(text.lower().split()),
+        "looped": repeated_sound(tokens[: len(loud)], loud),
     }
 
 
@@ -102,6 +120,8 @@ def failures(found: dict[str, Any]) -> list[dict[str, str]]:
         reasons.append(f"{answer['clipped']:.1%} of the answer's samples are clipped")
     if answer["repeats"] >= LIMITS["repeats"]:
         reasons.append(f"the answer says the same {answer['repeats']} times over")
+    if answer["looped"] >= LIMITS["looped"]:
+        reasons.append(f"the answer repeats the same sound for {answer['looped']:.1f} s")
     rate = answer["word_error_rate"]
     if rate is not None and rate > LIMITS["word_error_rate"] and floor is not None and floor <= _FLOOR:
         reasons.append(f"the recognizer hears other words than the model means: {rate:.0%} are wrong")
@@ -138,14 +158,14 @@ def repeated_words(words: Sequence[str]) -> int:
     return max((_run(words, size) for size in range(1, _PHRASE + 1)), default=1)
 
 
-def repeated_sound(tokens: Tokens, loud: NDArray[np.bool_]) -> int:
-    """Return how many times in a row two seconds or less of sound come again, token for token, for six seconds."""
+def repeated_sound(tokens: Tokens, loud: NDArray[np.bool_]) -> float:
+    """Return for how many seconds two seconds of sound or less come again, token for token, three times at least."""
     frames = [
         tuple(frame) if heard else number
         for number, (frame, heard) in enumerate(zip(tokens.tolist(), loud, strict=False))
     ]
     runs = [(_run(frames, size), size) for size in range(1, _LOOP + 1)]
-    return max((times for times, size in runs if times * size >= 3 * _LOOP), default=1)
+    return max((times * size for times, size in runs if times >= 3), default=0) * FRAME / RATE
 
 
 def _run(items: Sequence[Any], size: int) -> int:

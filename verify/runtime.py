@@ -157,7 +157,7 @@ class Runtime:
         parts = [] if vectors is None else [mx.array(vectors).astype(self.dtype)]
         for first in range(0, columns.shape[1], _CHUNK):
             parts.append(self.embed(mx.array(columns[:, first : first + _CHUNK])))
-            mx.eval(parts)
+            mx.eval(parts[-1])
         shape = (1, self.architecture.num_heads, 0, self.architecture.dim // self.architecture.num_heads)
         kept = [(mx.zeros(shape, self.dtype), mx.zeros(shape, self.dtype)) for _ in self.layers]
         x = mx.concatenate(parts) if parts else mx.zeros((0, self.architecture.dim), self.dtype)

@@ -9,6 +9,8 @@ import mlx.core as mx
 from ..convert.architecture import SAMPLING
 from ..convert.problems import UserError
 
+_HOTTEST = 10
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -19,13 +21,16 @@ class Sampling:
     text_temperature: float = SAMPLING["text_temp"]
     text_top_k: int = SAMPLING["text_top_k"]
 
+    def __post_init__(self) -> None:
+        """Raise UserError for what is neither."""
+        for temperature in (self.audio_temperature, self.text_temperature):
+            if type(temperature) not in (int, float) or not 0 <= temperature <= _HOTTEST:
+                raise UserError(f"a temperature is {str(temperature)[:40]}: a number from 0 to {_HOTTEST} is needed")
+        for top_k in (self.audio_top_k, self.text_top_k):
+            if type(top_k) is not int or top_k < 0:
+                raise UserError(f"a top-k is {str(top_k)[:40]}: a whole number is needed, 0 for all tokens")
 
-_FIELDS = {  # of config.json -> ours, and the largest that makes sense
-    "audio_temp": ("audio_temperature", 10.0),
-    "audio_top_k": ("audio_top_k", 1 << 22),
-    "text_temp": ("text_temperature", 10.0),
-    "text_top_k": ("text_top_k", 1 << 22),
-}
+
 GREEDY = Sampling(0.0, 0, 0.0, 0)
 
 
@@ -33,7 +38,8 @@ def draw(logits: mx.array, temperature: float, top_k: int, key: mx.array) -> mx.
     """Return a token of ``logits [vocabulary]``, int32."""
     if not temperature:
         return logits.argmax(-1).astype(mx.int32)
-    wide = logits.astype(mx.float32) / temperature
+    wide = logits.astype(mx.float32)
+    wide = (wide - wide.max()) / temperature
     if 0 < top_k < wide.shape[-1]:
         wide = mx.where(wide >= mx.topk(wide, top_k).min(), wide, -mx.inf)
     return mx.random.categorical(wide, key=key).astype(mx.int32)
@@ -45,11 +51,10 @@ def sampling_of(config: Mapping[str, Any]) -> Sampling:
     Raises UserError for what is none.
     """
     held = config.get("sampling", {})
-    found: dict[str, Any] = {}
-    for key, (field, largest) in _FIELDS.items():
-        value: Any = held.get(key, SAMPLING[key]) if isinstance(held, dict) else None
-        kinds = (int,) if key.endswith("_k") else (int, float)
-        if type(value) not in kinds or not 0 <= value <= largest:
-            raise UserError(f"config.json: sampling: {key}: a number from 0 to {largest:g} is needed")
-        found[field] = value
-    return Sampling(**found)
+    if not isinstance(held, dict):
+        raise UserError(f"config.json: sampling is {type(held).__name__}: numbers by name are needed")
+    asked = SAMPLING | held
+    try:
+        return Sampling(asked["audio_temp"], asked["audio_top_k"], asked["text_temp"], asked["text_top_k"])
+    except UserError as error:
+        raise UserError([f"config.json: sampling: {problem}" for problem in error.problems]) from None

@@ -1,5 +1,6 @@
 """All that a bundle needs to speak: model, codec, voice, tokenizer; audio in, audio and words out."""
 
+import codecs
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from ..convert.architecture import read_config
 from ..convert.problems import UserError, printable
 from ..convert.source import CODEC, CONFIG, TOKENIZER
 from . import loading
-from .bundle import Bundle, layout_of
+from .bundle import open_bundle
 from .codec import Codec
 from .conversation import Conversation
 from .material import PROMPT, VOICE, prompt_tokens
@@ -62,9 +63,11 @@ class Speaker:
 
 def open_speaker(folder: Path, scene: Scene) -> Speaker:
     """Open a bundle, and go through its prompts; raises UserError for what it lacks, or has no room for."""
-    manifest, layout = layout_of(folder)
-    codec = Codec(scene.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
-    with closing(Bundle(folder, manifest, layout)) as bundle:
+    with closing(open_bundle(folder)) as bundle:
+        layout = bundle.layout
+        codec = Codec(scene.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
+        if layout.architecture.steps < layout.architecture.n_q // 2:
+            raise UserError(f"{folder}: its depformer lacks steps of the agent's: it cannot speak")
         voices = {voice.name: voice for voice in bundle.voices()}
         if scene.voice not in voices:
             raise UserError(f"--voice {scene.voice}: not in this bundle: it holds {', '.join(voices)}")
@@ -75,7 +78,7 @@ def open_speaker(folder: Path, scene: Scene) -> Speaker:
         if len(prompt) >= reach:
             most = max(reach - 1 - (len(prompt) - len(text)), 0)
             raise UserError(f"--prompt has {len(text)} tokens: this model remembers at most {most}: shorten it")
-        model = loading.load(bundle, arithmetic_of(scene.arithmetic, manifest["dtype"]))
+        model = loading.load(bundle, arithmetic_of(scene.arithmetic, bundle.manifest["dtype"]))
     sampling = scene.sampling or sampling_of(read_config(folder / CONFIG))
     conversation = Conversation(model, voices[scene.voice], prompt, sampling, scene.seed)
     return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
@@ -89,7 +92,7 @@ class Words:
         import sentencepiece
 
         self._processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-        self._padding, self._bytes = padding, b""
+        self._padding, self._decoder = padding, codecs.getincrementaldecoder("utf-8")("replace")
 
     def piece(self, token: int) -> str:
         """Return what a token adds to the text; bytes of a character wait until it is whole."""
@@ -98,15 +101,9 @@ class Words:
             return ""
         piece = str(held.id_to_piece(token))
         if not held.is_byte(token):
-            self._bytes = b""
+            self._decoder.reset()
             return printable(piece.replace("\u2581", " "))
-        self._bytes += bytes([int(piece[3:5], 16)])
-        try:
-            found = self._bytes.decode()
-        except UnicodeDecodeError:
-            self._bytes = self._bytes[-3:]  # no character has more than four
-            return ""
-        self._bytes = b""
+        found = self._decoder.decode(bytes([int(piece[3:5], 16)]))
         return " " if found.isspace() else printable(found)
 
 

@@ -4,7 +4,7 @@ import platform
 import resource
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from ..convert.architecture import read_config
 from ..convert.mimi import FRAME, RATE
 from ..convert.parallel import cores
 from ..convert.problems import UserError
-from ..convert.source import CODEC
+from ..convert.source import CODEC, CONFIG
 from . import loading
-from .bundle import Bundle, layout_of
+from .bundle import open_bundle
 from .codec import Codec
 from .conversation import Conversation
 from .mlx_model import arithmetic_of, streams
+from .sampling import sampling_of
 from .session import PAUSE, system_prompt
 
 _WARM_UP = 3  # frames, in which functions are compiled
@@ -37,9 +39,9 @@ def measure(
     remembered: frames of conversation that lie behind the first; 0 for a voice and a prompt. Raises UserError for what
     is no bundle.
     """
-    manifest, layout = layout_of(folder)
     began = time.perf_counter()
-    with closing(Bundle(folder, manifest, layout)) as bundle:
+    with closing(open_bundle(folder)) as bundle:
+        manifest, layout = bundle.manifest, bundle.layout
         model = loading.load(bundle, arithmetic_of(arithmetic, manifest["dtype"]))
         voice = bundle.voices()[0]
     loaded = time.perf_counter() - began
@@ -49,7 +51,7 @@ def measure(
     extra = max(0, remembered - len(voice.embeddings) - len(text) - 2 * PAUSE)
     prompt = system_prompt(a, [*text.tolist(), *[a.text_padding] * extra])
     began = time.perf_counter()
-    conversation = Conversation(model, voice, prompt)
+    conversation = Conversation(model, voice, prompt, sampling_of(read_config(folder / CONFIG)))
     prefill = time.perf_counter() - began
     heard = random.integers(0, a.card, (_WARM_UP + frames, a.n_q // 2))
     took = []
@@ -59,8 +61,9 @@ def measure(
         took.append(time.perf_counter() - began)
         progress.update(number >= _WARM_UP)
     share = _parts(conversation, heard[_WARM_UP:])
+    with nullcontext() if codec else suppress(UserError):  # a bundle's own may be a stand-in
+        share |= _codec_parts(codec or folder / layout.target.copies[CODEC], a.n_q // 2, min(frames, 25))
     memory = {"process": _peak(), "mlx": mx.get_peak_memory()}
-    share |= _codec_parts(codec or folder / layout.target.copies[CODEC], a.n_q // 2, min(frames, 25))
     times = np.array(took[_WARM_UP:])
     speed, read = bandwidth(), sum(model.weights.values()) + _remembered(conversation)
     return {
@@ -94,17 +97,15 @@ def _parts(conversation: Conversation, heard: Any) -> dict[str, float]:
 
 
 def _codec_parts(path: Path, codebooks: int, frames: int) -> dict[str, float]:
-    """Return the codec's seconds a frame, there and back; nothing where there is no codec that loads."""
-    with suppress(UserError):
-        codec = Codec(path, codebooks)
-        sound = np.random.default_rng(0).standard_normal((frames + _WARM_UP, FRAME), np.float32) * 0.1
-        took = []
-        for frame in sound:
-            began = time.perf_counter()
-            codec.decode(codec.encode(frame))
-            took.append(time.perf_counter() - began)
-        return {"codec": float(np.mean(took[_WARM_UP:]))}
-    return {}
+    """Return the codec's seconds a frame, there and back."""
+    codec = Codec(path, codebooks)
+    sound = np.random.default_rng(0).standard_normal((frames + _WARM_UP, FRAME), np.float32) * 0.1
+    took = []
+    for frame in sound:
+        began = time.perf_counter()
+        codec.decode(codec.encode(frame))
+        took.append(time.perf_counter() - began)
+    return {"codec": float(np.mean(took[_WARM_UP:]))}
 
 
 def _remembered(conversation: Conversation) -> int:

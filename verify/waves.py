@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..convert.mimi import FRAME, RATE
-from ..convert.problems import UserError
+from ..convert.problems import UserError, reason
 from .codec import MISSING
 from .model import Floats
 
@@ -36,7 +36,9 @@ def read(path: Path) -> Floats:
             raise UserError(f"{path}: longer than an hour: cut it")
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: not audio that can be read ({str(error)[:80]})") from None
+        raise UserError(f"{path}: not audio that can be read ({reason(error)})") from None
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path}: holds values that are not finite: it is damaged")
     return np.ascontiguousarray(soxr.resample(samples[:, :2], rate, RATE).T)
 
 
@@ -50,7 +52,7 @@ def reading(path: Path) -> Iterator[tuple[int, Iterator[Floats]]]:
     try:
         file = soundfile.SoundFile(path)
     except (OSError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: not audio that can be read ({str(error)[:80]})") from None
+        raise UserError(f"{path}: not audio that can be read ({reason(error)})") from None
     with file:
         count = round(file.frames * RATE / file.samplerate)
         if not count:
@@ -67,13 +69,18 @@ def _frames(path: Path, file: Any, soxr: Any, count: int) -> Iterator[Floats]:
         try:
             block = file.read(_BLOCK, dtype="float32", always_2d=True).mean(1)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: breaks off ({str(error)[:80]})") from None
+            raise UserError(f"{path}: breaks off ({reason(error)})") from None
+        if not np.isfinite(block).all():
+            raise UserError(f"{path}: holds values that are not finite: it is damaged")
         last = len(block) < _BLOCK
         rest = np.concatenate([rest, resampler.resample_chunk(np.ascontiguousarray(block), last)])
-        rest = np.pad(rest, (0, -len(rest) % FRAME if last else 0))
+        if last:  # a resampler may round the length otherwise than we do
+            rest = np.pad(rest, (0, FRAME))
         while len(rest) >= FRAME and given < wanted:
             yield rest[:FRAME]
             rest, given = rest[FRAME:], given + 1
+    if given < wanted:
+        raise UserError(f"{path}: breaks off after {given * FRAME / RATE:.1f} s: it is damaged")
 
 
 @contextmanager
@@ -96,6 +103,6 @@ def writing(path: Path, count: int | None) -> Iterator[Callable[[Floats], None]]
             yield write
         partial.rename(path)
     except soundfile.LibsndfileError as error:
-        raise UserError(f"{path}: cannot be written ({str(error)[:80]})") from None
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from None
     finally:
         partial.unlink(missing_ok=True)
