@@ -15,7 +15,7 @@ import soundfile
 from ppx.convert import demo
 from ppx.convert.mimi import FRAME, RATE
 from ppx.convert.problems import UserError
-from ppx.recipes import parity
+from ppx.recipes import parity, speak_program, verify_program
 from ppx.recipes.bench_program import text as bench_text
 from ppx.verify import live, recognizer, round_trip
 from ppx.verify import report as reports
@@ -26,6 +26,7 @@ from ppx.verify.sampling import GREEDY
 from ppx.verify.speaker import Scene, Words, open_speaker, text_of
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 README = Path(__file__).parent.parent / "README.md"
 SPEECH = Path(__file__).parent / "data" / "speech.flac"
@@ -82,7 +83,8 @@ def test_a_voice_a_prompt_a_seed_and_temperatures_change_the_answer(demos, codec
     assert len(answers) == len(scenes)
 
 
-def test_mistakes_are_told_in_one_line(program, demos, codec, bundle, tmp_path):
+def test_mistakes_are_told_in_one_line(demos, codec, bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write(tmp_path / "q.wav", 0.2)
     (tmp_path / "text.wav").write_text("hello")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
@@ -103,7 +105,8 @@ def test_mistakes_are_told_in_one_line(program, demos, codec, bundle, tmp_path):
         ((tmp_path / "nowhere", "q.wav", *asked), "nowhere: not a bundle"),
         ((bundle(), "q.wav", *asked), "remembers at most 2: shorten it"),
     ):
-        done = program("ppx-speak", *arguments, cwd=tmp_path, status=2)
+        done = CliRunner().invoke(speak_program.app, [str(argument) for argument in arguments])
+        assert done.exit_code == 2
         assert len(done.stderr.splitlines()) == 1
         assert reason in done.stderr, done.stderr
     assert not (tmp_path / "a.wav").exists()
@@ -379,27 +382,49 @@ def test_a_strangers_bundle_is_looked_at_before_it_speaks(demos, tmp_path):
 def test_a_round_trip_stands_in_the_report(program, conversation):
     folder, said = conversation
     assert "not judged by its words" in said[2]  # through a random codec nobody understands the question
-    parity = folder / "demo-audio" / "parity"
-    report = json.loads((parity / "report.json").read_text())
+    left = folder / "demo-audio" / "parity"
+    report = json.loads((left / "report.json").read_text())
     heard = report["round_trip"]
     assert heard["question"]["heard"].startswith("the weather is nice today")
     assert heard["answer"]["seconds"] == pytest.approx(4.72)
     assert heard["scene"]["prompt"] == PROMPT
-    page = (parity / "report.html").read_text()
+    page = (left / "report.html").read_text()
     assert page.count("<audio controls") == 2
     assert page.count("data:audio/flac;base64,") == 2
     assert "media-src data:" in page
-    assert "Spoken: of 4.7 s of answer" in (parity / "report.md").read_text()
-    again = program("ppx-verify", "demo-audio", "--round-trip", "question.wav", "--json", cwd=folder)
-    found = json.loads(again.stdout)  # added to the report that is there
-    assert found["times"] == report["times"]
-    assert found["round_trip"]["answer"]["heard"] == heard["answer"]["heard"]
-    assert "audio" not in found["round_trip"]
+    assert "Spoken: of 4.7 s of answer" in (left / "report.md").read_text()
+    found = json.loads(parity.as_json(report))
+    assert found["round_trip"] == {key: heard[key] for key in heard if key != "audio"}
     asked = ("--round-trip", "question.wav", "--recognizer", "mlx-whisper")
     wrong = program("ppx-verify", "demo-audio", *asked, cwd=folder, status=2)
     assert "pip install mlx-whisper" in wrong.stderr
     alone = program("ppx-verify", "demo-audio", "--recognizer", "pocketsphinx", cwd=folder, status=2)
     assert "are for --round-trip" in alone.stderr
+
+
+def test_a_round_trip_is_added_to_the_report_of_this_bundle(conversation, monkeypatch):
+    monkeypatch.chdir(conversation[0])
+    calls = []
+
+    def add(found, *_):
+        calls.append("spoken")
+        return found
+
+    def compare(bundle, *_):
+        calls.append("compared")
+        return reports.read(bundle)
+
+    monkeypatch.setattr(parity, "add_round_trip", add)
+    monkeypatch.setattr(verify_program, "_compare", compare)
+    for more, expected in (([], ["spoken"]), (["--frames", "80"], ["compared", "spoken"])):
+        asked = ["demo-audio", "--round-trip", "question.wav", "--json", *more]
+        done = CliRunner().invoke(verify_program.app, asked)
+        assert (done.exit_code, calls) == (0, expected), done.output
+        assert "audio" not in json.loads(done.stdout)["round_trip"]
+        calls.clear()
+    monkeypatch.setattr(parity, "report_of", lambda *_: None)  # of other files
+    assert CliRunner().invoke(verify_program.app, ["demo-audio", "--round-trip", "question.wav"]).exit_code == 0
+    assert calls == ["compared", "spoken"]
 
 
 def test_a_broken_answer_fails_a_verification_until_it_is_mended(conversation, tmp_path, monkeypatch):
