@@ -83,7 +83,8 @@ def solve(options: argparse.Namespace, idle: int) -> None:
 
     solving._block = timed
     start = time.perf_counter()
-    solving.solve_model(source, plan.outputs, material, Solution(options.folder / "solution", "x"), options.refine)
+    tuning = solving.BlockTuning(options.refine)
+    solving.solve_model(source, plan.outputs, material, Solution(options.folder / "solution", "x"), tuning)
     total = time.perf_counter() - start - walk_block["original"]
     rest = total - sum(seconds.values())
     whole = WHOLE.num_layers * seconds["temporal"] + WHOLE.depformer_num_layers * seconds["depformer"] + rest

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_STATES = 1 << 17  # sizes that are told apart at most
+STATES = 1 << 17  # sizes that are told apart at most
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class Allocation:
     bound: float
 
 
-def allocate(parts: Sequence[Sequence[Choice]], budget: int) -> Allocation:
+def allocate(parts: Sequence[Sequence[Choice]], budget: int, states: int = STATES) -> Allocation:
     """Choose one setting for each part (a multiple-choice knapsack), by dynamic programming over their bytes.
 
-    Sizes are told apart by the greatest common divisor of their differences; where that makes too many, by a larger
-    unit, to which each is rounded: the budget holds all the same, and ``bound``, from the dual problem, says how far
-    from the best the result can be. Raises ValueError if even the smallest settings are larger than the budget.
+    Sizes are told apart by the greatest common divisor of their differences; where that makes more than ``states``, by
+    a larger unit, to which each is rounded: the budget holds all the same, and ``bound``, from the dual problem, says
+    how far from the best the result can be. Raises ValueError if even the smallest settings are larger than the budget.
     """
     smallest = [min(choice.nbytes for choice in part) for part in parts]
     free = budget - sum(smallest)
     if free < 0:
         raise ValueError(f"the smallest settings take {sum(smallest)} bytes")
-    unit, exact = _unit(parts, smallest, free)
+    unit, exact = _unit(parts, smallest, free, states)
     width = free // unit + 1
     best = np.zeros(width)
     taken = np.empty((len(parts), width), np.uint8)
@@ -72,11 +72,11 @@ def _chosen(taken: NDArray[np.uint8], steps: Sequence[Sequence[int]], place: int
     return chosen[::-1]
 
 
-def _unit(parts: Sequence[Sequence[Choice]], smallest: Sequence[int], free: int) -> tuple[int, bool]:
+def _unit(parts: Sequence[Sequence[Choice]], smallest: Sequence[int], free: int, states: int) -> tuple[int, bool]:
     """Return the bytes by which sizes are told apart, and whether no size is rounded for it."""
     apart = (choice.nbytes - least for part, least in zip(parts, smallest, strict=True) for choice in part)
     common = math.gcd(*apart) or 1
-    unit = max(common, -(-free // _STATES))
+    unit = max(common, -(-free // states))
     return unit, unit == common
 
 

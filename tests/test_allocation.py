@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ppx.quant import allocation
 from ppx.quant.allocation import Choice, allocate
 
 PARTS = st.lists(
@@ -46,9 +45,7 @@ def test_with_sizes_rounded_the_budget_and_the_bound_hold(parts, budget):
     best = by_trying_all(parts, budget)
     if best is None:
         return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(allocation, "_STATES", 7)
-        found = allocate(parts, budget)
+    found = allocate(parts, budget, states=7)
     assert found.nbytes <= budget
     assert found.bound <= best + 1e-9
     assert best <= found.cost + 1e-9

@@ -20,7 +20,10 @@ from ppx.quant.gptq import Moments, solve
 from ppx.verify import refining, solving
 from ppx.verify.calibration import solver_of
 from ppx.verify.material import read_tokens
+from ppx.verify.places import places
 from ppx.verify.reference import reference_of, source_weights
+from ppx.verify.refining import Schedule
+from ppx.verify.solving import BlockTuning
 from safetensors.numpy import load_file, save_file
 
 FORM = Affine(4, 64, "gptq")
@@ -97,7 +100,7 @@ def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path):
     with torch.inference_mode():
         for weights in (read, quantized):
             model = replace(reference_of(source.checkpoint), weights=weights, seen=keep)
-            model.block(solving.places(source.architecture, "temporal")[0], model.embed(material.tokens))
+            model.block(places(source.architecture, "temporal")[0], model.embed(material.tokens))
         expected = solve(read(second, None), Moments(seen[1].T @ seen[1], seen[0].T @ seen[1]), FORM, storage)
     found = solution.read((second, 0), 0, solution.rows((second, 0)), storage)
     same = (found.weight == expected.weight).mean()
@@ -146,33 +149,32 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, t
     assert not solved.exists()
 
 
-def test_refining_brings_predictions_nearer_and_goes_on(opened, few, tmp_path, monkeypatch):
+def test_refining_brings_predictions_nearer_and_resumes(opened, few, tmp_path):
     source, plan = opened
     material = read_tokens(few, source.architecture, None, 60)
-    losses = []
-    divergence = refining._loss
-
-    def watched(*arguments):
-        losses.append(divergence(*arguments))
-        return losses[-1]
-
-    monkeypatch.setattr(refining, "_loss", watched)
     folders = [tmp_path / "whole", tmp_path / "broken"]
     solutions = [Solution(folder, "mark") for folder in folders]
     for solution in solutions:
         solving.solve_model(source, plan.outputs, material, solution, quiet=True)
-    refining.refine(source, plan.outputs, material, solutions[0], 8, quiet=True)
-    values = [loss.item() for loss in losses]
+    losses, broken = {}, {}
+
+    def cut_off(step, loss):
+        broken[step] = loss
+        if step == 4:
+            raise KeyboardInterrupt
+
+    whole = Schedule(8, on_step=losses.__setitem__)
+    refining.refine(source, plan.outputs, material, solutions[0], whole, quiet=True)
+    values = list(losses.values())
     assert sum(values[4:]) < sum(values[:4])
 
-    monkeypatch.setattr(refining, "_EVERY", 0.0)  # a state after every step
-    losses.clear()
-    monkeypatch.setattr(refining, "_loss", lambda *a: watched(*a) if len(losses) < 5 else 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        refining.refine(source, plan.outputs, material, solutions[1], 8, quiet=True)
-    monkeypatch.setattr(refining, "_loss", watched)
-    refining.refine(source, plan.outputs, material, solutions[1], 8, quiet=True)
-    assert len(losses) == 8  # five, then the three that were left
+    schedule = Schedule(8, state_seconds=0.0, on_step=cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        refining.refine(source, plan.outputs, material, solutions[1], schedule, quiet=True)
+    assert list(broken) == [0, 1, 2, 3, 4]
+    rest = {}
+    refining.refine(source, plan.outputs, material, solutions[1], Schedule(8, on_step=rest.__setitem__), quiet=True)
+    assert list(rest) == [5, 6, 7]
     for part in forms_of(plan.outputs):
         made = [solution.read(part, 0, solution.rows(part), np.dtype(np.float32)) for solution in solutions]
         assert (made[0].weight == made[1].weight).mean() > 0.999
@@ -195,20 +197,20 @@ def loss_of(source, plan, material, solution):
     weights = solving.quantized_weights(source, forms_of(plan.outputs), solution)
     batch = refining.Batch(material.tokens, material.targets, torch.from_numpy(material.counted))
     with torch.no_grad():
-        return refining._loss(original, replace(original, weights=weights), batch, False).item()
+        return refining.divergence(original, replace(original, weights=weights), batch).item()
 
 
-def test_what_is_tuned_is_what_fits(opened, few, tmp_path, monkeypatch):
+def test_what_is_tuned_is_what_fits(opened, few, tmp_path):
     """All at once; or blocks, then scales and biases; or blocks alone. Each is nearer than what was only solved."""
     source, plan = opened
     assert refining.reach(plan.outputs) == "codes"
     path = tmp_path / "tokens.safetensors"
     save_file({"tokens": load_file(few)["tokens"][:, :, :60].copy()}, path)
     material = read_tokens(path, source.architecture, None, None)
+    weights = sum(output.shape[0] * output.shape[1] for output in plan.outputs if output.form)
     solutions, records = {}, {}
-    for what, nbytes in (("sides", {"codes": 1 << 40, "sides": 1}), ("blocks", {"codes": 1 << 40, "sides": 1 << 40})):
-        monkeypatch.setattr(refining, "_BYTES", nbytes)
-        solver = solver_of(source, plan, path, steps=20, quiet=True)
+    for what, memory in (("sides", 20 * weights), ("blocks", weights)):  # bytes; codes as well take 36 per weight
+        solver = solver_of(source, plan, path, steps=20, quiet=True, memory=memory)
         solutions[what], records[what] = Solution(tmp_path / what, "mark"), solver.record
         solver.solve(solutions[what])
     solutions["solved"] = Solution(tmp_path / "solved", "mark")
@@ -230,23 +232,21 @@ def test_what_is_tuned_is_what_fits(opened, few, tmp_path, monkeypatch):
     }
 
 
-def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path, monkeypatch):
+def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path):
     source, plan = opened
     material = read_tokens(few, source.architecture, 4, 40)
     solution = Solution(tmp_path / "solution", "mark")
-    blocks, tune = [], solving.tune_block
+    blocks = []
 
-    def watched(*arguments):
+    def cut_off(place):
         if len(blocks) == 3:
             raise KeyboardInterrupt
-        blocks.append(str(arguments[2]))
-        tune(*arguments)
+        blocks.append(str(place))
 
-    monkeypatch.setattr(solving, "tune_block", watched)
     with pytest.raises(KeyboardInterrupt):
-        solving.solve_model(source, plan.outputs, material, solution, 2, quiet=True)
-    monkeypatch.setattr(solving, "tune_block", lambda *a: (blocks.append(str(a[2])), tune(*a)))
-    solving.solve_model(source, plan.outputs, material, Solution(tmp_path / "solution", "mark"), 2, quiet=True)
+        solving.solve_model(source, plan.outputs, material, solution, BlockTuning(2, cut_off), quiet=True)
+    tuning = BlockTuning(2, lambda place: blocks.append(str(place)))
+    solving.solve_model(source, plan.outputs, material, Solution(tmp_path / "solution", "mark"), tuning, quiet=True)
     layers = source.architecture.num_layers + source.architecture.depformer_num_layers
     assert len(blocks) == len(set(blocks)) == 2 * layers
 

@@ -14,8 +14,8 @@ from ..convert.source import Source
 from ..convert.tensorfile import Spec, TensorWriter
 from .material import Material, held_tokens, read_tokens
 from .model import Tokens
-from .refining import reach, refine
-from .solving import solve_model
+from .refining import Schedule, reach, refine
+from .solving import BlockTuning, solve_model
 
 _REFINED = {  # what a manifest says of what was tuned, by what can be tuned as a whole
     "codes": "codes, scales and biases, all together",
@@ -25,18 +25,21 @@ _REFINED = {  # what a manifest says of what was tuned, by what can be tuned as 
 ENOUGH = 4  # frames for each column of the widest matrix, from which on more help little
 
 
-def solver_of(source: Source, plan: Plan, tokens: Path, steps: int = 0, quiet: bool = False) -> Solver:
+def solver_of(
+    source: Source, plan: Plan, tokens: Path, steps: int = 0, quiet: bool = False, memory: int | None = None
+) -> Solver:
     """Return what solves a plan's matrices, and refines them for so many steps.
 
-    Raises UserError for tokens of another model.
+    memory: bytes by which to choose what is refined as a whole, None for the device's. Raises UserError for tokens of
+    another model.
     """
     material = read_tokens(tokens, source.architecture, None, None)
-    whole = reach(plan.outputs) if steps else None
+    whole = reach(plan.outputs, memory) if steps else None
 
     def solve(solution: Solution) -> None:
-        solve_model(source, plan.outputs, material, solution, 0 if whole == "codes" else steps, quiet)
+        solve_model(source, plan.outputs, material, solution, BlockTuning(0 if whole == "codes" else steps), quiet)
         if whole:
-            refine(source, plan.outputs, material, solution, steps, whole == "codes", quiet)
+            refine(source, plan.outputs, material, solution, Schedule(steps, whole == "codes"), quiet)
 
     return Solver(
         record(material) | {"refined_steps": steps, "refined": _REFINED[whole] if steps else "nothing"}, solve

@@ -9,7 +9,7 @@ sequence comes twice.
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,21 @@ _DRAWN = 0.3  # of the frames, whose tokens are drawn anew
 _WARM_UP = 20  # steps
 # Bytes a weight: code, gradient, Adam's two moments, and what the graph holds; or the original's weight, and the code.
 _BYTES = {"codes": 36, "sides": 12}
-_EVERY = 60.0  # seconds between two states on the disk
 _STATE = "refining.pt"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to tune, and what. codes: as well as scales and biases; see ``reach`` for what fits into memory.
+
+    state_seconds: between two states on the disk. on_step: called after each step with its number, from 0, and its loss
+    in nats per token.
+    """
+
+    steps: int
+    codes: bool = True
+    state_seconds: float = 60.0
+    on_step: Callable[[int, float], None] | None = None
 
 
 def refine(
@@ -46,37 +59,37 @@ def refine(
     outputs: list[Output],
     material: Material,
     solution: Solution,
-    steps: int,
-    codes_too: bool = True,
+    schedule: Schedule,
     quiet: bool = False,
 ) -> None:
-    """Tune what was solved for so many steps, and leave it in ``solution``; goes on from a killed run's last minute.
-
-    codes_too: as well as scales and biases. See ``reach`` for what fits into memory.
-    """
+    """Tune what was solved, and leave it in ``solution``; resumes from the last state that a killed run wrote."""
     if any(file == REFINED for file in solution.files.values()):
         return
     device = devices.device()
     forms = {part: form for part, form in forms_of(outputs).items() if form[0].method in SOLVED}
     read = source_weights(source.checkpoint)
-    tuned = {part: begin(part, *form, solution, device, codes_too) for part, form in forms.items()}
+    tuned = {part: begin(part, *form, solution, device, schedule.codes) for part, form in forms.items()}
     original = reference_of(source.checkpoint, device=device)
     held = kept_by({}, original.weights, device)
     original = replace(original, weights=held, rows=rows_of(held))
     rest = kept_by({}, quantized_weights(source, forms_of(outputs), solution), device)
     made = replace(original, weights=weights_of(tuned, rest), rows=rows_of(rest))
-    with bar("refining", steps, "step", quiet) as progress:
-        _tune(original, made, tuned, material, steps, solution.folder / _STATE, progress)
+    with bar("refining", schedule.steps, "step", quiet) as progress:
+        _tune(original, made, tuned, material, schedule, solution.folder / _STATE, progress)
     with torch.inference_mode():
         solution.add(
             REFINED.removesuffix(".safetensors"), {part: one.finished(read(*part)) for part, one in tuned.items()}
         )
 
 
-def reach(outputs: list[Output]) -> str | None:
-    """Return what of a model can be tuned as a whole in the memory that is there: ``codes``, ``sides`` or None."""
+def reach(outputs: list[Output], memory: int | None = None) -> str | None:
+    """Return what of a model can be tuned as a whole: ``codes``, ``sides`` or None.
+
+    memory: bytes of it, None for what the device has.
+    """
+    there = devices.memory() if memory is None else memory
     weights = sum(math.prod(output.shape) for output in outputs if output.form and output.form.method in SOLVED)
-    return next((what for what, nbytes in _BYTES.items() if weights * nbytes < 0.8 * devices.memory()), None)
+    return next((what for what, nbytes in _BYTES.items() if weights * nbytes < 0.8 * there), None)
 
 
 def _tune(
@@ -84,12 +97,12 @@ def _tune(
     made: TorchModel,
     tuned: Mapping[Part, Tuned],
     material: Material,
-    steps: int,
+    schedule: Schedule,
     state: Path,
     progress: "tqdm[Any]",
 ) -> None:
     """Take the steps, from the last state that was kept on."""
-    adam = adam_for(tuned)
+    adam, steps = adam_for(tuned), schedule.steps
     again = len(adam.param_groups) == 1  # what is tuned without codes is large
     done = _resume(state, adam, steps)
     progress.update(done)
@@ -98,15 +111,17 @@ def _tune(
         set_rate(adam, step, steps, _WARM_UP)
         random = np.random.default_rng(step)  # so that a resumed run draws what it would have drawn
         chosen = random.choice(len(material.tokens), min(_BATCH, len(material.tokens)), replace=False)
-        loss = _loss(original, made, _drawn(original, material, chosen, random), again)
+        loss = divergence(original, made, _drawn(original, material, chosen, random), again)
         adam.zero_grad()
         torch.autograd.backward(loss)
         adam.step()
         progress.set_postfix_str(f"KL {loss.item():.4f}", refresh=False)
         progress.update(1)
-        if time.monotonic() - kept > _EVERY:
+        if time.monotonic() - kept >= schedule.state_seconds:
             _keep(state, adam, step + 1, steps)
             kept = time.monotonic()
+        if schedule.on_step:
+            schedule.on_step(step, loss.item())
 
 
 @dataclass(frozen=True)
@@ -141,8 +156,11 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tokens:
     return tokens
 
 
-def _loss(original: TorchModel, made: TorchModel, batch: Batch, again: bool) -> Tensor:
-    """Return the divergence of the text, plus the mean of the agent's codebooks, in nats a token."""
+def divergence(original: TorchModel, made: TorchModel, batch: Batch, again: bool = False) -> Tensor:
+    """Return what is made small: the text's divergence, plus the mean of the agent's codebooks, in nats per token.
+
+    again: whether blocks are computed again for their gradients, which takes less memory.
+    """
     half = original.architecture.n_q // 2
     with torch.no_grad():
         expected = original.logits(batch.tokens, batch.targets, half)

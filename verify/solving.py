@@ -5,7 +5,7 @@ has to quantize is solved (``quant.gptq``) before the streams go on through it. 
 moments are held, and the two streams. What is solved is on the disk, and a killed run only goes through it again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +36,14 @@ REFINED = "refined.safetensors"  # where a solution holds what was tuned as a wh
 Streams = tuple[Floats, Floats]  # of the original and of the quantized model
 
 
+@dataclass(frozen=True)
+class BlockTuning:
+    """How long each block is tuned. on_block: called with a block before it is."""
+
+    steps: int = 0
+    on_block: Callable[[Place], None] | None = None
+
+
 class _SeenError(Exception):
     """All inputs that were asked for have been seen."""
 
@@ -44,7 +52,7 @@ class _SeenError(Exception):
 class Walk:
     """Both models under way.
 
-    forms: how each part is quantized, and the dtype of its scales. steps: that each block is tuned for.
+    forms: how each part is quantized, and the dtype of its scales. tuning: of each block when it is solved.
     """
 
     source: Source
@@ -53,7 +61,7 @@ class Walk:
     original: TorchModel
     quantized: TorchModel
     kept: list[dict[Part, Tensor]]
-    steps: int
+    tuning: BlockTuning
     bar: "tqdm[Any]"
 
     def wanted(self, names: Sequence[str]) -> list[Part]:
@@ -68,11 +76,13 @@ class Walk:
     def tune(self, place: Place, parts: list[Part], streams: Streams) -> None:
         """Tune a block's solved matrices, and keep them."""
         label = f"{place.prefix}.{place.part}.tuned"
-        if not (self.steps and parts) or self.solution.files[parts[0]] in (f"{label}.safetensors", REFINED):
+        if not (self.tuning.steps and parts) or self.solution.files[parts[0]] in (f"{label}.safetensors", REFINED):
             return
+        if self.tuning.on_block:
+            self.tuning.on_block(place)
         device, read = self.original.device, source_weights(self.source.checkpoint)
         tuned = {part: begin(part, *self.forms[part], self.solution, device) for part in parts}
-        tune_block(self.original, self.quantized, place, tuned, streams, self.steps)
+        tune_block(self.original, self.quantized, place, tuned, streams, self.tuning.steps)
         self.solution.add(label, {part: one.finished(read(*part)) for part, one in tuned.items()})
         for part in parts:
             self.kept[1].pop(part, None)
@@ -90,9 +100,14 @@ class Walk:
 
 
 def solve_model(
-    source: Source, outputs: list[Output], material: Material, solution: Solution, steps: int = 0, quiet: bool = False
+    source: Source,
+    outputs: list[Output],
+    material: Material,
+    solution: Solution,
+    tuning: BlockTuning | None = None,
+    quiet: bool = False,
 ) -> None:
-    """Solve everything that a plan's outputs want solved, and leave it in ``solution``; tune each block for some steps.
+    """Solve everything that a plan's outputs want solved, and leave it in ``solution``; tune each block if asked to.
 
     PyTorch computes on a GPU where there is one. Raises ValueError if the model gives values that are not finite.
     """
@@ -105,7 +120,7 @@ def solve_model(
     original = replace(original, weights=kept_by(kept[0], original.weights, device))
     count = sum(form.method in SOLVED for form, _ in forms.values())
     with bar("solving", count, "matrix", quiet) as progress, torch.no_grad():
-        walk = Walk(source, forms, solution, original, quantized, kept, steps, progress)
+        walk = Walk(source, forms, solution, original, quantized, kept, tuning or BlockTuning(), progress)
         progress.update(len(solution.files))
         fitting = material.chosen(_fitting(len(material.tokens), material.tokens.shape[2] * source.architecture.dim))
         _audio(walk, fitting, _temporal(walk, fitting))
