@@ -1,13 +1,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from ppx.convert import demo
 from ppx.convert.source import CODEC
+from program_server import Programs
 
 LONGEST = (
     "test_speak.py",
@@ -75,23 +74,24 @@ def codec(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def program():
+def program(own_cache):
     """Run one of the programs as a user does; returns the finished process.
 
     ppx-convert verifies only where a test says --verify: it takes seconds.
     """
+    programs = Programs({"XDG_CACHE_HOME": str(own_cache)})
 
-    def run(name, *arguments, cwd, status=0, environment=None):
+    def run(name, *arguments, cwd, status=0, environment=None, stop=None):
         if name == "ppx-convert" and "--verify" not in arguments:
             arguments = (*arguments, "--no-verify")
-        command = [sys.executable, "-m", PROGRAMS[name], *map(str, arguments)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {})
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+        done = programs.run(PROGRAMS[name], [str(argument) for argument in arguments], cwd, environment, stop)
         assert done.returncode == status, f"{done.args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
 
-    return run
+    yield run
+    programs.close()
 
 
 @pytest.fixture(scope="session")

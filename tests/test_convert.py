@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from ppx.convert import conversion
+from ppx.convert import conversion, demo
 from ppx.convert.problems import UserError
 from ppx.convert.source import locate
 from ppx.recipes import loader
@@ -382,7 +382,8 @@ def test_an_empty_folder_a_link_and_the_working_folder_can_be_outputs(pico, prog
 def test_a_dry_run_of_the_full_size_demo_makes_none(program, tmp_path, own_cache):
     done = program("ppx-convert", "demo:7b", "--dry-run", cwd=tmp_path)
     assert "total 5.81 GB" in done.stdout
-    assert not (own_cache / "ppx-convert" / "demo-7b-1").exists()
+    assert not demo.folder_of("demo:7b").exists()
+    assert demo.folder_of("demo:7b").is_relative_to(own_cache)
 
 
 def test_a_folder_that_cannot_be_written(pico, program, tmp_path):

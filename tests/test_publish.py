@@ -225,7 +225,7 @@ def test_a_pull_request_whose_answer_is_lost_is_not_made_twice(publish, hub, bun
     done = publish("--create-pr")
     assert "discussions/1: nothing new" in done.stdout
     assert len(hub.repositories[NAME].requests) == 1
-    assert expected(bundle)
+    assert held(hub, "refs/pr/1") == expected(bundle)
 
 
 def test_refused_with_files_that_are_not_those_of_the_report(publish, hub, bundle):
@@ -387,7 +387,7 @@ def test_convert_and_publish_in_one_command(run, hub, pico, tmp_path):
     assert hub.repositories[NAME].private
     assert held(hub) == expected(tmp_path / "bundle")
     assert done.stdout.splitlines()[-1].startswith(f"{hub.address}/{NAME}: ")
-    assert f"--hf-repo {NAME}" in held(hub)["README.md"].decode() or NAME in held(hub)["README.md"].decode()
+    assert f'fromPretrained(modelId: "{NAME}")' in held(hub)["README.md"].decode()
     for options, message in (
         (("--publish", NAME, "--no-verify"), "--publish needs the report"),
         (("--private", "--verify"), "--private says nothing without --publish"),
