@@ -26,7 +26,7 @@ from ppx.convert.parallel import cores
 from ppx.convert.plan import make_plan
 from ppx.convert.recipe import uniform
 from ppx.convert.solution import Solution
-from ppx.convert.source import locate, open_source
+from ppx.convert.source import Source, locate, open_source
 from ppx.quant.affine import Affine
 from ppx.verify import device, solving
 from ppx.verify.calibration import write
@@ -57,7 +57,12 @@ def solve(options: argparse.Namespace, idle: int) -> None:
     """Make the source, quantize it, and print what it took."""
     one = replace(WHOLE, num_layers=1, depformer_num_layers=1)
     demo.make("demo", options.folder / "source", quiet=True, architecture=one)
-    source = open_source(locate(str(options.folder / "source")))
+    with open_source(locate(str(options.folder / "source"))) as source:
+        solve_source(source, one, options, idle)
+
+
+def solve_source(source: Source, one: Architecture, options: argparse.Namespace, idle: int) -> None:
+    """Quantize a source, and print what it took."""
     random, count = np.random.default_rng(0), options.frames // options.sequence
     shape = (count, 1 + one.n_q, options.sequence)
     tokens = np.minimum(random.integers(0, one.text_card, shape), one.card - 1).astype(np.int32)
@@ -84,7 +89,8 @@ def solve(options: argparse.Namespace, idle: int) -> None:
     solving._block = timed
     start = time.perf_counter()
     tuning = solving.BlockTuning(options.refine)
-    solving.solve_model(source, plan.outputs, material, Solution(options.folder / "solution", "x"), tuning)
+    with Solution(options.folder / "solution", "x") as solution:
+        solving.solve_model(source, plan.outputs, material, solution, tuning)
     total = time.perf_counter() - start - walk_block["original"]
     rest = total - sum(seconds.values())
     whole = WHOLE.num_layers * seconds["temporal"] + WHOLE.depformer_num_layers * seconds["depformer"] + rest

@@ -48,8 +48,8 @@ def run(command: list[str]) -> tuple[float, int]:
 def forward(bundle: Path, frames: int, sequences: int) -> None:
     """Take a bundle alone through the material."""
     mx.set_default_device(mx.cpu)
-    source = open_source(locate(demo.FULL_SIZE))
-    material = material_of(source, Request(sequences=sequences, frames=frames))
+    with open_source(locate(demo.FULL_SIZE)) as source:
+        material = material_of(source, Request(sequences=sequences, frames=frames))
     with closing(Bundle(bundle, *layout_of(bundle))) as stored:
         model, a = model_of(stored), stored.architecture
         x = model.embed(material.tokens, material.vectors(stored.voices(), a.dim))

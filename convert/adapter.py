@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An open adapter, to be closed. pieces: by name of the checkpoint's tensor."""
+    """An open adapter, whose file is to be closed. pieces: by name of the checkpoint's tensor."""
 
     identity: str
     revision: str | None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +38,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint; every tensor of its architecture is there and has the right shape.
+    """An open checkpoint, a context manager; every tensor of its architecture is there and has the right shape.
 
+    Closing it also closes the file of its adapter, and what was derived from it (``trimmed``, ``with_adapter``).
     filled: what was copied from other steps, by name of the tensor that was incomplete or missing.
-    merge: (name, first row, rows) -> the rows with an adapter merged, in float32, for the tensors in ``merged``.
+    merge: (name, first row, rows) -> the rows with an adapter merged, in float32, for the tensors in ``merged``; it
+    reads ``merge_file``.
     """
 
     file: TensorFile
@@ -50,9 +52,22 @@ class Checkpoint:
     filled: dict[str, str]
     merge: Callable[[str, int, NDArray[Any]], NDArray[Any]] | None = None
     merged: frozenset[str] = frozenset()
+    merge_file: TensorFile | None = None
+
+    def close(self) -> None:
+        """Close its files."""
+        self.file.close()
+        if self.merge_file:
+            self.merge_file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def with_adapter(
-        self, merge: Callable[[str, int, NDArray[Any]], NDArray[Any]], merged: Iterable[str]
+        self, merge: Callable[[str, int, NDArray[Any]], NDArray[Any]], merged: Iterable[str], file: TensorFile
     ) -> "Checkpoint":
         """Return the checkpoint that reads as if an adapter had been merged into some of its tensors."""
         names = frozenset(merged)
@@ -60,7 +75,7 @@ class Checkpoint:
             name: replace(tensor, spec=replace(tensor.spec, dtype="F32")) if name in names else tensor
             for name, tensor in self.tensors.items()
         }
-        return replace(self, tensors=tensors, merge=merge, merged=names)
+        return replace(self, tensors=tensors, merge=merge, merged=names, merge_file=file)
 
     def trimmed(self, steps: int) -> "Checkpoint":
         """Return the checkpoint of a model with only the first depformer steps."""
@@ -87,7 +102,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps: bool = False) -> Checkpoint:
-    """Open a checkpoint and compare every name, dtype and shape with its architecture.
+    """Open a checkpoint, to be closed, and compare every name, dtype and shape with its architecture.
 
     Raises UserError that lists all unknown, missing and wrong tensors at once; and for a checkpoint of 8 depformer
     steps (base Moshi), unless ``fill_depformer_steps`` asks to copy steps 0-7 to 8-15 as the reference's loader does.
@@ -106,7 +121,7 @@ def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps
         few = _claim(file, roles(replace(architecture, steps=MOSHI_STEPS)))
         full = replace(architecture, steps=PERSONAPLEX_STEPS)
         return Checkpoint(file, full, *_fill(few, roles(full)))
-    except UserError:
+    except BaseException:
         file.close()
         raise
 

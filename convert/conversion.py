@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,14 +56,20 @@ def open_merged(
     thorough: bool = False,
     quiet: bool = False,
 ) -> Source:
-    """Open a source, and an adapter (a file, a folder or a Hub id) that is merged into what is read of it."""
+    """Open a source, and an adapter (a file, a folder or a Hub id) that is merged into what is read of it.
+
+    The source that is returned is a context manager, which closes both.
+    """
     source = open_source(location, fill_depformer_steps, thorough, quiet)
     if adapter is None:
         return source
-    if source.checkpoint.filled:
-        raise UserError("an adapter and filled depformer steps do not go together: it was trained on other weights")
-    opened = open_adapter(adapter, source.architecture, quiet)
-    merged = source.checkpoint.with_adapter(opened.merged, opened.pieces)
+    with ExitStack() as stack:
+        stack.callback(source.close)
+        if source.checkpoint.filled:
+            raise UserError("an adapter and filled depformer steps do not go together: it was trained on other weights")
+        opened = open_adapter(adapter, source.architecture, quiet)
+        stack.pop_all()
+    merged = source.checkpoint.with_adapter(opened.merged, opened.pieces, opened.file)
     return replace(source, checkpoint=merged, adapter=opened.record())
 
 
@@ -75,7 +81,7 @@ def prepare(
     quiet: bool = False,
     adapter: str | None = None,
 ) -> tuple[Source, Plan]:
-    """Open a source, with an adapter if one is given, and make the plan.
+    """Open a source, with an adapter if one is given, and make the plan; the caller closes the source.
 
     Raises UserError with all problems of both; where there are any, thorough reads the weights as well, to list those
     that are not finite with the rest.
@@ -89,7 +95,10 @@ def prepare(
         except UserError as other:
             problems += other.problems
         raise UserError(problems) from None
-    plan = make_plan(inventory(source), recipe)
+    with ExitStack() as stack:
+        stack.callback(source.close)
+        plan = make_plan(inventory(source), recipe)
+        stack.pop_all()
     return trimmed(source, plan.inventory.architecture.steps), plan
 
 
@@ -181,7 +190,7 @@ def _solution(solver: Solver | None, output: Path, mark: str) -> Iterator[Soluti
     if solver is None:
         yield None
         return
-    with closing(Solution(_solution_folder(output), mark)) as solution:
+    with Solution(_solution_folder(output), mark) as solution:
         solver.solve(solution)
         yield solution
 

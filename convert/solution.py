@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ _DTYPES = {"weight": "U32", "scales": "F32", "biases": "F32"}
 
 
 class Solution:
-    """A folder of solved matrices, for one conversion only.
+    """A folder of solved matrices, for one conversion only; a context manager.
 
     mark: what stands for all that decides them; a folder of another mark is begun anew.
     """
@@ -105,6 +105,12 @@ class Solution:
         for file in self._open.values():
             file.close()
         self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _arrays(solved: Mapping[Part, Quantized]) -> Iterator[tuple[str, NDArray[Any]]]:

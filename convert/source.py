@@ -2,10 +2,10 @@
 
 import os
 import re
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from . import demo, hub
 from .architecture import Architecture, from_config, read_config
@@ -45,13 +45,26 @@ class Location:
 
 @dataclass(frozen=True)
 class Source:
-    """An open source. others: files in its archive of voices that are no voices. adapter: of what was merged."""
+    """An open source, a context manager.
+
+    others: files in its archive of voices that are no voices. adapter: of what was merged.
+    """
 
     location: Location
     checkpoint: Checkpoint
     voices: list[Voice]
     others: list[str]
     adapter: dict[str, Any] | None = None
+
+    def close(self) -> None:
+        """Close the checkpoint, and an adapter that is merged into it."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def architecture(self) -> Architecture:
@@ -121,30 +134,33 @@ def _local(source: str, quiet: bool) -> Location:
 def open_source(
     location: Location, fill_depformer_steps: bool = False, thorough: bool = False, quiet: bool = False
 ) -> Source:
-    """Open a source's files and check all that can be seen without reading the weights.
+    """Open a source's files and check all that can be seen without reading the weights: ``with open_source(...)``.
 
     Raises UserError with every problem of the configuration, the checkpoint and the voices; if there are any, thorough
     reads the weights too, and adds the tensors that hold values that are not finite.
     """
     architecture = from_config(read_config(location.folder / CONFIG))
     problems: list[str] = []
-    try:
-        checkpoint = open_checkpoint(location.folder / WEIGHTS, architecture, fill_depformer_steps)
-    except UserError as error:
-        problems += error.problems
-    try:
-        voices, others = read_voices(location.folder / VOICES, architecture)
-    except UserError as error:
-        problems += error.problems
-    try:
-        TensorFile(location.folder / CODEC).close()
-    except UserError as error:
-        problems += error.problems
-    if not (location.folder / TOKENIZER).stat().st_size:
-        problems.append(f"{location.folder / TOKENIZER}: is empty: download it again")
-    if problems and thorough:
-        problems += _not_finite(location.folder / WEIGHTS, quiet)
-    refuse(problems)
+    with ExitStack() as stack:
+        try:
+            weights = open_checkpoint(location.folder / WEIGHTS, architecture, fill_depformer_steps)
+            checkpoint = stack.enter_context(weights)
+        except UserError as error:
+            problems += error.problems
+        try:
+            voices, others = read_voices(location.folder / VOICES, architecture)
+        except UserError as error:
+            problems += error.problems
+        try:
+            TensorFile(location.folder / CODEC).close()
+        except UserError as error:
+            problems += error.problems
+        if not (location.folder / TOKENIZER).stat().st_size:
+            problems.append(f"{location.folder / TOKENIZER}: is empty: download it again")
+        if problems and thorough:
+            problems += _not_finite(location.folder / WEIGHTS, quiet)
+        refuse(problems)
+        stack.pop_all()  # the caller closes it
     return Source(location, checkpoint, voices, others)
 
 

@@ -4,13 +4,14 @@ import hashlib
 import json
 import math
 import os
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -66,7 +67,7 @@ class Spec:
 
 
 class TensorFile:
-    """An open safetensors file, to be closed. The safetensors library checks its header; values come with ``pread``.
+    """An open safetensors file, a context manager. The safetensors library checks its header; ``pread`` reads values.
 
     Not memory-mapped: mapped pages would count as this process's memory, and a truncated file would kill it.
     """
@@ -74,6 +75,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         """Open a file; raises UserError if it is not there or not a whole safetensors file."""
         self.path = path
+        self._descriptor = -1
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -140,8 +142,21 @@ class TensorFile:
         return self._state() == self._opened_as
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
+        """Close the file; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            self.close()
+            warnings.warn(f"{self.path}: was not closed", ResourceWarning, stacklevel=2, source=self)
 
 
 def header_of(specs: Sequence[Spec], metadata: dict[str, str]) -> bytes:

@@ -82,10 +82,10 @@ def allocate(
     consumer = TARGETS[str(target or DEFAULT_TARGET)]
     named = (str(dtype or consumer.dtype), str(method or DEFAULT_METHOD))
     wanted = Wanted(budget, consumer.name, *named, depformer_steps, tuple(keep or ()))
-    opened = source.open_source(source.locate(where, quiet=quiet))
     file = sensitivity or output.with_suffix(".sensitivity.json")
-    heard = allotting.conversations(opened, tokens, output.with_suffix(""), quiet)
-    found = allotting.allotted(opened, wanted, heard, file, output, quiet)
+    with source.open_source(source.locate(where, quiet=quiet)) as opened:
+        heard = allotting.conversations(opened, tokens, output.with_suffix(""), quiet)
+        found = allotting.allotted(opened, wanted, heard, file, output, quiet)
     if plot:
         allotting.draw(found, file, plot)
     typer.echo(json.dumps(allotting.said(found), indent=1) if as_json else allotting.text(found))

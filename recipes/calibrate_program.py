@@ -58,14 +58,14 @@ def calibrate(
     console.check_new(output, ".safetensors", force)
     from ..verify import calibration, speaking  # imports torch: seconds that --help does not need
 
-    opened = source.open_source(source.locate(where, quiet=console.quiet(as_json)))
-    metadata = None
-    if tokens or audio:
-        gathered = calibration.gather(opened, tokens or [], audio or [], frames)
-    else:
-        gathered = speaking.speak(opened, frames, sessions, console.quiet(as_json))
-        metadata = {"kind": SPOKEN}
-    found = calibration.statistics(gathered, opened)
+    with source.open_source(source.locate(where, quiet=console.quiet(as_json))) as opened:
+        metadata = None
+        if tokens or audio:
+            gathered = calibration.gather(opened, tokens or [], audio or [], frames)
+        else:
+            gathered = speaking.speak(opened, frames, sessions, console.quiet(as_json))
+            metadata = {"kind": SPOKEN}
+        found = calibration.statistics(gathered, opened)
     calibration.write(gathered, output, metadata)
     typer.echo(json.dumps(found | {"file": str(output)}, indent=1) if as_json else _text(found, output))
     if found["alike"]:

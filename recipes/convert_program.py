@@ -134,14 +134,15 @@ def convert(
     location = source.locate(where, revision, quiet, _room(where, chosen, folder))
     if budget:
         wanted = Wanted(budget, chosen.target, chosen.dtype, str(method or DEFAULT_METHOD), chosen.depformer_steps)
-        merged = conversion.open_merged(location, adapter, fill_depformer_steps, quiet=quiet)
-        chosen = _allotted(merged, wanted, calibration, folder, quiet, as_json)
+        with conversion.open_merged(location, adapter, fill_depformer_steps, quiet=quiet) as merged:
+            chosen = _allotted(merged, wanted, calibration, folder, quiet, as_json)
     opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
-    solver = _solver(opened, plan, folder, calibration, refine, budget is not None, quiet)
-    done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet, solver=solver)
-    if not as_json:
-        typer.echo(_report(done))
-    found = _verify(opened, done.folder, adapter, quiet) if verify else None
+    with opened:
+        solver = _solver(opened, plan, folder, calibration, refine, budget is not None, quiet)
+        done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet, solver=solver)
+        if not as_json:
+            typer.echo(_report(done))
+        found = _verify(opened, done.folder, adapter, quiet) if verify else None
     parity.leave_card(found, done.folder)
     _say_verdict(done, found, as_json)
     if publish_to:
@@ -270,7 +271,9 @@ def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, adapter:
         here = None if adapter and adapters.on_hub(adapter) else adapter
         if adapter != here:
             console.say(f"{adapter}: not looked at: a dry run downloads nothing")
-        return conversion.prepare(location, recipe, fill, adapter=here)[1]
+        opened, plan = conversion.prepare(location, recipe, fill, adapter=here)
+        opened.close()
+        return plan
     if adapter:
         console.say(f"{adapter}: not looked at, as the source is not here")
     console.say(f"{where} is not on this machine: planned from the published layout of {source.DEFAULT}")

@@ -119,10 +119,10 @@ def _compare(
     made_from = manifest["source"]
     location = source.locate(*_reference(bundle, reference, made_from), quiet=quiet)
     merged = _adapter(bundle, adapter, made_from)
-    opened = conversion.open_merged(location, merged, bool(made_from.get("filled")), quiet=quiet)
-    _check_adapter(opened, made_from)
-    opened = conversion.trimmed(opened, manifest["architecture"]["steps"])
-    return parity.leave_report(opened, bundle, asked, _command(bundle, reference, merged, asked), quiet)
+    with conversion.open_merged(location, merged, bool(made_from.get("filled")), quiet=quiet) as opened:
+        _check_adapter(opened, made_from)
+        steps = conversion.trimmed(opened, manifest["architecture"]["steps"])
+        return parity.leave_report(steps, bundle, asked, _command(bundle, reference, merged, asked), quiet)
 
 
 def _reference(bundle: Path, named: str | None, made_from: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -49,8 +49,8 @@ def held(program, pico, few, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(pico, few, held):
     """Pico, what it was measured on, and its sensitivities."""
-    source = open_source(locate(str(pico)))
-    return source, read_tokens(few, source.architecture, None, None), sensitivity.read(held)
+    with open_source(locate(str(pico))) as source:
+        yield source, read_tokens(few, source.architecture, None, None), sensitivity.read(held)
 
 
 def rounded(values, bits):

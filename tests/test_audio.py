@@ -20,9 +20,9 @@ from safetensors import safe_open
 @pytest.fixture(scope="module")
 def source(pico, codec):
     """Pico with a whole codec, and room for its 2048 tokens."""
-    opened = open_source(locate(str(pico)))
-    room = replace(opened.checkpoint, architecture=replace(opened.architecture, card=2048))
-    return replace(opened, checkpoint=room, location=replace(opened.location, folder=codec.parent))
+    with open_source(locate(str(pico))) as opened:
+        room = replace(opened.checkpoint, architecture=replace(opened.architecture, card=2048))
+        yield replace(opened, checkpoint=room, location=replace(opened.location, folder=codec.parent))
 
 
 def tone(seconds, rate, pitch=220):
@@ -72,11 +72,12 @@ def test_what_is_no_recording_is_refused(source, pico, tmp_path):
     with pytest.raises(UserError, match="shorter than a frame"):
         read_audio(tmp_path / "short.wav", source, None)
     soundfile.write(tmp_path / "mono.wav", tone(1.0, RATE), RATE)
-    small = replace(source, checkpoint=open_source(locate(str(pico))).checkpoint)
-    with pytest.raises(UserError, match="tokens that this model does not have"):
-        read_audio(tmp_path / "mono.wav", small, None)
-    with pytest.raises(UserError, match="not a codec that rustymimi loads"):
-        read_audio(tmp_path / "mono.wav", open_source(locate(str(pico))), None)
+    with open_source(locate(str(pico))) as plain:
+        small = replace(source, checkpoint=plain.checkpoint)
+        with pytest.raises(UserError, match="tokens that this model does not have"):
+            read_audio(tmp_path / "mono.wav", small, None)
+        with pytest.raises(UserError, match="not a codec that rustymimi loads"):
+            read_audio(tmp_path / "mono.wav", plain, None)
 
 
 def test_a_made_codec_has_mimis_names_and_shapes(layout, codec):

@@ -53,8 +53,8 @@ def test_recordings_become_tokens(pico, tmp_path, monkeypatch):
     codes = np.arange(8 * 30).reshape(8, 30) % 100
     monkeypatch.setattr(audio.waves, "read", lambda _: np.zeros((2, 30 * audio.FRAME), np.float32))
     monkeypatch.setattr(audio, "Codec", lambda *_: SimpleNamespace(encode_whole=lambda _: codes))
-    source = open_source(locate(str(pico)))
-    tokens = calibration.gather(source, [], [tmp_path / "x.wav"], 15)
+    with open_source(locate(str(pico))) as source:
+        tokens = calibration.gather(source, [], [tmp_path / "x.wav"], 15)
     assert tokens.shape == (2, 17, 15)
     assert (tokens[:, 0] == source.architecture.text_padding).all()
     assert (tokens[1, 1:9] == codes[:, 15:]).all()

@@ -52,20 +52,22 @@ def test_a_config_of_another_size_is_noticed(pico):
 
 def test_values_that_are_not_finite_are_all_named(pico_copy):
     path = pico_copy / "model.safetensors"
-    source = open_source(locate(str(pico_copy)))
-    with path.open("r+b") as file:
-        for name, word in (("emb.2.weight", 0x7FC0), ("text_linear.weight", 0xFF80), ("out_norm.alpha", 0x7F80)):
-            file.seek(source.checkpoint.file.offsets[name] + 64)
-            file.write(struct.pack("<H", word))
-    with pytest.raises(UserError) as caught:
-        fingerprint(source)
+    with open_source(locate(str(pico_copy))) as source:
+        with path.open("r+b") as file:
+            for name, word in (("emb.2.weight", 0x7FC0), ("text_linear.weight", 0xFF80), ("out_norm.alpha", 0x7F80)):
+                file.seek(source.checkpoint.file.offsets[name] + 64)
+                file.write(struct.pack("<H", word))
+        with pytest.raises(UserError) as caught:
+            fingerprint(source)
     named = {problem.split(":")[0] for problem in caught.value.problems}
     assert named == {"emb.2.weight", "text_linear.weight", "out_norm.alpha"}
     assert all("1 values are NaN or infinite" in problem for problem in caught.value.problems)
 
 
 def test_fingerprints_are_those_of_the_files(pico):
-    for name, found in fingerprint(open_source(locate(str(pico)))).items():
+    with open_source(locate(str(pico))) as source:
+        prints = fingerprint(source)
+    for name, found in prints.items():
         data = (pico / name).read_bytes()
         assert (found.size, found.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
@@ -96,8 +98,10 @@ def test_eight_steps_are_refused_unless_filling_is_asked_for(pico_copy, program,
     assert "--fill-depformer-steps copies steps 0-7 to 8-15" in done.stderr
     assert not list(tmp_path.glob("out*"))
 
-    source = open_source(locate(str(pico_copy)), fill_depformer_steps=True)
-    read = {name: source.checkpoint.read(name, 0, t.spec.rows) for name, t in source.checkpoint.tensors.items()}
+    with open_source(locate(str(pico_copy)), fill_depformer_steps=True) as source:
+        checkpoint = source.checkpoint
+        read = {name: checkpoint.read(name, 0, tensor.spec.rows) for name, tensor in checkpoint.tensors.items()}
+        across = checkpoint.read("depformer.layers.0.self_attn.out_proj.weight", 500, 530)
 
     def expected(name):
         return original[name].reshape(-1, original[name].shape[-1]).view(torch.uint16).numpy()
@@ -114,7 +118,6 @@ def test_eight_steps_are_refused_unless_filling_is_asked_for(pico_copy, program,
     np.testing.assert_array_equal(
         bits(read["depformer.layers.1.self_attn.in_proj_weight"]), np.concatenate([half, half])
     )
-    across = source.checkpoint.read("depformer.layers.0.self_attn.out_proj.weight", 500, 530)
     whole = read["depformer.layers.0.self_attn.out_proj.weight"]
     np.testing.assert_array_equal(bits(across), bits(whole[500:530]))
 

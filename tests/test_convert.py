@@ -291,7 +291,7 @@ def converted(pico, output, between):
     """Convert with the library, and do something between the scan of the source and the first file."""
     source, plan = conversion.prepare(locate(str(pico)), loader.load("4bit"))
     scan = conversion.fingerprint
-    with pytest.MonkeyPatch.context() as patch:
+    with source, pytest.MonkeyPatch.context() as patch:
         patch.setattr(conversion, "fingerprint", lambda *a: (scan(*a), between())[0])
         return conversion.convert(source, plan, output, quiet=True)
 

@@ -55,8 +55,7 @@ def test_every_recorded_tensor(target, bundle, pico):
 
 @pytest.mark.parametrize("target", FLOAT)
 def test_a_greedy_session_token_for_token(target, bundle, pico):
-    source = open_source(locate(str(pico)))
-    with opened(bundle(*FLOAT[target])) as held:
+    with open_source(locate(str(pico))) as source, opened(bundle(*FLOAT[target])) as held:
         voices = {voice.name: voice for voice in held.voices()}
         assert len(voices) == 18
         own = type(source)(source.location, source.checkpoint, list(voices.values()), [])  # the bundle's own voices

@@ -134,7 +134,8 @@ def test_rows_that_a_group_does_not_divide_are_all_named(pico):
     from ppx.convert.conversion import inventory
     from ppx.convert.source import locate, open_source
 
-    plain = inventory(open_source(locate(str(pico))))
+    with open_source(locate(str(pico))) as source:
+        plain = inventory(source)
     with pytest.raises(UserError) as caught:
         make_plan(plain, uniform(Affine(4, 128), "mlx", "bfloat16", ("temporal", "depformer")))
     said = "\n".join(caught.value.problems)

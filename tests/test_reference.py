@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 @pytest.fixture(scope="module")
 def source(pico):
-    return open_source(locate(str(pico)))
+    with open_source(locate(str(pico))) as opened:
+        yield opened
 
 
 def test_every_recorded_tensor_in_float32(source, pico):

@@ -27,7 +27,8 @@ SWIFT = ("--recipe", "4bit")
 
 @pytest.fixture(scope="module")
 def source(pico):
-    return open_source(locate(str(pico)))
+    with open_source(locate(str(pico))) as opened:
+        yield opened
 
 
 @pytest.fixture

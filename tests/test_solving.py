@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -40,9 +41,16 @@ def few(pico, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(pico):
-    source = open_source(locate(str(pico)))
-    recipe = uniform(FORM, "speech-swift", "float16", ("temporal", "depformer"))
-    return source, make_plan(conversion.inventory(source), recipe)
+    with open_source(locate(str(pico))) as source:
+        recipe = uniform(FORM, "speech-swift", "float16", ("temporal", "depformer"))
+        yield source, make_plan(conversion.inventory(source), recipe)
+
+
+@pytest.fixture
+def solution_at():
+    """Opens solutions, and closes them at a test's end."""
+    with ExitStack() as stack:
+        yield lambda folder, mark: stack.enter_context(Solution(folder, mark))
 
 
 def bundles(program, pico, folder, few, *options):
@@ -79,11 +87,11 @@ def test_every_target_takes_it(target, program, pico, few, tmp_path):
     agent(program, "out", pico, tmp_path)  # which fails if it cannot be loaded, or does not pass
 
 
-def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path):
+def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path, solution_at):
     """Against the block run at once: the first output projection, after the quantized input projection."""
     source, plan = opened
     material = read_tokens(few, source.architecture, 3, 40)
-    solution = Solution(tmp_path / "solution", "mark")
+    solution = solution_at(tmp_path / "solution", "mark")
     solving.solve_model(source, plan.outputs, material, solution, quiet=True)
     first, second = "transformer.layers.0.self_attn.in_proj_weight", "transformer.layers.0.self_attn.out_proj.weight"
     read, storage = source_weights(source.checkpoint), np.dtype(np.float16)
@@ -107,17 +115,17 @@ def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path):
     assert same > 0.99  # sums of other pieces differ in their last bits
 
 
-def test_every_part_is_solved_once(opened, few, tmp_path):
+def test_every_part_is_solved_once(opened, few, tmp_path, solution_at):
     source, plan = opened
-    solution = Solution(tmp_path / "solution", "mark")
+    solution = solution_at(tmp_path / "solution", "mark")
     solver_of(source, plan, few, quiet=True).solve(solution)
     assert solution.files.keys() == forms_of(plan.outputs).keys()
     blocks = set(solution.files.values())
     before = {name: (tmp_path / "solution" / name).stat().st_mtime_ns for name in blocks}
-    again = Solution(tmp_path / "solution", "mark")
+    again = solution_at(tmp_path / "solution", "mark")
     solver_of(source, plan, few, quiet=True).solve(again)
     assert before == {name: (tmp_path / "solution" / name).stat().st_mtime_ns for name in blocks}
-    assert Solution(tmp_path / "solution", "another").files == {}
+    assert solution_at(tmp_path / "solution", "another").files == {}
 
 
 def killed(command, folder, ready):
@@ -149,11 +157,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, t
     assert not solved.exists()
 
 
-def test_refining_brings_predictions_nearer_and_resumes(opened, few, tmp_path):
+def test_refining_brings_predictions_nearer_and_resumes(opened, few, tmp_path, solution_at):
     source, plan = opened
     material = read_tokens(few, source.architecture, None, 60)
     folders = [tmp_path / "whole", tmp_path / "broken"]
-    solutions = [Solution(folder, "mark") for folder in folders]
+    solutions = [solution_at(folder, "mark") for folder in folders]
     for solution in solutions:
         solving.solve_model(source, plan.outputs, material, solution, quiet=True)
     losses, broken = {}, {}
@@ -181,9 +189,9 @@ def test_refining_brings_predictions_nearer_and_resumes(opened, few, tmp_path):
         assert np.allclose(made[0].scales, made[1].scales, rtol=1e-3)
 
 
-def test_scales_come_out_in_their_storage_dtype(opened, few, tmp_path):
+def test_scales_come_out_in_their_storage_dtype(opened, few, tmp_path, solution_at):
     source, plan = opened
-    solution = Solution(tmp_path / "solution", "mark")
+    solution = solution_at(tmp_path / "solution", "mark")
     solver_of(source, plan, few, steps=2, quiet=True).solve(solution)
     for part in forms_of(plan.outputs):
         made = solution.read(part, 0, solution.rows(part), np.dtype(np.float32))
@@ -200,7 +208,7 @@ def loss_of(source, plan, material, solution):
         return refining.divergence(original, replace(original, weights=weights), batch).item()
 
 
-def test_what_is_tuned_is_what_fits(opened, few, tmp_path):
+def test_what_is_tuned_is_what_fits(opened, few, tmp_path, solution_at):
     """All at once; or blocks, then scales and biases; or blocks alone. Each is nearer than what was only solved."""
     source, plan = opened
     assert refining.reach(plan.outputs) == "codes"
@@ -211,9 +219,9 @@ def test_what_is_tuned_is_what_fits(opened, few, tmp_path):
     solutions, records = {}, {}
     for what, memory in (("sides", 20 * weights), ("blocks", weights)):  # bytes; codes as well take 36 per weight
         solver = solver_of(source, plan, path, steps=20, quiet=True, memory=memory)
-        solutions[what], records[what] = Solution(tmp_path / what, "mark"), solver.record
+        solutions[what], records[what] = solution_at(tmp_path / what, "mark"), solver.record
         solver.solve(solutions[what])
-    solutions["solved"] = Solution(tmp_path / "solved", "mark")
+    solutions["solved"] = solution_at(tmp_path / "solved", "mark")
     solving.solve_model(source, plan.outputs, material, solutions["solved"], quiet=True)
     assert records["blocks"]["refined"] == "codes, scales and biases, block by block"
     assert "then scales and biases together" in records["sides"]["refined"]
@@ -232,10 +240,10 @@ def test_what_is_tuned_is_what_fits(opened, few, tmp_path):
     }
 
 
-def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path):
+def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path, solution_at):
     source, plan = opened
     material = read_tokens(few, source.architecture, 4, 40)
-    solution = Solution(tmp_path / "solution", "mark")
+    solution = solution_at(tmp_path / "solution", "mark")
     blocks = []
 
     def cut_off(place):
@@ -246,7 +254,7 @@ def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         solving.solve_model(source, plan.outputs, material, solution, BlockTuning(2, cut_off), quiet=True)
     tuning = BlockTuning(2, lambda place: blocks.append(str(place)))
-    solving.solve_model(source, plan.outputs, material, Solution(tmp_path / "solution", "mark"), tuning, quiet=True)
+    solving.solve_model(source, plan.outputs, material, solution_at(tmp_path / "solution", "mark"), tuning, quiet=True)
     layers = source.architecture.num_layers + source.architecture.depformer_num_layers
     assert len(blocks) == len(set(blocks)) == 2 * layers
 

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 @pytest.fixture(scope="module")
 def source(pico):
-    return open_source(locate(str(pico)))
+    with open_source(locate(str(pico))) as opened:
+        yield opened
 
 
 def held_model(source):

@@ -328,7 +328,8 @@ def test_tokens_are_delayed_and_begin_with_initial_ones(pico):
     from ppx.convert.source import locate, open_source
     from ppx.verify.material import read_tokens
 
-    a = open_source(locate(str(pico))).architecture
+    with open_source(locate(str(pico))) as source:
+        a = source.architecture
     held = load_file(pico / "heldout_tokens.safetensors")["tokens"][:1, :, :20].astype(np.int32)
     material = read_tokens(pico / "heldout_tokens.safetensors", a, 1, 20)
     assert (material.tokens[0, :, 0] == [a.text_card] + [a.card] * 16).all()
