@@ -218,6 +218,30 @@ def test_targets_of_one_setting_get_the_best_that_they_load(measured):
         chosen("mlx", 1.5)
 
 
+class Overrun(Budget):
+    """A budget that headers overrun by a byte, however little is left for the weights, until a plan is small enough."""
+
+    def left(self, plan):
+        return super().left(plan) if plan.nbytes < 2_030_000 else -1
+
+
+def test_what_the_smallest_bundle_fits_into_is_met(measured):
+    """A search that overruns the budget many times must not end in the claim that nothing fits."""
+    source, _, found = measured
+    inventory = conversion.inventory(source)
+
+    def within(budget):
+        return allot(inventory, Wanted(budget, "mlx", "float16", "lsq"), found).nbytes
+
+    with pytest.raises(UserError, match="is larger") as caught:
+        within(Budget(1000))
+    smallest = int(re.search(r"(\d+) bytes", str(caught.value))[1])
+    assert within(Budget(smallest)) == smallest
+    with pytest.raises(UserError, match=f"is larger .*{smallest} bytes"):
+        within(Budget(smallest - 1))
+    assert smallest <= within(Overrun(2_050_000)) < 2_030_000
+
+
 def test_sizes():
     assert [size_of(text) for text in ("5.3GB", "800 MB", "2 GiB", "12kB", "700")] == [
         5_300_000_000, 800_000_000, 2 << 30, 12_000, 700

@@ -20,7 +20,7 @@ from .sensitivity import STREAMS, Part, Sensitivities, part_of
 # Divergence of models quantized by other methods, over that by lsq: measured at 4 bit on small models.
 _METHODS = {"lsq": 1.0, "rtn": 1.25, "gptq": 0.4}
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_TRIES, _MARGIN = 12, 1 << 12  # at a budget that headers and settings do not overrun; bytes
+_TRIES, _MARGIN = 8, 1 << 12  # at a budget that headers and settings do not overrun; bytes
 _COMPONENTS = (COMPONENTS[:1], COMPONENTS[:2], COMPONENTS)  # that one setting may be for
 
 
@@ -47,7 +47,7 @@ class Budget:
 class Allotted:
     """A recipe and what it is expected to cost each stream, in nats a token; bound: no recipe could cost less in sum.
 
-    settings: what each part gets, None to keep it.
+    settings: what each part gets, None to keep it. left: bytes of the budget that it leaves.
     """
 
     recipe: Recipe
@@ -55,6 +55,7 @@ class Allotted:
     expected: dict[str, float]
     bound: float | None
     settings: dict[Part, Affine | None]
+    left: int
 
     @property
     def forecast(self) -> str:
@@ -141,28 +142,36 @@ def _mixed(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, fo
                 forms[part].append(form)
                 choices[part].append(Choice(nbytes, sum(cost.values())))
     free = wanted.budget.left(plain) + sum(output.nbytes for output in _outputs(plain))
-    for attempt in range(_TRIES):
-        try:
-            made = allocate(list(choices.values()), free)
-        except ValueError:
-            least = sum(min(choice.nbytes for choice in part) for part in choices.values())
-            raise _too_small(wanted.budget, least - sum(o.nbytes for o in _outputs(plain)), plain) from None
+    least = sum(min(choice.nbytes for choice in part) for part in choices.values())
+
+    def within(nbytes: int) -> Allotted:
+        made = allocate(list(choices.values()), nbytes)
         chosen = {part: forms[part][index] for part, index in zip(parts, made.chosen, strict=True)}
         plan = make_plan(inventory, replace(recipe, rules=tuple(_rules(chosen))))
-        left = wanted.budget.left(plan)
-        if left >= 0:
-            return Allotted(plan.recipe, plan.nbytes, _sum(found, chosen, wanted.method), made.bound, chosen)
-        # Headers and the config say more of some settings than of others; a little more each time, so that it ends.
-        free += left - attempt * _MARGIN
-    raise _too_small(wanted.budget, plan.nbytes - plain.nbytes, plain)
+        expected = _sum(found, chosen, wanted.method)
+        return Allotted(plan.recipe, plan.nbytes, expected, made.bound, chosen, wanted.budget.left(plan))
+
+    best = within(least)
+    if best.left < 0:
+        raise _too_small(wanted.budget, make_plan(inventory, best.recipe))
+    for attempt in range(_TRIES):
+        tried = within(max(free, least))
+        if tried.left >= 0:
+            return tried
+        # Headers and the config say more of some settings than of others; a little more each time.
+        free += tried.left - attempt * _MARGIN
+    for _ in range(_TRIES):  # between what fits and what does not
+        middle = (least + max(free, least)) // 2
+        tried = within(middle)
+        best, least, free = (tried, middle, free) if tried.left >= 0 else (best, least, middle)
+    return best
 
 
-def _too_small(budget: Budget, more: int, plan: Plan) -> UserError:
-    """Return what is said where the smallest bundle, which has so many bytes more than a plan's, is too large."""
-    model = more + sum(output.nbytes for output in plan.outputs)
+def _too_small(budget: Budget, smallest: Plan) -> UserError:
+    """Return what is said where even the smallest bundle is larger than a budget."""
     return UserError(
-        f"{budget.name}: the smallest bundle for {plan.target.name} is larger ({described(plan.nbytes + more)}, "
-        f"{8 * model / plan.parameters:.2f} bits a weight): give more"
+        f"{budget.name}: the smallest bundle for {smallest.target.name} is larger ({described(smallest.nbytes)} or "
+        f"{smallest.nbytes} bytes, {smallest.bits_per_weight:.2f} bits a weight): give at least that"
     )
 
 
@@ -173,7 +182,7 @@ def _sum(found: Sensitivities, settings: dict[Part, Affine | None], method: str)
 
 def _uniform(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, found: Sensitivities) -> Allotted:
     """Choose among what the target takes: one setting, for more or fewer components."""
-    fitting, least = [], plain.nbytes
+    fitting, least = [], plain
     for rules in _candidates(wanted.method):
         try:
             plan = make_plan(inventory, replace(recipe, rules=rules))
@@ -182,12 +191,13 @@ def _uniform(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, 
         settings = {part: outputs[0].form for part, outputs in _parts(_outputs(plan)).items()}
         kept = not any(form and part.component in wanted.keep for part, form in settings.items())
         if kept and all(_cost(found, part, form, wanted.method) is not None for part, form in settings.items()):
-            least = min(least, plan.nbytes)
+            least = min(least, plan, key=lambda one: one.nbytes)
             expected = _sum(found, settings, wanted.method)
-            if wanted.budget.left(plan) >= 0:
-                fitting.append(Allotted(plan.recipe, plan.nbytes, expected, None, settings))
+            left = wanted.budget.left(plan)
+            if left >= 0:
+                fitting.append(Allotted(plan.recipe, plan.nbytes, expected, None, settings, left))
     if not fitting:
-        raise _too_small(wanted.budget, least - plain.nbytes, plain)
+        raise _too_small(wanted.budget, least)
     return min(fitting, key=lambda one: (sum(one.expected.values()), one.nbytes))
 
 
