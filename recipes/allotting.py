@@ -64,13 +64,14 @@ def allotted(source: Source, wanted: Wanted, tokens: Path, file: Path, recipe: P
 def text(found: Allotted) -> str:
     """Return what is printed of a recipe that was found."""
     total = sum(found.expected.values())
-    line = f"{found.recipe.name}: {size(found.nbytes)}, {found.forecast}"
     if found.bound is None:
-        return f"{line} (the best that {found.recipe.target} takes)"
-    near = (
-        "no other choice is better" if found.bound >= total * (1 - 1e-9) else f"none is below {found.bound:.3g} in sum"
-    )
-    return f"{line} ({near})"
+        near = f"the best that {found.recipe.target} takes"
+    elif found.bound >= total * (1 - 1e-9):
+        near = "no other choice is better"
+    else:
+        near = f"none is below {found.bound:.3g} in sum"
+    line = f"{found.recipe.name}: {size(found.nbytes)}, {found.forecast} ({near})"
+    return f"{line}\nmeasured on {found.measured_on}"
 
 
 def said(found: Allotted) -> dict[str, Any]:
@@ -80,6 +81,7 @@ def said(found: Allotted) -> dict[str, Any]:
         "bytes": found.nbytes,
         "expected": found.expected,
         "bound": found.bound,
+        "measured_on": found.measured_on,
         "settings": {str(part): form.label if form else None for part, form in found.settings.items()},
     }
 

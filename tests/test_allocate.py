@@ -17,7 +17,7 @@ from ppx.convert.recipe import uniform
 from ppx.convert.source import locate, open_source
 from ppx.quant.affine import BITS, Affine, dequantize, quantize
 from ppx.recipes import loader
-from ppx.verify import sensitivity
+from ppx.verify import measuring, sensitivity
 from ppx.verify.budget import Budget, Wanted, allot, size_of
 from ppx.verify.material import read_tokens
 from ppx.verify.reference import reference_of
@@ -42,6 +42,7 @@ def held(program, pico, few, tmp_path_factory):
     options = ("--tokens", few, "--bits-per-weight", "4.5", "-o", "a.toml", "--plot", "a.svg")
     done = program("ppx-allocate", pico, *options, cwd=folder)
     assert done.stdout.startswith("4.5bpw: ")
+    assert done.stdout.endswith("measured on 6 of 6 sequences of 60 frames\n")
     assert "temporal self_attn.* layer 1" in (folder / "a.svg").read_text()
     return folder / "a.sensitivity.json"
 
@@ -118,6 +119,47 @@ def test_a_part_costs_what_the_whole_model_loses_by_it(part, bits, altered, meas
     agent = [divergence(audio[:, :, step], other_audio[:, :, step], heard) for step in range(half)]
     assert cost["agent"] == pytest.approx(np.mean(agent), rel=1e-3, abs=1e-7)
     assert sum(cost.values()) > 1e-4
+
+
+def test_several_passes_measure_what_one_does(measured):
+    """With memory for two sequences at a time, as many are read as are asked for."""
+    source, material, once = measured
+    two = 2 * material.tokens.shape[2] * source.architecture.dim * 4
+    memory = two * (1 + sum(part.component != "depformer" for part in once.costs))
+    apart = measuring.measure(source, material, "mark", quiet=True, bits=[3], sequences=6, memory=memory)
+    assert apart.measured_on == "6 of 6 sequences of 60 frames"
+    assert apart.errors == once.errors
+    for part, costs in once.costs.items():
+        assert apart.costs[part][3] == pytest.approx(costs[3], rel=1e-3, abs=1e-7), part
+
+
+def test_a_part_whose_predictions_are_not_finite_is_named(measured, monkeypatch):
+    """It would be the cheapest of all: max(0.0, nan) is 0.0."""
+    source, material, _ = measured
+    head = source.checkpoint.tensors["text_linear.weight"].role.shape
+
+    def broken(weight, form, storage):
+        made = quantize(weight, form, storage)
+        return replace(made, scales=np.full_like(made.scales, np.nan)) if weight.shape == head else made
+
+    monkeypatch.setattr(measuring, "quantize", broken)
+    with pytest.raises(UserError, match="heads text_linear at 2 bit: the text's predictions are not finite"):
+        measuring.measure(source, material.chosen(np.array([0])), "mark", quiet=True, bits=[2])
+
+
+def test_weights_that_cannot_be_quantized_are_named(measured):
+    """Their inputs are always zero, so that the original is sound."""
+    source, material, _ = measured
+    gating, norm = "transformer.layers.0.gating.linear_in.weight", "transformer.layers.0.norm2.alpha"
+
+    def altered(name, _, weights):
+        found = weights.astype(np.float32)
+        found[..., :2] = 0 if name == norm else [3e38, -3e38]
+        return found
+
+    checkpoint = source.checkpoint.with_adapter(altered, [gating, norm], source.checkpoint.file)
+    with pytest.raises(UserError, match=f"{gating} at 2 bit .*too far apart"):
+        measuring.measure(replace(source, checkpoint=checkpoint), material, "mark", quiet=True, bits=[2])
 
 
 def test_every_tensor_that_the_agent_depends_on_is_in_a_part(measured):

@@ -47,7 +47,8 @@ class Budget:
 class Allotted:
     """A recipe and what it is expected to cost each stream, in nats a token; bound: no recipe could cost less in sum.
 
-    settings: what each part gets, None to keep it. left: bytes of the budget that it leaves.
+    settings: what each part gets, None to keep it. left: bytes of the budget that it leaves. measured_on: how much
+    material the sensitivities were measured on.
     """
 
     recipe: Recipe
@@ -56,6 +57,7 @@ class Allotted:
     bound: float | None
     settings: dict[Part, Affine | None]
     left: int
+    measured_on: str = ""
 
     @property
     def forecast(self) -> str:
@@ -97,8 +99,8 @@ def allot(inventory: Inventory, wanted: Wanted, found: Sensitivities) -> Allotte
     if missing:
         raise UserError(f"the sensitivities are of another model (they lack {missing[0]}): measure them again")
     allotted = (_mixed if TARGETS[wanted.target].mixes else _uniform)(inventory, wanted, recipe, plain, found)
-    text = f"within {wanted.budget.name} by {wanted.method}; {allotted.forecast}"
-    return replace(allotted, recipe=replace(allotted.recipe, description=text))
+    text = f"within {wanted.budget.name} by {wanted.method}; {allotted.forecast}, measured on {found.measured_on}"
+    return replace(allotted, recipe=replace(allotted.recipe, description=text), measured_on=found.measured_on)
 
 
 def _outputs(plan: Plan) -> list[Output]:

@@ -1,7 +1,8 @@
 """Measuring sensitivities: the original and its variants, each with one part quantized, through the same material.
 
-The original goes through the material once, one block in memory. At each block a stream begins for every number of bits
-that the block could have, and goes on beside the original's; what the predictions at the end diverge by is the part's.
+The original goes through some sequences, one block in memory. At each block a stream begins for every number of bits
+that the block could have, and is computed beside the original's; what the predictions at the end diverge by is the
+part's. All streams are held at a time: sequences that do not fit into memory together are read in several passes.
 """
 
 import math
@@ -18,9 +19,10 @@ from tqdm import tqdm
 
 from ..convert.architecture import Architecture
 from ..convert.names import roles
+from ..convert.problems import UserError
 from ..convert.progress import bar
 from ..convert.source import Source
-from ..quant.affine import BITS, Affine, dequantize, quantize
+from ..quant.affine import BITS, Affine, Quantized, dequantize, quantize
 from . import device as devices
 from .material import Material, spread
 from .model import Floats, Tokens
@@ -28,9 +30,9 @@ from .places import Place, places
 from .reference import Rows, TorchModel, kept_by, reference_of, source_weights
 from .sensitivity import STREAMS, Part, Sensitivities, part_of, settings_of, usual_group
 
-_STREAMS = 1 << 31  # bytes of all streams at a time
-_FRAMES = 4096  # gone through at most
-_ROWS = 128  # frames that go through a wide depformer, at most, and rows of a matrix of which errors are taken
+_SHARE = 0.25  # of the machine's memory, for all streams at a time
+_FRAMES = 4096  # measured on at most
+_ROWS = 128  # frames of a sequence that go through a wide depformer, and rows of a matrix of which errors are taken
 Variant = tuple[Part, int]  # a part, and the bits that it is quantized to
 
 
@@ -52,42 +54,66 @@ def _altered(model: TorchModel, members: Sequence[tuple[str, int | None]], form:
     """Return the model with one part quantized, as it is read."""
     mine = set(members)
 
-    def rounded(values: Tensor) -> Tensor:
+    def rounded(name: str, values: Tensor) -> Tensor:
         flat = np.ascontiguousarray(values.float().cpu().numpy().reshape(-1, values.shape[-1]))
-        return torch.from_numpy(dequantize(quantize(flat, form, np.dtype(np.float32)), form)).reshape(values.shape)
+        return torch.from_numpy(dequantize(_quantized(name, flat, form), form)).reshape(values.shape)
 
     def weights(name: str, step: int | None) -> Tensor:
         held = model.weights(name, step)
-        return rounded(held).to(held.device) if (name, step) in mine else held
+        return rounded(name, held).to(held.device) if (name, step) in mine else held
 
     def rows(name: str, tokens: Tokens) -> Tensor:
         held = model.rows(name, tokens)
-        return rounded(held) if (name, None) in mine else held
+        return rounded(name, held) if (name, None) in mine else held
 
     return replace(model, weights=kept_by({}, weights, model.device), rows=rows)
 
 
-def measure(source: Source, material: Material, mark: str, quiet: bool = False) -> Sensitivities:
-    """Measure every part at every number of bits, on as much of the material as fits (in float32, by ``lsq``).
+def _quantized(name: str, matrix: NDArray[np.float32], form: Affine) -> Quantized:
+    try:
+        return quantize(matrix, form, np.dtype(np.float32))
+    except ValueError as error:
+        raise UserError(f"{name} at {form.label}: {error}: give a recipe that keeps it float") from None
 
-    PyTorch computes on a GPU where there is one. Parts of depformer steps that predict the user's codebooks are not
-    among them: what the agent says does not depend on those.
+
+def measure(
+    source: Source,
+    material: Material,
+    mark: str,
+    quiet: bool = False,
+    *,
+    bits: Sequence[int] = BITS,
+    sequences: int = 4,
+    memory: int | None = None,
+) -> Sensitivities:
+    """Measure every part at every number of ``bits``, on as much of the material as fits (in float32, by ``lsq``).
+
+    sequences: to measure on at least, in as many passes as they take. memory: bytes for what is computed at a time,
+    None for a share of the machine's. PyTorch computes on a GPU where there is one. Parts of depformer steps that
+    predict the user's codebooks are not among them: what the agent says does not depend on those. Raises UserError,
+    which names the part, for predictions that are not finite.
     """
     members = _members(source.architecture)
-    device = devices.device()
-    kept: dict[tuple[str, int], Tensor] = {}
-    model = reference_of(source.checkpoint, device=device)
-    model = replace(model, weights=kept_by(kept, model.weights, device), rows=_remembered(model.rows))
-    fitting = material.chosen(_fitting(source.architecture, members, material))
-    shape = {"sequences": len(fitting.tokens), "frames": fitting.tokens.shape[2]}
-    found = Sensitivities(material.description | shape, mark)
+    nbytes = int(_SHARE * devices.host_memory()) if memory is None else memory
+    streams = 1 + len(bits) * sum(part.component != "depformer" for part in members)
+    passes = _passes(material, sequences, nbytes // (streams * source.architecture.dim * 4))
+    used = {"sequences": sum(map(len, passes)), "frames": material.tokens.shape[2], "available": len(material.tokens)}
+    found = Sensitivities(material.description | used, mark)
     for part in members:
-        found.costs[part] = {bits: dict.fromkeys(STREAMS, 0.0) for bits in BITS}
-    with bar("measuring", len(members) * len(BITS), "variant", quiet) as progress, torch.inference_mode():
-        walk = Walk(source, members, model, kept, fitting, found, progress)
-        _audio(walk, _temporal(walk))
-        for part, of_part in members.items():
-            found.errors[part] = _errors(source, of_part)
+        found.costs[part] = {one: dict.fromkeys(STREAMS, 0.0) for one in bits}
+    counts = dict.fromkeys(STREAMS, 0)
+    total = len(members) * len(bits) * len(passes)
+    with bar("measuring", total, "variant", quiet) as progress, torch.inference_mode():
+        for chosen in passes:
+            kept: dict[tuple[str, int], Tensor] = {}
+            model = reference_of(source.checkpoint, device=devices.device())
+            model = replace(model, weights=kept_by(kept, model.weights, model.device), rows=_remembered(model.rows))
+            walk = Walk(source, members, model, kept, material.chosen(chosen), nbytes, found, counts, progress)
+            _audio(walk, _temporal(walk))
+    for part, of_part in members.items():
+        for cost in found.costs[part].values():
+            cost.update({stream: max(0.0, value / max(1, counts[stream])) for stream, value in cost.items()})
+        found.errors[part] = _errors(source, of_part)
     return found
 
 
@@ -104,23 +130,29 @@ def _remembered(rows: Rows) -> Rows:
     return read
 
 
-def _fitting(architecture: Architecture, members: Mapping[Part, Any], material: Material) -> NDArray[np.int64]:
-    """Return which sequences are gone through: all streams of them are held at a time."""
-    streams = 1 + len(BITS) * sum(part.component != "depformer" for part in members)
-    frames = min(_FRAMES, _STREAMS // (streams * architecture.dim * 4))
-    return spread(len(material.tokens), max(1, frames // material.tokens.shape[2]))
+def _passes(material: Material, least: int, frames: int) -> list[NDArray[np.int64]]:
+    """Return the sequences that are read, evenly spread, by pass; frames: of which all streams fit into memory."""
+    count, length = len(material.tokens), material.tokens.shape[2]
+    at_once = max(1, frames // length)
+    chosen = spread(count, max(1, min(max(at_once, least), _FRAMES // length)))
+    return np.array_split(chosen, -(-len(chosen) // at_once))
 
 
 @dataclass(frozen=True)
 class Walk:
-    """A measurement under way. kept: matrices of the block that is looked at."""
+    """One pass of a measurement. kept: matrices of the block that is looked at. nbytes: of streams at a time.
+
+    found: its costs are sums over rows. counts: of how many rows, by stream.
+    """
 
     source: Source
     members: dict[Part, list[tuple[str, int | None]]]
     model: TorchModel
     kept: dict[tuple[str, int], Tensor]
     material: Material
+    nbytes: int
     found: Sensitivities
+    counts: dict[str, int]
     bar: "tqdm[Any]"
 
     def altered(self, variant: Variant | None) -> TorchModel:
@@ -134,7 +166,7 @@ class Walk:
     def variants(self, *components: str) -> list[Variant]:
         """Return all variants of parts of these components, or modules outside of layers."""
         parts = [part for part in self.members if part.component in components or part.modules in components]
-        return [(part, bits) for part in parts for bits in BITS]
+        return [(part, bits) for part in parts for bits in self.found.costs[part]]
 
 
 def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
@@ -159,7 +191,8 @@ def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
         streams[variant] = walk.model.out_norm(x)
     counted = material.counted[:, 0]
     base = streams[None][counted]
-    expected = _log_probabilities(walk.model.text_logits(base))
+    walk.counts["text"] += len(base)
+    expected = _expected(walk.model.text_logits(base))
     for variant, x in streams.items():
         if variant:
             _note(walk, variant, "text", [_divergence(expected, walk.model.text_logits(x[counted]))])
@@ -171,11 +204,26 @@ def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
 
 
 def _note(walk: Walk, variant: Variant, stream: str, divergences: Sequence[float]) -> None:
-    walk.found.costs[variant[0]][variant[1]][stream] = max(0.0, math.fsum(divergences) / len(divergences))
+    """Add a variant's divergences, each summed over rows; raises UserError for those that are not finite."""
+    (part, bits), total = variant, math.fsum(divergences) / len(divergences)
+    if not math.isfinite(total):
+        raise UserError(
+            f"{part} at {bits} bit: the {stream}'s predictions are not finite: its values overflow when it is "
+            "quantized: give a recipe that keeps it float"
+        )
+    walk.found.costs[part][bits][stream] += total
 
 
 def _block(model: TorchModel, place: Place, x: Floats) -> Floats:
     return np.concatenate([model.block(place, x[rows])[1] for rows in place.pieces(x)])
+
+
+def _expected(logits: Floats) -> Tensor:
+    """Return log-probabilities of the original; raises UserError if they are not finite."""
+    found = _log_probabilities(logits)
+    if not bool(torch.isfinite(found).all()):
+        raise UserError("the source's own predictions are not finite in float32: its weights are damaged")
+    return found
 
 
 def _log_probabilities(logits: Floats) -> Tensor:
@@ -183,8 +231,8 @@ def _log_probabilities(logits: Floats) -> Tensor:
 
 
 def _divergence(expected: Tensor, logits: Floats) -> float:
-    """Return the mean Kullback-Leibler divergence of rows of logits from what was expected."""
-    return float((expected.exp() * (expected - _log_probabilities(logits))).sum(-1).double().mean())
+    """Return the Kullback-Leibler divergence of rows of logits from what was expected, summed over the rows."""
+    return float((expected.exp() * (expected - _log_probabilities(logits))).sum(-1).double().sum())
 
 
 def _audio(walk: Walk, hidden: dict[Variant | None, Floats]) -> None:
@@ -193,14 +241,18 @@ def _audio(walk: Walk, hidden: dict[Variant | None, Floats]) -> None:
     half = arch.n_q // 2
     known = material.counted[:, 1 : half + 1].all(1)
     targets = material.targets.transpose(0, 2, 1)[known]
-    rows = spread(len(targets), _ROWS if arch.depformer_dim >= 512 else _FRAMES)
+    rows = spread(len(targets), len(material.tokens) * _ROWS if arch.depformer_dim >= 512 else _FRAMES)
     targets = targets[rows]
+    walk.counts["agent"] += len(targets)
     states = {variant: x[known][rows] for variant, x in hidden.items()}
     hidden.clear()
     own = walk.variants("depformer", "linears", "depformer_emb", "depformer_text_emb")
     variants = [variant for variant in [*states, *own] if variant]
-    expected = [_log_probabilities(logits) for logits in _steps(walk, [None], states, targets)[None]]
-    some = max(1, _STREAMS // (2 * len(targets) * half * (arch.depformer_dim + arch.card) * 4))
+    if not len(targets):  # in these sequences the agent's tokens are not known
+        walk.bar.update(len(variants))
+        return
+    expected = [_expected(logits) for logits in _steps(walk, [None], states, targets)[None]]
+    some = max(1, walk.nbytes // (2 * len(targets) * half * (arch.depformer_dim + arch.card) * 4))
     for first in range(0, len(variants), some):
         for variant, logits in _steps(walk, variants[first : first + some], states, targets).items():
             if variant:
@@ -238,7 +290,8 @@ def _errors(source: Source, members: Sequence[tuple[str, int | None]]) -> dict[t
     some = [np.ascontiguousarray(weight[spread(len(weight), _ROWS)].float().numpy()) for weight in weights]
     found = settings_of(weight.shape[1] for weight in some)
     for bits, size in found:
-        made = [quantize(weight, Affine(bits, size, "lsq"), np.dtype(np.float32)) for weight in some]
+        form = Affine(bits, size, "lsq")
+        made = [_quantized(name, weight, form) for (name, _), weight in zip(members, some, strict=True)]
         norm = sum(one.squared_norm for one in made)
         found[bits, size] = sum(one.squared_error for one in made) / norm if norm else 0.0
     return found

@@ -38,13 +38,21 @@ class Sensitivities:
     """What was measured. costs: divergence of text and agent, in nats a token, by part and bits.
 
     errors: relative squared error of a part's weights, by part, bits and group size; the divergence is taken to grow
-    with it. material: what was read. mark: what stands for the source and the material.
+    with it. material: what was read: of ``available`` sequences so many ``sequences``, of ``frames`` each. mark: what
+    stands for the source and the material.
     """
 
     material: dict[str, Any]
     mark: str = ""
     costs: dict[Part, dict[int, dict[str, float]]] = field(default_factory=dict)
     errors: dict[Part, dict[tuple[int, int], float]] = field(default_factory=dict)
+
+    @property
+    def measured_on(self) -> str:
+        """How much of which material was read, in words."""
+        used, there = self.material["sequences"], self.material.get("available")
+        count = f"{used} of {there}" if there else f"{used}"
+        return f"{count} sequence{'s' if (there or used) > 1 else ''} of {self.material['frames']} frames"
 
     def cost(self, part: Part, form: Affine | None) -> dict[str, float] | None:
         """Return what a part's setting costs each stream; None where its rows are not divided by the group size."""
@@ -106,6 +114,9 @@ def read(path: Path) -> Sensitivities:
         if held["sensitivities"] != _VERSION:
             raise wrong
         found = Sensitivities(dict(held["material"]), str(held["mark"]))
+        amounts = [found.material["sequences"], found.material["frames"], found.material.get("available", 1)]
+        if not all(type(amount) is int and amount > 0 for amount in amounts):
+            raise wrong
         for entry in held["parts"]:
             part = Part(*(entry[key] for key in ("component", "modules", "layer", "step")))
             numbers = (part.layer, part.step)
