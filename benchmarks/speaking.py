@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> None:
     speak = ours(options.folder / "steps8")
     card = json.loads((options.folder / "steps8" / "config.json").read_text())["card"]
     users = np.random.default_rng(0).integers(0, card, (WARM_UP + options.frames, 8))
-    seconds: dict[str, list[float]] = {"here, float32": []} | {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in ("here, float32", *runs)}
     same: dict[str, list[bool]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         found, columns = speak(users)

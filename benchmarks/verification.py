@@ -102,15 +102,15 @@ def measure(source: Path, bundle: Path, options: argparse.Namespace) -> None:
             f"round {number + 1}: verification {seconds:.0f} s, one pass of the bundle alone {alone:.0f} s", flush=True
         )
     report = json.loads((bundle / "parity" / "report.json").read_text())
-    seconds, alone, memory = (statistics.median(row[place] for row in rows) for place in range(3))
+    seconds, alone, above = (statistics.median(row[place] for row in rows) for place in range(3))
     whole = sum(path.stat().st_size for path in (source / "model.safetensors", *bundle.glob("*.safetensors")))
     print(
         f"{platform.system()} {platform.machine()}, {cores()} cores, {report['material']['frames']} frames of ", end=""
     )
     print(f"{report['material']['sequences']} sequences, medians of {options.rounds} rounds")
     print(f"verification {seconds:.0f} s, {seconds / alone:.2f} times one pass of the bundle alone ({alone:.0f} s)")
-    print(f"peak memory above imports {memory / 2**30:.2f} GiB, both models whole {whole / 2**30:.1f} GiB", end="")
-    print(f" ({whole / memory:.0f} times)")
+    print(f"peak memory above imports {above / 2**30:.2f} GiB, both models whole {whole / 2**30:.1f} GiB", end="")
+    print(f" ({whole / above:.0f} times)")
 
 
 if __name__ == "__main__":

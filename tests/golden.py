@@ -1,14 +1,25 @@
 """What the golden files hold, computed by a model, and how near it must be."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
+from ppx.convert.architecture import Architecture
+from ppx.convert.source import Source
+from ppx.verify.mlx_model import MlxModel
+from ppx.verify.model import Floats, Model, Tokens
 from ppx.verify.places import places
-from ppx.verify.session import Frame, greedy, system_prompt
+from ppx.verify.reference import TorchModel
+from ppx.verify.session import Frame, Step, greedy, system_prompt
 from safetensors.torch import load_file
 
+Streaming = TypeVar("Streaming", TorchModel, MlxModel)
 
-def recorded(model, architecture, tokens):
+
+def recorded(model: Model, architecture: Architecture, tokens: Tokens) -> dict[str, Floats]:
     """Everything that the golden files hold, computed by a model."""
     x = model.embed(tokens)
     found = {"temporal.embed": x}
@@ -32,7 +43,7 @@ def recorded(model, architecture, tokens):
     return found | {"audio_logits": np.stack(logits, 1)}
 
 
-def assert_near(found, golden, tolerance):
+def assert_near(found: Mapping[str, Floats], golden: Mapping[str, torch.Tensor], tolerance: float) -> None:
     """Compare all recorded tensors: the largest difference over the tensor's largest value."""
     assert set(found) == set(golden) - {"tokens"}
     for name, array in found.items():
@@ -41,12 +52,12 @@ def assert_near(found, golden, tolerance):
         assert apart <= tolerance, f"{name}: {apart:.2g}"
 
 
-def streaming(model):
+def streaming(model: Streaming) -> Streaming:
     """A model that sees what the reference sees while it streams: its ring of keys hides the oldest."""
     return replace(model, context=model.context - 1, steps_seen=model.steps_seen - 1)
 
 
-def session(source, model, pico):
+def session(source: Source, model: Streaming, pico: Path) -> tuple[list[Step], dict[str, torch.Tensor]]:
     """The steps of the golden session's user phase, and the golden session."""
     golden = load_file(pico / "golden" / "generate_greedy.safetensors")
     prompt = system_prompt(source.architecture, golden["text_prompt"].tolist())
@@ -58,7 +69,7 @@ def session(source, model, pico):
     return steps[len(prompt) :], golden
 
 
-def assert_same_session(steps, golden, tolerance):
+def assert_same_session(steps: Sequence[Step], golden: Mapping[str, torch.Tensor], tolerance: float) -> None:
     np.testing.assert_array_equal(np.stack([step.tokens for step in steps]), golden["tokens"].numpy())
     for name in ("text_logits", "audio_logits"):
         apart = np.abs(np.stack([getattr(step, name) for step in steps]) - golden[name].numpy()).max()

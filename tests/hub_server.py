@@ -5,39 +5,50 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
 LARGE = 20_000  # bytes from which a file goes the way of large ones
+Status = tuple[Literal["status"], int, dict[str, str]]  # this status with these headers
+Cut = tuple[Literal["cut"], float]  # this share of the bytes, then the connection ends
+Page = tuple[Literal["page"], bytes]  # this in place of the answer
+Fault = Status | Cut | Page | Literal["corrupt"]
 
 
-def git_hash(data):
+def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def sha256(data):
+def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
 class Repository:
-    """branches: name -> files. commits: commit -> files, oldest first. head: branch -> commit."""
+    """commits: commit -> files, oldest first. heads: branch -> commit. requests: the pull requests."""
 
-    def __init__(self, files, private=False, gated=False):
+    def __init__(self, files: Mapping[str, bytes], private: bool = False, gated: bool = False) -> None:
         self.private, self.gated = private, gated
-        self.commits, self.heads, self.requests = {}, {}, []
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.heads: dict[str, str] = {}
+        self.requests: list[dict[str, object]] = []
         self.commit("main", files)
 
-    def commit(self, branch, files):
+    def commit(self, branch: str, files: Mapping[str, bytes]) -> str:
         number = f"{len(self.commits) + 1:040x}"
         self.commits[number] = dict(files)
         self.heads[branch] = number
         return number
 
-    def at(self, revision):
-        return self.commits.get(self.heads.get(revision, revision))
+    def knows(self, revision: str) -> bool:
+        return self.heads.get(revision, revision) in self.commits
+
+    def at(self, revision: str) -> dict[str, bytes]:
+        return self.commits[self.heads.get(revision, revision)]
 
 
 class Server(ThreadingHTTPServer):
@@ -45,30 +56,33 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.stored, self.log, self.faults = {}, {}, [], []
+        self.repositories: dict[str, Repository] = {}
+        self.stored: dict[str, bytes] = {}
+        self.log: list[tuple[str, str, int, str | None]] = []
+        self.faults: list[tuple[str, Fault]] = []
         self.tokens = {"hf_writer": True, "hf_reader": False}
-        self.strangers = []  # tokens that a host saw that is not the Hub
-        self.extra = []  # entries that listings name besides
+        self.strangers: list[str] = []  # tokens that a host saw that is not the Hub
+        self.extra: list[dict[str, object]] = []  # entries that listings name besides
 
     @property
-    def address(self):
-        return f"http://127.0.0.1:{self.server_address[1]}"
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
 
-    def fault(self, method, path):
+    def fault(self, method: str, path: str) -> Fault | None:
         for place, (pattern, what) in enumerate(self.faults):
             if re.search(pattern, f"{method} {path}"):
                 del self.faults[place]
                 return what
         return None
 
-    def handle_error(self, *_):
+    def handle_error(self, *_: object) -> None:
         pass  # connections are broken on purpose
 
 
 @contextmanager
-def running():
+def running() -> Iterator[Server]:
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -79,13 +93,15 @@ def running():
 
 
 class Handler(BaseHTTPRequestHandler):
+    server: Server
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_):
+    def log_message(self, *_: object) -> None:
         pass
 
-    def answer(self, status, body=b"", **headers):
-        body = json.dumps(body).encode() if isinstance(body, dict | list) else body
+    def answer(self, status: int, said: object = b"", **headers: str) -> None:
+        """Send bytes as they are, anything else as JSON."""
+        body = said if isinstance(said, bytes) else json.dumps(said).encode()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
@@ -96,16 +112,16 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     @property
-    def token(self):
+    def token(self) -> str:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
 
-    def body(self, cut=1.0):
+    def body(self, cut: float = 1.0) -> bytes:
         length = int(self.headers.get("Content-Length") or 0)
         data = self.rfile.read(int(length * cut))
         self.server.log.append((self.command, self.path, len(data), None))
         return data
 
-    def handle_any(self):
+    def handle_any(self) -> None:
         url = urlsplit(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
         if self.command == "GET" and self.elsewhere(path):
@@ -125,13 +141,14 @@ class Handler(BaseHTTPRequestHandler):
                 found = self.server.repositories[match[1]].requests
                 return self.answer(200, {"discussions": found, "count": len(found), "start": 0})
             if match := re.fullmatch(r"(?:/cdn)?/([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", path):
-                return self.resolve(*match.groups(), what)
+                return self.resolve(match[1], match[2], match[3], what)
             return self.answer(404)
         if match := re.fullmatch(r"/lfs-put/([0-9a-f]{64})", path):
-            data = self.body(what[1] if what else 1.0)
-            if what:
+            if isinstance(what, tuple) and what[0] == "cut":
+                self.body(what[1])
                 self.close_connection = True
                 return None
+            data = self.body()
             self.server.stored[match[1]] = data
             return self.answer(200 if sha256(data) == match[1] else 400)
         data = self.body()
@@ -145,26 +162,29 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(403 if known else 401, b"{}", X_Error_Message="no")
         return self.write(path, query, data)
 
-    def elsewhere(self, path):
+    def elsewhere(self, path: str) -> bool:
         """Send a large file's reader to another host, as the Hub does, which must not see a token."""
         match = re.fullmatch(r"(/cdn)?/([^/]+/[^/]+)/resolve/(refs/pr/\d+|[^/]+)/(.+)", path)
-        held = match and self.server.repositories.get(match[2])
-        if match and match[1]:
+        if not match:
+            return False
+        if match[1]:
             self.server.strangers += [self.token] if self.token else []
             return False
-        if not held or self.refusal(held) or len((held.at(match[3]) or {}).get(match[4], b"")) < LARGE:
+        held = self.server.repositories.get(match[2])
+        if not held or self.refusal(held) or not held.knows(match[3]):
             return False
-        port = self.server.server_address[1]
-        self.answer(302, b"", Location=f"http://localhost:{port}/cdn{path}")
+        if len(held.at(match[3]).get(match[4], b"")) < LARGE:
+            return False
+        self.answer(302, b"", Location=f"http://localhost:{self.server.server_port}/cdn{path}")
         return True
 
-    def refusal(self, repository):
+    def refusal(self, repository: Repository) -> bool:
         """Tell whether this reader may not read."""
         return (repository.gated or repository.private) and self.token not in self.server.tokens
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
-    def write(self, path, query, data):
+    def write(self, path: str, query: Mapping[str, list[str]], data: bytes) -> None:
         server = self.server
         if path == "/api/repos/create":
             asked = json.loads(data)
@@ -191,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
         if re.fullmatch(r"/[^/]+/[^/]+\.git/info/lfs/objects/batch", path):
             objects = []
             for entry in json.loads(data)["objects"]:
-                found = {"oid": entry["oid"], "size": entry["size"]}
+                found: dict[str, object] = {"oid": entry["oid"], "size": entry["size"]}
                 if entry["oid"] not in server.stored:
                     found["actions"] = {"upload": {"href": f"{server.address}/lfs-put/{entry['oid']}"}}
                 objects.append(found)
@@ -200,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.commit(match[1], match[2], "create_pr" in query, data)
         return self.answer(404)
 
-    def commit(self, name, branch, as_request, data):
+    def commit(self, name: str, branch: str, as_request: bool, data: bytes) -> None:
         repository = self.server.repositories[name]
         files = dict(repository.at(branch))
         title = ""
@@ -227,15 +247,18 @@ class Handler(BaseHTTPRequestHandler):
         said |= {"commitUrl": f"{self.server.address}/{name}/commit/{commit}", "commitOid": commit}
         return self.answer(200, said)
 
-    def refused(self, name, revision):
+    def refused(self, name: str, revision: str) -> bool:
+        """Answer a reader who may not read, or asks for what is not there; tell whether that was so."""
         repository = self.server.repositories.get(name)
         if repository is None or (repository.private and self.token not in self.server.tokens):
-            return self.answer(401, b"{}", X_Error_Code="RepoNotFound") or True
-        if repository.at(revision) is None:
-            return self.answer(404, b"{}", X_Error_Code="RevisionNotFound") or True
-        return None
+            self.answer(401, b"{}", X_Error_Code="RepoNotFound")
+        elif not repository.knows(revision):
+            self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
+        else:
+            return False
+        return True
 
-    def info(self, name, revision):
+    def info(self, name: str, revision: str) -> None:
         if self.refused(name, revision):
             return None
         repository = self.server.repositories[name]
@@ -244,18 +267,18 @@ class Handler(BaseHTTPRequestHandler):
         body = {"id": name, "sha": commit, "private": repository.private, "tags": []}
         return self.answer(200, body | {"siblings": [{"rfilename": file} for file in files]})
 
-    def tree(self, name, revision):
+    def tree(self, name: str, revision: str) -> None:
         if self.refused(name, revision):
             return None
         body = list(self.server.extra)
         for path, data in self.server.repositories[name].at(revision).items():
-            entry = {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)}
+            entry: dict[str, object] = {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)}
             if len(data) >= LARGE:
                 entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
             body.append(entry)
         return self.answer(200, body)
 
-    def resolve(self, name, revision, file, fault):
+    def resolve(self, name: str, revision: str, file: str, fault: Fault | None) -> None:
         signed = self.path.startswith("/cdn/")
         if not signed and self.refused(name, revision):
             return None
@@ -268,9 +291,9 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{sha256(data) if len(data) >= LARGE else git_hash(data)}"', "Accept_Ranges": "bytes"}
         headers["X_Repo_Commit"] = repository.heads.get(revision, revision)
         if self.command == "HEAD" and len(data) >= LARGE:
-            port = self.server.server_address[1]
             headers |= {"X_Linked_Etag": headers["ETag"], "X_Linked_Size": str(len(data)), "ETag": '"of-the-pointer"'}
-            return self.answer(302, b"", Location=f"http://localhost:{port}/cdn{self.path}", **headers)
+            there = f"http://localhost:{self.server.server_port}/cdn{self.path}"
+            return self.answer(302, b"", Location=there, **headers)
         if self.command == "HEAD":
             return self.answer(200, data, **headers)
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
@@ -280,7 +303,7 @@ class Handler(BaseHTTPRequestHandler):
         body = data[first:]
         if fault == "corrupt":
             body = bytes([body[0] ^ 1]) + body[1:]
-        sent = body[: int(len(body) * fault[1])] if isinstance(fault, tuple) else body
+        sent = body[: int(len(body) * fault[1])] if isinstance(fault, tuple) and fault[0] == "cut" else body
         self.server.log.append((self.command, self.path, len(sent), self.headers.get("Range")))
         self.answer(206 if asked else 200, sent, Content_Length=str(len(body)), **headers)
         if len(sent) < len(body):
