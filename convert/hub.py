@@ -27,9 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils._fixes import WeakFileLock
-from huggingface_hub.utils._headers import build_hf_headers
-from huggingface_hub.utils._http import get_session, hf_raise_for_status
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, hf_raise_for_status
 from tqdm import tqdm
 
 from .hub_answers import TRIES, asked_wait, git_blob, is_passing, patiently, silent_client, told

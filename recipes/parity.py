@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def report_of(bundle: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | Non
     if not (bundle / reports.FOLDER / reports.JSON).is_file():
         return None
     found = reports.read(bundle)
-    return found if found["bundle"].get("fingerprint") == manifest["fingerprint"] else None
+    same = all(found["bundle"].get(key) == manifest[key] for key in ("fingerprint", "files"))
+    return found if same else None
 
 
 def check_round_trip(bundle: Path, question: Path, codec: Path | None, listener: str) -> None:
@@ -82,9 +84,11 @@ def as_json(found: Mapping[str, Any]) -> str:
 
 
 def leave_card(found: Mapping[str, Any] | None, bundle: Path) -> None:
-    """Write a bundle's model card; found: its report, None where it was not verified."""
+    """Write a bundle's model card; found: its report, None for the one that it has, if any."""
     manifest = read_manifest(bundle)
     if manifest is not None:
+        with suppress(UserError):  # a report that cannot be read proves nothing
+            found = found or report_of(bundle, manifest)
         for name, content in card.files(manifest, found).items():
             write_durably(bundle / name, content)
 

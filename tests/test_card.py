@@ -1,26 +1,41 @@
 """The model card: read back with the Hub's own classes."""
 
+import collections
 import copy
+import dataclasses
 import json
+import math
 import re
+import shutil
 import tomllib
 
 import pytest
 from hub_server import running
 from huggingface_hub import ModelCard
+from ppx.convert import moshi_mlx
 from ppx.convert.licence import NVIDIA, Licence, from_json, licence_of
+from ppx.convert.plan import inventory_of_7b, make_plan
+from ppx.recipes import convert_program, loader
 from ppx.verify import card
+from ppx.verify.material import SPOKEN
+from typer.testing import CliRunner
 
 SOURCE = {"id": "nvidia/personaplex-7b-v1", "revision": "c0ffee" + "0" * 34}
 FINE_TUNE = {"id": "someone/tune", "revision": "0" * 40, "license": {"license": "cc-by-nc-4.0"}}
 
 
 @pytest.fixture(scope="module")
-def made(program, pico, tmp_path_factory):
-    """Manifest and report of a bundle."""
+def verified(program, pico, tmp_path_factory):
+    """A folder with a bundle that was verified."""
     folder = tmp_path_factory.mktemp("made")
     program("ppx-convert", pico, "--verify", "-o", "bundle", cwd=folder)
-    read = lambda name: json.loads((folder / "bundle" / name).read_text())  # noqa: E731
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(verified):
+    """Manifest and report of a bundle."""
+    read = lambda name: json.loads((verified / "bundle" / name).read_text())  # noqa: E731
     return read("manifest.json"), read("parity/report.json")
 
 
@@ -145,6 +160,53 @@ def test_what_it_was_quantized_by(made):
     assert "--calibration 'my talks.safetensors' --refine 600" in text
 
 
+def test_sampled_calibration_is_sampled_again(made):
+    """Nobody else has the file, which a conversion without --calibration makes."""
+    manifest, report = copy.deepcopy(made)
+    record = {"kind": SPOKEN, "file": "out.spoken.safetensors", "sequences": 108, "frames": 250, "sha256": "ab" * 32}
+    manifest["calibration"] = record | {"refined_steps": 600}
+    text = card.files(manifest, report)["README.md"]
+    assert "out.spoken.safetensors" not in text
+    assert "--calibration" not in text
+    assert "--refine 600" in text
+    assert "samples the calibration sequences from the source's model again" in text
+    manifest["calibration"] |= {"sequences": 12}  # those of a file that ppx-calibrate made
+    text = card.files(manifest, report)["README.md"]
+    assert "--calibration out.spoken.safetensors" in text
+    assert "`out.spoken.safetensors` is not part of these files" in text
+
+
+def test_the_bits_of_mixed_are_those_of_most_weights():
+    """At 7B most tensors have 6 bit, most weights 5."""
+    plan = make_plan(inventory_of_7b(SOURCE["id"]), loader.load("mixed"))
+    tensors, weights, entries = collections.Counter(), collections.Counter(), []
+    for output in plan.outputs:
+        if output.form:
+            tensors[output.form.bits] += 1
+            weights[output.form.bits] += math.prod(output.shape)
+            names = [spec.name for spec in output.specs()]
+            entries.append({"source": output.role.name, "rows": output.rows, "outputs": names} | vars(output.form))
+    assert tensors.most_common(1)[0][0] == 6
+    assert weights.most_common(1)[0][0] == 5
+    architecture = dataclasses.asdict(plan.inventory.architecture)
+    assert card.bits_of({"architecture": architecture, "tensors": [*entries, {"file": "voice"}]}) == 5
+    assert len({file.name for file in plan.files if file.outputs}) == 2  # which the example must load
+
+
+def test_the_example_loads_all_shards(pico, tmp_path, monkeypatch):
+    """As at 7B, where ``mixed`` has two."""
+    monkeypatch.setattr(moshi_mlx, "SHARD", 1 << 20)
+    arguments = [str(pico), "--recipe", "mixed", "--no-verify", "-o", str(tmp_path / "out")]
+    assert CliRunner().invoke(convert_program.app, arguments).exit_code == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _: str(tmp_path / "out"))
+    found = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], found)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert len({entry["file"] for entry in manifest["tensors"] if "outputs" in entry}) > 1
+    assert found["weights"].keys() == {name for entry in manifest["tensors"] for name in entry.get("outputs", ())}
+
+
 def test_a_bundle_that_was_not_compared_or_fails(made):
     manifest, report = copy.deepcopy(made)
     assert "It was not compared with the original." in card.files(manifest, None)["README.md"]
@@ -152,6 +214,21 @@ def test_a_bundle_that_was_not_compared_or_fails(made):
     text = card.files(manifest, report, objections=["its report fails: x"])["README.md"]
     assert "**It fails** the comparison" in text
     assert text.index("Published with `--force`") < text.index("# Use")
+
+
+def test_converting_again_without_verification_keeps_what_the_card_proves(verified, program, pico, tmp_path):
+    shutil.copytree(verified / "bundle", tmp_path / "bundle")
+    card_of, report = tmp_path / "bundle" / "README.md", tmp_path / "bundle" / "parity" / "report.json"
+    before = card_of.read_text()
+    assert "**It passes** the comparison" in before
+    program("ppx-convert", pico, "-o", "bundle", cwd=tmp_path)  # with --no-verify
+    assert card_of.read_text() == before
+    report.write_text(report.read_text().replace('"sha256": "', '"sha256": "0'))  # of other files
+    program("ppx-convert", pico, "-o", "bundle", cwd=tmp_path)
+    assert "It was not compared with the original." in card_of.read_text()
+    report.write_text("{}")
+    program("ppx-convert", pico, "-o", "bundle", cwd=tmp_path)
+    assert "It was not compared with the original." in card_of.read_text()
 
 
 def test_strangers_strings_command_neither_yaml_nor_markdown(made):

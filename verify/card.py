@@ -11,9 +11,12 @@ from jinja2 import Environment, StrictUndefined
 from ..convert import demo
 from ..convert.describe import size
 from ..convert.licence import UNKNOWN, Licence, from_json
-from ..convert.manifest import TOOLKIT
+from ..convert.manifest import TOOLKIT, architecture_of
+from ..convert.names import roles
 from ..convert.source import is_hub_id
 from . import report as reports
+from .material import SPOKEN
+from .request import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 
 README, NOTICE = "README.md", "NOTICE"
 PIPELINE = "audio-to-audio"
@@ -48,6 +51,7 @@ def files(
         bits=bits_of(manifest),
         total=sum(record["size"] for record in manifest["files"].values()),
         command=command(manifest),
+        resampled=resampled(manifest["calibration"] or {}),
         made_up=_is_made_up(manifest),
         notice=NVIDIA_NOTICE if licence.of_nvidia else "",
         kyutai="" if _is_made_up(manifest) else KYUTAI_NOTICE,
@@ -85,11 +89,14 @@ def is_on_hub(manifest: Mapping[str, Any]) -> bool:
 
 
 def bits_of(manifest: Mapping[str, Any]) -> int | None:
-    """Return the bits that most weights of a bundle have, None if nothing is quantized."""
+    """Return the bits that most quantized weights of a bundle have, None if none are quantized."""
+    known = roles(architecture_of(manifest))
     counts: dict[int, int] = {}
     for entry in manifest["tensors"]:
-        if "bits" in entry:
-            counts[entry["bits"]] = counts.get(entry["bits"], 0) + 1
+        if "bits" in entry and entry["source"] in known:
+            first, last = entry["rows"]
+            count = (last - first) * known[entry["source"]].shape[-1]
+            counts[entry["bits"]] = counts.get(entry["bits"], 0) + count
     return max(counts, key=lambda bits: counts[bits]) if counts else None
 
 
@@ -100,9 +107,15 @@ def command(manifest: Mapping[str, Any]) -> str:
     words += ["--adapter", "@".join(filter(None, (adapter["id"], adapter["revision"])))] if adapter else []
     words += ["--fill-depformer-steps"] if source["filled"] else []
     calibration = manifest.get("calibration") or {}
-    words += ["--calibration", calibration["file"]] if "file" in calibration else []
+    words += ["--calibration", calibration["file"]] if "file" in calibration and not resampled(calibration) else []
     words += ["--refine", str(calibration["refined_steps"])] if calibration.get("refined_steps") else []
     return shlex.join([*words, "--recipe", "recipe.toml", "--output", "bundle"])
+
+
+def resampled(calibration: Mapping[str, Any]) -> bool:
+    """Tell whether a conversion without ``--calibration`` makes these tokens itself."""
+    size = (calibration.get("sequences"), calibration.get("frames"))
+    return calibration.get("kind") == SPOKEN and size == (CALIBRATION_SESSIONS, CALIBRATION_FRAMES)
 
 
 def _is_made_up(manifest: Mapping[str, Any]) -> bool:

@@ -27,12 +27,13 @@ _MOST_FRAMES = 4096  # of a sequence: attention holds a square of them for each 
 
 @dataclass(frozen=True)
 class Material:
-    """Sequences for a teacher-forced comparison; everything is delayed, as the model reads it.
+    """Sequences for a teacher-forced comparison; everything but ``undelayed`` is delayed, as the model reads it.
 
     tokens: ``[sequences, streams, frames]``, what is read. targets: the same shape, what comes next (which the
     depformer reads too); -1 where nothing is known. counted: the same shape, where a prediction is looked at. voices:
     the voice whose embeddings stand in a sequence's first frames, for each sequence; empty where none does.
-    scored: whether targets are what someone said, so that their likelihood means something.
+    scored: whether targets are what someone said, so that their likelihood means something. undelayed: the same
+    sequences as recorded, ``[sequences, streams, frames]``, None for the system prompt.
     """
 
     description: dict[str, Any]
@@ -41,12 +42,14 @@ class Material:
     counted: NDArray[np.bool_]
     voices: tuple[str, ...] = ()
     scored: bool = True
+    undelayed: Tokens | None = None
 
     def chosen(self, sequences: NDArray[np.int64]) -> "Material":
         """Return some of its sequences."""
         tokens, targets, counted = self.tokens[sequences], self.targets[sequences], self.counted[sequences]
         voices = tuple(self.voices[index] for index in sequences) if self.voices else ()
-        return Material(self.description, tokens, targets, counted, voices, self.scored)
+        undelayed = None if self.undelayed is None else self.undelayed[sequences]
+        return Material(self.description, tokens, targets, counted, voices, self.scored, undelayed)
 
     def vectors(self, voices: Sequence[Voice], dim: int) -> Floats | None:
         """Return the embeddings of its voices, as a bundle or source holds them, in place: ``[seq., frames, dim]``."""
@@ -95,7 +98,8 @@ def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[st
         columns[:, stream, delay + 1 :] = tokens[:, stream, : max(frames - delay, 0)]
         counted[:, stream, :delay] = False
     targets = columns[:, :, 1:]
-    return checked(Material(description, columns[:, :, :-1], targets, counted & (targets >= 0)), architecture)
+    known = counted & (targets >= 0)
+    return checked(Material(description, columns[:, :, :-1], targets, known, undelayed=tokens), architecture)
 
 
 def read_tokens(path: Path, architecture: Architecture, sequences: int | None, frames: int | None) -> Material:

@@ -28,7 +28,11 @@ _SOUND = re.compile("data:audio/flac;base64,[A-Za-z0-9+/]*={0,2}")
 
 
 def write(report: Mapping[str, Any], folder: Path) -> Path:
-    """Write a report's three files into a bundle's ``parity`` folder, all at once; return the folder."""
+    """Write a report's three files into a bundle's ``parity`` folder; return the folder.
+
+    An earlier report stays until all three are on the disk. report.json, from which the others can be rendered again,
+    comes last.
+    """
     target, partial = folder / FOLDER, folder / f".{FOLDER}-partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -39,9 +43,12 @@ def write(report: Mapping[str, Any], folder: Path) -> Path:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+    if target.is_symlink():  # which may lead out of the bundle
+        target.unlink()
+    target.mkdir(exist_ok=True)
+    for name in (HTML, MARKDOWN, JSON):
+        (partial / name).replace(target / name)
+    partial.rmdir()
     return target
 
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..convert.architecture import Architecture
 from ..convert.source import Source
 from ..convert.voices import Voice
 from .bundle import Bundle
+from .material import Material
 from .mlx_model import model_of
 from .reference import reference_of
 from .session import SILENCE, Frame, greedy, system_prompt
@@ -27,12 +29,24 @@ class Script:
     user: Sequence[Sequence[int]]
 
 
-def script(source: Source, voice: str, prompt: Sequence[int], frames: int, heard: Sequence[Sequence[int]]) -> Script:
-    """Return the script of a session of so many frames; the user is silent where nothing was heard."""
-    a = source.architecture
-    silence = [token % a.card for token in SILENCE[: a.n_q // 2]]
-    user = [*heard[:frames], *[silence] * (frames - len(heard))]
-    return Script(voice, prompt, user)
+def script(source: Source, material: Material, prompt: Sequence[int], frames: int) -> Script:
+    """Return the script of a session of so many frames with the material's first voice and its first user.
+
+    The user is silent where the material has no token (-1), and after its end.
+    """
+    half, card = source.architecture.n_q // 2, source.architecture.card
+    silence = np.array([token % card for token in SILENCE[:half]])
+    user = np.tile(silence, (frames, 1))
+    if material.undelayed is not None:
+        recorded = material.undelayed[0, 1 + half :, :frames].T
+        user[: len(recorded)] = np.where(recorded < 0, silence, recorded)
+    voice = material.voices[0] if material.voices else source.voices[0].name
+    return Script(voice, prompt, user.tolist())
+
+
+def frames_of(architecture: Architecture, played: Script) -> list[Frame]:
+    """Return what is given of each frame of a session after its voice; delays are applied when a session runs."""
+    return [*system_prompt(architecture, played.prompt), *(Frame(user=tokens) for tokens in played.user)]
 
 
 def run(
@@ -43,7 +57,7 @@ def run(
     if source.checkpoint.file.path.stat().st_size <= _KEPT:
         reference = replace(reference, weights=cache(reference.weights))
         bundle = replace(bundle, read=cache(bundle.read))
-    frames = [*system_prompt(source.architecture, played.prompt), *(Frame(user=tokens) for tokens in played.user)]
+    frames = frames_of(source.architecture, played)
     spoken = []
     for model, voices in ((reference, source.voices), (bundle, stored.voices())):
         # while it streams, the reference's ring of keys hides the oldest one

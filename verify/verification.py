@@ -131,11 +131,8 @@ def _roll(
     source: Source, stored: Bundle, material: Material, request: Request, arithmetic: str, quiet: bool
 ) -> dict[str, Any]:
     a = source.architecture
-    half = a.n_q // 2
-    heard = [] if material.voices else material.tokens[0, 1 + half :, 1:].T.clip(0, a.card - 1).tolist()
     text = prompt_tokens(source.location.folder / TOKENIZER, a, PROMPT)
-    voice = material.voices[0] if material.voices else source.voices[0].name
-    played = rollout.script(source, voice, text, request.rollout, heard)
+    played = rollout.script(source, material, text, request.rollout)
     total = 2 * (len(text) + 2 * PAUSE + request.rollout)
     with bar("speaking", total, "frame", quiet) as progress:
         return rollout.run(source, stored, played, progress, arithmetic, _torch_device(request))
