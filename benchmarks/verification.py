@@ -10,13 +10,11 @@ holding both models whole would take. Needs 23 GB of disk.
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -29,20 +27,10 @@ from ppx.verify.mlx_model import model_of
 from ppx.verify.places import places
 from ppx.verify.request import Request
 from ppx.verify.verification import material_of
+from processes import run
 
 IMPORTS = "import ppx.recipes.verify_program, ppx.verify.verification, ppx.verify.plots, matplotlib.figure"
 PROGRAM = [sys.executable, "-m", "ppx.recipes.verify_program"]
-
-
-def run(command: list[str]) -> tuple[float, int]:
-    """Run a command; return its seconds and its largest resident memory in bytes. Failing its limits is no error."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if os.waitstatus_to_exitcode(status) not in (0, 1):
-        raise SystemExit(f"{' '.join(command)} ended with {status}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def forward(bundle: Path, frames: int, sequences: int) -> None:
@@ -92,12 +80,14 @@ def measure(source: Path, bundle: Path, options: argparse.Namespace) -> None:
     converter = [sys.executable, "-m", "ppx.recipes.convert_program", demo.FULL_SIZE, "--bits", "4", "--no-verify"]
     subprocess.run([*converter, "--output", str(bundle)], check=True)
     sizes = ["--frames", str(options.frames), "--sequences", str(options.sequences)]
-    _, imports = run([sys.executable, "-c", IMPORTS])
+    imports = run([sys.executable, "-c", IMPORTS]).memory
     rows = []
     for number in range(options.rounds):
-        alone, _ = run([sys.executable, __file__, "--forward", str(bundle), *sizes])
-        seconds, memory = run([*PROGRAM, str(bundle), "--reference", demo.FULL_SIZE, "--device", "cpu", *sizes])
-        rows.append((seconds, alone, memory - imports))
+        alone = run([sys.executable, __file__, "--forward", str(bundle), *sizes]).seconds
+        command = [*PROGRAM, str(bundle), "--reference", demo.FULL_SIZE, "--device", "cpu", *sizes]
+        done = run(command, allowed=(0, 1))  # failing its limits is no error here
+        seconds = done.seconds
+        rows.append((seconds, alone, done.memory - imports))
         print(
             f"round {number + 1}: verification {seconds:.0f} s, one pass of the bundle alone {alone:.0f} s", flush=True
         )

@@ -1,0 +1,37 @@
+"""Commands as processes of their own, timed, with the memory that they alone took."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+# A child begins with its parent's memory, which counts in its ``ru_maxrss``: a small process must start it.
+_LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
+seconds = time.perf_counter() - start
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps([done.returncode, seconds, peak, done.stdout]))
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended. memory: its largest resident set, in bytes. output: its standard output."""
+
+    seconds: float
+    memory: int
+    output: str
+
+
+def run(command: list[str], allowed: tuple[int, ...] = (0,)) -> Finished:
+    """Run a command to its end; raises SystemExit for another status than those allowed."""
+    launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER]
+    launched = subprocess.run([*launcher, *command], stdout=subprocess.PIPE, text=True)
+    if launched.returncode:
+        raise SystemExit(f"{' '.join(command)}: could not be started")
+    status, seconds, peak, output = json.loads(launched.stdout)
+    if status not in allowed:
+        raise SystemExit(f"{' '.join(command)} ended with {status}")
+    return Finished(seconds, peak * (1 if sys.platform == "darwin" else 1024), output)
