@@ -60,6 +60,10 @@ class Checkpoint:
         if self.merge_file:
             self.merge_file.close()
 
+    def changed(self) -> list[Path]:
+        """Return those of its files that are not what they were when they were opened."""
+        return [file.path for file in (self.file, self.merge_file) if file and not file.is_unchanged()]
+
     def __enter__(self) -> Self:
         return self
 

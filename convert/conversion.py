@@ -1,6 +1,5 @@
 """A whole conversion: source, plan, files, read-back, manifest."""
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import open_adapter
+from .destination import check_output, disk_errors, make_place, named, solution_folder
 from .manifest import fingerprint as plan_fingerprint
-from .manifest import make_manifest, read_manifest, strangers
+from .manifest import make_manifest
 from .parallel import cores
 from .plan import Inventory, Plan, PlannedFile, inventory_of_7b, make_plan, voice_specs
 from .problems import CheckFailed, UserError
 from .progress import byte_bar
 from .readback import check_hash, check_tensors
-from .recipe import DTYPES, Recipe
+from .recipe import DTYPES, Recipe, to_toml
 from .scan import Fingerprint
 from .solution import Solution, Solver
 from .source import FILES, Location, Source, fingerprint, open_source
@@ -97,8 +97,14 @@ def prepare(
         raise UserError(problems) from None
     with ExitStack() as stack:
         stack.callback(source.close)
-        plan = make_plan(inventory(source), recipe)
+        found = planned(source, recipe)
         stack.pop_all()
+    return found
+
+
+def planned(source: Source, recipe: Recipe) -> tuple[Source, Plan]:
+    """Return an open source as a recipe takes it, and the plan; raises UserError for what the target cannot load."""
+    plan = make_plan(inventory(source), recipe)
     return trimmed(source, plan.inventory.architecture.steps), plan
 
 
@@ -114,23 +120,6 @@ def check_recipe(recipe: Recipe) -> None:
     make_plan(inventory_of_7b("nvidia/personaplex-7b-v1"), recipe)
 
 
-def check_output(output: Path, force: bool = False) -> dict[str, Any] | None:
-    """Return the manifest of a bundle that is at ``output`` already, None if there is nothing.
-
-    Raises UserError for anything else there, which a conversion never touches.
-    """
-    if not output.exists():
-        return None
-    if not output.is_dir():
-        raise UserError(f"{output}: is a file: choose another --output")
-    manifest = read_manifest(output)
-    if manifest is None and any(output.iterdir()):
-        raise UserError(f"{output}: holds files that are no bundle: choose another --output, or empty it")
-    if manifest and force and (others := strangers(output, manifest)):
-        raise UserError(f"{output}: holds files that are not of its bundle ({', '.join(others)}): move them first")
-    return None if force else manifest
-
-
 def convert(
     source: Source,
     plan: Plan,
@@ -140,48 +129,53 @@ def convert(
     workers: int | None = None,
     quiet: bool = False,
     solver: Solver | None = None,
+    prints: Mapping[str, Fingerprint] | None = None,
 ) -> Conversion:
-    """Make a bundle at ``output`` and read it back; goes on from what a killed run left there.
+    """Make a bundle at ``output`` and read it back; resumes from what a killed run left there.
 
-    solver: for what the plan quantizes by more than the weights. force: replace a bundle, or discard an unfinished one,
+    solver: for what the plan quantizes by more than the weights. prints: ``fingerprint`` of the source since it was
+    opened, taken here if it is not given. force: replace a bundle, or discard an unfinished one,
     that stands for something else. Raises UserError for what the user can mend, CheckFailed if the disk does not give
     back what was written.
     """
-    workers = workers or cores()
-    if output.is_symlink() or output.name in ("", ".."):
-        output = output.resolve()  # so that the folder beside which the workspace lies is the one that is renamed
+    workers, output = workers or cores(), named(output)
     present = check_output(output, force)
     if present is None:
-        with _disk_errors(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            _check_disk(plan, output, plan.nbytes if solver else 0)
-    prints = fingerprint(source, quiet)
+        make_place(plan, output, solver is not None)
+    prints = prints or fingerprint(source, quiet)
     solved = solver.record if solver else None
     mark = plan_fingerprint(plan, source, prints, solved)
     if present is not None:
         if present["fingerprint"] != mark:
-            raise UserError(
-                f"{output}: holds a bundle of another source, with other settings or of other versions: "
-                "choose another --output, or replace it with --force"
-            )
+            raise _other_bundle(output)
         _read_back_all(output, plan, present["files"], quiet)
         clear_leftovers(output)
         return Conversion(output, present, 0)
-    with _disk_errors(output), closing(Workspace(output, mark, force)) as workspace:
+    with disk_errors(output), closing(Workspace(output, mark, force)) as workspace:
         with _solution(solver, output, mark) as solution:
             made = _make_files(workspace, source, plan, prints, workers, quiet, solution)
-        if not source.checkpoint.file.is_unchanged():
-            raise UserError(f"{source.checkpoint.file.path}: changed while it was converted: run the command again")
+        source.check_unchanged("converted")
         manifest = make_manifest(plan, source, prints, workspace.files, solved)
         check_output(output, force)  # once more: another run may have ended meanwhile
         workspace.publish(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", replaces=force)
         if solver:
-            shutil.rmtree(_solution_folder(output), ignore_errors=True)
+            shutil.rmtree(solution_folder(output), ignore_errors=True)
     return Conversion(output, manifest, made)
 
 
-def _solution_folder(output: Path) -> Path:
-    return output.with_name(f"{output.name}.solution.partial")
+def check_same(present: dict[str, Any], output: Path, plan: Plan, prints: Mapping[str, Fingerprint]) -> None:
+    """Raise UserError for a finished bundle that is surely of another source or recipe, before hours are spent."""
+    files = {name: record["sha256"] for name, record in present["source"]["files"].items()}
+    wanted = {name: one.sha256 for name, one in prints.items()}
+    if (files, present["recipe"].get("text")) != (wanted, to_toml(plan.recipe)):
+        raise _other_bundle(output)
+
+
+def _other_bundle(output: Path) -> UserError:
+    return UserError(
+        f"{output}: holds a bundle of another source, with other settings or of other versions: "
+        "choose another --output, or replace it with --force"
+    )
 
 
 @contextmanager
@@ -190,21 +184,9 @@ def _solution(solver: Solver | None, output: Path, mark: str) -> Iterator[Soluti
     if solver is None:
         yield None
         return
-    with Solution(_solution_folder(output), mark) as solution:
+    with Solution(solution_folder(output), mark) as solution:
         solver.solve(solution)
         yield solution
-
-
-def _check_disk(plan: Plan, output: Path, solution: int) -> None:
-    """Raise UserError if the bundle does not fit, with so many bytes of a solution beside it for a while."""
-    folders = (output.with_name(f"{output.name}.partial"), _solution_folder(output))
-    there = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
-    free, needed = shutil.disk_usage(output.parent).free, plan.free_disk + solution
-    if free + there < needed:
-        raise UserError(
-            f"{output.parent}: {free / 1e9:.2f} GB are free and {(needed - there) / 1e9:.2f} GB are needed: "
-            "free some, or choose --output on another disk"
-        )
 
 
 def _make_files(
@@ -296,20 +278,3 @@ def _read_back_all(output: Path, plan: Plan, records: Mapping[str, Mapping[str, 
             except CheckFailed as error:
                 raise CheckFailed(f"{error}; or make the bundle again with --force") from None
             bar.update(file.nbytes)
-
-
-@contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
-    """Turn an error of the disk into one line; what is complete stays."""
-    try:
-        yield
-    except OSError as error:
-        what = error.strerror or str(error)
-        where = error.filename or output
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = (
-            "free some space, and run the command again: it goes on"
-            if full
-            else "mend that, or choose another --output"
-        )
-        raise UserError(f"{where}: {what}: {hint}") from None

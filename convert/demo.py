@@ -26,7 +26,7 @@ from .architecture import Architecture, to_config
 from .names import Role, roles
 from .parallel import cores, in_order
 from .progress import byte_bar
-from .tensorfile import Spec, TensorWriter
+from .tensorfile import Spec, TensorWriter, header_of
 from .voices import PRESETS
 
 VERSION = 3  # of the recipe below: a cached demo of another version is made again
@@ -44,6 +44,7 @@ _NARROW = Architecture(
 SIZES = {"demo": _NARROW, "demo:audio": replace(_NARROW, card=2048), "demo:7b": Architecture()}
 FULL_SIZE = "demo:7b"
 LARGE = ("demo:audio", FULL_SIZE)  # those with a whole codec: 385 MB of it
+VOICE_SLOTS = 4  # of the ring of tokens that a voice ends with
 _BLOCK = 1 << 22  # weights made at a time; part of what the seed means
 
 
@@ -70,8 +71,7 @@ def make(size: str, folder: Path, quiet: bool = False, architecture: Architectur
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        config = {"model_type": "personaplex"} | ({} if a == Architecture() else to_config(a))
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (partial / "config.json").write_text(_config(a))
         (partial / "tokenizer_spm_32k_3.model").write_bytes(tokenizer(a.text_card))
         (partial / "voices.tgz").write_bytes(_voices(a))
         codec(partial / "tokenizer-e351c8d8-checkpoint125.safetensors", size in LARGE)
@@ -83,8 +83,29 @@ def make(size: str, folder: Path, quiet: bool = False, architecture: Architectur
         raise
 
 
+def sizes_of(size: str) -> dict[str, int]:
+    """Return the bytes of a demo's files by name, as ``make`` writes them; only the small ones are made for it."""
+    a = SIZES[size]
+    tensors = {
+        "model.safetensors": [Spec(role.name, "BF16", role.shape) for role in _held(a)],
+        "tokenizer-e351c8d8-checkpoint125.safetensors": _codec_specs(size in LARGE),
+    }
+    sizes = {name: len(header_of(specs, {})) + sum(spec.nbytes for spec in specs) for name, specs in tensors.items()}
+    small = {"tokenizer_spm_32k_3.model": tokenizer(a.text_card), "voices.tgz": _voices(a)}
+    return sizes | {name: len(data) for name, data in small.items()} | {"config.json": len(_config(a))}
+
+
+def _config(architecture: Architecture) -> str:
+    config = {"model_type": "personaplex"} | ({} if architecture == Architecture() else to_config(architecture))
+    return json.dumps(config, indent=2) + "\n"
+
+
+def _held(architecture: Architecture) -> list[Role]:
+    return sorted(roles(architecture).values(), key=lambda role: role.name)
+
+
 def _weights(path: Path, architecture: Architecture, quiet: bool) -> None:
-    held = sorted(roles(architecture).values(), key=lambda role: role.name)
+    held = _held(architecture)
     specs = [Spec(role.name, "BF16", role.shape) for role in held]
 
     def blocks() -> Iterator[tuple[int, Role, int, int, int]]:
@@ -129,34 +150,41 @@ def _block(
 
 def codec(path: Path, whole: bool) -> None:
     """Write a codec's file: Mimi with random weights, which makes noise, or two small tensors in its place."""
-    first = "encoder.model.0.conv.conv.weight"
-    shapes = (
-        mimi.tensors()
-        if whole
-        else {first: (64, 1, 7), "quantizer.rvq_first.vq.layers.0._codebook.embedding_sum": (64, 256)}
-    )
-    writer = TensorWriter(path, [Spec(name, "F32", shape) for name, shape in shapes.items()], {})
-    for number, (name, shape) in enumerate(shapes.items()):
+    specs = _codec_specs(whole)
+    writer = TensorWriter(path, specs, {})
+    for number, spec in enumerate(specs):
         random = np.random.Generator(np.random.SFC64([SEED, 2000 + number]))
-        if len(shape) == 1 or name.endswith("weight_g"):
-            values = np.full(shape, not name.endswith("bias"), np.float32)
+        if len(spec.shape) == 1 or spec.name.endswith("weight_g"):
+            values = np.full(spec.shape, not spec.name.endswith("bias"), np.float32)
         else:
-            values = random.standard_normal(shape, dtype=np.float32) * np.float32(math.prod(shape[1:]) ** -0.5)
-        writer.append(name, values)
+            values = random.standard_normal(spec.shape, dtype=np.float32)
+            values = values * np.float32(math.prod(spec.shape[1:]) ** -0.5)
+        writer.append(spec.name, values)
     writer.finish()
+
+
+def _codec_specs(whole: bool) -> list[Spec]:
+    few: dict[str, tuple[int, ...]] = {"encoder.model.0.conv.conv.weight": (64, 1, 7)}
+    few |= {"quantizer.rvq_first.vq.layers.0._codebook.embedding_sum": (64, 256)}
+    return [Spec(name, "F32", shape) for name, shape in (mimi.tensors() if whole else few).items()]
+
+
+def voice_frames(architecture: Architecture) -> int:
+    """Return how many frames a demo's voices have."""
+    return min(51, architecture.context // 2)
 
 
 def _voices(a: Architecture) -> bytes:
     """Return a voices.tgz with all presets: embeddings of the size that sums of the model's own have."""
     import torch
 
-    frames = min(51, a.context // 2)
+    frames = voice_frames(a)
     unpacked = io.BytesIO()
     with tarfile.open(fileobj=unpacked, mode="w") as archive:
         for number, name in enumerate(PRESETS):
             random = np.random.Generator(np.random.SFC64([SEED, 1000 + number]))
             embeddings = torch.from_numpy(random.standard_normal((frames, 1, 1, a.dim), dtype=np.float32))
-            cache = torch.from_numpy(random.integers(0, a.card, (1, 1 + a.n_q, 4)))
+            cache = torch.from_numpy(random.integers(0, a.card, (1, 1 + a.n_q, VOICE_SLOTS)))
             cache[:, 0] = a.text_padding
             voice = io.BytesIO()
             torch.save({"embeddings": embeddings.to(torch.bfloat16), "cache": cache}, voice)

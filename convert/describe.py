@@ -1,9 +1,12 @@
-"""A plan in a few lines: what people and programs read of a dry run."""
+"""A plan or a finished conversion in a few lines: what people and programs read of it."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .plan import Plan
 from .tensorfile import Spec
+from .workspace import MANIFEST
 
 _LISTED = 3  # names of what is dropped for one reason
 
@@ -110,3 +113,24 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}" if unit != "B" else f"{int(nbytes)} B"
         nbytes /= 1000
     return f"{nbytes:.2f} GB"
+
+
+def finished(folder: Path, manifest: Mapping[str, Any], made: int) -> str:
+    """Return what is printed of a finished conversion; made: how many files it wrote itself."""
+    total = sum(record["size"] for record in manifest["files"].values()) + (folder / MANIFEST).stat().st_size
+    quantized = [entry["relative_rmse"] for entry in manifest["tensors"] if "relative_rmse" in entry]
+    lines = [
+        f"{folder}: {len(manifest['files']) + 1} files, {size(total)}, "
+        f"{manifest['bits_per_weight']:.2f} bits a weight, for {manifest['target']}"
+    ]
+    if quantized:
+        middle = sorted(quantized)[len(quantized) // 2]
+        lines.append(f"relative error of the weights: median {middle:.2%}, largest {max(quantized):.2%}")
+    lost = [(manifest["overflowed"], "too large"), (manifest["flushed"], "too small, and became zero")]
+    lines += [f"{count} values were {what} in {manifest['dtype']}" for count, what in lost if count]
+    if merged := manifest["source"]["adapter"]:
+        lines.append(f"{merged['id']} was merged into {len(merged['merged'])} tensors")
+    lines += [f"{name}: filled from {origin}" for name, origin in manifest["source"]["filled"].items()]
+    verb = "checked again" if not made else "read back and checked"
+    lines.append(f"every file was {verb}; {len(manifest['voices'])} voices; see manifest.json")
+    return "\n".join(lines)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from . import demo
 from .architecture import Architecture
 from .names import roles
 from .output import Output
@@ -244,3 +245,10 @@ def inventory_of_7b(identity: str) -> Inventory:
     """Return what is known of PersonaPlex-7B before it is downloaded: its published layout and sizes."""
     sizes = {WEIGHTS: 16_742_870_000, CODEC: 384_644_900, TOKENIZER: 552_778, VOICES: 6_106_583, CONFIG: 64}
     return Inventory(identity, Architecture(), sizes, dict.fromkeys(PRESETS, (51, 4)))
+
+
+def inventory_of_demo(size: str) -> Inventory:
+    """Return what is known of a demo source before it is made: its architecture, and the sizes of its files."""
+    architecture = demo.SIZES[size]
+    voices = dict.fromkeys(PRESETS, (demo.voice_frames(architecture), demo.VOICE_SLOTS))
+    return Inventory(size, architecture, demo.sizes_of(size), voices)

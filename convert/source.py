@@ -60,6 +60,10 @@ class Source:
         """Close the checkpoint, and an adapter that is merged into it."""
         self.checkpoint.close()
 
+    def check_unchanged(self, work: str) -> None:
+        """Raise UserError if the weights, or an adapter, changed since they were opened; work: what was done."""
+        refuse([f"{path}: changed while it was {work}: run the command again" for path in self.checkpoint.changed()])
+
     def __enter__(self) -> Self:
         return self
 
@@ -92,12 +96,12 @@ def locate(source: str, revision: str | None = None, quiet: bool = False, room: 
 def locate_here(source: str, revision: str | None = None, quiet: bool = False) -> Location | None:
     """Find a source without the network: None for a Hub id whose files are not all in the cache.
 
-    None as well for a full-size demo that was not made yet; the small one is made.
+    None as well for a demo that was not made yet.
     """
     if is_hub_id(source):
         found = hub.cached(source, revision, FILES)
         return Location(source, *found) if found else None
-    if source == demo.FULL_SIZE and not demo.folder_of(source).is_dir():
+    if source in demo.SIZES and not demo.folder_of(source).is_dir():
         return None
     return _local(source, quiet)
 

@@ -139,7 +139,10 @@ class TensorFile:
 
     def is_unchanged(self) -> bool:
         """Tell whether the file at its path is still the one that was opened, by its inode, size and time."""
-        return self._state() == self._opened_as
+        try:
+            return self._state() == self._opened_as
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

@@ -83,9 +83,13 @@ def allocate(
     named = (str(dtype or consumer.dtype), str(method or DEFAULT_METHOD))
     wanted = Wanted(budget, consumer.name, *named, depformer_steps, tuple(keep or ()))
     file = sensitivity or output.with_suffix(".sensitivity.json")
+    for path in (file, plot):
+        if path and not path.parent.is_dir():
+            raise UserError(f"{path}: give the name of a file in a folder that is there")
     with source.open_source(source.locate(where, quiet=quiet)) as opened:
-        heard = allotting.conversations(opened, tokens, output.with_suffix(""), quiet)
-        found = allotting.allotted(opened, wanted, heard, file, output, quiet)
+        prints = source.fingerprint(opened, quiet)
+        heard = allotting.conversations(opened, prints, tokens, output.with_suffix(""), quiet)
+        found = allotting.allotted(opened, prints, wanted, heard, file, output, quiet)
     if plot:
         allotting.draw(found, file, plot)
     typer.echo(json.dumps(allotting.said(found), indent=1) if as_json else allotting.text(found))

@@ -1,6 +1,7 @@
 """What programs that fit a model into a budget share: measure, or take what was measured; choose; write a recipe."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ from ..convert import conversion
 from ..convert.describe import size
 from ..convert.problems import UserError
 from ..convert.recipe import to_toml
-from ..convert.source import WEIGHTS, Source, fingerprint
+from ..convert.scan import Fingerprint
+from ..convert.source import WEIGHTS, Source
 from ..convert.workspace import write_durably
 from ..verify import plots, sensitivity
 from ..verify.budget import Allotted, Budget, Wanted, allot, size_of
 from ..verify.sensitivity import Sensitivities
+
+Prints = Mapping[str, Fingerprint]  # of a source's files: taken once in a run, as it reads all of them
 
 
 def budget_of(target_size: str | None, bits_per_weight: float | None) -> Budget | None:
@@ -24,16 +28,16 @@ def budget_of(target_size: str | None, bits_per_weight: float | None) -> Budget 
     return Budget(None if target_size is None else size_of(target_size), bits_per_weight)
 
 
-def sensitivities(source: Source, tokens: Path, file: Path, quiet: bool) -> Sensitivities:
+def sensitivities(source: Source, prints: Prints, tokens: Path, file: Path, quiet: bool) -> Sensitivities:
     """Return a source's sensitivities: those in the file, else measured now and written there.
 
-    Raises UserError for a file of another source or other material.
+    prints: the source's fingerprint. Raises UserError for a file of another source or other material.
     """
     from ..verify import calibration, measuring  # imports torch: seconds that --help does not need
     from ..verify.material import read_tokens
 
     material = read_tokens(tokens, source.architecture, None, None)
-    decisive = [fingerprint(source, quiet)[WEIGHTS].sha256, source.adapter, calibration.record(material)["sha256"]]
+    decisive = [prints[WEIGHTS].sha256, source.adapter, calibration.record(material)["sha256"]]
     mark = hashlib.sha256(repr(decisive).encode()).hexdigest()
     if file.exists():
         found = sensitivity.read(file)
@@ -41,22 +45,25 @@ def sensitivities(source: Source, tokens: Path, file: Path, quiet: bool) -> Sens
             raise UserError(f"{file}: was measured on another source or other tokens: remove it, or name another file")
         return found
     found = measuring.measure(source, material, mark, quiet)
+    source.check_unchanged("measured")
     sensitivity.write(found, file)
     return found
 
 
-def conversations(source: Source, tokens: Path | None, beside: Path, quiet: bool) -> Path:
+def conversations(source: Source, prints: Prints, tokens: Path | None, beside: Path, quiet: bool) -> Path:
     """Return a file of conversations: the one that is given, else one that the model speaks itself, left beside."""
     if tokens:
         return tokens
     from ..verify.speaking import spoken
 
-    return spoken(source, beside.with_name(f"{beside.name}.spoken.safetensors"), quiet=quiet)
+    return spoken(source, beside.with_name(f"{beside.name}.spoken.safetensors"), quiet=quiet, prints=prints)
 
 
-def allotted(source: Source, wanted: Wanted, tokens: Path, file: Path, recipe: Path, quiet: bool) -> Allotted:
+def allotted(
+    source: Source, prints: Prints, wanted: Wanted, tokens: Path, file: Path, recipe: Path, quiet: bool
+) -> Allotted:
     """Find the recipe for a budget, and write it."""
-    found = allot(conversion.inventory(source), wanted, sensitivities(source, tokens, file, quiet))
+    found = allot(conversion.inventory(source), wanted, sensitivities(source, prints, tokens, file, quiet))
     write_durably(recipe, to_toml(found.recipe))
     return found
 

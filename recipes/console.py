@@ -1,6 +1,7 @@
 """What the command-line programs share: how they end, and how they say why."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -59,6 +60,8 @@ def check_new(path: Path, suffix: str, force: bool) -> None:
     """Raise UserError if a file of this kind cannot be written there, or is there already."""
     if path.suffix != suffix or not path.parent.is_dir():
         raise UserError(f"{path}: give the name of a {suffix} file in a folder that is there")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path.parent}: is not writable: choose another --output")
     if path.exists() and not force:
         raise UserError(f"{path}: is there already: choose another --output, or replace it with --force")
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..convert import adapter as adapters
-from ..convert import conversion, describe, source
+from ..convert import conversion, describe, destination, source
 from ..convert.hub import Room
 from ..convert.parallel import cores
 from ..convert.plan import Plan, inventory_of_7b, make_plan
@@ -18,12 +19,11 @@ from ..convert.recipe import Recipe, uniform
 from ..convert.solution import Solver
 from ..convert.source import Source
 from ..convert.targets import DEFAULT, TARGETS
-from ..convert.workspace import MANIFEST
 from ..quant.affine import DEFAULT_METHOD, SOLVED, Affine
 from ..verify import publishing
 from ..verify.budget import Budget, Wanted
 from ..verify.request import Request
-from . import allocate_program, allotting, console, loader, parity
+from . import allocate_program, allotting, console, dry_plan, loader, parity
 from .choices import DtypeName, MethodName, TargetName
 
 EXAMPLES = f"""\b
@@ -121,27 +121,40 @@ def convert(
     if depformer_steps is not None:
         chosen = replace(chosen, depformer_steps=depformer_steps, original="")
     _check_source(where, revision, chosen)
-    folder = output or Path(f"{Path(where).resolve().name.replace(':', '-')}-{chosen.target}-{chosen.name}")
+    default = f"{Path(where).resolve().name.replace(':', '-')}-{chosen.target}-{chosen.name}"
+    folder = destination.named(output or Path(default))
     if dry_run:
         if budget:
             raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
-        plan = _plan(where, revision, chosen, fill_depformer_steps, adapter, quiet)
+        plan = dry_plan.planned(where, revision, chosen, fill_depformer_steps, adapter, quiet)
         said = describe.summary(plan, jobs or cores()) | {"output": str(folder)}
         typer.echo(json.dumps(said, indent=1) if as_json else describe.text(plan, jobs or cores()))
         return
-    conversion.check_output(folder, force)
+    present = destination.check_output(folder, force)
     _check_at_hand(publish_to, adapter, calibration, quiet)
     location = source.locate(where, revision, quiet, _room(where, chosen, folder))
-    if budget:
-        wanted = Wanted(budget, chosen.target, chosen.dtype, str(method or DEFAULT_METHOD), chosen.depformer_steps)
-        with conversion.open_merged(location, adapter, fill_depformer_steps, quiet=quiet) as merged:
-            chosen = _allotted(merged, wanted, calibration, folder, quiet, as_json)
-    opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
-    with opened:
-        solver = _solver(opened, plan, folder, calibration, refine, budget is not None, quiet)
-        done = conversion.convert(opened, plan, folder, force=force, workers=jobs, quiet=quiet, solver=solver)
+    with ExitStack() as stack:
+        if budget:
+            wanted = Wanted(budget, chosen.target, chosen.dtype, str(method or DEFAULT_METHOD), chosen.depformer_steps)
+            opened = stack.enter_context(conversion.open_merged(location, adapter, fill_depformer_steps, True, quiet))
+            destination.make_parent(folder)
+            prints = source.fingerprint(opened, quiet)
+            chosen = _allotted(opened, prints, wanted, calibration, folder, quiet, as_json)
+            opened, plan = conversion.planned(opened, chosen)
+        else:
+            opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
+            stack.enter_context(opened)
+            prints = source.fingerprint(opened, quiet)
+        if present:
+            conversion.check_same(present, folder, plan, prints)
+        else:
+            destination.make_place(plan, folder, _is_solved(plan))
+        solver = _solver(opened, prints, plan, folder, calibration, refine, budget is not None, quiet)
+        done = conversion.convert(
+            opened, plan, folder, force=force, workers=jobs, quiet=quiet, solver=solver, prints=prints
+        )
         if not as_json:
-            typer.echo(_report(done))
+            typer.echo(describe.finished(done.folder, done.manifest, done.made))
         found = _verify(opened, done.folder, adapter, quiet) if verify else None
     parity.leave_card(found, done.folder)
     _say_verdict(done, found, as_json)
@@ -178,26 +191,45 @@ def _check_at_hand(repository: str | None, adapter: str | None, calibration: Pat
         raise UserError(f"{calibration}: no such file: give tokens, or leave --calibration out")
 
 
-def _allotted(opened: Source, wanted: Wanted, tokens: Path | None, folder: Path, quiet: bool, as_json: bool) -> Recipe:
+def _allotted(
+    opened: Source,
+    prints: allotting.Prints,
+    wanted: Wanted,
+    tokens: Path | None,
+    folder: Path,
+    quiet: bool,
+    as_json: bool,
+) -> Recipe:
     """Return the recipe for a budget; it and what was measured for it are left beside the bundle."""
     measured, written = (folder.with_name(f"{folder.name}.{what}") for what in ("sensitivity.json", "recipe.toml"))
-    heard = allotting.conversations(opened, tokens, folder, quiet)
-    found = allotting.allotted(opened, wanted, heard, measured, written, quiet)
+    heard = allotting.conversations(opened, prints, tokens, folder, quiet)
+    found = allotting.allotted(opened, prints, wanted, heard, measured, written, quiet)
     console.say(allotting.text(found)) if as_json else typer.echo(allotting.text(found))
     return found.recipe
 
 
+def _is_solved(plan: Plan) -> bool:
+    return any(output.form and output.form.method in SOLVED for output in plan.outputs)
+
+
 def _solver(
-    opened: Source, plan: Plan, folder: Path, tokens: Path | None, steps: int, allotted: bool, quiet: bool
+    opened: Source,
+    prints: allotting.Prints,
+    plan: Plan,
+    folder: Path,
+    tokens: Path | None,
+    steps: int,
+    allotted: bool,
+    quiet: bool,
 ) -> Solver | None:
     """Return what solves what the plan wants solved; importing PyTorch takes seconds that others need not wait."""
-    if not any(output.form and output.form.method in SOLVED for output in plan.outputs):
+    if not _is_solved(plan):
         if steps or (tokens and not allotted):
             raise UserError("--calibration and --refine are for --method gptq: leave them out, or choose that method")
         return None
     from ..verify import calibration
 
-    heard = allotting.conversations(opened, tokens, folder, quiet)
+    heard = allotting.conversations(opened, prints, tokens, folder, quiet)
     found = calibration.solver_of(opened, plan, heard, steps, quiet)
     if calibration.is_scarce(found.record, opened):
         console.say("calibration material is scarce: recorded conversations (--calibration) make a better bundle")
@@ -262,44 +294,6 @@ def _recipe(
     loaded = loader.load(name or DEFAULT_RECIPE, target)
     loaded = loaded.with_method(method) if method else loaded
     return replace(loaded, dtype=dtype or loaded.dtype)
-
-
-def _plan(where: str, revision: str | None, recipe: Recipe, fill: bool, adapter: str | None, quiet: bool) -> Plan:
-    """Return the plan of a dry run; a Hub source that is not in the cache is planned from its published layout."""
-    location = source.locate_here(where, revision, quiet)
-    if location is not None:
-        here = None if adapter and adapters.on_hub(adapter) else adapter
-        if adapter != here:
-            console.say(f"{adapter}: not looked at: a dry run downloads nothing")
-        opened, plan = conversion.prepare(location, recipe, fill, adapter=here)
-        opened.close()
-        return plan
-    if adapter:
-        console.say(f"{adapter}: not looked at, as the source is not here")
-    console.say(f"{where} is not on this machine: planned from the published layout of {source.DEFAULT}")
-    return make_plan(inventory_of_7b(where), recipe)
-
-
-def _report(done: conversion.Conversion) -> str:
-    """Return what a finished conversion prints."""
-    manifest = done.manifest
-    total = sum(record["size"] for record in manifest["files"].values()) + (done.folder / MANIFEST).stat().st_size
-    quantized = [entry["relative_rmse"] for entry in manifest["tensors"] if "relative_rmse" in entry]
-    lines = [
-        f"{done.folder}: {len(manifest['files']) + 1} files, {describe.size(total)}, "
-        f"{manifest['bits_per_weight']:.2f} bits a weight, for {manifest['target']}"
-    ]
-    if quantized:
-        middle = sorted(quantized)[len(quantized) // 2]
-        lines.append(f"relative error of the weights: median {middle:.2%}, largest {max(quantized):.2%}")
-    lost = [(manifest["overflowed"], "too large"), (manifest["flushed"], "too small, and became zero")]
-    lines += [f"{count} values were {what} in {manifest['dtype']}" for count, what in lost if count]
-    if merged := manifest["source"]["adapter"]:
-        lines.append(f"{merged['id']} was merged into {len(merged['merged'])} tensors")
-    lines += [f"{name}: filled from {origin}" for name, origin in manifest["source"]["filled"].items()]
-    verb = "checked again" if not done.made else "read back and checked"
-    lines.append(f"every file was {verb}; {len(manifest['voices'])} voices; see manifest.json")
-    return "\n".join(lines)
 
 
 def main() -> None:

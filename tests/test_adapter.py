@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from hub_server import Repository, running, sha256
+from ppx.convert import conversion
 from ppx.convert.adapter import open_adapter
 from ppx.convert.architecture import from_config, read_config
 from ppx.convert.names import roles
 from ppx.convert.problems import UserError
+from ppx.convert.source import fingerprint, locate
+from ppx.recipes import loader
 from safetensors.torch import load_file, save_file
 
 RANK, SCALING = 4, 1.5
@@ -98,6 +101,17 @@ def test_a_merged_adapter_is_what_merging_apart_gives(options, program, pico, ad
     program("ppx-convert", pico, "--adapter", adapter, *options, "-o", tmp_path / "streamed", cwd=tmp_path)
     program("ppx-convert", merged, *options, "-o", tmp_path / "apart", cwd=tmp_path)
     assert files_of(tmp_path / "streamed") == files_of(tmp_path / "apart")
+
+
+def test_an_adapter_that_changes_meanwhile_is_noticed(pico, adapter, tmp_path):
+    location, recipe = locate(str(pico)), loader.load("4bit")
+    source, plan = conversion.prepare(location, recipe, quiet=True, adapter=str(adapter))
+    with source:
+        prints = fingerprint(source, quiet=True)
+        write(adapter, matrices(pico) | {"linears.11.lora_A.weight": torch.zeros(RANK, 64).bfloat16()}, None)
+        with pytest.raises(UserError, match=r"lora\.safetensors: changed while it was converted"):
+            conversion.convert(source, plan, tmp_path / "out", quiet=True, prints=prints)
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_jobs_make_the_same_bundle(program, pico, adapter, tmp_path):

@@ -36,7 +36,7 @@ _ROWS = 128  # frames of a sequence that go through a wide depformer, and rows o
 Variant = tuple[Part, int]  # a part, and the bits that it is quantized to
 
 
-def _members(architecture: Architecture) -> dict[Part, list[tuple[str, int | None]]]:
+def members_of(architecture: Architecture) -> dict[Part, list[tuple[str, int | None]]]:
     """Return the tensors, and rows of stacked ones, of each part that the agent's predictions depend on."""
     half, found = architecture.n_q // 2, dict[Part, list[tuple[str, int | None]]]()
     for name, role in roles(architecture).items():
@@ -93,7 +93,7 @@ def measure(
     predict the user's codebooks are not among them: what the agent says does not depend on those. Raises UserError,
     which names the part, for predictions that are not finite.
     """
-    members = _members(source.architecture)
+    members = members_of(source.architecture)
     nbytes = int(_SHARE * devices.host_memory()) if memory is None else memory
     streams = 1 + len(bits) * sum(part.component != "depformer" for part in members)
     passes = _passes(material, sequences, nbytes // (streams * source.architecture.dim * 4))

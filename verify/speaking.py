@@ -5,7 +5,7 @@ drawn from a model's own distribution is what it was trained on, as far as it ha
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..convert.architecture import Architecture
 from ..convert.problems import UserError
 from ..convert.progress import bar
+from ..convert.scan import Fingerprint
 from ..convert.source import TOKENIZER, WEIGHTS, Source, fingerprint
 from ..convert.tensorfile import TensorFile
 from ..convert.voices import Voice
@@ -45,14 +46,20 @@ _VERSION = 1  # of how they are made
 Beginning = tuple[Voice, Sequence[int] | None]  # a voice, and the tokens of a text prompt
 
 
-def spoken(source: Source, path: Path, sessions_wanted: int | None = None, quiet: bool = False) -> Path:
+def spoken(
+    source: Source,
+    path: Path,
+    sessions_wanted: int | None = None,
+    quiet: bool = False,
+    prints: Mapping[str, Fingerprint] | None = None,
+) -> Path:
     """Return a file of sessions that a source speaks itself, made if there is none of this source.
 
-    Raises UserError for a file of something else.
+    prints: the source's fingerprint, taken here if it is not given. Raises UserError for a file of something else.
     """
     adapter = source.adapter and source.adapter["sha256"]
     decisive = [
-        fingerprint(source, quiet)[WEIGHTS].sha256,
+        (prints or fingerprint(source, quiet))[WEIGHTS].sha256,
         adapter,
         sessions_wanted,
         CALIBRATION_FRAMES,
@@ -65,7 +72,9 @@ def spoken(source: Source, path: Path, sessions_wanted: int | None = None, quiet
             if file.metadata.get("mark") == mark:
                 return path
         raise UserError(f"{path}: is not of this source: move it away, or give it as --calibration if it is meant")
-    write(speak(source, CALIBRATION_FRAMES, sessions_wanted, quiet), path, {"kind": SPOKEN, "mark": mark})
+    tokens = speak(source, CALIBRATION_FRAMES, sessions_wanted, quiet)
+    source.check_unchanged("sampled")
+    write(tokens, path, {"kind": SPOKEN, "mark": mark})
     return path
 
 

@@ -1,0 +1,157 @@
+"""What long work is in vain without is checked before it; what it needs twice is computed once."""
+
+import shutil
+
+import numpy as np
+import pytest
+from ppx.convert import demo, source
+from ppx.convert import plan as plans
+from ppx.convert.conversion import inventory
+from ppx.convert.source import CODEC, WEIGHTS, locate, open_source
+from ppx.quant.affine import BITS
+from ppx.recipes import allocate_program, convert_program
+from ppx.verify import measuring, speaking
+from ppx.verify.sensitivity import STREAMS, Sensitivities, settings_of
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+HEAD = """target = "mlx"
+[[rules]]
+modules = "text_linear"
+bits = 4
+group_size = 64
+method = "gptq"
+"""
+
+
+@pytest.fixture
+def work(pico, monkeypatch, tmp_path):
+    """Stand-ins for what takes hours (sampling sessions, measuring), and a recipe for one matrix; what was done."""
+    done = []
+    tokens = load_file(pico / "calibration_tokens.safetensors")["tokens"][:2, :, :20].astype(np.int32)
+
+    def speak(*_):
+        done.append("sampled")
+        return tokens
+
+    def measure(opened, material, mark, _):
+        done.append("measured")
+        found = Sensitivities({"sequences": len(material.tokens), "frames": 20}, mark)
+        members = measuring.members_of(opened.architecture)
+        for part, tensors in members.items():
+            columns = [opened.checkpoint.tensors[name].role.shape[-1] for name, _ in tensors]
+            found.costs[part] = {bits: dict.fromkeys(STREAMS, 4.0**-bits) for bits in BITS}
+            found.errors[part] = {setting: 4.0 ** -setting[0] for setting in settings_of(columns)}
+        return found
+
+    scan = source.scan_tensors
+
+    def scanned(file, bar):
+        done.append(f"read {file.path.name}")
+        return scan(file, bar)
+
+    (tmp_path / "head.toml").write_text(HEAD)
+    monkeypatch.setattr(speaking, "speak", speak)
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(source, "scan_tensors", scanned)
+    monkeypatch.chdir(tmp_path)
+    return done
+
+
+def run(program, *arguments):
+    return CliRunner().invoke(program.app, [str(argument) for argument in arguments])
+
+
+GPTQ = ("--recipe", "head.toml", "--no-verify")
+SIZE = ("--target-size", "2.2MB", "--depformer-steps", "8", "--no-verify")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (GPTQ, ["sampled"]),
+        (SIZE, ["sampled", "measured"]),
+    ],
+    ids=["gptq", "size"],
+)
+def test_parents_are_made_first_and_the_source_is_hashed_once(options, expected, work, pico, tmp_path):
+    done = run(convert_program, pico, *options, "-o", "new/deeper/out")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "new" / "deeper" / "out" / "manifest.json").is_file()
+    assert work == [f"read {WEIGHTS}", *expected]
+
+
+def test_allocating_hashes_the_source_once(work, pico):
+    done = run(allocate_program, pico, "--bits-per-weight", "5", "-o", "a.toml")
+    assert done.exit_code == 0, done.output
+    assert work == [f"read {WEIGHTS}", "sampled", "measured"]
+
+
+def test_the_working_folder_as_output(work, pico, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = run(convert_program, pico, "--recipe", "../head.toml", "--no-verify", "-o", ".")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "here" / "manifest.json").is_file()
+    assert (tmp_path / "here.spoken.safetensors").is_file()
+    assert "sampled" in work
+
+
+@pytest.mark.parametrize("options", [GPTQ, SIZE], ids=["gptq", "size"])
+def test_an_output_that_cannot_be_is_refused_first(options, work, pico, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    for output, words in (
+        ("file", "is a file"),
+        ("file/out", "file: is not a folder"),
+        ("full", "no bundle"),
+    ):
+        done = run(convert_program, pico, *options, "-o", output)
+        assert done.exit_code == 2
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert work == []
+
+
+def test_another_bundle_is_found_before_sessions_are_sampled(work, bundle, pico, tmp_path):
+    shutil.copytree(bundle(), tmp_path / "bundle")
+    done = run(convert_program, pico, *GPTQ, "-o", "bundle")
+    assert done.exit_code == 2
+    assert "bundle: holds a bundle of another source, with other settings" in done.stderr
+    assert work == [f"read {WEIGHTS}"]
+
+
+def test_allocating_checks_where_it_writes(work, pico):
+    for options in (
+        ("-o", "no/a.toml"),
+        ("-o", "a.toml", "--plot", "no/a.svg"),
+        ("-o", "a.toml", "--sensitivity", "no/a"),
+    ):
+        done = run(allocate_program, pico, "--bits-per-weight", "5", *options)
+        assert done.exit_code == 2
+        assert "in a folder that is there" in done.stderr
+    assert work == []
+
+
+def test_a_place_without_room_is_refused_first(work, pico, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1 << 20, 1 << 20, 0))
+    done = run(convert_program, pico, *GPTQ, "-o", "out")
+    assert done.exit_code == 2
+    assert "0.00 GB are free" in done.stderr
+    assert "sampled" not in work
+
+
+def test_a_dry_run_of_a_demo_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for size in demo.SIZES:
+        done = run(convert_program, size, "--dry-run")
+        assert done.exit_code == 0, done.output
+        assert f"{size} was not made yet: planned from its shapes" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_has_the_sizes_that_are_planned():
+    with open_source(locate("demo", quiet=True)) as opened:
+        assert plans.inventory_of_demo("demo") == inventory(opened)
+    assert demo.sizes_of("demo:audio")[CODEC] == demo.sizes_of("demo:7b")[CODEC] > 384_000_000
