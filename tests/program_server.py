@@ -63,7 +63,7 @@ class Programs:
         stop: a moment, and the signal that the program gets then.
         """
         with tempfile.TemporaryDirectory() as folder:
-            asked = {
+            asked: dict[str, Any] = {
                 "module": module,
                 "arguments": list(arguments),
                 "cwd": str(cwd),
@@ -80,13 +80,16 @@ class Programs:
 
     def _ask(self, asked: dict[str, Any]) -> int | None:
         if self.server is None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self.server = subprocess.Popen([sys.executable, __file__], text=True, env=self.environment, **pipes)
+            command = [sys.executable, __file__]
+            self.server = subprocess.Popen(
+                command, text=True, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         self.server.stdin.write(json.dumps(asked) + "\n")
         self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+        status: int | None = json.loads(self.server.stdout.readline())
+        return status
 
     def close(self) -> None:
         """End the server."""

@@ -1,6 +1,7 @@
 """LoRA adapters that are merged while the weights are read, against weights that were merged apart."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hub_server import Repository, running, sha256
 from ppx.convert import conversion
 from ppx.convert.adapter import open_adapter
-from ppx.convert.architecture import from_config, read_config
+from ppx.convert.architecture import Architecture, from_config, read_config
 from ppx.convert.names import roles
 from ppx.convert.problems import UserError
 from ppx.convert.source import fingerprint, locate
@@ -18,17 +19,17 @@ from safetensors.torch import load_file, save_file
 RANK, SCALING = 4, 1.5
 
 
-def architecture_of(folder):
+def architecture_of(folder: Path) -> Architecture:
     return from_config(read_config(folder / "config.json"))
 
 
-def layers(pico):
+def layers(pico: Path) -> dict[str, tuple[str, int, int, int]]:
     """Names of layers as moshi-finetune writes them, with tensor, first row, rows and columns."""
     known = roles(architecture_of(pico))
     height = known["depformer.layers.0.self_attn.in_proj_weight"]
     step = height.shape[0] // height.stacked
     dim = known["depformer.layers.1.self_attn.out_proj.weight"].shape[1]
-    found = {
+    found: dict[str, tuple[str, int, int | None]] = {
         "transformer.layers.0.self_attn.in_projs.0": ("transformer.layers.0.self_attn.in_proj_weight", 0, None),
         "transformer.layers.1.self_attn.in_proj": ("transformer.layers.1.self_attn.in_proj_weight", 0, None),
         "transformer.layers.1.self_attn.out_projs.0": ("transformer.layers.1.self_attn.out_proj.weight", 0, None),
@@ -47,7 +48,7 @@ def layers(pico):
     }
 
 
-def matrices(pico, rank=RANK):
+def matrices(pico: Path, rank: int = RANK) -> dict[str, torch.Tensor]:
     """An adapter's tensors, large enough that they show."""
     random = torch.Generator().manual_seed(7)
     tensors = {}
@@ -57,7 +58,7 @@ def matrices(pico, rank=RANK):
     return tensors
 
 
-def write(folder, tensors, config):
+def write(folder: Path, tensors: dict[str, torch.Tensor], config: object) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "lora.safetensors")
     if config is not None:
@@ -83,7 +84,7 @@ def merged(pico_copy, pico):
     return pico_copy
 
 
-def files_of(folder):
+def files_of(folder: Path) -> dict[str, bytes]:
     """Contents of a bundle that do not name its source."""
     kept = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".model")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
@@ -173,8 +174,9 @@ def test_another_adapter_is_another_bundle(program, pico, adapter, tmp_path):
     assert "--force" in done.stderr
 
 
-def damage(pico, what):
-    tensors, config = matrices(pico), {"lora_rank": RANK}
+def damage(pico: Path, what: str) -> tuple[dict[str, torch.Tensor], object]:
+    tensors = matrices(pico)
+    config: object = {"lora_rank": RANK}
     first = "transformer.layers.0.self_attn.in_projs.0"
     if what == "stranger":
         for side, shape in (("A", (RANK, 8)), ("B", (8, RANK))):

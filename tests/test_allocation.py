@@ -56,9 +56,9 @@ def test_at_the_size_of_a_large_model_it_is_near_the_bound():
     parts = []
     for _ in range(250):
         weights, power = int(random.integers(1, 130) * 2**20 + random.integers(0, 4096)), random.lognormal()
-        parts.append([Choice(weights * (bits + 0.5) // 8, power * 4.0**-bits) for bits in (2, 3, 4, 5, 6, 8)])
-    budget = int(sum(part[2].nbytes for part in parts))
-    found = allocate([[Choice(int(c.nbytes), c.cost) for c in part] for part in parts], budget)
+        parts.append([Choice(int(weights * (bits + 0.5) // 8), power * 4.0**-bits) for bits in (2, 3, 4, 5, 6, 8)])
+    budget = sum(part[2].nbytes for part in parts)
+    found = allocate(parts, budget)
     same = sum(part[2].cost for part in parts)
     assert found.cost < same
     assert found.bound <= found.cost < 1.001 * found.bound

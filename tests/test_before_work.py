@@ -7,6 +7,7 @@ import pytest
 from ppx.convert import demo, source
 from ppx.convert import plan as plans
 from ppx.convert.conversion import inventory
+from ppx.convert.scan import scan_tensors
 from ppx.convert.source import CODEC, WEIGHTS, locate, open_source
 from ppx.quant.affine import BITS
 from ppx.recipes import allocate_program, convert_program
@@ -44,11 +45,9 @@ def work(pico, monkeypatch, tmp_path):
             found.errors[part] = {setting: 4.0 ** -setting[0] for setting in settings_of(columns)}
         return found
 
-    scan = source.scan_tensors
-
     def scanned(file, bar):
         done.append(f"read {file.path.name}")
-        return scan(file, bar)
+        return scan_tensors(file, bar)
 
     (tmp_path / "head.toml").write_text(HEAD)
     monkeypatch.setattr(speaking, "speak", speak)

@@ -1,15 +1,18 @@
 """Gathering conversations to quantize by."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from ppx.verify import audio
+from numpy.typing import NDArray
+from ppx.convert.mimi import FRAME
+from ppx.verify import audio, waves
 from safetensors.numpy import load_file, save_file
 
 
-def held(pico):
+def held(pico: Path) -> NDArray[np.int16]:
     return load_file(pico / "calibration_tokens.safetensors")["tokens"]
 
 
@@ -51,7 +54,7 @@ def test_recordings_become_tokens(pico, tmp_path, monkeypatch):
     from ppx.verify import calibration
 
     codes = np.arange(8 * 30).reshape(8, 30) % 100
-    monkeypatch.setattr(audio.waves, "read", lambda _: np.zeros((2, 30 * audio.FRAME), np.float32))
+    monkeypatch.setattr(waves, "read", lambda _: np.zeros((2, 30 * FRAME), np.float32))
     monkeypatch.setattr(audio, "Codec", lambda *_: SimpleNamespace(encode_whole=lambda _: codes))
     with open_source(locate(str(pico))) as source:
         tokens = calibration.gather(source, [], [tmp_path / "x.wav"], 15)

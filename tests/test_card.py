@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import tomllib
+from typing import Any
 
 import pytest
 from hub_server import running
@@ -17,6 +18,7 @@ from ppx.convert.licence import NVIDIA, Licence, from_json, licence_of
 from ppx.convert.plan import inventory_of_7b, make_plan
 from ppx.recipes import convert_program, loader
 from ppx.verify import card
+from ppx.verify import report as reports
 from ppx.verify.material import SPOKEN
 from typer.testing import CliRunner
 
@@ -75,7 +77,7 @@ def test_the_hub_takes_it(made, monkeypatch):
 
 def test_a_fine_tune_that_is_not_for_commerce_says_so(made):
     found, notice = rendered(made, **FINE_TUNE)
-    assert found.data.license == "cc-by-nc-4.0"
+    assert found.data["license"] == "cc-by-nc-4.0"
     assert found.data.license_name is None
     assert "**Not for commercial use:**" in found.text
     assert "Commercial use is not allowed." in notice
@@ -84,7 +86,7 @@ def test_a_fine_tune_that_is_not_for_commerce_says_so(made):
 
 def test_a_source_without_a_licence(made):
     found, notice = rendered(made, id="my-folder", revision=None, license=None)
-    assert found.data.license == "unknown"
+    assert found.data["license"] == "unknown"
     assert "The source names no licence. Ask its authors before you use it." in found.text
     assert found.data.base_model is None
     assert "base_model_relation" not in found.data.to_dict()
@@ -93,7 +95,7 @@ def test_a_source_without_a_licence(made):
 
 def test_the_demo_says_that_it_is_one(made):
     found, notice = rendered(made, id="demo", revision=None, license={"license": "mit"})
-    assert found.data.license == "mit"
+    assert found.data["license"] == "mit"
     assert "**The weights are made up**" in found.text
     assert "NVIDIA" not in notice
 
@@ -121,24 +123,24 @@ def test_it_says_all_that_the_report_and_the_manifest_prove(made):
     manifest, report = made
     text = rendered(made)[0].text
     assert "**It passes** the comparison" in text
-    for row in card.reports.figures(report):
-        assert f"| {row['name']} | {card.reports.short(row['bundle'])} | {row['sign']} " in text
+    for row in reports.figures(report):
+        assert f"| {row['name']} | {reports.short(row['bundle'])} | {row['sign']} " in text
     for name, record in {**manifest["files"], **manifest["source"]["files"]}.items():
         assert name in text
         assert record["sha256"] in text
     assert SOURCE["revision"] in text
     assert f"ppx-convert {manifest['toolkit']['version']}" in text
     assert ", ".join(manifest["voices"]) in text
-    recipe = re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1]
+    recipe = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0]
     assert tomllib.loads(recipe) == tomllib.loads(manifest["recipe"]["text"])
 
 
 def test_the_command_makes_the_same_bundle_again(made, program, pico, tmp_path):
     manifest, report = made
     text = card.files(manifest, report)["README.md"]
-    (tmp_path / "recipe.toml").write_text(re.search(r"```toml\n(.*?)```", text, re.DOTALL)[1])
+    (tmp_path / "recipe.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0])
     (tmp_path / manifest["source"]["id"]).symlink_to(pico)
-    command = re.search(r"```sh\n(ppx-convert .*)\n```", text)[1].split()
+    command = re.findall(r"```sh\n(ppx-convert .*)\n```", text)[0].split()
     program(*command, cwd=tmp_path)
     again = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert again["files"] == manifest["files"]
@@ -179,7 +181,9 @@ def test_sampled_calibration_is_sampled_again(made):
 def test_the_bits_of_mixed_are_those_of_most_weights():
     """At 7B most tensors have 6 bit, most weights 5."""
     plan = make_plan(inventory_of_7b(SOURCE["id"]), loader.load("mixed"))
-    tensors, weights, entries = collections.Counter(), collections.Counter(), []
+    tensors: collections.Counter[int] = collections.Counter()
+    weights: collections.Counter[int] = collections.Counter()
+    entries = []
     for output in plan.outputs:
         if output.form:
             tensors[output.form.bits] += 1
@@ -200,8 +204,8 @@ def test_the_example_loads_all_shards(pico, tmp_path, monkeypatch):
     assert CliRunner().invoke(convert_program.app, arguments).exit_code == 0
     text = (tmp_path / "out" / "README.md").read_text()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _: str(tmp_path / "out"))
-    found = {}
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], found)
+    found: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], found)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert len({entry["file"] for entry in manifest["tensors"] if "outputs" in entry}) > 1
     assert found["weights"].keys() == {name for entry in manifest["tensors"] for name in entry.get("outputs", ())}
@@ -244,7 +248,7 @@ def test_strangers_strings_command_neither_yaml_nor_markdown(made):
     manifest["source"]["files"] = {evil: next(iter(manifest["source"]["files"].values()))}
     report["material"]["kind"] = evil
     found = ModelCard(card.files(manifest, report, "me/mine", [evil])["README.md"])
-    assert found.data.license == "a: [b"
+    assert found.data["license"] == "a: [b"
     outside = re.sub(r"```.*?```", "", found.text, flags=re.DOTALL)
     assert "<script>" not in outside
     assert "\nlicense: mit" not in outside

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 from ppx.convert import conversion, demo
 from ppx.convert.problems import UserError
-from ppx.convert.source import locate
+from ppx.convert.source import fingerprint, locate
 from ppx.recipes import loader
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,11 +23,17 @@ from safetensors.torch import load_file, save_file
 FORMS = {"4bit": (4, 64), "8bit": (8, 64), "moshi-q4": (4, 32), "moshi-q8": (8, 64)}
 
 
-def manifest_of(folder):
+def manifest_of(folder: Path) -> Any:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def headers(folder):
+def arrays_of(path: Path) -> dict[str, mx.array]:
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def headers(folder: Path) -> dict[tuple[str, str], tuple[str, list[int]]]:
     found = {}
     for path in sorted(folder.rglob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -55,7 +62,7 @@ def test_every_shipped_recipe(recipe, bundle):
 def test_every_source_tensor_is_accounted_for(recipe, bundle, pico):
     folder = bundle("--recipe", recipe)
     manifest, held = manifest_of(folder), headers(folder)
-    claimed = {}
+    claimed: dict[str, set[tuple[int, int]]] = {}
     for entry in manifest["tensors"]:
         claimed.setdefault(entry["source"], set()).add(tuple(entry["rows"]))
         assert all((entry["file"], name) in held for name in entry["outputs"])
@@ -72,8 +79,8 @@ def test_every_source_tensor_is_accounted_for(recipe, bundle, pico):
 def test_rtn_bundles_hold_what_mlx_makes_of_the_source(recipe, dtype, bundle, pico):
     """Every word, scale and bias, the stacked depformer tensors included, against mx.quantize of the source."""
     folder = bundle("--recipe", recipe, "--method", "rtn")
-    source = mx.load(str(pico / "model.safetensors"))
-    files = {name: mx.load(str(folder / name)) for name in {e["file"] for e in manifest_of(folder)["tensors"]}}
+    source = arrays_of(pico / "model.safetensors")
+    files = {name: arrays_of(folder / name) for name in {e["file"] for e in manifest_of(folder)["tensors"]}}
     bits, size = FORMS[recipe]
     quantized = 0
     with mx.stream(mx.cpu):
@@ -94,16 +101,16 @@ def test_rtn_bundles_hold_what_mlx_makes_of_the_source(recipe, dtype, bundle, pi
 
 def test_the_manifests_errors_are_those_that_mlx_sees(bundle, pico):
     folder = bundle("--recipe", "4bit")
-    source = mx.load(str(pico / "model.safetensors"))
+    source = arrays_of(pico / "model.safetensors")
     seen = 0
     with mx.stream(mx.cpu):
         for entry in manifest_of(folder)["tensors"]:
             if "bits" not in entry:
                 continue
-            held = mx.load(str(folder / entry["file"]))
-            arrays = [held[name] for name in entry["outputs"]]
-            arrays[1:] = [side.astype(mx.float32) for side in arrays[1:]]
-            restored = mx.dequantize(*arrays, group_size=64, bits=4)
+            held = arrays_of(folder / entry["file"])
+            words, scales, biases = (held[name] for name in entry["outputs"])
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+            restored = mx.dequantize(words, scales, biases, group_size=64, bits=4)
             original = source[entry["source"]].astype(mx.float32)
             steps = entry.get("relative_rmse_by_step", [entry["relative_rmse"]])
             assert len(steps) in (1, 16)
@@ -127,7 +134,9 @@ def test_voices_keep_their_values(recipe, dtype, cache, bundle, pico):
     folder = bundle("--recipe", recipe)
     with tarfile.open(pico / "voices.tgz") as packed:
         for member in (m for m in packed if m.isfile()):
-            held = torch.load(io.BytesIO(packed.extractfile(member).read()), weights_only=True)
+            file = packed.extractfile(member)
+            assert file is not None
+            held = torch.load(io.BytesIO(file.read()), weights_only=True)
             name = member.name.removeprefix("voices/").removesuffix(".pt")
             mine = load_file(folder / "voices" / f"{name}.safetensors")
             assert mine["embeddings"].dtype == getattr(torch, dtype)
@@ -290,9 +299,8 @@ def test_files_of_the_users_in_a_bundle_are_never_removed(pico, program, tmp_pat
 def converted(pico, output, between):
     """Convert with the library, and do something between the scan of the source and the first file."""
     source, plan = conversion.prepare(locate(str(pico)), loader.load("4bit"))
-    scan = conversion.fingerprint
     with source, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "fingerprint", lambda *a: (scan(*a), between())[0])
+        patch.setattr(conversion, "fingerprint", lambda *a: (fingerprint(*a), between())[0])
         return conversion.convert(source, plan, output, quiet=True)
 
 

@@ -1,6 +1,7 @@
 """Figures against their definitions, worked out in another way."""
 
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -75,7 +76,7 @@ def test_long_inputs_in_pieces():
 
 
 def test_the_mean_of_streams():
-    streams = [{"positions": 0, "kl": None, "top1": None, "loss": None}]
+    streams: list[dict[str, Any]] = [{"positions": 0, "kl": None, "top1": None, "loss": None}]
     assert mean_of(streams)["kl"] is None
     for means in ([0.1, 0.3], [0.4, 0.4]):
         streams.append(

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from hub_server import Repository, running, sha256
+from hub_server import Repository, Server, running, sha256
 from ppx.convert.source import FILES
 
 REPOSITORY = "someone/personaplex-tune"
@@ -41,9 +41,9 @@ def convert(environment, program, tmp_path):
     return run
 
 
-def fetched(hub):
+def fetched(hub: Server) -> dict[str, int]:
     """Bytes of each file that the server sent."""
-    total = {}
+    total: dict[str, int] = {}
     for method, path, count, _ in hub.log:
         if method == "GET" and "/resolve/" in path:
             name = path.rsplit("/", 1)[1]
@@ -51,7 +51,7 @@ def fetched(hub):
     return total
 
 
-def sizes(hub):
+def sizes(hub: Server) -> dict[str, int]:
     files = hub.repositories[REPOSITORY].at("main")
     return {name: len(files[name]) for name in (*FILES, "README.md")}
 
@@ -112,6 +112,7 @@ def test_a_process_killed_in_the_middle_loses_nothing_that_was_written(convert, 
     running_one = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | environment, stdout=subprocess.PIPE, text=True
     )
+    assert running_one.stdout is not None
     seen = int(running_one.stdout.readline())
     running_one.send_signal(signal.SIGKILL)
     running_one.wait()

@@ -9,7 +9,9 @@ import importlib
 import inspect
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("convert", "verify", "recipes") for path in (ROOT / folder).glob("*.py"))
@@ -23,13 +25,13 @@ PARAMETERS = {
 }
 
 
-def used():
+def used() -> dict[tuple[str, str], list[str]]:
     """Return module and name of all that is imported from the client, or called on its HfApi, with the users."""
-    found = {}
+    found: dict[tuple[str, str], list[str]] = {}
     for path in FILES:
         text, user = path.read_text(), f"{path.parent.name}/{path.name}"
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "huggingface_hub":
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "huggingface_hub":
                 for alias in node.names:
                     found.setdefault((node.module, alias.name), []).append(user)
         for method in sorted(set(re.findall(r"\bapi\.(\w+)\(", text))):
@@ -37,13 +39,13 @@ def used():
     return found
 
 
-def problem(name, users):
+def problem(name: tuple[str, str], users: Sequence[str]) -> str | None:
     """Return what is wrong with a name, None if nothing is."""
     module, path = name
     told = f"{module}.{path}, which {', '.join(users)} needs"
     if any(part.startswith("_") for part in (*module.split("."), *path.split("."))):
         return f"{told}: is private"
-    held = importlib.import_module(module)
+    held: Any = importlib.import_module(module)
     for part in path.split("."):
         held = getattr(held, part, None)
     if held is None:
@@ -61,7 +63,8 @@ def test_what_is_used_of_the_client_is_public_and_there():
 def test_a_name_that_moved_is_told_with_its_user():
     told = problem(("huggingface_hub.utils", "gone"), ["convert/hub.py"])
     assert told == "huggingface_hub.utils.gone, which convert/hub.py needs: is not there"
-    assert problem(("huggingface_hub.utils._http", "get_session"), ["x"]).endswith("is private")
+    told = problem(("huggingface_hub.utils._http", "get_session"), ["x"])
+    assert told == "huggingface_hub.utils._http.get_session, which x needs: is private"
 
 
 def test_the_version_has_a_lower_and_an_upper_bound():

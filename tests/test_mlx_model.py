@@ -16,6 +16,7 @@ from ppx.verify.bundle import Bundle, layout_of
 from ppx.verify.kernels import self_test
 from ppx.verify.limits import KERNEL_BOUNDS
 from ppx.verify.mlx_model import model_of
+from ppx.verify.model import Memory, Tokens
 from ppx.verify.places import places
 from ppx.verify.reference import TorchModel, to_torch
 from safetensors.torch import load_file
@@ -41,7 +42,7 @@ def on_the_cpu():
     mx.set_default_device(before)
 
 
-def opened(folder):
+def opened(folder: Path) -> closing[Bundle]:
     return closing(Bundle(folder, *layout_of(folder)))
 
 
@@ -72,10 +73,10 @@ def test_packed_weights_compute_what_their_values_compute(target, bundle, pico):
         assert any(output.form for output in held.layout.every())
         a = held.architecture
 
-        def weights(name, step):
+        def weights(name: str, step: int | None) -> torch.Tensor:
             return to_torch(np.array(held.matrix(name, step).float32()))
 
-        def rows(name, ids):
+        def rows(name: str, ids: Tokens) -> torch.Tensor:
             return weights(name, None)[torch.from_numpy(ids).long()]
 
         plain = TorchModel(a, weights, rows, torch.float32, a.context, a.steps)
@@ -89,7 +90,8 @@ def test_packed_weights_compute_what_their_values_compute(target, bundle, pico):
 def test_frames_in_one_pass_and_one_by_one(bundle, pico):
     tokens = load_file(pico / "golden" / "forward_float32.safetensors")["tokens"].numpy()
     with opened(bundle(*QUANTIZED["speech-swift"])) as held:
-        model, memory = model_of(held), {}
+        model = model_of(held)
+        memory: Memory = {}
         whole = model.embed(tokens)
         pieces = [whole[:, first : first + 1] for first in range(whole.shape[1])]
         for place in places(held.architecture, "temporal"):

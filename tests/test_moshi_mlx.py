@@ -4,6 +4,7 @@ import json
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from moshi_mlx import models as moshi_models
 from moshi_mlx.utils import Sampler
@@ -93,7 +94,8 @@ def test_the_bf16_bundle_in_float32_gives_the_golden_logits(bundle, golden):
     model = load(bundle("--recipe", "bf16"))
     model.set_dtype(mx.float32)
     for ours, reference in zip(logits(model, golden["tokens"]), (golden["text"], golden["audio"]), strict=True):
-        assert mx.abs(ours - reference).max().item() <= 1e-4 * mx.abs(reference).max().item()
+        expected = np.array(reference)
+        np.testing.assert_allclose(np.array(ours), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("recipe", QUANTIZED)
@@ -103,8 +105,9 @@ def test_the_runtimes_own_step_gives_tokens(recipe, bundle):
     silence = [mx.array([[0]])] * model.cfg.audio_codebooks
     text, audio = model.sample(start, silence, Sampler(), Sampler())
     assert 0 <= text.item() < 400
-    assert audio.size == 16
-    assert 0 <= audio.min().item() <= audio.max().item() < 128
+    tokens = np.array(audio)
+    assert tokens.size == 16
+    assert 0 <= tokens.min() <= tokens.max() < 128
 
 
 @pytest.mark.parametrize("recipe", ["moshi-q4", "bf16"])

@@ -73,7 +73,7 @@ def test_every_program_of_the_readme_is_installed_and_the_other_way_round():
 
 
 def test_the_readmes_first_block_names_targets_of_the_makefile():
-    block = re.search(r"```sh\n(.*?)```", README, re.DOTALL)[1]
+    block = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)[0]
     commands = re.findall(r"^make (\w+)", block, re.MULTILINE)
     assert commands == ["demo", "test"]
     makefile = (ROOT / "Makefile").read_text()
@@ -167,7 +167,7 @@ def test_help_has_examples_and_no_option_without_a_word(name, program, tmp_path)
 
 
 def test_the_example_of_the_recipes_page_is_a_recipe():
-    text = re.search(r"```toml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)[1]
+    text = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)[0]
     plan = make_plan(inventory_of_7b("x/y"), loader.parse(text, "example", "example"))
     methods = {(output.form.bits, output.form.method) for output in plan.outputs if output.form}
     assert methods == {(6, "lsq"), (4, "rtn")}

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hub_server import LARGE, Repository, git_hash, running, sha256
+from hub_server import LARGE, Repository, Server, git_hash, running, sha256
 from ppx.convert.problems import UserError
 from ppx.verify.publishing import check_name
 
@@ -58,22 +58,22 @@ def publish(run):
     return lambda *options, **more: run("ppx-publish", "bundle", NAME, *options, **more)
 
 
-def expected(bundle):
+def expected(bundle: Path) -> dict[str, bytes]:
     """Contents of the files that go up, by name."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     names = [*manifest["files"], "manifest.json", *REPORT, "README.md", "NOTICE"]
     return {name: (bundle / name).read_bytes() for name in names}
 
 
-def held(hub, revision="main", name=NAME):
+def held(hub: Server, revision: str = "main", name: str = NAME) -> dict[str, bytes]:
     files = dict(hub.repositories[name].at(revision))
     files.pop(".gitattributes", None)
     return files
 
 
-def puts(hub):
+def puts(hub: Server) -> dict[str, int]:
     """Bytes of each large file that the server received, by sha256."""
-    total = {}
+    total: dict[str, int] = {}
     for method, path, count, _ in hub.log:
         if method == "PUT":
             key = path.rsplit("/", 1)[1]
@@ -81,7 +81,7 @@ def puts(hub):
     return total
 
 
-def commits(hub, name=NAME):
+def commits(hub: Server, name: str = NAME) -> int:
     return len(hub.repositories[name].commits)
 
 

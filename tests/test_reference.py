@@ -5,6 +5,7 @@ import pytest
 import torch
 from golden import assert_near, assert_same_session, recorded, session
 from ppx.convert.source import locate, open_source
+from ppx.verify.model import Memory
 from ppx.verify.places import places
 from ppx.verify.reference import reference_of
 from safetensors.torch import load_file
@@ -47,7 +48,8 @@ def test_frames_in_one_pass_and_one_by_one(source, pico):
         load_file(pico / "golden" / "forward_float32.safetensors")["tokens"],
     )
     x = model.embed(tokens.numpy())
-    whole, memory, pieces = x, {}, []
+    memory: Memory = {}
+    whole, pieces = x, []
     for place in places(source.architecture, "temporal"):
         _, whole = model.block(place, whole)
     for first, last in ((0, 5), (5, 6), (6, 20), (20, x.shape[1])):

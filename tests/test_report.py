@@ -1,6 +1,7 @@
 """How a report is written into a bundle."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_full_disk_leaves_the_earlier_report(contents, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(reports.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             reports.write({"number": 2}, tmp_path)
     assert contents(tmp_path) == [1, 1, 1]

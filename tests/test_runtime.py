@@ -80,15 +80,16 @@ def test_a_quantized_session_is_that_of_the_model_that_is_verified(bundle, opene
     model, voices = opened(*QUANTIZED[kind])
     a = model.architecture
     prompt = system_prompt(a, golden["text_prompt"].tolist())
-    users = [Frame(user=tokens) for tokens in golden["user_tokens"][:10].tolist()]
+    heard = golden["user_tokens"][:10].tolist()
+    users = [Frame(user=tokens) for tokens in heard]
     folder = bundle(*QUANTIZED[kind])
     with closing(Bundle(folder, *layout_of(folder))) as held:
         slow = replace(model_of(held), context=model.reach)
         expected = list(greedy(slow, a, voices["NATF2"], [*prompt, *users]))[len(prompt) :]
     session = Conversation(model, voices["NATF2"], prompt, GREEDY)
     assert len(model.steps) == 8
-    for user, step in zip(users, expected, strict=True):
-        text, agent = session.hear(user.user)
+    for user, step in zip(heard, expected, strict=True):
+        text, agent = session.hear(user)
         assert agent.tolist() == step.tokens[1:9].tolist()
         np.testing.assert_allclose(np.array(session.text_logits), step.text_logits, atol=2e-4)
         np.testing.assert_allclose(np.array(session.audio_logits), step.audio_logits[:8], atol=2e-4)
@@ -99,11 +100,11 @@ def test_frames_together_are_the_same_as_one_by_one(opened, golden, monkeypatch)
     monkeypatch.setattr(runtime, "_CHUNK", 7)
     model, voices = opened(*QUANTIZED["speech-swift"])
     voice = voices["NATF2"]
-    columns, read = Columns(model.architecture, voice), []
+    columns, steps = Columns(model.architecture, voice), []
     for frame in system_prompt(model.architecture, golden["text_prompt"].tolist()):
-        read.append(columns.give(frame)[0].copy())
+        steps.append(columns.give(frame)[0].copy())
         columns.advance()
-    read = np.stack(read, 1)
+    read = np.stack(steps, 1)
     vectors = voice.embeddings.reshape(len(voice.embeddings), -1).astype(np.float32)
     together, alone = model.prefill(read, vectors), model.prefill(read[:, :0], vectors)
     step = model.temporal()

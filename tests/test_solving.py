@@ -164,7 +164,8 @@ def test_refining_brings_predictions_nearer_and_resumes(opened, few, tmp_path, s
     solutions = [solution_at(folder, "mark") for folder in folders]
     for solution in solutions:
         solving.solve_model(source, plan.outputs, material, solution, quiet=True)
-    losses, broken = {}, {}
+    losses: dict[int, float] = {}
+    broken: dict[int, float] = {}
 
     def cut_off(step, loss):
         broken[step] = loss
@@ -180,7 +181,7 @@ def test_refining_brings_predictions_nearer_and_resumes(opened, few, tmp_path, s
     with pytest.raises(KeyboardInterrupt):
         refining.refine(source, plan.outputs, material, solutions[1], schedule, quiet=True)
     assert list(broken) == [0, 1, 2, 3, 4]
-    rest = {}
+    rest: dict[int, float] = {}
     refining.refine(source, plan.outputs, material, solutions[1], Schedule(8, on_step=rest.__setitem__), quiet=True)
     assert list(rest) == [5, 6, 7]
     for part in forms_of(plan.outputs):
@@ -244,7 +245,7 @@ def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path, solution_at):
     source, plan = opened
     material = read_tokens(few, source.architecture, 4, 40)
     solution = solution_at(tmp_path / "solution", "mark")
-    blocks = []
+    blocks: list[str] = []
 
     def cut_off(place):
         if len(blocks) == 3:
@@ -273,9 +274,10 @@ def test_computing_blocks_again_changes_no_gradient(opened):
 
         text, audio = replace(reference_of(source.checkpoint), weights=weights).logits(tokens, tokens, 8, again)
         (text.square().mean() + audio.square().mean()).backward()
+        assert leaf.grad is not None
         gradients.append(leaf.grad)
     assert gradients[0].abs().max() > 0
-    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-9)
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-9)
 
 
 def test_options_for_another_method_are_refused(program, pico, few, tmp_path):

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from ppx.convert.mimi import FRAME, RATE
 from ppx.convert.problems import UserError
 from ppx.recipes import parity, speak_program, verify_program
 from ppx.recipes.bench_program import text as bench_text
-from ppx.verify import live, recognizer, round_trip
+from ppx.verify import live, recognizer, round_trip, waves
 from ppx.verify import report as reports
 from ppx.verify.bundle import open_bundle
 from ppx.verify.material import PROMPT, prompt_tokens
@@ -75,10 +76,12 @@ def test_bundles_of_all_targets_answer(program, demos, codec, tmp_path, target, 
 
 def test_a_voice_a_prompt_a_seed_and_temperatures_change_the_answer(demos, codec):
     question = np.random.default_rng(2).standard_normal((4, FRAME)).astype(np.float32) * 0.1
-    scenes = [{}, {"voice": "NATM1"}, {"prompt": "Be long."}, {"seed": 5}, {"sampling": GREEDY}]
+    usual = Scene(codec=codec, prompt="Be brief.")
+    others = (replace(usual, voice="NATM1"), replace(usual, prompt="Be long."), replace(usual, seed=5))
+    scenes = (usual, *others, replace(usual, sampling=GREEDY))
     answers = set()
-    for chosen in scenes:
-        speaker = open_speaker(demos / "mlx", Scene(**{"codec": codec, "prompt": "Be brief."} | chosen))
+    for scene in scenes:
+        speaker = open_speaker(demos / "mlx", scene)
         answers.add(tuple(token for said in speaker.answer(question) for token in said.agent.tolist()))
     assert len(answers) == len(scenes)
 
@@ -260,7 +263,7 @@ def meant(transcribe, samples, text, tokens=None):
 
 @pytest.fixture(scope="module")
 def speech():
-    with round_trip.waves.reading(SPEECH) as (count, frames):
+    with waves.reading(SPEECH) as (count, frames):
         return np.concatenate(list(frames))[:count]
 
 
@@ -295,9 +298,9 @@ def test_what_is_wrong_with_an_answer_is_said(speech, monkeypatch):
     loud = np.ones(75, bool)
     assert round_trip.repeated_sound(np.tile(once, (3, 1)), loud) == 6
     assert round_trip.repeated_sound(np.tile(once, (2, 1)), loud[:50]) == 0  # twice is no loop
-    assert round_trip.repeated_sound(np.zeros((50, 8), int), loud[:50]) == 4
-    assert round_trip.repeated_sound(np.zeros((75, 8), int), ~loud) == 0  # silence may go on
-    assert round_trip.repeated_sound(np.random.default_rng(0).integers(0, 9, (75, 8)), loud) == 0
+    assert round_trip.repeated_sound(np.zeros((50, 8), np.int32), loud[:50]) == 4
+    assert round_trip.repeated_sound(np.zeros((75, 8), np.int32), ~loud) == 0  # silence may go on
+    assert round_trip.repeated_sound(np.random.default_rng(0).integers(0, 9, (75, 8)).astype(np.int32), loud) == 0
     long = np.concatenate([speech, speech])[: 75 * FRAME]
     monkeypatch.setattr(round_trip, "loudness", lambda _: np.ones(75))
     assert "the same sound for 6.0 s" in meant(lambda _: SAID, long, SAID, np.tile(once, (3, 1)))[1][0]

@@ -8,10 +8,12 @@ import pytest
 import torch
 from golden import streaming
 from ppx.convert.problems import UserError
-from ppx.convert.source import locate, open_source
+from ppx.convert.source import Source, locate, open_source
+from ppx.verify import device as devices
 from ppx.verify import speaking
 from ppx.verify.material import PROMPT, SPOKEN, from_tokens, read_tokens
-from ppx.verify.reference import kept_by, reference_of, rows_of
+from ppx.verify.model import Floats, Tokens
+from ppx.verify.reference import TorchModel, kept_by, reference_of, rows_of
 from ppx.verify.session import Frame, greedy, likeliest, sessions, system_prompt
 from safetensors.numpy import load_file
 
@@ -22,7 +24,7 @@ def source(pico):
         yield opened
 
 
-def held_model(source):
+def held_model(source: Source) -> TorchModel:
     model = streaming(reference_of(source.checkpoint))
     held = kept_by({}, model.weights, "cpu")
     return replace(model, weights=held, rows=rows_of(held))
@@ -47,7 +49,7 @@ def test_sessions_side_by_side_are_those_one_by_one(source):
                 assert np.allclose(both[index].audio_logits, alone.audio_logits, atol=1e-4)
 
 
-def loss(source, tokens):
+def loss(source: Source, tokens: Tokens) -> Floats:
     """Negative log-likelihood of all streams of sessions, as the model reads them."""
     a = source.architecture
     material = from_tokens(tokens, a, {})
@@ -85,7 +87,7 @@ def test_what_begins_with_nothing_is_as_likely_as_what_was_recorded(source, pico
 
 def test_a_model_that_does_not_fit_is_read_as_it_goes(source, monkeypatch):
     """In bfloat16, from the disk for every frame, few sessions at a time."""
-    monkeypatch.setattr(speaking.devices, "memory", lambda: 1 << 20)
+    monkeypatch.setattr(devices, "memory", lambda: 1 << 20)
     model = speaking._model(source)
     assert model.dtype is torch.bfloat16
     tokens = speaking.speak(source, 6, 3, quiet=True)

@@ -260,12 +260,13 @@ class TestWhatCannotBeCompared:
         folder = mine(*SWIFT)
         program("ppx-verify", folder, "--reference", pico, *QUICK, cwd=tmp_path)
         report = left(folder)
-        for damage in (
+        damages: tuple[dict[str, object], ...] = (
             {"command": "\x1b[2J"},
             {"limits": {"other": 1}},
             {"weights": [{}]},
             {"predictions": {"text": 1}},
-        ):
+        )
+        for damage in damages:
             (tmp_path / "bad.json").write_text(json.dumps(report | damage))
             done = program("ppx-verify", folder, "bad.json", cwd=tmp_path, status=2)
             assert "not a report" in done.stderr

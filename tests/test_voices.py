@@ -56,7 +56,9 @@ def test_all_presets_of_pico_are_read_exactly(pico, architecture):
     assert others == []
     with tarfile.open(pico / "voices.tgz") as packed:
         for mine in voices:
-            held = torch.load(io.BytesIO(packed.extractfile(f"voices/{mine.name}.pt").read()), weights_only=True)
+            file = packed.extractfile(f"voices/{mine.name}.pt")
+            assert file is not None
+            held = torch.load(io.BytesIO(file.read()), weights_only=True)
             np.testing.assert_array_equal(
                 mine.embeddings.view(np.uint16), held["embeddings"].view(torch.uint16).numpy()
             )
