@@ -24,13 +24,15 @@ _DTYPES = {"weight": "U32", "scales": "F32", "biases": "F32"}
 class Solution:
     """A folder of solved matrices, for one conversion only; a context manager.
 
-    mark: what stands for all that decides them; a folder of another mark is begun anew.
+    mark: what stands for all that decides them; a folder of another mark is begun anew. adjusted: what had to be done
+    otherwise for a matrix than was asked for, as the manifest says it.
     """
 
     def __init__(self, folder: Path, mark: str) -> None:
         """Open or begin a solution."""
         self.folder, self.mark = folder, mark
         self.files: dict[Part, str] = {}
+        self.adjusted: dict[Part, dict[str, Any]] = {}
         self._open: dict[str, TensorFile] = {}
         self._lock = Lock()
         if not self._resume():
@@ -47,18 +49,22 @@ class Solution:
             files = {(str(name), int(part)): str(file) for name, part, file in held["parts"]}
             if not all((self.folder / file).is_file() for file in set(files.values())):
                 return False
-            self.files = files
+            adjusted = {(str(name), int(part)): dict(what) for name, part, what in held.get("adjusted", [])}
+            self.files, self.adjusted = files, adjusted
             return True
         except (OSError, ValueError, LookupError, TypeError):
             return False
 
     def _note(self, more: list[tuple[str, int, str]]) -> None:
         parts = [(name, part, file) for (name, part), file in self.files.items()] + more
-        write_durably(self.folder / _INDEX, json.dumps({"mark": self.mark, "parts": parts}))
+        adjusted = [(name, part, what) for (name, part), what in self.adjusted.items()]
+        write_durably(self.folder / _INDEX, json.dumps({"mark": self.mark, "parts": parts, "adjusted": adjusted}))
         self.files |= {(name, part): file for name, part, file in more}
 
-    def add(self, block: str, solved: Mapping[Part, Quantized]) -> None:
-        """Write the matrices of one block, all or none."""
+    def add(
+        self, block: str, solved: Mapping[Part, Quantized], adjusted: Mapping[Part, dict[str, Any]] | None = None
+    ) -> None:
+        """Write the matrices of one block, all or none, and what was adjusted for them."""
         file, arrays = f"{block}.safetensors", list(_arrays(solved))
         temporary = self.folder / f"{file}.partial"
         specs = [Spec(key, _DTYPES[key.rpartition(".")[2]], array.shape) for key, array in arrays]
@@ -70,6 +76,7 @@ class Solution:
         finally:
             writer.close()
         temporary.replace(self.folder / file)
+        self.adjusted |= adjusted or {}
         self._note([(name, part, file) for name, part in solved])
 
     def rows(self, part: Part) -> int:
@@ -99,6 +106,13 @@ class Solution:
         lost = wide - dequantize(made, output.form)
         error, norm = (float(np.square(values, dtype=np.float64).sum()) for values in (lost, wide))
         return Quantized(made.weight, made.scales, made.biases, error, norm, 0, 0)
+
+    def adjustments(self, output: Output) -> list[dict[str, Any]]:
+        """Return what was adjusted for an output, by its depformer steps (None where none are stacked)."""
+        first = output.rows[0] // _height(output)
+        found = [(part, self.adjusted.get((output.role.name, first + part))) for part in range(output.parts)]
+        stacked = output.role.stacked > 1
+        return [{"step": first + part if stacked else None, **what} for part, what in found if what]
 
     def close(self) -> None:
         """Close its files."""

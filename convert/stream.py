@@ -134,7 +134,10 @@ def write_tensors(
                 for spec, side in zip(output.specs()[1:], zip(*loss.sides, strict=True), strict=True):
                     bar.update(writer.append(spec.name, np.concatenate(side)))
                 checksums = [f"{writer.checksums[spec.name]:08x}" for spec in output.specs()]
-                entries.append(loss.record(output) | {"crc32": checksums})
+                adjusted = solution.adjustments(output) if solution and output.form else []
+                entries.append(
+                    loss.record(output) | ({"adjusted": adjusted} if adjusted else {}) | {"crc32": checksums}
+                )
                 loss = _no_loss(file.outputs[min(len(entries), len(file.outputs) - 1)])
         return writer.finish(), entries
     finally:

@@ -6,7 +6,7 @@ really get (those of the quantized layers before it), give what the original gav
 """
 
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from .affine import Affine, Quantized, pack, quantize
 
 DAMPING = 0.01  # of the mean second moment, added to each
+STEPS = (0.1, 1.0, 10.0)  # more damping, tried in turn where a factorization fails
+FALLBACK = "lsq"  # the method by the weights alone, where none of it helps
 _ROWS = 1024  # of a group that one thread makes a grid for at a time
 
 
@@ -29,18 +31,52 @@ class Moments:
     cross: Tensor
 
 
-def solve(weight: Tensor, moments: Moments, form: Affine, storage: np.dtype[np.generic]) -> Quantized:
+@dataclass(frozen=True)
+class Outcome:
+    """A quantized matrix, and how it came about.
+
+    damping: of the mean second moment, None where the matrix was quantized by its weights alone (``FALLBACK``). reason:
+    why it is not ``DAMPING``, else empty.
+    """
+
+    made: Quantized
+    damping: float | None = DAMPING
+    reason: str = ""
+
+
+def solve_robustly(weight: Tensor, moments: Moments, form: Affine, storage: np.dtype[np.generic]) -> Outcome:
+    """Quantize as ``solve`` does; with more damping where that fails, by the weights alone where nothing helps.
+
+    Raises ValueError for weights that cannot be quantized at all.
+    """
+    reason = ""
+    for damping in (DAMPING, *STEPS):
+        try:
+            return Outcome(solve(weight, moments, form, storage, damping), damping, reason)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            reason = "the second moments are not positive definite"
+        except ValueError as error:
+            reason = str(error)
+            break
+    array = np.ascontiguousarray(weight.float().cpu().numpy())
+    return Outcome(quantize(array, replace(form, method=FALLBACK), storage), None, reason)
+
+
+def solve(
+    weight: Tensor, moments: Moments, form: Affine, storage: np.dtype[np.generic], share: float = DAMPING
+) -> Quantized:
     """Quantize a matrix ``[rows, columns]`` so that ``Ŵ x̂`` comes as near to ``W x`` as it can.
 
-    The device is that of the moments. Errors and norms in the result are those of the weights. Raises ValueError for
-    moments that are not finite.
+    share: of the mean second moment, added to each. The device is that of the moments. Errors and norms in the result
+    are those of the weights. Raises ValueError for moments that are not finite or so large that the result is not, and
+    LinAlgError where they are not positive definite.
     """
     second = moments.second
     if not bool(torch.isfinite(second).all()) or not bool(torch.isfinite(moments.cross).all()):
         raise ValueError("moments are not finite")
     wide = weight.to(second.device, second.dtype)
     mean = second.diagonal().mean()
-    damping = DAMPING * (mean if mean > 0 else torch.ones_like(mean))
+    damping = share * (mean if mean > 0 else torch.ones_like(mean))
     factor = _factor(second, damping)
     goal = torch.cholesky_solve((wide @ moments.cross + damping * wide).T, factor).contiguous()
     inverse = torch.cholesky_inverse(factor)

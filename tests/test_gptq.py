@@ -8,7 +8,7 @@ import pytest
 import torch
 from ppx.quant import gptq
 from ppx.quant.affine import Affine, dequantize, pack, quantize, unpack
-from ppx.quant.gptq import Moments, solve
+from ppx.quant.gptq import Moments, solve, solve_robustly
 
 STORAGE = np.dtype(np.float32)
 
@@ -118,6 +118,43 @@ def test_an_input_that_never_comes_and_a_weight_that_is_zero():
     assert made.relative_rmse == 0
     with pytest.raises(ValueError, match="not finite"):
         solve(weight, Moments(torch.full((64, 64), torch.nan), nothing), form, STORAGE)
+
+
+def test_damping_is_raised_until_the_moments_can_be_factored():
+    form = Affine(4, 32, "gptq")
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    second = torch.eye(64, dtype=torch.float64)
+    second[5, 5] = -0.5  # as sums in few bits may leave it
+    with pytest.raises(torch.linalg.LinAlgError):
+        solve(weight, Moments(second, second), form, STORAGE)
+    found = solve_robustly(weight, Moments(second, second), form, STORAGE)
+    assert found.damping == 1.0
+    assert found.reason == "the second moments are not positive definite"
+    assert (found.made.weight == solve(weight, Moments(second, second), form, STORAGE, 1.0).weight).all()
+    sound = solve_robustly(weight, Moments(second.abs(), second.abs()), form, STORAGE)
+    assert (sound.damping, sound.reason) == (gptq.DAMPING, "")
+
+
+@pytest.mark.parametrize(
+    ("second", "cross", "reason"),
+    [
+        (-100 * torch.eye(64), torch.eye(64), "not positive definite"),
+        (torch.full((64, 64), torch.nan), torch.eye(64), "not finite"),
+        (torch.eye(64), torch.full((64, 64), torch.inf), "not finite"),
+        (torch.eye(64), 1e38 * torch.ones(64, 64), "NaN, infinite"),
+    ],
+    ids=["negative", "nan", "infinite", "overflow"],
+)
+def test_what_cannot_be_solved_is_quantized_by_its_weights(second, cross, reason):
+    form = Affine(4, 32, "gptq")
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    found = solve_robustly(weight, Moments(second, cross), form, STORAGE)
+    assert found.damping is None
+    assert reason in found.reason
+    plain = quantize(weight.numpy(), Affine(4, 32, "lsq"), STORAGE)
+    assert (found.made.weight == plain.weight).all()
+    assert (found.made.scales == plain.scales).all()
+    assert found.made.relative_rmse == plain.relative_rmse
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])

@@ -38,6 +38,8 @@ def tune_block(
             goal = first + original.added(place, first)
         with torch.enable_grad():
             loss = (second + moved.added(place, second) - goal).square().mean()
+            if not bool(torch.isfinite(loss)):  # a step by it would make all codes of the block meaningless
+                continue
             adam.zero_grad()
             torch.autograd.backward(loss)
         adam.step()

@@ -8,6 +8,7 @@ sequence comes twice.
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -106,22 +107,31 @@ def _tune(
     again = len(adam.param_groups) == 1  # what is tuned without codes is large
     done = _resume(state, adam, steps)
     progress.update(done)
-    kept = time.monotonic()
+    kept, left_out = time.monotonic(), 0
     for step in range(done, steps):
         set_rate(adam, step, steps, _WARM_UP)
         random = np.random.default_rng(step)  # so that a resumed run draws what it would have drawn
         chosen = random.choice(len(material.tokens), min(_BATCH, len(material.tokens)), replace=False)
-        loss = divergence(original, made, _drawn(original, material, chosen, random), again)
-        adam.zero_grad()
-        torch.autograd.backward(loss)
-        adam.step()
-        progress.set_postfix_str(f"KL {loss.item():.4f}", refresh=False)
+        batch = _drawn(original, material, chosen, random)
+        loss = math.nan
+        if batch:
+            found = divergence(original, made, batch, again)
+            loss = found.item()
+        if batch and math.isfinite(loss):
+            adam.zero_grad()
+            torch.autograd.backward(found)
+            adam.step()
+        else:  # a step by it would make all codes meaningless
+            left_out += 1
+        progress.set_postfix_str(f"KL {loss:.4f}", refresh=False)
         progress.update(1)
         if time.monotonic() - kept >= schedule.state_seconds:
             _keep(state, adam, step + 1, steps)
             kept = time.monotonic()
         if schedule.on_step:
-            schedule.on_step(step, loss.item())
+            schedule.on_step(step, loss)
+    if left_out:
+        progress.write(f"fine-tuning: {left_out} steps were left out: predictions are not finite", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -133,12 +143,17 @@ class Batch:
     counted: Tensor
 
 
-def _drawn(original: TorchModel, material: Material, chosen: Any, random: np.random.Generator) -> Batch:
-    """Return sequences in which text and agent say, in some frames, what the original might have said there."""
+def _drawn(original: TorchModel, material: Material, chosen: Any, random: np.random.Generator) -> Batch | None:
+    """Return sequences in which text and agent say, in some frames, what the original might have said there.
+
+    None where the original's predictions are not finite.
+    """
     tokens, targets, counted = (part[chosen] for part in (material.tokens, material.targets, material.counted))
     half = original.architecture.n_q // 2
     with torch.no_grad():
         text, audio = original.logits(tokens, targets, half)
+        if not bool(torch.isfinite(text).all() and torch.isfinite(audio).all()):
+            return None
         generator = torch.Generator(text.device).manual_seed(int(random.integers(1 << 62)))
         said = [_sample(text, generator)] + [_sample(audio[:, :, step], generator) for step in range(half)]
     new = targets.copy()

@@ -5,6 +5,7 @@ has to quantize is solved (``quant.gptq``) before the streams go on through it. 
 moments are held, and the two streams. What is solved is on the disk, and a killed run only goes through it again.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..convert.output import Output
+from ..convert.problems import UserError
 from ..convert.progress import bar
 from ..convert.solution import Part, Solution, forms_of
 from ..convert.source import Source
 from ..convert.tensorfile import DTYPES
 from ..quant.affine import SOLVED, Affine, Quantized, dequantize, quantize
-from ..quant.gptq import Moments, solve
+from ..quant.gptq import FALLBACK, Moments, Outcome, solve_robustly
 from . import device as devices
 from .block_tuning import tune_block
 from .material import Material, spread
@@ -46,6 +48,17 @@ class BlockTuning:
 
 class _SeenError(Exception):
     """All inputs that were asked for have been seen."""
+
+
+def _adjusted(outcome: Outcome) -> dict[str, Any]:
+    """Return what a manifest says of a matrix for which more was needed than GPTQ with its usual damping."""
+    how = {"method": FALLBACK} if outcome.damping is None else {"damping": outcome.damping}
+    return {**how, "reason": outcome.reason}
+
+
+def _told(outcome: Outcome) -> str:
+    how = f"by its weights alone ({FALLBACK})" if outcome.damping is None else f"with damping {outcome.damping:g}"
+    return f"{outcome.reason}: quantized {how}"
 
 
 @dataclass(frozen=True)
@@ -91,12 +104,21 @@ class Walk:
         """Quantize parts by their inputs' moments, and keep them."""
         self.forget()  # solving needs the room; reading a block again takes little of its time
         made: dict[Part, Quantized] = {}
+        adjusted: dict[Part, dict[str, Any]] = {}
         read = source_weights(self.source.checkpoint)
         for part, moments in found.items():
             form, dtype = self.forms[part]
-            made[part] = solve(read(*part), moments, form, DTYPES[dtype])
+            try:
+                outcome = solve_robustly(read(*part), moments, form, DTYPES[dtype])
+            except ValueError as error:
+                raise UserError(f"{part[0]}: {error}: give a recipe that keeps it float") from None
+            made[part] = outcome.made
+            if outcome.reason:
+                adjusted[part] = _adjusted(outcome)
+                step = f" step {part[1]}" if part[1] else ""
+                self.bar.write(f"{part[0]}{step}: {_told(outcome)}", file=sys.stderr)
             self.bar.update(1)
-        self.solution.add(block, made)
+        self.solution.add(block, made, adjusted)
 
 
 def solve_model(
@@ -109,7 +131,8 @@ def solve_model(
 ) -> None:
     """Solve everything that a plan's outputs want solved, and leave it in ``solution``; tune each block if asked to.
 
-    PyTorch computes on a GPU where there is one. Raises ValueError if the model gives values that are not finite.
+    PyTorch computes on a GPU where there is one. A matrix whose inputs are not finite, or which GPTQ with its usual
+    damping cannot quantize, is named on standard error and in ``solution.adjusted``.
     """
     device = devices.device()
     forms = forms_of(outputs)
@@ -139,7 +162,10 @@ def quantized_weights(source: Source, forms: dict[Part, tuple[Affine, str]], sol
             return weight
         form, dtype = forms[part]
         if form.method not in SOLVED:
-            made = quantize(np.ascontiguousarray(weight.float().numpy()), form, DTYPES[dtype])
+            try:
+                made = quantize(np.ascontiguousarray(weight.float().numpy()), form, DTYPES[dtype])
+            except ValueError as error:
+                raise UserError(f"{name}: {error}: give a recipe that keeps it float") from None
         elif part in solution.files:
             made = solution.read(part, 0, len(weight), DTYPES[dtype])
         else:
