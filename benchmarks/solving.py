@@ -13,7 +13,6 @@ import argparse
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -32,9 +31,10 @@ from ppx.verify import device, solving
 from ppx.verify.calibration import write
 from ppx.verify.material import read_tokens
 from ppx.verify.places import Place
+from processes import run
 
 WHOLE = Architecture()
-IMPORTS = "import torch, ppx.verify.calibration, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+IMPORTS = "import torch, ppx.verify.calibration"
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--refine", type=int, default=0, help="steps that each block is tuned for")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-solving"), help="made and removed")
     options = parser.parse_args()
-    idle = int(subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, check=True).stdout)
+    idle = run([sys.executable, "-c", IMPORTS]).memory
     options.folder.mkdir()
     try:
         solve(options, idle)
@@ -94,7 +94,8 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
     total = time.perf_counter() - start - walk_block["original"]
     rest = total - sum(seconds.values())
     whole = WHOLE.num_layers * seconds["temporal"] + WHOLE.depformer_num_layers * seconds["depformer"] + rest
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    memory = peak - idle
     frames = int(material.tokens.shape[0] * material.tokens.shape[2])
     print(f"{platform.system()} {platform.machine()}, {cores()} cores, {device.device()}, {frames} frames")
     print(f"all else (depformer_in, embeddings): {rest:.1f} s; the 7B model: {whole / 3600:.2f} h, extrapolated")
