@@ -1,12 +1,16 @@
 import json
 import os
 import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ppx.convert import demo
 from ppx.convert.source import CODEC
 from program_server import Programs
+from stopping import Moment
 
 LONGEST = (
     "test_speak.py",
@@ -31,12 +35,12 @@ PROGRAMS = {
 }
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--source", type=Path, help="a source folder with golden files, tested as pico is")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory):
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep the tests away from the user's caches, tokens and the network."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
@@ -47,13 +51,14 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def pico(request):
+def pico(request: pytest.FixtureRequest) -> Path:
     """The folder of the small trained model, or of another one with golden files that --source names."""
-    return request.config.getoption("--source") or DATA / "pico"
+    source: Path | None = request.config.getoption("--source")
+    return source or DATA / "pico"
 
 
 @pytest.fixture
-def pico_copy(pico, tmp_path):
+def pico_copy(pico: Path, tmp_path: Path) -> Path:
     """Pico in a folder that a test may damage."""
     target = tmp_path / "pico"
     shutil.copytree(pico, target, ignore=shutil.ignore_patterns("golden", "*_tokens.safetensors"))
@@ -61,12 +66,12 @@ def pico_copy(pico, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def layout():
+def layout() -> Callable[[str], Any]:
     return lambda name: json.loads((DATA / "layouts" / f"{name}.json").read_text())
 
 
 @pytest.fixture(scope="session")
-def codec(tmp_path_factory):
+def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of Mimi's names and shapes with random weights, 385 MB."""
     path = tmp_path_factory.mktemp("codec") / CODEC
     demo.codec(path, whole=True)
@@ -74,14 +79,21 @@ def codec(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def program(own_cache):
+def program(own_cache: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
     """Run one of the programs as a user does; returns the finished process.
 
     ppx-convert verifies only where a test says --verify: it takes seconds.
     """
     programs = Programs({"XDG_CACHE_HOME": str(own_cache)})
 
-    def run(name, *arguments, cwd, status=0, environment=None, stop=None):
+    def run(
+        name: str,
+        *arguments: object,
+        cwd: Path,
+        status: int = 0,
+        environment: dict[str, str] | None = None,
+        stop: tuple[Moment, int] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
         if name == "ppx-convert" and "--verify" not in arguments:
             arguments = (*arguments, "--no-verify")
         environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {})
@@ -95,11 +107,11 @@ def program(own_cache):
 
 
 @pytest.fixture(scope="session")
-def bundle(program, pico, tmp_path_factory):
+def bundle(program: Callable[..., object], pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return the folder of pico converted with some options; made once a session for each."""
-    made = {}
+    made: dict[tuple[str, ...], Path] = {}
 
-    def convert(*options):
+    def convert(*options: str) -> Path:
         if options not in made:
             folder = tmp_path_factory.mktemp("bundles")
             program("ppx-convert", pico, *options, "--output", "bundle", cwd=folder)
@@ -109,7 +121,7 @@ def bundle(program, pico, tmp_path_factory):
     return convert
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the files that take longest come first, so that no worker is left with one of them at the end."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))

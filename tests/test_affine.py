@@ -1,18 +1,32 @@
 """The quantizers, against mx.quantize as the oracle."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from ppx.quant.affine import BFLOAT16, BITS, FLOAT16, FLOAT32, GROUP_SIZES, Affine, dequantize, quantize, unpack
+from numpy.typing import NDArray
+from ppx.quant.affine import (
+    BFLOAT16,
+    BITS,
+    FLOAT16,
+    FLOAT32,
+    GROUP_SIZES,
+    Affine,
+    Quantized,
+    dequantize,
+    quantize,
+    unpack,
+)
 
 DTYPES = {"bfloat16": (BFLOAT16, mx.bfloat16), "float16": (FLOAT16, mx.float16), "float32": (FLOAT32, mx.float32)}
 MLX = dict(DTYPES.values())
 
 
-def oracle(weight, form):
+def oracle(weight: NDArray[Any], form: Affine) -> tuple[NDArray[Any], ...]:
     """Words, scales and biases of mx.quantize on the CPU; scales and biases as float32, which holds them exactly."""
     with mx.stream(mx.cpu):
         theirs = mx.array(weight.astype(np.float32)).astype(MLX[weight.dtype])
@@ -20,7 +34,7 @@ def oracle(weight, form):
         return tuple(np.array(x.astype(mx.float32) if x.dtype != mx.uint32 else x) for x in (words, scales, biases))
 
 
-def assert_equals_mlx(weight, form):
+def assert_equals_mlx(weight: NDArray[Any], form: Affine) -> None:
     ours = quantize(weight, form)
     words, scales, biases = oracle(weight, form)
     for name, mine, theirs in (
@@ -32,7 +46,7 @@ def assert_equals_mlx(weight, form):
         assert not len(different), f"{len(different)} {name} differ, first at {different[0]}"
 
 
-def interesting(dtype, size):
+def interesting(dtype: np.dtype[Any], size: int) -> NDArray[Any]:
     """Rows of every kind of group that has its own path through the arithmetic."""
     random = np.random.default_rng(1)
     normal = 0.02 * random.standard_normal((8, 4 * size))
@@ -92,7 +106,7 @@ def test_mlx_dequantizes_what_we_do(bits, group_size, method):
     assert unpack(ours.weight, bits).max() < 1 << bits
 
 
-def squared_errors(weight, form, storage):
+def squared_errors(weight: NDArray[Any], form: Affine, storage: np.dtype[Any]) -> tuple[NDArray[np.float64], Quantized]:
     """Squared error of each group in float64, from the packed result; and the result."""
     made = quantize(weight, form, storage)
     codes = unpack(made.weight, form.bits).astype(np.float64).reshape(len(weight), -1, form.group_size)

@@ -4,23 +4,26 @@ import json
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from ppx.convert import conversion
 from ppx.convert.names import COMPONENTS, roles
 from ppx.convert.plan import make_plan
 from ppx.convert.problems import UserError
 from ppx.convert.recipe import uniform
-from ppx.convert.source import locate, open_source
+from ppx.convert.source import Source, locate, open_source
 from ppx.quant.affine import BITS, Affine, dequantize, quantize
 from ppx.recipes import loader
 from ppx.verify import measuring, sensitivity
 from ppx.verify.budget import Budget, Wanted, allot, size_of
-from ppx.verify.material import read_tokens
+from ppx.verify.material import Material, read_tokens
+from ppx.verify.model import Tokens
 from ppx.verify.reference import reference_of
 from ppx.verify.sensitivity import Part
 from safetensors.numpy import load_file, save_file
@@ -55,22 +58,24 @@ def measured(pico, few, held):
         yield source, read_tokens(few, source.architecture, None, None), sensitivity.read(held)
 
 
-def rounded(values, bits):
+def rounded(values: torch.Tensor, bits: int) -> torch.Tensor:
     flat = np.ascontiguousarray(values.float().numpy().reshape(-1, values.shape[-1]))
     form = Affine(bits, 64, "lsq")
     return torch.from_numpy(dequantize(quantize(flat, form, SCALES), form)).reshape(values.shape)
 
 
-def predictions(source, material, altered=None, bits=0):
+def predictions(
+    source: Source, material: Material, altered: Callable[[str, int | None], bool] | None = None, bits: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the whole model, run at once; altered: tells of a tensor and step if it is quantized."""
     model = reference_of(source.checkpoint)
 
     class Altered:
-        def weights(self, name, step):
+        def weights(self, name: str, step: int | None) -> torch.Tensor:
             held = model.weights(name, step)
             return rounded(held, bits) if altered and altered(name, step) else held
 
-        def rows(self, name, tokens):
+        def rows(self, name: str, tokens: Tokens) -> torch.Tensor:
             held = model.rows(name, tokens)
             return rounded(held, bits) if altered and altered(name, None) else held
 
@@ -82,7 +87,7 @@ def predictions(source, material, altered=None, bits=0):
     return text.double().log_softmax(-1), audio.double().log_softmax(-1)
 
 
-def divergence(reference, other, counted):
+def divergence(reference: torch.Tensor, other: torch.Tensor, counted: NDArray[np.bool_]) -> float:
     return float((reference.exp() * (reference - other)).sum(-1)[torch.from_numpy(counted)].mean())
 
 

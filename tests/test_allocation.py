@@ -1,5 +1,6 @@
 """Allocation of bytes: against every combination, and its bound."""
 
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
@@ -13,7 +14,7 @@ PARTS = st.lists(
 )
 
 
-def by_trying_all(parts, budget):
+def by_trying_all(parts: Sequence[Sequence[Choice]], budget: int) -> float | None:
     return min(
         (
             sum(choice.cost for choice in combination)

@@ -1,38 +1,44 @@
 """Recordings as material, through the real rustymimi and a codec with random weights of Mimi's names and shapes."""
 
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import rustymimi
 import soundfile
+from numpy.typing import NDArray
 from ppx.convert.mimi import FRAME, RATE, tensors
 from ppx.convert.problems import UserError
-from ppx.convert.source import CODEC, locate, open_source
+from ppx.convert.source import CODEC, Source, locate, open_source
 from ppx.verify import waves
 from ppx.verify.audio import read_audio
 from ppx.verify.codec import Codec
+from ppx.verify.model import Floats
 from ppx.verify.session import SILENCE
 from safetensors import safe_open
 
 
 @pytest.fixture(scope="module")
-def source(pico, codec):
+def source(pico: Path, codec: Path) -> Iterator[Source]:
     """Pico with a whole codec, and room for its 2048 tokens."""
     with open_source(locate(str(pico))) as opened:
         room = replace(opened.checkpoint, architecture=replace(opened.architecture, card=2048))
         yield replace(opened, checkpoint=room, location=replace(opened.location, folder=codec.parent))
 
 
-def tone(seconds, rate, pitch=220):
+def tone(seconds: float, rate: int, pitch: int = 220) -> Floats:
     return np.sin(2 * np.pi * pitch * np.arange(int(seconds * rate)) / rate).astype(np.float32) * 0.3
 
 
-def encoded(source, samples):
+def encoded(source: Source, samples: Floats) -> NDArray[Any]:
     """What rustymimi itself makes of samples."""
     tokenizer = rustymimi.Tokenizer(str(source.location.folder / CODEC), num_codebooks=8)
-    return np.asarray(tokenizer.encode(samples[None, None]))[0]
+    codes: NDArray[Any] = np.asarray(tokenizer.encode(samples[None, None]))[0]
+    return codes
 
 
 def test_one_channel_is_the_user_and_the_agent_is_silent(source, tmp_path):

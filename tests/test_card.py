@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import tomllib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from ppx.verify.material import SPOKEN
 from typer.testing import CliRunner
 
 SOURCE = {"id": "nvidia/personaplex-7b-v1", "revision": "c0ffee" + "0" * 34}
-FINE_TUNE = {"id": "someone/tune", "revision": "0" * 40, "license": {"license": "cc-by-nc-4.0"}}
+FINE_TUNE: dict[str, Any] = {"id": "someone/tune", "revision": "0" * 40, "license": {"license": "cc-by-nc-4.0"}}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,13 @@ def made(verified):
     return read("manifest.json"), read("parity/report.json")
 
 
-def rendered(made, repository="me/mine", objections=(), target=None, **source):
+def rendered(
+    made: tuple[dict[str, Any], dict[str, Any]],
+    repository: str = "me/mine",
+    objections: Sequence[str] = (),
+    target: str | None = None,
+    **source: object,
+) -> tuple[ModelCard, str]:
     """A card and a notice, as if the bundle had another source."""
     manifest, report = copy.deepcopy(made)
     manifest["source"] |= SOURCE | {"license": vars(NVIDIA)} | source
@@ -78,7 +85,7 @@ def test_the_hub_takes_it(made, monkeypatch):
 def test_a_fine_tune_that_is_not_for_commerce_says_so(made):
     found, notice = rendered(made, **FINE_TUNE)
     assert found.data["license"] == "cc-by-nc-4.0"
-    assert found.data.license_name is None
+    assert found.data.get("license_name") is None
     assert "**Not for commercial use:**" in found.text
     assert "Commercial use is not allowed." in notice
     assert "**Not for commercial use:**" not in rendered(made)[0].text
@@ -88,7 +95,7 @@ def test_a_source_without_a_licence(made):
     found, notice = rendered(made, id="my-folder", revision=None, license=None)
     assert found.data["license"] == "unknown"
     assert "The source names no licence. Ask its authors before you use it." in found.text
-    assert found.data.base_model is None
+    assert found.data.get("base_model") is None
     assert "base_model_relation" not in found.data.to_dict()
     assert "unknown" in notice
 

@@ -1,6 +1,8 @@
 import hashlib
 import json
 import struct
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ def architecture(pico):
     return from_config(read_config(pico / "config.json"))
 
 
-def rewrite(folder, change):
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Change the tensors of a source in place."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -72,7 +74,7 @@ def test_fingerprints_are_those_of_the_files(pico):
         assert (found.size, found.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
 
-def base_moshi(folder):
+def base_moshi(folder: Path) -> None:
     """Make a source an 8-step one, as base Moshi is."""
 
     def change(tensors):

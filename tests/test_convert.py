@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def test_files_of_the_users_in_a_bundle_are_never_removed(pico, program, tmp_pat
     assert manifest_of(tmp_path / "out")["recipe"]["name"] == "4bit"
 
 
-def converted(pico, output, between):
+def converted(pico: Path, output: Path, between: Callable[[], object]) -> object:
     """Convert with the library, and do something between the scan of the source and the first file."""
     source, plan = conversion.prepare(locate(str(pico)), loader.load("4bit"))
     with source, pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,7 @@
 """Figures against their definitions, worked out in another way."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -9,15 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 from ppx.verify.figures import Predictions, difference, mean_of
 from ppx.verify.limits import gaussian_rmse, start
 
 FLOATS = hnp.arrays(np.float32, (7, 5), elements=st.floats(-30, 30, width=32))
 
 
-def softmax(logits):
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.longdouble]:
     powers = np.exp(logits.astype(np.longdouble) - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
+    shares: NDArray[np.longdouble] = powers / powers.sum(-1, keepdims=True)
+    return shares
 
 
 @settings(max_examples=50, deadline=None)
@@ -123,7 +126,9 @@ def test_the_expected_error_of_gaussian_weights(bits, size):
     assert found == pytest.approx(gaussian_rmse(bits, size), rel=0.2 if bits == 2 else 0.06)
 
 
-def rows(errors, component="temporal", part="mlp", step=None):
+def rows(
+    errors: Sequence[float], component: str = "temporal", part: str = "mlp", step: int | None = None
+) -> list[dict[str, Any]]:
     return [
         {
             "component": component,

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 from ppx.quant import gptq
-from ppx.quant.affine import Affine, dequantize, pack, quantize, unpack
+from ppx.quant.affine import Affine, Quantized, dequantize, pack, quantize, unpack
 from ppx.quant.gptq import Moments, solve, solve_robustly
+from torch import Tensor
 
 STORAGE = np.dtype(np.float32)
 
 
-def layer(seed, rows=16, columns=128, samples=400, drift=0.1):
+def layer(
+    seed: int, rows: int = 16, columns: int = 128, samples: int = 400, drift: float = 0.1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weights, and inputs of the original and of the quantized model, whose columns hang together."""
     random = torch.Generator().manual_seed(seed)
     mix = torch.randn(columns, columns, generator=random, dtype=torch.float64) / columns**0.5
@@ -23,11 +26,11 @@ def layer(seed, rows=16, columns=128, samples=400, drift=0.1):
     return weight, x, seen
 
 
-def moments(x, seen):
+def moments(x: Tensor, seen: Tensor) -> Moments:
     return Moments(seen.T @ seen, x.T @ seen)
 
 
-def output_error(weight, x, seen, made, form):
+def output_error(weight: Tensor, x: Tensor, seen: Tensor, made: Quantized, form: Affine) -> float:
     back = torch.from_numpy(dequantize(made, form)).double()
     return float((x @ weight.T - seen @ back.T).square().sum())
 

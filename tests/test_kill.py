@@ -15,7 +15,7 @@ FILES = 24
 VOICE = "voices/NATM1.safetensors"
 
 
-def after(event, name, number=1):
+def after(event: str, name: str, number: int = 1) -> Moment:
     return Moment(event, name, number, after=True)
 
 
@@ -42,7 +42,7 @@ def uninterrupted(program, tmp_path_factory):
     return contents(folder / "out")
 
 
-def contents(folder):
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -2,12 +2,13 @@
 
 import json
 from contextlib import closing
+from typing import Any
 
 import pytest
 from ppx.convert.architecture import Architecture, from_config, read_config, to_config
 from ppx.convert.conversion import specs_of
 from ppx.convert.names import COMPONENTS, roles
-from ppx.convert.plan import inventory_of_7b, make_plan
+from ppx.convert.plan import Plan, inventory_of_7b, make_plan
 from ppx.convert.problems import UserError
 from ppx.convert.recipe import uniform
 from ppx.convert.tensorfile import TensorFile
@@ -31,7 +32,7 @@ def test_pico_is_of_its_configs_architecture(pico):
     assert {name: role.shape for name, role in roles(architecture).items()} == found
 
 
-def planned(recipe):
+def planned(recipe: str) -> tuple[Plan, dict[str, dict[str, Any]]]:
     plan = make_plan(inventory_of_7b("nvidia/personaplex-7b-v1"), loader.load(recipe))
     return plan, {
         file.name: {spec.name: [spec.dtype, list(spec.shape)] for output in file.outputs for spec in output.specs()}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,11 @@ ORDER = ("quant", "convert", "verify", "recipes")
 README = (ROOT / "README.md").read_text()
 
 
-def modules():
+def modules() -> list[Path]:
     return [path for folder in ORDER for path in (ROOT / folder).glob("*.py")]
 
 
-def imported_folders(path):
+def imported_folders(path: Path) -> Iterator[str]:
     """Folders of the package that a module imports from."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -81,7 +82,7 @@ def test_the_readmes_first_block_names_targets_of_the_makefile():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def readme_commands():
+def readme_commands() -> list[str]:
     blocks = re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
     lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith("ppx-convert")]
@@ -113,7 +114,12 @@ def test_verifications_of_the_readme_run(bundle, pico, program, tmp_path):
         assert "KL of the agent's codebooks" in said
 
 
-def run_session(session, program, folder, environment=None):
+def run_session(
+    session: str,
+    program: Callable[..., subprocess.CompletedProcess[str]],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+) -> int:
     """Run a console session of the README, and compare what it prints; processors sum in different orders."""
     steps = re.findall(r"\$ (.*)\n((?:(?!\$ ).*\n)*)", session)
     for command, output in steps:
@@ -130,7 +136,7 @@ def run_session(session, program, folder, environment=None):
     return len(steps)
 
 
-def sessions():
+def sessions() -> list[str]:
     return re.findall(r"```console\n(.*?)```", README, re.DOTALL)
 
 

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_server import LARGE, Repository, Server, git_hash, running, sha256
@@ -148,7 +151,7 @@ def test_a_busy_or_broken_hub_is_waited_for(publish, hub, bundle):
     assert done.stderr == ""
 
 
-def objections(done):
+def objections(done: subprocess.CompletedProcess[str]) -> str:
     assert "check failed: bundle: not published: " in done.stderr
     assert len(done.stderr.splitlines()) == 1
     return done.stderr
@@ -161,13 +164,13 @@ def test_refused_without_a_report(publish, hub, bundle):
     assert hub.log == []
 
 
-def edit(path, change):
+def edit(path: Path, change: Callable[..., object]) -> None:
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
 
 
-def fail(report):
+def fail(report: dict[str, Any]) -> None:
     report["verdict"] = {"passed": False, "failures": [FAILURE]}
 
 

@@ -1,10 +1,13 @@
 """The PyTorch reference against what NVIDIA's code put out for the same weights and tokens."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from golden import assert_near, assert_same_session, recorded, session
-from ppx.convert.source import locate, open_source
+from ppx.convert.source import Source, locate, open_source
 from ppx.verify.model import Memory
 from ppx.verify.places import places
 from ppx.verify.reference import reference_of
@@ -12,7 +15,7 @@ from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
-def source(pico):
+def source(pico: Path) -> Iterator[Source]:
     with open_source(locate(str(pico))) as opened:
         yield opened
 

@@ -8,13 +8,16 @@ import hashlib
 import json
 import shutil
 import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from ppx.convert.problems import UserError
-from ppx.convert.source import locate, open_source
+from ppx.convert.source import Source, locate, open_source
 from ppx.convert.tensorfile import TensorFile
 from ppx.verify.limits import prediction_failures
 from ppx.verify.request import Request
@@ -26,7 +29,7 @@ SWIFT = ("--recipe", "4bit")
 
 
 @pytest.fixture(scope="module")
-def source(pico):
+def source(pico: Path) -> Iterator[Source]:
     with open_source(locate(str(pico))) as opened:
         yield opened
 
@@ -54,7 +57,7 @@ def reasons(source):
     return run
 
 
-def change(folder, file, name, function):
+def change(folder: Path, file: str, name: str, function: Callable[..., NDArray[Any]]) -> None:
     """Replace a tensor's values in place by what a function makes of them."""
     opened = TensorFile(folder / file)
     spec = opened.specs[name]
@@ -69,7 +72,7 @@ def change(folder, file, name, function):
     opened.close()
 
 
-def seal(folder):
+def seal(folder: Path) -> None:
     """Write the hashes of a changed bundle anew, as somebody would who hides what was done."""
     seal_files(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -81,17 +84,17 @@ def seal(folder):
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def named(failures, *words, check=None):
+def named(failures: Sequence[Mapping[str, str]], *words: str, check: str | None = None) -> bool:
     """Tell whether some reason of a kind holds all words."""
     return any(
         all(word in failure["message"] for word in words) and check in (None, failure["check"]) for failure in failures
     )
 
 
-def swap(first, last, other):
+def swap(first: int, last: int, other: int) -> Callable[[NDArray[Any]], NDArray[Any]]:
     """Swap two ranges of rows of the same length."""
 
-    def swapped(array):
+    def swapped(array: NDArray[Any]) -> NDArray[Any]:
         height = last - first
         held = array[first:last].copy()
         array[first:last] = array[other : other + height]
@@ -108,7 +111,7 @@ def test_an_untouched_bundle_passes(source, bundle):
         assert found["predictions"]["agent"]["bundle"]["kl"]["mean"] > 0.001
 
 
-def flip(array):
+def flip(array: NDArray[Any]) -> NDArray[Any]:
     """Flip the highest bit of one code."""
     array[3, 5] ^= 1 << 19
     return array
@@ -230,7 +233,7 @@ def test_a_codec_or_tokenizer_that_is_not_the_sources(sealed, options, name, bro
     )
 
 
-def rewrite_header(path, function):
+def rewrite_header(path: Path, function: Callable[[Any, bytes], tuple[Any, bytes]]) -> None:
     """Change a safetensors file by a function of its parsed header and its bytes, which it returns changed."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -305,14 +308,14 @@ def test_the_depformers_context_clipped_to_eight(sealed, options, key, broken, r
     assert all(now > before for now, before in zip(clipped[8:], whole[8:], strict=True))
 
 
-def own_errors(source, folder):
+def own_errors(source: Source, folder: Path) -> list[float]:
     """The own error of the depformer's first attention at each step."""
     rows = verify(source, folder, QUICK, "", quiet=True)["activations"]
     place = ("depformer", 0, "attention")
     return [row["local"]["relative_l2"] for row in rows if (row["component"], row["layer"], row["part"]) == place]
 
 
-def min_max(weights, bits, size):
+def min_max(weights: NDArray[Any], bits: int, size: int) -> dict[str, NDArray[Any]]:
     """The quantizer that MLX dropped: even steps from a group's smallest to its largest weight."""
     groups = weights.reshape(len(weights), -1, size)
     low, high = groups.min(-1), groups.max(-1)
@@ -323,7 +326,7 @@ def min_max(weights, bits, size):
     return {"weight": words.sum(-1, dtype=np.uint32), "scales": steps, "biases": low.astype(np.float16)}
 
 
-def codes_of(words):
+def codes_of(words: NDArray[np.uint32]) -> NDArray[np.float32]:
     """The codes of 2 bits in groups of 64."""
     codes = words[..., None] >> (2 * np.arange(16, dtype=np.uint32)) & 3
     return codes.reshape(len(words), -1, 64).astype(np.float32)
@@ -483,7 +486,7 @@ class TestByAStrangerWhoSealsWhatHeDid:
             verify(source, folder, QUICK, "", quiet=True)
 
 
-def seal_files(folder):
+def seal_files(folder: Path) -> None:
     """Write the hashes of a bundle's files anew."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name, record in manifest["files"].items():

@@ -5,22 +5,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ppx.convert import conversion
-from ppx.convert.plan import make_plan
+from ppx.convert.plan import Plan, make_plan
 from ppx.convert.recipe import uniform
 from ppx.convert.solution import Solution, forms_of
-from ppx.convert.source import locate, open_source
+from ppx.convert.source import Source, locate, open_source
 from ppx.quant.affine import Affine, dequantize
 from ppx.quant.gptq import Moments, solve
 from ppx.verify import refining, solving
 from ppx.verify.calibration import solver_of
-from ppx.verify.material import read_tokens
+from ppx.verify.material import Material, read_tokens
 from ppx.verify.places import places
 from ppx.verify.reference import reference_of, source_weights
 from ppx.verify.refining import Schedule
@@ -53,12 +55,14 @@ def solution_at():
         yield lambda folder, mark: stack.enter_context(Solution(folder, mark))
 
 
-def bundles(program, pico, folder, few, *options):
+def bundles(program: Callable[..., object], pico: Path, folder: Path, few: Path, *options: object) -> dict[str, bytes]:
     program("ppx-convert", pico, "--method", "gptq", "--calibration", few, *options, "-o", "out", cwd=folder)
     return {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*.safetensors"))}
 
 
-def agent(program, bundle, pico, folder):
+def agent(
+    program: Callable[..., subprocess.CompletedProcess[str]], bundle: str, pico: Path, folder: Path
+) -> list[float]:
     tokens = ("--tokens", pico / "heldout_tokens.safetensors", "--sequences", "4", "--frames", "100")
     done = program("ppx-verify", bundle, "--reference", pico, *tokens, "--json", cwd=folder)
     predictions = json.loads(done.stdout)["predictions"]
@@ -128,7 +132,7 @@ def test_every_part_is_solved_once(opened, few, tmp_path, solution_at):
     assert solution_at(tmp_path / "solution", "another").files == {}
 
 
-def killed(command, folder, ready):
+def killed(command: Sequence[str], folder: Path, ready: Callable[[], bool]) -> bool:
     """Start a program, kill it when something is there, and return."""
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 120
@@ -200,7 +204,7 @@ def test_scales_come_out_in_their_storage_dtype(opened, few, tmp_path, solution_
             assert (side == side.astype(np.float16).astype(np.float32)).all()
 
 
-def loss_of(source, plan, material, solution):
+def loss_of(source: Source, plan: Plan, material: Material, solution: Solution) -> float:
     """The divergence that refining makes small, on its material as it is."""
     original = reference_of(source.checkpoint)
     weights = solving.quantized_weights(source, forms_of(plan.outputs), solution)

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from ppx.verify import live, recognizer, round_trip, waves
 from ppx.verify import report as reports
 from ppx.verify.bundle import open_bundle
 from ppx.verify.material import PROMPT, prompt_tokens
+from ppx.verify.model import Floats, Tokens
 from ppx.verify.request import RECOGNIZERS
 from ppx.verify.sampling import GREEDY
 from ppx.verify.speaker import Scene, Words, open_speaker, text_of
@@ -48,7 +50,7 @@ def demos(program, tmp_path_factory):
     return folder
 
 
-def write(path, seconds=1.0, rate=16000, channels=1):
+def write(path: Path, seconds: float = 1.0, rate: int = 16000, channels: int = 1) -> None:
     samples = np.random.default_rng(2).standard_normal((round(seconds * rate), channels)).astype(np.float32) * 0.1
     soundfile.write(path, samples, rate)
 
@@ -253,10 +255,13 @@ def test_bench_counts_what_a_frame_takes(program, demos, codec, tmp_path):
     assert "without a codec" in bench_text(longer)
 
 
-def meant(transcribe, samples, text, tokens=None):
+def meant(
+    transcribe: recognizer.Transcribe, samples: Floats, text: str, tokens: Tokens | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """The judgement of an answer, with a floor of a recognizer that understands the question."""
     frames = -(-len(samples) // FRAME)
-    tokens = np.random.default_rng(0).integers(0, 2048, (frames, 8)) if tokens is None else tokens
+    if tokens is None:
+        tokens = np.random.default_rng(0).integers(0, 2048, (frames, 8)).astype(np.int32)
     found = {"question": {"word_error_rate": 0.0}, "answer": round_trip.judged(samples, tokens, text, transcribe)}
     return found["answer"], [failure["message"] for failure in round_trip.failures(found)]
 

@@ -1,7 +1,9 @@
 """What a model speaks itself, to be quantized by."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from safetensors.numpy import load_file
 
 
 @pytest.fixture(scope="module")
-def source(pico):
+def source(pico: Path) -> Iterator[Source]:
     with open_source(locate(str(pico))) as opened:
         yield opened
 

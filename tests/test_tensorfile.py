@@ -51,7 +51,7 @@ def test_rows_are_read(tmp_path):
         assert file.specs["z"].shape == (5,)
 
 
-def damage(kind, data):
+def damage(kind: str, data: bytes) -> bytes:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     if kind == "truncated":

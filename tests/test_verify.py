@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import wave
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def mine(bundle, tmp_path):
     return copy
 
 
-def left(folder):
+def left(folder: Path) -> Any:
     return json.loads((folder / "parity" / "report.json").read_text())
 
 

@@ -3,6 +3,8 @@ import os
 import pickle
 import tarfile
 import zipfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ def architecture(pico):
     return from_config(read_config(pico / "config.json"))
 
 
-def voice(**changes):
+def voice(**changes: object) -> bytes:
     held = {
         "embeddings": torch.zeros(6, 1, 1, 256, dtype=torch.bfloat16),
         "cache": torch.zeros(1, 17, 4, dtype=torch.int64),
@@ -27,24 +29,26 @@ def voice(**changes):
     return file.getvalue()
 
 
-def archive(path, members=(), leave_out=()):
+def archive(
+    path: Path, members: Iterable[tuple[str | tarfile.TarInfo, bytes]] = (), leave_out: Collection[str] = ()
+) -> Path:
     """Write an archive with all presets and some more members: (name or TarInfo, bytes)."""
     with tarfile.open(path, "w:gz") as made:
         for name in PRESETS:
             if name not in leave_out:
                 add(made, f"voices/{name}.pt", voice())
-        for name, data in members:
-            add(made, name, data)
+        for member, data in members:
+            add(made, member, data)
     return path
 
 
-def add(made, name, data):
+def add(made: tarfile.TarFile, name: str | tarfile.TarInfo, data: bytes) -> None:
     member = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
     member.size = len(data)
     made.addfile(member, io.BytesIO(data))
 
 
-def special(name, kind, link=""):
+def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.type, member.linkname = kind, link
     return member
