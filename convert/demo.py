@@ -9,7 +9,6 @@ import gzip
 import io
 import json
 import math
-import os
 import shutil
 import tarfile
 import tempfile
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from ..quant.affine import BFLOAT16
 from . import mimi
 from .architecture import Architecture, to_config
+from .cache import cache_folder
 from .names import Role, roles
 from .parallel import cores, in_order
 from .progress import byte_bar
@@ -50,8 +50,7 @@ _BLOCK = 1 << 22  # weights made at a time; part of what the seed means
 
 def folder_of(size: str) -> Path:
     """Return where a demo source is kept: in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ppx-convert"
-    return cache / f"{size.replace(':', '-')}-{VERSION}"
+    return cache_folder() / f"{size.replace(':', '-')}-{VERSION}"
 
 
 def cached(size: str, quiet: bool = False) -> Path:

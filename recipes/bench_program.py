@@ -50,11 +50,10 @@ def bench(
     The bound is the time in which this machine's memory can bring the weights that a frame reads.
     """
     from ..verify import timing  # imports mlx: a second that --help does not need
-    from ..verify.mlx_model import choose_device
+    from ..verify.mlx_device import computing_on
 
-    choose_device(device and str(device))
-    with bar("speaking", frames, "frame", console.quiet(as_json)) as progress:
-        found = timing.measure(bundle, frames, remembered, arithmetic and str(arithmetic), codec, progress)
+    with computing_on(device and str(device)), bar("speaking", frames, "frame", console.quiet(as_json)) as progress:
+        found = timing.measure(bundle, frames, remembered, arithmetic and str(arithmetic), codec, progress, as_json)
     typer.echo(json.dumps(found, indent=1) if as_json else text(found))
 
 
@@ -73,6 +72,7 @@ def text(found: Mapping[str, Any]) -> str:
         f"at least {_ms(found['bound'])}: {size(found['bytes_a_frame'])} a frame at {size(found['bandwidth'])}/s",
         f"voice and prompt: {prefill['seconds']:.2f} s for {prefill['frames']} frames; first frame "
         f"{found['first_frame']:.2f} s; loading {found['load']:.2f} s",
+        *(f"MLX computes quantized_matmul wrongly here; worked around: {line}" for line in found["worked_around"]),
         f"peak memory: {size(memory['process'])} of the process, {size(memory['mlx'])} in MLX",
     ]
     return "\n".join(lines)

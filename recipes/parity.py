@@ -13,6 +13,7 @@ from ..convert.source import Source
 from ..convert.workspace import write_durably
 from ..verify import card
 from ..verify import report as reports
+from ..verify.limits import worked_around
 from ..verify.request import Request
 
 _SAID = 3  # reasons that are printed; the report has them all
@@ -63,11 +64,11 @@ def add_round_trip(
 ) -> dict[str, Any]:
     """Let a bundle answer a recording, add what comes of it to its report, and write that again."""
     from ..verify import round_trip
-    from ..verify.mlx_model import choose_device
+    from ..verify.mlx_device import computing_on
     from ..verify.speaker import Scene
 
-    choose_device(device)
-    heard = round_trip.run(bundle, question, Scene(codec=codec), listener, quiet)
+    with computing_on(device):
+        heard = round_trip.run(bundle, question, Scene(codec=codec), listener, quiet)
     failures = [one for one in found["verdict"]["failures"] if one["check"] != round_trip.CHECK]
     failures += heard.pop("failures")
     verdict = {"passed": not failures, "failures": failures}
@@ -107,6 +108,11 @@ def text(found: Mapping[str, Any], bundle: Path) -> str:
         bound = f"{row['sign']} {reports.short(row['bound'])}"
         values = f"{reports.short(row['bundle']):>8}  {bound:>8}  {reports.short(row['noise']):>11}"
         lines.append(f"{row['name']:<41}{values}{'' if row['passed'] else '  fails'}")
+    if replaced := worked_around(found["kernels"]):
+        mlx = f"MLX {found['ran_on']['libraries']['mlx']} on {found['ran_on']['device']['mlx']}"
+        lines.append(
+            f"{mlx} computes quantized_matmul wrongly; dequantized and multiplied instead: {'; '.join(replaced)}"
+        )
     if found["looser_limits"]:
         lines.append(f"its recipe allows more than is usual for its bits: {', '.join(found['looser_limits'])}")
     if session := found["rollout"]:

@@ -23,7 +23,7 @@ from . import console
 from .choices import ArithmeticName, DeviceName
 
 if TYPE_CHECKING:
-    from ..verify.speaker import Scene
+    from ..verify.speaker import Scene, Speaker
 
 EXAMPLES = """\b
 Examples:
@@ -87,18 +87,18 @@ def speak(
         raise UserError("--greedy takes the likeliest token: leave temperatures and top-k out")
     if output is not None:
         console.check_new(output, ".wav", force)
-    from ..verify.mlx_model import choose_device  # imports mlx: a second that --help does not need
+    from ..verify.mlx_device import computing_on  # imports mlx: a second that --help does not need
     from ..verify.sampling import GREEDY, sampling_of
     from ..verify.speaker import Scene
 
-    choose_device(device and str(device))
-    manifest_of(bundle)  # what is no bundle is told first
-    sampling = GREEDY if greedy else replace(sampling_of(read_config(bundle / CONFIG)), **asked)
-    scene = Scene(voice, prompt, sampling, seed, arithmetic and str(arithmetic), codec)
-    if question is None or output is None:
-        _talk(bundle, scene)
-    else:
-        _answer(bundle, scene, question, output, as_json)
+    with computing_on(device and str(device)):
+        manifest_of(bundle)  # what is no bundle is told first
+        sampling = GREEDY if greedy else replace(sampling_of(read_config(bundle / CONFIG)), **asked)
+        scene = Scene(voice, prompt, sampling, seed, arithmetic and str(arithmetic), codec)
+        if question is None or output is None:
+            _talk(bundle, scene)
+        else:
+            _answer(bundle, scene, question, output, as_json)
 
 
 def _answer(bundle: Path, scene: "Scene", question: Path, output: Path, as_json: bool) -> None:
@@ -109,7 +109,8 @@ def _answer(bundle: Path, scene: "Scene", question: Path, output: Path, as_json:
     words: list[str] = []
     shown = not as_json and sys.stdout.isatty()  # words show how far it is
     with waves.reading(question) as (count, frames):  # what cannot be read is told before a model is loaded
-        speaker = open_speaker(bundle, scene)
+        speaker = open_speaker(bundle, scene, as_json)
+        _say_what_is_worked_around(speaker)
         began = time.perf_counter()
         with (
             waves.writing(output, count) as write,
@@ -143,6 +144,7 @@ def _talk(bundle: Path, scene: "Scene") -> None:
 
     live.check()
     speaker = open_speaker(bundle, scene)
+    _say_what_is_worked_around(speaker)
     for _ in speaker.answer([np.zeros(FRAME, np.float32)] * 2):  # a moment of silence, in which functions are compiled
         pass
     with live.devices() as (frames, play), suppress(KeyboardInterrupt):
@@ -151,6 +153,11 @@ def _talk(bundle: Path, scene: "Scene") -> None:
             play(said.samples)
             typer.echo(said.text, nl=False)
     typer.echo()
+
+
+def _say_what_is_worked_around(speaker: "Speaker") -> None:
+    for line in speaker.conversation.runtime.products.worked_around():
+        console.say(f"MLX computes quantized_matmul wrongly here; worked around: {line}")
 
 
 def main() -> None:

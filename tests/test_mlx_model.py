@@ -11,10 +11,7 @@ import pytest
 import torch
 from golden import assert_near, assert_same_session, recorded, session
 from ppx.convert.source import locate, open_source
-from ppx.quant.affine import BITS, GROUP_SIZES, Affine
 from ppx.verify.bundle import Bundle, layout_of
-from ppx.verify.kernels import self_test
-from ppx.verify.limits import KERNEL_BOUNDS
 from ppx.verify.mlx_model import model_of
 from ppx.verify.model import Memory, Tokens
 from ppx.verify.places import places
@@ -120,16 +117,3 @@ def test_it_attends_as_far_as_the_bundles_config_says(target, bundle, tmp_path):
         place = places(held.architecture, "temporal")[0]
         differs = (model.block(place, other)[1] != model.block(place, x)[1]).any(axis=(0, 2))
     assert differs.tolist() == [4 <= frame < 13 for frame in range(20)]
-
-
-def test_the_kernels_of_this_mlx_compute_what_they_should():
-    for arithmetic, bound in KERNEL_BOUNDS.items():
-        rows = self_test([Affine(bits, size) for bits in BITS for size in GROUP_SIZES], arithmetic)
-        assert len(rows) == 2 * 3 * len(BITS) * len(GROUP_SIZES)
-        assert 0 < max(row["relative_l2"] for row in rows) < bound / 2
-
-
-def test_a_broken_kernel_is_seen(monkeypatch):
-    real = mx.quantized_matmul
-    monkeypatch.setattr(mx, "quantized_matmul", lambda *args, **named: real(*args, **named) * 1.001)
-    assert all(row["relative_l2"] > row["bound"] for row in self_test([Affine(4, 64)]))

@@ -15,6 +15,7 @@ from ..convert.manifest import TOOLKIT, architecture_of
 from ..convert.names import roles
 from ..convert.source import is_hub_id
 from . import report as reports
+from .limits import worked_around
 from .material import SPOKEN
 from .request import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 
@@ -45,6 +46,7 @@ def files(
         manifest=manifest,
         report=report,
         figures=reports.figures(report) if report else [],
+        replaced=worked_around(report["kernels"]) if report else [],
         repository=repository,
         objections=objections,
         licence=licence,

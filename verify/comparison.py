@@ -21,6 +21,7 @@ from .material import Material
 from .mlx_model import MlxModel, model_of
 from .model import Floats, Model, Tokens
 from .places import Place, places
+from .products import Products
 from .reference import TorchModel, reference_of
 
 _LOGITS = 1 << 24  # logits held at a time, of each model
@@ -132,14 +133,16 @@ def compare(
     bar: "tqdm[Any]",
     arithmetic: str = "float32",
     device: str = "cpu",
+    products: Products | None = None,
 ) -> Measured:
     """Take a bundle and its checkpoint through material; return all that was measured.
 
-    voices: the bundle's own. arithmetic: dtype of the bundle's activations. device: where PyTorch runs. The bar
+    voices: the bundle's own. arithmetic: dtype of the bundle's activations. device: where PyTorch runs. products: how
+    MLX multiplies by packed weights. The bar
     advances by the checkpoint's bytes. Raises UserError for files that break off.
     """
     noise = reference_of(source.checkpoint, _TORCH[stored.manifest["dtype"]], device)
-    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic)
+    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, products)
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx") as pool, torch.inference_mode():
         walk = Walk(source, stored, reference, noise, bundle, material, Measured(), pool, bar)
         hidden = _temporal(walk, voices)

@@ -1,6 +1,5 @@
 """Reading a bundle's model into memory, as a conversation wants it."""
 
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -8,8 +7,10 @@ import numpy as np
 
 from ..convert.names import COMPONENTS
 from .bundle import Bundle, Matrix, Packing, joined
-from .mlx_model import DTYPES, streams
+from .kernels import DTYPES
+from .mlx_device import streams
 from .places import Place, places
+from .products import shares
 from .runtime import Layer, Linear, Runtime, Step, Table
 
 _SHARED = 1 << 18  # weights from which on a CPU's processors share a matrix: smaller ones cost more to hand out
@@ -29,8 +30,7 @@ def load(bundle: Bundle, dtype: str) -> Runtime:
         matrix = _cast(bundle.matrix(name, step), kind)
         height = matrix.weight.shape[0]
         among = shared if len(shared) > 1 and height * bundle.output(name).role.shape[-1] >= _SHARED else (None,)
-        edges = [height * part // len(among) for part in range(len(among) + 1)]
-        parts = [matrix.take(slice(*pair)) for pair in pairwise(edges)]
+        parts = [matrix.take(rows) for rows in shares(height, len(among))]
         parts = [_owned(part) for part in parts] if len(parts) > 1 else parts
         return Linear(tuple(zip(parts, among, strict=True)))
 

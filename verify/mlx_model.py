@@ -1,38 +1,20 @@
 """The model as a runtime on Apple Silicon computes it: MLX, ``quantized_matmul`` on the packed weights of a bundle."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
 
 from ..convert.architecture import Architecture
-from ..convert.parallel import cores
-from ..convert.problems import UserError
 from .bundle import Bundle, Matrix, joined
+from .kernels import DTYPES, products_here
+from .mlx_device import on_gpu, streams
 from .model import EPSILON, Floats, Memory, Tokens
 from .places import Place
+from .products import Products, shares
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 Read = Callable[[str, int | None], Matrix]  # name in the checkpoint and depformer step -> what the bundle stores
-
-
-def product(x: mx.array, matrix: Matrix, stream: mx.Stream | mx.Device | None = None) -> mx.array:
-    """Return ``x @ matrix.T`` for ``x [rows, columns]``, in the dtype of ``x``."""
-    packing = matrix.packing
-    if packing is None:
-        weight = matrix.weight.astype(x.dtype, stream=stream)
-        return mx.matmul(weight, x.T, stream=stream).T  # several times faster on a CPU than x @ weight.T
-    return mx.quantized_matmul(
-        x,
-        matrix.weight,
-        packing.scales,
-        packing.biases,
-        transpose=True,
-        group_size=packing.form.group_size,
-        bits=packing.form.bits,
-        stream=stream,
-    ).astype(x.dtype, stream=stream)
 
 
 @dataclass(frozen=True)
@@ -40,7 +22,7 @@ class MlxModel:
     """The model over ``read``; see ``Model`` for what its methods take and return.
 
     dtype: of activations. context: how many frames, its own included, a frame attends to. steps_seen: the same for
-    depformer steps. streams: where matrix products run; MLX uses one processor for each of a CPU's streams.
+    depformer steps. streams: where matrix products run. products: how packed weights are multiplied.
     """
 
     architecture: Architecture
@@ -50,6 +32,7 @@ class MlxModel:
     context: int
     steps_seen: int
     streams: tuple[mx.Stream, ...]
+    products: Products = field(default_factory=products_here)
 
     def embed(self, tokens: Tokens, vectors: Floats | None = None) -> Floats:
         """Sum the embeddings of all streams."""
@@ -98,11 +81,8 @@ class MlxModel:
         matrix = self.read(name, step)
         flat = x.reshape(-1, x.shape[-1])
         height = matrix.weight.shape[0]
-        edges = [height * part // len(self.streams) for part in range(len(self.streams) + 1)]
-        parts = [
-            product(flat, matrix.take(slice(first, last)), stream)
-            for first, last, stream in zip(edges, edges[1:], self.streams, strict=False)
-        ]
+        among = zip(shares(height, len(self.streams)), self.streams, strict=True)
+        parts = [self.products(flat, matrix.take(rows), stream) for rows, stream in among]
         result = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         mx.eval(result)  # so that no more than this matrix is held
         return result.reshape(*x.shape[:-1], height)
@@ -169,29 +149,18 @@ def _out(x: mx.array) -> Floats:
     return np.array(x.astype(mx.float32))
 
 
-def streams() -> tuple[mx.Stream, ...]:
-    """Return a stream for each processor that this process may use, or one on a GPU if that is MLX's default."""
-    device = mx.default_device()
-    return tuple(mx.new_stream(device) for _ in range(cores() if device == mx.cpu else 1))
-
-
-def choose_device(asked: str | None) -> None:
-    """Make MLX compute on a device, its own choice if none is asked for; raises UserError if it is not there."""
-    if asked == "gpu" and not mx.is_available(mx.gpu):
-        raise UserError("--device gpu: MLX has no GPU here: leave it out")
-    if asked:
-        mx.set_default_device(mx.gpu if asked == "gpu" else mx.cpu)
-
-
 def arithmetic_of(asked: str | None, dtype: str) -> str:
     """Return the dtype of activations: float32, or a bundle's own; on processors, where that is slow, float32."""
     if asked is None:
-        asked = "float32" if mx.default_device() == mx.cpu else "bundle"
+        asked = "bundle" if on_gpu() else "float32"
     return dtype if asked == "bundle" else asked
 
 
-def model_of(bundle: Bundle, dtype: str = "float32") -> MlxModel:
-    """Return the model over an open bundle, which attends as far as the bundle's config.json says."""
+def model_of(bundle: Bundle, dtype: str = "float32", products: Products | None = None) -> MlxModel:
+    """Return the model over an open bundle, on the present device; it attends as far as the bundle's config.json says.
+
+    products: how packed weights are multiplied, as MLX does for None.
+    """
 
     def lookup(name: str, tokens: Tokens) -> Matrix:
         output = bundle.output(name)
@@ -201,4 +170,5 @@ def model_of(bundle: Bundle, dtype: str = "float32") -> MlxModel:
         return joined(rows).take(where)
 
     context, steps_seen = bundle.reach()
-    return MlxModel(bundle.architecture, bundle.matrix, lookup, DTYPES[dtype], context, steps_seen, streams())
+    how = products or products_here()
+    return MlxModel(bundle.architecture, bundle.matrix, lookup, DTYPES[dtype], context, steps_seen, streams(), how)

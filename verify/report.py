@@ -16,7 +16,7 @@ from ..convert.describe import size
 from ..convert.problems import UserError
 from ..convert.workspace import MANIFEST
 from . import plots
-from .limits import FIGURES, NAMES, block_name, name_of
+from .limits import FIGURES, NAMES, block_name, name_of, worked_around
 
 REPORT_VERSION = 1
 FOLDER = "parity"
@@ -85,7 +85,7 @@ def read(path: Path) -> dict[str, Any]:
             raise UserError(f"{file}: over 256 MiB, which no report is")
         report = {"round_trip": None} | json.loads(file.read_text("utf-8"))
         known = report["report_version"] == REPORT_VERSION and _is_report(report)
-        figures(report), worst(report)  # use most of it
+        figures(report), worst(report), worked_around(report["kernels"])  # use most of it
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{file}: not a report of ppx-verify: give a bundle, or its {FOLDER}/{JSON}") from None
     if not known:
@@ -206,7 +206,9 @@ def _render(name: str, report: Mapping[str, Any], **more: Any) -> str:
     environment = _environment()
     environment.autoescape = name.endswith(".html")
     template = environment.from_string((files(__package__) / name).read_text("utf-8"))
-    return template.render(report=report, figures=figures(report), worst=worst(report), **more)
+    return template.render(
+        report=report, figures=figures(report), worst=worst(report), replaced=worked_around(report["kernels"]), **more
+    )
 
 
 def markdown(report: Mapping[str, Any]) -> str:

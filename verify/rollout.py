@@ -14,6 +14,7 @@ from ..convert.voices import Voice
 from .bundle import Bundle
 from .material import Material
 from .mlx_model import model_of
+from .products import Products
 from .reference import reference_of
 from .session import SILENCE, Frame, greedy, system_prompt
 
@@ -50,10 +51,16 @@ def frames_of(architecture: Architecture, played: Script) -> list[Frame]:
 
 
 def run(
-    source: Source, stored: Bundle, played: Script, bar: "tqdm[Any]", arithmetic: str = "float32", device: str = "cpu"
+    source: Source,
+    stored: Bundle,
+    played: Script,
+    bar: "tqdm[Any]",
+    arithmetic: str = "float32",
+    device: str = "cpu",
+    products: Products | None = None,
 ) -> dict[str, Any]:
     """Run a session on both; return where the agent's text and codebooks part, and how many tokens agree a frame."""
-    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic)
+    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, products)
     if source.checkpoint.file.path.stat().st_size <= _KEPT:
         reference = replace(reference, weights=cache(reference.weights))
         bundle = replace(bundle, read=cache(bundle.read))

@@ -4,15 +4,15 @@ What predicts the user's codebooks is left out: in a conversation they are given
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
 from ..convert.architecture import Architecture
 from .bundle import Matrix
-from .mlx_model import product
 from .model import EPSILON, Floats, Tokens
+from .products import Products
 from .sampling import Sampling, draw
 from .session import UNKNOWN
 
@@ -22,14 +22,15 @@ _CHUNK = 256  # frames of a prompt that go through the model together
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix in memory, its rows shared out over streams, in the dtype of activations."""
+    """A matrix in memory, in the dtype of activations, its rows shared out over streams, and how it is multiplied."""
 
     parts: tuple[tuple[Matrix, mx.Stream | None], ...]
+    products: Products = field(default_factory=Products)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x @ matrix.T`` for ``x [..., columns]``."""
         flat = x.reshape(-1, x.shape[-1])
-        found = [product(flat, matrix, stream) for matrix, stream in self.parts]
+        found = [self.products(flat, matrix, stream) for matrix, stream in self.parts]
         result = found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
         return result.reshape(*x.shape[:-1], -1)
 
@@ -132,6 +133,11 @@ class Runtime:
     out_norm: mx.array
     text_head: Linear
     steps: tuple[Step, ...]
+
+    @property
+    def products(self) -> Products:
+        """How its packed weights are multiplied."""
+        return self.text_head.products
 
     @property
     def weights(self) -> dict[str, int]:

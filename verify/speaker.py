@@ -14,9 +14,11 @@ from . import loading
 from .bundle import open_bundle
 from .codec import Codec
 from .conversation import Conversation
+from .kernel_cache import on_tested_kernels
 from .material import PROMPT, VOICE, prompt_tokens
 from .mlx_model import arithmetic_of
 from .model import Floats, Tokens
+from .products import Products
 from .sampling import Sampling, sampling_of
 from .session import system_prompt
 
@@ -61,8 +63,12 @@ class Speaker:
             yield Said(self.words.piece(token), agent, self.codec.decode(agent))
 
 
-def open_speaker(folder: Path, scene: Scene) -> Speaker:
-    """Open a bundle, and go through its prompts; raises UserError for what it lacks, or has no room for."""
+def open_speaker(folder: Path, scene: Scene, silent: bool = False, products: Products | None = None) -> Speaker:
+    """Open a bundle, and go through its prompts; raises UserError for what it lacks, or has no room for.
+
+    silent: not to announce what takes long. products: how MLX multiplies by packed weights, as it does here for None.
+    Raises CheckFailed where MLX computes wrongly and nothing works around it.
+    """
     with closing(open_bundle(folder)) as bundle:
         layout = bundle.layout
         codec = Codec(scene.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
@@ -79,6 +85,7 @@ def open_speaker(folder: Path, scene: Scene) -> Speaker:
             most = max(reach - 1 - (len(prompt) - len(text)), 0)
             raise UserError(f"--prompt has {len(text)} tokens: this model remembers at most {most}: shorten it")
         model = loading.load(bundle, arithmetic_of(scene.arithmetic, bundle.manifest["dtype"]))
+    model = on_tested_kernels(model, silent, products)
     sampling = scene.sampling or sampling_of(read_config(folder / CONFIG))
     conversation = Conversation(model, voices[scene.voice], prompt, sampling, scene.seed)
     return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))

@@ -21,7 +21,10 @@ from . import loading
 from .bundle import open_bundle
 from .codec import Codec
 from .conversation import Conversation
-from .mlx_model import arithmetic_of, streams
+from .kernel_cache import on_tested_kernels
+from .mlx_device import streams
+from .mlx_model import arithmetic_of
+from .products import Products
 from .sampling import sampling_of
 from .session import PAUSE, system_prompt
 
@@ -32,12 +35,20 @@ _ROUNDS = 5
 
 
 def measure(
-    folder: Path, frames: int, remembered: int, arithmetic: str | None, codec: Path | None, progress: "tqdm[Any]"
+    folder: Path,
+    frames: int,
+    remembered: int,
+    arithmetic: str | None,
+    codec: Path | None,
+    progress: "tqdm[Any]",
+    silent: bool = False,
+    products: Products | None = None,
 ) -> dict[str, Any]:
     """Speak so many frames with a bundle; return what ``ppx-bench`` prints. Times in seconds.
 
-    remembered: frames of conversation that lie behind the first; 0 for a voice and a prompt. Raises UserError for what
-    is no bundle.
+    remembered: frames of conversation that lie behind the first; 0 for a voice and a prompt. silent: not to announce
+    what takes long. products: how MLX multiplies by packed weights, as it does here for None. Raises UserError for what
+    is no bundle, and CheckFailed where MLX computes wrongly and nothing works around it.
     """
     began = time.perf_counter()
     with closing(open_bundle(folder)) as bundle:
@@ -45,6 +56,9 @@ def measure(
         model = loading.load(bundle, arithmetic_of(arithmetic, manifest["dtype"]))
         voice = bundle.voices()[0]
     loaded = time.perf_counter() - began
+    began = time.perf_counter()
+    model = on_tested_kernels(model, silent, products)
+    testing = time.perf_counter() - began
     random = np.random.default_rng(0)
     a = model.architecture
     text = random.integers(0, a.text_card, _PROMPT_TOKENS)
@@ -72,6 +86,8 @@ def measure(
         "real_time_factor": float((times.mean() + share.get("codec", 0.0)) / (FRAME / RATE)),
         "first_frame": took[0],
         "load": loaded,
+        "kernel_test": testing,
+        "worked_around": model.products.worked_around(),
         "prefill": {"seconds": prefill, "frames": len(voice.embeddings) + len(prompt)},
         "parts": share,
         "bytes_a_frame": read,

@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..convert.manifest import TOOLKIT
 from ..convert.names import roles
 from ..convert.problems import UserError, printable
-from ..convert.progress import bar, byte_bar
+from ..convert.progress import bar, byte_bar, long_step
 from ..convert.scan import hash_file
 from ..convert.source import TOKENIZER, WEIGHTS, Source
 from ..convert.workspace import MANIFEST
@@ -30,7 +30,8 @@ from .material import (
     prompt_tokens,
     read_tokens,
 )
-from .mlx_model import choose_device
+from .mlx_device import computing_on, on_gpu, streams
+from .products import Products
 from .request import Request
 from .session import PAUSE
 
@@ -60,16 +61,35 @@ def _spread(names: Sequence[str], count: int) -> list[str]:
 
 
 def verify(
-    source: Source, folder: Path, request: Request, command: str, quiet: bool = False, same_source: bool = False
+    source: Source,
+    folder: Path,
+    request: Request,
+    command: str,
+    quiet: bool = False,
+    same_source: bool = False,
+    products: Products | None = None,
 ) -> dict[str, Any]:
     """Compare a bundle with its source; return the report (docs/verification.md).
 
     command: what the report says to run again. same_source: whether it is known that the bundle was made from this.
-    Raises UserError for what cannot be compared: no bundle, another source, tokens of another model.
+    products: how MLX multiplies by packed weights, as it does on the device for None. Raises UserError for what cannot
+    be compared: no bundle, another source, tokens of another model.
     """
+    with computing_on(request.device):
+        return _verify(source, folder, request, command, quiet, same_source, products)
+
+
+def _verify(
+    source: Source,
+    folder: Path,
+    request: Request,
+    command: str,
+    quiet: bool,
+    same_source: bool,
+    products: Products | None,
+) -> dict[str, Any]:
     began = time.time()
     manifest, layout = layout_of(folder)
-    choose_device(request.device)
     if not same_source:
         _check_origin(source, manifest, quiet)
     material = material_of(source, request)
@@ -80,7 +100,7 @@ def verify(
     half = source.architecture.n_q // 2
     held_to = limits.limits_of(manifest, layout.every(), half)
     arithmetic = manifest["dtype"] if request.arithmetic == "bundle" else "float32"
-    forms = [output.form for output in layout.every() if output.form]
+    tests, products = _kernels(layout, manifest["dtype"], arithmetic, products, quiet)
     report: dict[str, Any] = {
         "verdict": {},
         "limits": held_to,
@@ -90,7 +110,7 @@ def verify(
         "material": material.description,
         "arithmetic": arithmetic,
         "structure": {"problems": problems, "files": len(manifest["files"]), "tensors": _count(layout)},
-        "kernels": kernels.self_test(forms, arithmetic),
+        "kernels": tests,
         "weights": [],
         "activations": [],
         "predictions": {},
@@ -101,7 +121,7 @@ def verify(
     }
     if readable:
         with closing(Bundle(folder, manifest, layout)) as stored:
-            _measure(report, source, stored, material, request, quiet)
+            _measure(report, source, stored, material, request, products, quiet)
     if report["predictions"] and arithmetic != "float32":
         report["limits"] = limits.with_noise(held_to, report["predictions"])
     report["verdict"] = _verdict(report, manifest, half)
@@ -110,8 +130,24 @@ def verify(
     return report
 
 
+def _kernels(
+    layout: Layout, dtype: str, arithmetic: str, products: Products | None, quiet: bool
+) -> tuple[list[dict[str, Any]], Products]:
+    """Test the kernels that a bundle needs; return the report's rows, and products that work around what is wrong."""
+    shapes = kernels.shapes_of(layout, dtype, arithmetic, len(streams()))
+    label = "compiling and testing kernels" if on_gpu() else "testing kernels"
+    with long_step(label, len(shapes), "shape", quiet and not on_gpu()) as progress:
+        return kernels.check(shapes, products, progress.update)
+
+
 def _measure(
-    report: dict[str, Any], source: Source, stored: Bundle, material: Material, request: Request, quiet: bool
+    report: dict[str, Any],
+    source: Source,
+    stored: Bundle,
+    material: Material,
+    request: Request,
+    products: Products,
+    quiet: bool,
 ) -> None:
     """Fill in what only a bundle tells that can be read."""
     wrong = structure.voice_problems(stored, source.voices)
@@ -120,22 +156,28 @@ def _measure(
     size = sum(2 * role.shape[0] * role.shape[-1] for role in roles(source.architecture).values())
     with byte_bar("comparing", size, quiet) as progress:
         where = _torch_device(request)
-        found: Measured = compare(source, stored, material, voices, progress, report["arithmetic"], where)
+        found: Measured = compare(source, stored, material, voices, progress, report["arithmetic"], where, products)
     report["weights"], report["activations"] = found.weights, found.activations
     report["predictions"] = found.predictions
     if request.rollout and not wrong:  # a session begins with a voice
-        report["rollout"] = _roll(source, stored, material, request, report["arithmetic"], quiet)
+        report["rollout"] = _roll(source, stored, material, request, report["arithmetic"], products, quiet)
 
 
 def _roll(
-    source: Source, stored: Bundle, material: Material, request: Request, arithmetic: str, quiet: bool
+    source: Source,
+    stored: Bundle,
+    material: Material,
+    request: Request,
+    arithmetic: str,
+    products: Products,
+    quiet: bool,
 ) -> dict[str, Any]:
     a = source.architecture
     text = prompt_tokens(source.location.folder / TOKENIZER, a, PROMPT)
     played = rollout.script(source, material, text, request.rollout)
     total = 2 * (len(text) + 2 * PAUSE + request.rollout)
     with bar("speaking", total, "frame", quiet) as progress:
-        return rollout.run(source, stored, played, progress, arithmetic, _torch_device(request))
+        return rollout.run(source, stored, played, progress, arithmetic, _torch_device(request), products)
 
 
 def _verdict(report: dict[str, Any], manifest: dict[str, Any], agent_steps: int) -> dict[str, Any]:
@@ -143,10 +185,11 @@ def _verdict(report: dict[str, Any], manifest: dict[str, Any], agent_steps: int)
     found = [
         limits.failure("structure", problem.split(": ")[0], problem) for problem in report["structure"]["problems"]
     ]
-    found += limits.kernel_failures(report["kernels"])
+    broken = kernels.reasons(report["kernels"])  # nothing that was computed can be judged then
+    found += broken
     if report["weights"]:
         found += limits.weight_failures(report["weights"], manifest)
-    if report["predictions"]:
+    if report["predictions"] and not broken:
         held_to, activations = report["limits"], report["activations"]
         found += limits.prediction_failures(report["predictions"], held_to, activations, agent_steps)
     elif not found:
