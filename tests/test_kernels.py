@@ -20,7 +20,7 @@ from ppx.verify.conversation import Conversation
 from ppx.verify.products import MANY_PADDED, Products, Shape, shape_of
 from ppx.verify.request import Request
 from ppx.verify.sampling import GREEDY
-from ppx.verify.session import system_prompt
+from ppx.verify.session import SILENCE, system_prompt
 from ppx.verify.verification import verify
 
 SWIFT = ("--recipe", "4bit")
@@ -170,7 +170,8 @@ def test_a_rollout_works_around_a_kernel(opened, source, share):
         kernels.shapes_of(opened.layout, opened.manifest["dtype"], "float32", len(mlx_device.streams())),
         Products(packed=broken),
     )
-    played = rollout.script(source, source.voices[0].name, [5], 1, [])
+    silence = [token % source.architecture.card for token in SILENCE[: source.architecture.n_q // 2]]
+    played = rollout.Script(source.voices[0].name, [5], [silence])
     with bar("", 0, "frame", quiet=True) as progress:
         found = rollout.run(source, opened, played, progress, products=products)
     assert len(found["agreement"]) == 1
