@@ -71,10 +71,10 @@ def layout() -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
-def codec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of Mimi's names and shapes with random weights, 385 MB."""
-    path = tmp_path_factory.mktemp("codec") / CODEC
-    demo.codec(path, whole=True)
+def codec(own_cache: Path) -> Path:
+    """A file of Mimi's names and shapes with random weights, 385 MB: that of the demo which has one, made once."""
+    path = demo.cached("demo:audio", quiet=True) / CODEC
+    assert path.is_relative_to(own_cache)
     return path
 
 

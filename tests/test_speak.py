@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 README = Path(__file__).parent.parent / "README.md"
 SPEECH = Path(__file__).parent / "data" / "speech.flac"
 SAID = "The weather is nice today. We can go to the park, and have a good time with the children."
+SENTENCE = 1.68  # seconds of it, the first: recognizing speech takes longer than all the rest
 TARGETS = {
     "speech-swift": ("--bits", "4", "--group-size", "64"),
     "moshi-mlx": ("--recipe", "moshi-q4", "--method", "rtn"),
@@ -125,16 +126,16 @@ def conversation(program, tmp_path_factory):
     commands = [shlex.split(line) for line in section.partition("```")[0].splitlines() if line.startswith("ppx-")]
     assert [command[0] for command in commands] == ["ppx-convert", "ppx-speak", "ppx-verify", "ppx-bench"]
     samples, rate = soundfile.read(SPEECH)
-    soundfile.write(folder / "question.wav", samples, rate)
+    soundfile.write(folder / "question.wav", samples[: round(SENTENCE * rate)], rate)
     shorter = {"ppx-bench": ["--frames", "10"], "ppx-verify": ["--sequences", "1", "--frames", "80"]}
     return folder, [program(name, *rest, *shorter.get(name, []), cwd=folder).stdout for name, *rest in commands]
 
 
 def test_the_readmes_conversation_is_a_real_one(conversation):
     folder, said = conversation
-    assert soundfile.info(folder / "answer.wav").duration == pytest.approx(4.72)
+    assert soundfile.info(folder / "answer.wav").duration == pytest.approx(SENTENCE)
     assert "demo-audio passes the comparison" in said[2]
-    assert "round trip: 4.7 s" in said[2]
+    assert f"round trip: {SENTENCE:.1f} s" in said[2]
     assert "codec" in said[3]
 
 
@@ -394,13 +395,13 @@ def test_a_round_trip_stands_in_the_report(program, conversation):
     report = json.loads((left / "report.json").read_text())
     heard = report["round_trip"]
     assert heard["question"]["heard"].startswith("the weather is nice today")
-    assert heard["answer"]["seconds"] == pytest.approx(4.72)
+    assert heard["answer"]["seconds"] == pytest.approx(SENTENCE)
     assert heard["scene"]["prompt"] == PROMPT
     page = (left / "report.html").read_text()
     assert page.count("<audio controls") == 2
     assert page.count("data:audio/flac;base64,") == 2
     assert "media-src data:" in page
-    assert "Spoken: of 4.7 s of answer" in (left / "report.md").read_text()
+    assert f"Spoken: of {SENTENCE:.1f} s of answer" in (left / "report.md").read_text()
     found = json.loads(parity.as_json(report))
     assert found["round_trip"] == {key: heard[key] for key in heard if key != "audio"}
     asked = ("--round-trip", "question.wav", "--recognizer", "mlx-whisper")

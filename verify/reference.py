@@ -166,7 +166,7 @@ class TorchModel:
             memory[place] = (k[:, :, -reach:], v[:, :, -reach:])
         seen = torch.arange(first + length - k.shape[2], first + length, device=self.device)
         distance = positions[:, None] - seen[None]
-        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=(distance >= 0) & (distance < reach))
+        attended = _attend(q, k, v, (distance >= 0) & (distance < reach))
         return self._each(joined, attended.transpose(1, 2).reshape(batch, length, dim), steps)
 
     def _mlp(self, place: Place, x: Tensor, steps: range | None) -> Tensor:
@@ -201,6 +201,17 @@ def _rotate(x: Tensor, positions: Tensor, max_period: int) -> Tensor:
     real, imaginary = x.float().reshape(*x.shape[:-1], half, 2).unbind(-1)
     cos, sin = torch.cos(angles), torch.sin(angles)
     return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Return softmax attention ``[batch, heads, frames, head]`` of queries, keys and values, in float32 on a CPU.
+
+    PyTorch's 16-bit kernel ends in an error on processors whose vector units it is told not to use
+    (``ATEN_CPU_CAPABILITY``); it sums in float32, too.
+    """
+    if q.device.type == "cpu":
+        return functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def source_weights(checkpoint: Checkpoint) -> Weights:
