@@ -5,6 +5,7 @@ import shutil
 import threading
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -36,10 +37,11 @@ def on_the_cpu():
 class Broken:
     """Stands in for quantized_matmul: wrong for weights of so many rows and columns, for two rows of input or more."""
 
-    def __init__(self, rows, columns, fewest=2):
-        self.size, self.fewest, self.calls = (rows, columns), fewest, []
+    def __init__(self, size: tuple[int, int], fewest: int = 2) -> None:
+        self.size, self.fewest = size, fewest
+        self.calls: list[tuple[int, tuple[int, int]]] = []
 
-    def __call__(self, x, weight, scales, biases, **settings):
+    def __call__(self, x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, **settings: Any) -> mx.array:
         size = (weight.shape[0], scales.shape[1] * settings["group_size"])
         self.calls.append((len(x), size))
         found = mx.quantized_matmul(x, weight, scales, biases, **settings)
@@ -107,7 +109,7 @@ def test_an_error_at_one_edge_of_a_weight_is_seen(rows, columns):
 
 def test_only_the_shape_and_the_rows_of_input_that_are_wrong_are_replaced():
     shapes = [Shape(96, columns, 4, 32, "float32", "float32") for columns in (64, 128)]
-    broken = Broken(96, 64)
+    broken = Broken((96, 64))
     rows, products = kernels.check(shapes, Products(packed=broken))
     assert products.replaced == {(shapes[0], 4), (shapes[0], 8)}
     assert products.worked_around() == ["96x64, 4 bit group 32, float32, 4, 8 rows of input"]
@@ -123,7 +125,7 @@ def test_only_the_shape_and_the_rows_of_input_that_are_wrong_are_replaced():
 
 
 def test_rows_of_input_are_filled_up_to_what_was_tested():
-    broken, shape = Broken(0, 0), Shape(32, 64, 4, 32, "float32", "float32")
+    broken, shape = Broken((0, 0)), Shape(32, 64, 4, 32, "float32", "float32")
     padded, random = Products(padded=True, packed=broken), np.random.default_rng(0)
     assert padded.tried == (1, 4, MANY_PADDED)
     matrix, _ = kernels._weight(shape, random)
@@ -147,7 +149,7 @@ def share(opened):
 
 
 def test_a_verification_works_around_a_kernel_and_says_so(bundle, source, share):
-    folder, broken = bundle(*SWIFT), Broken(*share, fewest=1)
+    folder, broken = bundle(*SWIFT), Broken(share, fewest=1)
     right = verify(source, folder, QUICK, "", quiet=True)
     found = verify(source, folder, QUICK, "", quiet=True, products=Products(packed=broken))
     assert found["verdict"] == {"passed": True, "failures": []}
@@ -165,7 +167,7 @@ def test_a_verification_works_around_a_kernel_and_says_so(bundle, source, share)
 
 
 def test_a_rollout_works_around_a_kernel(opened, source, share):
-    broken = Broken(*share, fewest=1)
+    broken = Broken(share, fewest=1)
     _, products = kernels.check(
         kernels.shapes_of(opened.layout, opened.manifest["dtype"], "float32", len(mlx_device.streams())),
         Products(packed=broken),
@@ -179,13 +181,13 @@ def test_a_rollout_works_around_a_kernel(opened, source, share):
 
 
 def test_with_nothing_to_work_around_with_mlx_is_blamed_and_not_the_bundle(bundle, source, share, size, model):
-    hopeless = Products(packed=Broken(*share), plain=wrong_product)
+    hopeless = Products(packed=Broken(share), plain=wrong_product)
     found = verify(source, bundle(*SWIFT), QUICK, "", quiet=True, products=hopeless)["verdict"]["failures"]
     assert {failure["check"] for failure in found} == {"kernels"}
     for words in ("MLX ", "computes wrongly on this device (cpu ", "the bundle may be sound", f"{share[0]}x{share[1]}"):
         assert words in found[0]["message"]
     with pytest.raises(CheckFailed, match="the bundle may be sound"):
-        kernel_cache.on_tested_kernels(model, products=replace(hopeless, packed=Broken(*size)))
+        kernel_cache.on_tested_kernels(model, products=replace(hopeless, packed=Broken(size)))
 
 
 def spoken(model, voice):
@@ -199,7 +201,7 @@ def test_a_conversation_works_around_a_kernel(opened, model, size, own_cache):
     voice = opened.voices()[0]
     expected = spoken(model, voice)
     for fewest in (1, 2):
-        broken = Products(packed=Broken(*size, fewest))
+        broken = Products(packed=Broken(size, fewest))
         shutil.rmtree(own_cache / "ppx-convert", ignore_errors=True)
         mended = kernel_cache.on_tested_kernels(model, products=broken)
         assert {shape.rows for shape, _ in mended.products.replaced} == {size[0]}
@@ -212,12 +214,12 @@ def test_a_conversation_works_around_a_kernel(opened, model, size, own_cache):
 def test_a_test_costs_once_and_no_cache_is_trusted_blindly(model, size, own_cache, monkeypatch):
     folder = own_cache / "ppx-convert"
     shutil.rmtree(folder, ignore_errors=True)
-    broken = Products(packed=Broken(*size))
+    broken = Broken(size)
 
     def tested():
-        before = len(broken.packed.calls)
-        found = kernel_cache.on_tested_kernels(model, products=broken).products.replaced
-        return found, len(broken.packed.calls) - before
+        before = len(broken.calls)
+        found = kernel_cache.on_tested_kernels(model, products=Products(packed=broken)).products.replaced
+        return found, len(broken.calls) - before
 
     replaced, calls = tested()
     assert replaced
