@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, t
     whole = bundles(program, pico, tmp_path / "whole", few)
     folder = tmp_path / "broken"
     solved = folder / "out.solution.partial"
-    done = {}
+    done: dict[Path, int] = {}
     for count in (3, 2):
         stop = (Moment("os.rename", "solution.json", 1 + count, after=True), signal.SIGKILL)  # the first is empty
         assert bundles(program, pico, folder, few, status=-signal.SIGKILL, stop=stop) == {}
