@@ -4,15 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+# Two workers of one thread each: more threads than cores wait for each other.
+PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: demo test check lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/ppx-convert demo --bits 4 --group-size 64 --output demo-bundle
 	$(BIN)/ppx-inspect demo-bundle --check
 
-# Two workers of one thread each: more threads than cores wait for each other.
 test: $(VENV)/tested lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# For contributors, between two commits: lint, types and the fast tests.
+check: $(VENV)/tested lint
+	$(PYTEST) -m 'not slow'
 
 # Types are checked under the names that users import: a link makes the checkout look like the installed package.
 # pyproject.toml names the folders: the packages through the link, the tests and the benchmarks as they are.

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ppx.convert import demo
 from ppx.convert.source import CODEC
+from ppx.quant.affine import BFLOAT16, FLOAT32, Affine, quantize
+from ppx.quant.casting import count_non_finite
 from program_server import Programs
 from stopping import Moment
 
-LONGEST = (
+SLOW = (  # the slowest first
     "test_speak.py",
     "test_solving.py",
     "test_allocate.py",
@@ -33,6 +36,15 @@ PROGRAMS = {
     "ppx-speak": "ppx.recipes.speak_program",
     "ppx-verify": "ppx.recipes.verify_program",
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the quantizer before workers start, which would each do it; numba keeps what it made in the checkout."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        for dtype in (FLOAT32, BFLOAT16):
+            weights = np.ones((1, 64), dtype)
+            quantize(weights, Affine(4, 64), FLOAT32)
+            count_non_finite(weights)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -123,5 +135,8 @@ def bundle(program: Callable[..., object], pico: Path, tmp_path_factory: pytest.
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the files that take longest come first, so that no worker is left with one of them at the end."""
-    order = {name: place for place, name in enumerate(LONGEST)}
+    order = {name: place for place, name in enumerate(SLOW)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    for item in items:
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
