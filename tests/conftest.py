@@ -96,7 +96,8 @@ def program(own_cache: Path) -> Iterator[Callable[..., subprocess.CompletedProce
 
     ppx-convert verifies only where a test says --verify: it takes seconds.
     """
-    programs = Programs({"XDG_CACHE_HOME": str(own_cache)})
+    usual = os.environ | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(own_cache)}
+    programs = Programs(usual)
 
     def run(
         name: str,
@@ -108,7 +109,7 @@ def program(own_cache: Path) -> Iterator[Callable[..., subprocess.CompletedProce
     ) -> subprocess.CompletedProcess[str]:
         if name == "ppx-convert" and "--verify" not in arguments:
             arguments = (*arguments, "--no-verify")
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | (environment or {})
+        environment = usual | (environment or {})
         done = programs.run(PROGRAMS[name], [str(argument) for argument in arguments], cwd, environment, stop)
         assert done.returncode == status, f"{done.args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Starts the programs for the tests: one process imports the slow libraries, and forks for each command.
+"""Starts the programs for the tests: a process imports the slow libraries, and forks for each command.
 
 A program takes two to three seconds to import PyTorch, MLX and matplotlib, and a run of the tests starts hundreds of
 them. Each command still runs in a process of its own, with its own arguments, folder, environment, output and exit
@@ -8,6 +8,7 @@ status, as ``python -m MODULE`` would. The server must have computed nothing whe
 import atexit
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -24,8 +25,9 @@ from typing import Any
 
 from stopping import Moment, stop_at
 
-# Not huggingface_hub, typer or rich: they read the environment when they are imported.
-SLOW = (
+LIBRARIES = (
+    "filelock",
+    "httpx2",
     "jinja2",
     "matplotlib.backends.backend_svg",
     "matplotlib.figure",
@@ -35,19 +37,31 @@ SLOW = (
     "safetensors.torch",
     "sentencepiece",
     "torch",
-    "httpx2",
-    "filelock",
     "yaml",
+)
+OURS = (  # and what they import; huggingface_hub and typer read the environment then
+    "ppx.recipes.loader",
+    "ppx.verify.budget",
+    "ppx.verify.plots",
+    "ppx.verify.publishing",
+    "ppx.verify.refining",
+    "ppx.verify.verification",
+    "huggingface_hub.hf_api",
+    "typer",
 )
 
 
 class Programs:
-    """An open server; ``run`` behaves as ``subprocess.run`` with captured text does."""
+    """Open servers; ``run`` behaves as ``subprocess.run`` with captured text does.
+
+    Commands with the usual environment come from a server that has imported the toolkit, too; those with another one
+    import it themselves.
+    """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
-        """environment: what the server itself has besides this process's own; libraries look there for their caches."""
-        self.environment = os.environ | environment
-        self.server: subprocess.Popen[str] | None = None
+        """environment: the usual one. Libraries look there for their caches."""
+        self.environment = dict(environment)
+        self.servers: dict[bool, subprocess.Popen[str]] = {}
 
     def run(
         self,
@@ -72,29 +86,30 @@ class Programs:
                 "stop": stop and [asdict(stop[0]), stop[1]],
                 "timeout": timeout,
             }
-            status = self._ask(asked)
+            status = self._ask(asked, usual=dict(environment) == self.environment)
             out, err = (Path(path).read_text() for path in asked["output"])
         if status is None:
             raise subprocess.TimeoutExpired([module, *arguments], timeout, out, err)
         return subprocess.CompletedProcess([module, *arguments], status, out, err)
 
-    def _ask(self, asked: dict[str, Any]) -> int | None:
-        if self.server is None:
-            command = [sys.executable, __file__]
-            self.server = subprocess.Popen(
+    def _ask(self, asked: dict[str, Any], usual: bool) -> int | None:
+        if usual not in self.servers:
+            command = [sys.executable, __file__, *LIBRARIES, *(OURS if usual else ())]
+            self.servers[usual] = subprocess.Popen(
                 command, text=True, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps(asked) + "\n")
-        self.server.stdin.flush()
-        status: int | None = json.loads(self.server.stdout.readline())
+        server = self.servers[usual]
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        status: int | None = json.loads(server.stdout.readline())
         return status
 
     def close(self) -> None:
-        """End the server."""
-        if self.server is not None:
-            self.server.communicate()
+        """End the servers."""
+        for server in self.servers.values():
+            server.communicate()
 
 
 def become(asked: dict[str, Any]) -> None:
@@ -142,10 +157,22 @@ def wait(child: int, timeout: float) -> int | None:
     return None
 
 
-def serve() -> None:
+def draw() -> None:
+    """Draw a picture, so that fonts are known and what draws is imported."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    FigureCanvasSVG(figure)
+    figure.add_subplot().set_yscale("log")
+    figure.savefig(io.BytesIO(), format="svg")
+
+
+def serve(modules: Sequence[str]) -> None:
     """Answer lines of JSON on standard input with exit statuses on standard output, until the input ends."""
-    for name in SLOW:
+    for name in modules:
         importlib.import_module(name)
+    draw()
     gc.freeze()
     answers = os.fdopen(os.dup(1), "w")
     while line := sys.stdin.readline():
@@ -159,4 +186,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1:])
