@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import closing
 from dataclasses import replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,10 +45,12 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def demos(program, tmp_path_factory):
-    """The demo source converted for each target; made once."""
+    """The demo source, with fewer layers, converted for each target; made once."""
     folder = tmp_path_factory.mktemp("demos")
+    shallow = replace(demo.SIZES["demo"], num_layers=4, depformer_num_layers=2)
+    demo.make("demo", folder / "shallow", quiet=True, architecture=shallow)
     for target, options in TARGETS.items():
-        program("ppx-convert", "demo", *options, "--output", target, cwd=folder)
+        program("ppx-convert", "shallow", *options, "--output", target, cwd=folder)
     return folder
 
 
