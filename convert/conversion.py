@@ -163,11 +163,16 @@ def convert(
     return Conversion(output, manifest, made)
 
 
-def check_same(present: dict[str, Any], output: Path, plan: Plan, prints: Mapping[str, Fingerprint]) -> None:
-    """Raise UserError for a finished bundle that is surely of another source or recipe, before hours are spent."""
+def check_same(
+    present: dict[str, Any], output: Path, prints: Mapping[str, Fingerprint], recipe: Recipe | None = None
+) -> None:
+    """Raise UserError for a finished bundle that is surely of another source or recipe, before hours are spent.
+
+    recipe: None where it is not known yet.
+    """
     files = {name: record["sha256"] for name, record in present["source"]["files"].items()}
-    wanted = {name: one.sha256 for name, one in prints.items()}
-    if (files, present["recipe"].get("text")) != (wanted, to_toml(plan.recipe)):
+    same = files == {name: one.sha256 for name, one in prints.items()}
+    if not same or (recipe and present["recipe"].get("text") != to_toml(recipe)):
         raise _other_bundle(output)
 
 

@@ -14,8 +14,12 @@ from .problems import UserError
 
 
 def named(output: Path) -> Path:
-    """Return the folder that an output means: what stands beside it lies in its parent, also for ``.`` or a link."""
-    return output.resolve() if output.is_symlink() or output.name in ("", "..") else output
+    """Return the folder that an output means: what stands beside it lies in its parent, also for ``.`` or a link.
+
+    The working folder is named absolutely: a bundle takes its place, and relative names would mean nothing then.
+    """
+    here = output.is_dir() and output.samefile(Path())
+    return output.resolve() if here or output.is_symlink() or output.name in ("", "..") else output
 
 
 def check_output(output: Path, force: bool = False) -> dict[str, Any] | None:
@@ -34,11 +38,14 @@ def check_output(output: Path, force: bool = False) -> dict[str, Any] | None:
         raise UserError(f"{output}: holds files that are no bundle: choose another --output, or empty it")
     if manifest and force and (others := strangers(output, manifest)):
         raise UserError(f"{output}: holds files that are not of its bundle ({', '.join(others)}): move them first")
-    return None if force else manifest
+    if manifest is None or force:
+        _check_writable(output)
+        return None
+    return manifest
 
 
 def _check_writable(output: Path) -> None:
-    """Raise UserError if the nearest folder above an output that is there cannot take it."""
+    """Raise UserError if the nearest existing folder above an output cannot take what is written beside it."""
     above = next(parent for parent in output.absolute().parents if parent.exists() or parent.is_symlink())
     if not above.is_dir():
         raise UserError(f"{above}: is not a folder: choose another --output")
@@ -68,6 +75,14 @@ def make_place(plan: Plan, output: Path, solved: bool) -> None:
                 f"{output.parent}: {free / 1e9:.2f} GB are free and {(needed - there) / 1e9:.2f} GB are needed: "
                 "free some, or choose --output on another disk"
             )
+
+
+def enter_again(output: Path) -> None:
+    """Make a bundle the working folder where it took that one's place, so that relative names mean what they did."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        os.chdir(output)
 
 
 def solution_folder(output: Path) -> Path:

@@ -83,9 +83,9 @@ def allocate(
     named = (str(dtype or consumer.dtype), str(method or DEFAULT_METHOD))
     wanted = Wanted(budget, consumer.name, *named, depformer_steps, tuple(keep or ()))
     file = sensitivity or output.with_suffix(".sensitivity.json")
-    for path in (file, plot):
-        if path and not path.parent.is_dir():
-            raise UserError(f"{path}: give the name of a file in a folder that is there")
+    for path in (None if file.exists() else file, plot):
+        if path:
+            console.check_folder(path)
     with source.open_source(source.locate(where, quiet=quiet)) as opened:
         prints = source.fingerprint(opened, quiet)
         heard = allotting.conversations(opened, prints, tokens, output.with_suffix(""), quiet)

@@ -60,10 +60,17 @@ def check_new(path: Path, suffix: str, force: bool) -> None:
     """Raise UserError if a file of this kind cannot be written there, or is there already."""
     if path.suffix != suffix or not path.parent.is_dir():
         raise UserError(f"{path}: give the name of a {suffix} file in a folder that is there")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path.parent}: is not writable: choose another --output")
+    check_folder(path)
     if path.exists() and not force:
         raise UserError(f"{path}: is there already: choose another --output, or replace it with --force")
+
+
+def check_folder(path: Path) -> None:
+    """Raise UserError if there is no folder in which a file of this name can be written."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: give the name of a file in a folder that is there")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path.parent}: is not writable: choose another folder")
 
 
 def show_version(asked: bool) -> None:

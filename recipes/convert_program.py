@@ -139,6 +139,8 @@ def convert(
             opened = stack.enter_context(conversion.open_merged(location, adapter, fill_depformer_steps, True, quiet))
             destination.make_parent(folder)
             prints = source.fingerprint(opened, quiet)
+            if present:
+                conversion.check_same(present, folder, prints)
             chosen = _allotted(opened, prints, wanted, calibration, folder, quiet, as_json)
             opened, plan = conversion.planned(opened, chosen)
         else:
@@ -146,13 +148,14 @@ def convert(
             stack.enter_context(opened)
             prints = source.fingerprint(opened, quiet)
         if present:
-            conversion.check_same(present, folder, plan, prints)
+            conversion.check_same(present, folder, prints, plan.recipe)
         else:
             destination.make_place(plan, folder, _is_solved(plan))
         solver = _solver(opened, prints, plan, folder, calibration, refine, budget is not None, quiet)
         done = conversion.convert(
             opened, plan, folder, force=force, workers=jobs, quiet=quiet, solver=solver, prints=prints
         )
+        destination.enter_again(done.folder)
         if not as_json:
             typer.echo(describe.finished(done.folder, done.manifest, done.made))
         found = _verify(opened, done.folder, adapter, quiet) if verify else None

@@ -1,6 +1,9 @@
 """What long work is in vain without is checked before it; what it needs twice is computed once."""
 
+import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,12 +89,15 @@ def test_allocating_hashes_the_source_once(work, pico):
     assert work == [f"read {WEIGHTS}", "sampled", "measured"]
 
 
-def test_the_working_folder_as_output(work, pico, tmp_path, monkeypatch):
+@pytest.mark.parametrize("output", [".", "../here"])
+def test_the_working_folder_as_output(output, work, pico, tmp_path, monkeypatch):
+    """It is replaced; what is named relative to it, as the source that is verified against, is still found."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    done = run(convert_program, pico, "--recipe", "../head.toml", "--no-verify", "-o", ".")
+    done = run(convert_program, pico, "--recipe", "../head.toml", "--no-verify", "-o", output)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "here" / "manifest.json").is_file()
+    assert Path.cwd().samefile(tmp_path / "here")
     assert (tmp_path / "here.spoken.safetensors").is_file()
     assert "sampled" in work
 
@@ -119,6 +125,34 @@ def test_another_bundle_is_found_before_sessions_are_sampled(work, bundle, pico,
     assert done.exit_code == 2
     assert "bundle: holds a bundle of another source, with other settings" in done.stderr
     assert work == [f"read {WEIGHTS}"]
+
+
+def test_a_bundle_of_another_source_is_found_before_it_is_measured(work, bundle, pico, tmp_path):
+    shutil.copytree(bundle(), tmp_path / "bundle")
+    manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    manifest["source"]["files"][WEIGHTS]["sha256"] = "0" * 64
+    (tmp_path / "bundle" / "manifest.json").write_text(json.dumps(manifest))
+    done = run(convert_program, pico, *SIZE, "-o", "bundle")
+    assert done.exit_code == 2
+    assert "bundle: holds a bundle of another source" in done.stderr
+    assert work == [f"read {WEIGHTS}"]
+
+
+def test_a_folder_that_is_not_writable_is_told_first(work, bundle, pico, tmp_path, monkeypatch):
+    """What is written beside the output goes there, also where the output itself is there."""
+    monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)  # root may write anywhere
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(bundle(), tmp_path / "bundle")
+    for program, *options in (
+        (convert_program, *GPTQ, "-o", "empty"),
+        (convert_program, *GPTQ, "-o", "bundle", "--force"),
+        (convert_program, *GPTQ, "-o", "new/out"),
+        (allocate_program, "--bits-per-weight", "5", "-o", "a.toml"),
+    ):
+        done = run(program, pico, *options)
+        assert done.exit_code == 2
+        assert "is not writable: choose another" in done.stderr
+    assert work == []
 
 
 def test_allocating_checks_where_it_writes(work, pico):
