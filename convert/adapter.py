@@ -107,7 +107,7 @@ def open_adapter(where: str, architecture: Architecture, quiet: bool = False) ->
         if expected and expected != found.sha256:
             raise UserError(f"{path}: its sha256 is not the one that the Hub gave: damaged in the cache: delete it")
         refuse([f"{path}: {name}: {count} values are NaN or infinite: it is damaged" for name, count in bad.items()])
-    except UserError:
+    except BaseException:
         file.close()
         raise
     return Adapter(identity, revision, found, rank, scaling, file, pieces)

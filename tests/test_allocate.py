@@ -20,7 +20,7 @@ from ppx.convert.recipe import uniform
 from ppx.convert.source import Source, locate, open_source
 from ppx.quant.affine import BITS, Affine, dequantize, quantize
 from ppx.recipes import loader
-from ppx.verify import measuring, sensitivity
+from ppx.verify import by_weights, measuring, sensitivity
 from ppx.verify.budget import Budget, Wanted, allot, size_of
 from ppx.verify.material import Material, read_tokens
 from ppx.verify.model import Tokens
@@ -148,9 +148,18 @@ def test_a_part_whose_predictions_are_not_finite_is_named(measured, monkeypatch)
         made = quantize(weight, form, storage)
         return replace(made, scales=np.full_like(made.scales, np.nan)) if weight.shape == head else made
 
-    monkeypatch.setattr(measuring, "quantize", broken)
+    monkeypatch.setattr(by_weights, "quantize", broken)
     with pytest.raises(UserError, match="heads text_linear at 2 bit: the text's predictions are not finite"):
         measuring.measure(source, material.chosen(np.array([0])), "mark", quiet=True, bits=[2])
+
+
+def test_sequences_that_tell_nothing_of_the_agent_are_refused(measured):
+    """Everything would cost it nothing."""
+    source, material, _ = measured
+    counted = material.counted.copy()
+    counted[:, 3] = False
+    with pytest.raises(UserError, match="the 1 sequences that were measured on hold no tokens of agent"):
+        measuring.measure(source, replace(material.chosen(np.array([0])), counted=counted[:1]), "mark", True, bits=[2])
 
 
 def test_weights_that_cannot_be_quantized_are_named(measured):

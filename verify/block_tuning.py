@@ -13,7 +13,7 @@ from ..convert.solution import Part
 from .model import Floats
 from .places import POSITIONS, Place
 from .reference import TorchModel
-from .tuned import Tuned, adam_for, set_rate, weights_of
+from .tuned import Tuned, adam_for, set_rate, take_step, weights_of
 
 
 def tune_block(
@@ -38,8 +38,4 @@ def tune_block(
             goal = first + original.added(place, first)
         with torch.enable_grad():
             loss = (second + moved.added(place, second) - goal).square().mean()
-            if not bool(torch.isfinite(loss)):  # a step by it would make all codes of the block meaningless
-                continue
-            adam.zero_grad()
-            torch.autograd.backward(loss)
-        adam.step()
+            take_step(adam, loss)

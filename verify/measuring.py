@@ -22,8 +22,9 @@ from ..convert.names import roles
 from ..convert.problems import UserError
 from ..convert.progress import bar
 from ..convert.source import Source
-from ..quant.affine import BITS, Affine, Quantized, dequantize, quantize
+from ..quant.affine import BITS, Affine, dequantize
 from . import device as devices
+from .by_weights import quantized
 from .material import Material, spread
 from .model import Floats, Tokens
 from .places import Place, places
@@ -33,6 +34,7 @@ from .sensitivity import STREAMS, Part, Sensitivities, part_of, settings_of, usu
 _SHARE = 0.25  # of the machine's memory, for all streams at a time
 _FRAMES = 4096  # measured on at most
 _ROWS = 128  # frames of a sequence that go through a wide depformer, and rows of a matrix of which errors are taken
+_STORAGE = np.dtype(np.float32)  # of scales and biases: what other dtypes round is the same for all parts
 Variant = tuple[Part, int]  # a part, and the bits that it is quantized to
 
 
@@ -56,7 +58,7 @@ def _altered(model: TorchModel, members: Sequence[tuple[str, int | None]], form:
 
     def rounded(name: str, values: Tensor) -> Tensor:
         flat = np.ascontiguousarray(values.float().cpu().numpy().reshape(-1, values.shape[-1]))
-        return torch.from_numpy(dequantize(_quantized(name, flat, form), form)).reshape(values.shape)
+        return torch.from_numpy(dequantize(quantized(name, flat, form, _STORAGE), form)).reshape(values.shape)
 
     def weights(name: str, step: int | None) -> Tensor:
         held = model.weights(name, step)
@@ -67,13 +69,6 @@ def _altered(model: TorchModel, members: Sequence[tuple[str, int | None]], form:
         return rounded(name, held) if (name, None) in mine else held
 
     return replace(model, weights=kept_by({}, weights, model.device), rows=rows)
-
-
-def _quantized(name: str, matrix: NDArray[np.float32], form: Affine) -> Quantized:
-    try:
-        return quantize(matrix, form, np.dtype(np.float32))
-    except ValueError as error:
-        raise UserError(f"{name} at {form.label}: {error}: give a recipe that keeps it float") from None
 
 
 def measure(
@@ -91,7 +86,7 @@ def measure(
     sequences: to measure on at least, in as many passes as they take. memory: bytes for what is computed at a time,
     None for a share of the machine's. PyTorch computes on a GPU where there is one. Parts of depformer steps that
     predict the user's codebooks are not among them: what the agent says does not depend on those. Raises UserError,
-    which names the part, for predictions that are not finite.
+    which names the part, for predictions that are not finite, and for sequences that tell nothing of text or agent.
     """
     members = members_of(source.architecture)
     nbytes = int(_SHARE * devices.host_memory()) if memory is None else memory
@@ -110,9 +105,14 @@ def measure(
             model = replace(model, weights=kept_by(kept, model.weights, model.device), rows=_remembered(model.rows))
             walk = Walk(source, members, model, kept, material.chosen(chosen), nbytes, found, counts, progress)
             _audio(walk, _temporal(walk))
+    if silent := [stream for stream, count in counts.items() if not count]:
+        raise UserError(
+            f"the {used['sequences']} sequences that were measured on hold no tokens of {' and '.join(silent)}: "
+            "give tokens in which both are known throughout"
+        )
     for part, of_part in members.items():
         for cost in found.costs[part].values():
-            cost.update({stream: max(0.0, value / max(1, counts[stream])) for stream, value in cost.items()})
+            cost.update({stream: max(0.0, value / counts[stream]) for stream, value in cost.items()})
         found.errors[part] = _errors(source, of_part)
     return found
 
@@ -291,7 +291,7 @@ def _errors(source: Source, members: Sequence[tuple[str, int | None]]) -> dict[t
     found = settings_of(weight.shape[1] for weight in some)
     for bits, size in found:
         form = Affine(bits, size, "lsq")
-        made = [_quantized(name, weight, form) for (name, _), weight in zip(members, some, strict=True)]
+        made = [quantized(name, weight, form, _STORAGE) for (name, _), weight in zip(members, some, strict=True)]
         norm = sum(one.squared_norm for one in made)
         found[bits, size] = sum(one.squared_error for one in made) / norm if norm else 0.0
     return found

@@ -31,7 +31,7 @@ from .material import Material
 from .model import Tokens
 from .reference import TorchModel, kept_by, reference_of, rows_of, source_weights
 from .solving import REFINED, quantized_weights
-from .tuned import Tuned, adam_for, begin, set_rate, weights_of
+from .tuned import Tuned, adam_for, begin, set_rate, take_step, weights_of
 
 _BATCH = 16  # sequences of a step
 _DRAWN = 0.3  # of the frames, whose tokens are drawn anew
@@ -113,16 +113,11 @@ def _tune(
         random = np.random.default_rng(step)  # so that a resumed run draws what it would have drawn
         chosen = random.choice(len(material.tokens), min(_BATCH, len(material.tokens)), replace=False)
         batch = _drawn(original, material, chosen, random)
-        loss = math.nan
+        loss, taken = math.nan, False
         if batch:
             found = divergence(original, made, batch, again)
-            loss = found.item()
-        if batch and math.isfinite(loss):
-            adam.zero_grad()
-            torch.autograd.backward(found)
-            adam.step()
-        else:  # a step by it would make all codes meaningless
-            left_out += 1
+            loss, taken = found.item(), take_step(adam, found)
+        left_out += not taken
         progress.set_postfix_str(f"KL {loss:.4f}", refresh=False)
         progress.update(1)
         if time.monotonic() - kept >= schedule.state_seconds:
@@ -131,7 +126,8 @@ def _tune(
         if schedule.on_step:
             schedule.on_step(step, loss)
     if left_out:
-        progress.write(f"fine-tuning: {left_out} steps were left out: predictions are not finite", file=sys.stderr)
+        reason = "predictions or gradients are not finite"
+        progress.write(f"fine-tuning: {left_out} of {steps - done} steps were skipped: {reason}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

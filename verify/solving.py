@@ -23,8 +23,9 @@ from ..convert.progress import bar
 from ..convert.solution import Part, Solution, forms_of
 from ..convert.source import Source
 from ..convert.tensorfile import DTYPES
-from ..quant.affine import SOLVED, Affine, Quantized, dequantize, quantize
+from ..quant.affine import SOLVED, Affine, Quantized, dequantize
 from ..quant.gptq import FALLBACK, Moments, Outcome, solve_robustly
+from . import by_weights
 from . import device as devices
 from .block_tuning import tune_block
 from .material import Material, spread
@@ -115,7 +116,8 @@ class Walk:
             made[part] = outcome.made
             if outcome.reason:
                 adjusted[part] = _adjusted(outcome)
-                step = f" step {part[1]}" if part[1] else ""
+                stacked = self.source.checkpoint.tensors[part[0]].role.stacked > 1
+                step = f" step {part[1]}" if stacked else ""
                 self.bar.write(f"{part[0]}{step}: {_told(outcome)}", file=sys.stderr)
             self.bar.update(1)
         self.solution.add(block, made, adjusted)
@@ -162,10 +164,7 @@ def quantized_weights(source: Source, forms: dict[Part, tuple[Affine, str]], sol
             return weight
         form, dtype = forms[part]
         if form.method not in SOLVED:
-            try:
-                made = quantize(np.ascontiguousarray(weight.float().numpy()), form, DTYPES[dtype])
-            except ValueError as error:
-                raise UserError(f"{name}: {error}: give a recipe that keeps it float") from None
+            made = by_weights.quantized(name, np.ascontiguousarray(weight.float().numpy()), form, DTYPES[dtype])
         elif part in solution.files:
             made = solution.read(part, 0, len(weight), DTYPES[dtype])
         else:
@@ -185,7 +184,8 @@ def quantized_rows(source: Source, forms: dict[Part, tuple[Affine, str]]) -> Row
             return found
         form, dtype = forms[name, 0]
         flat = np.ascontiguousarray(found.float().numpy().reshape(-1, found.shape[-1]))
-        return torch.from_numpy(dequantize(quantize(flat, form, DTYPES[dtype]), form)).reshape(found.shape)
+        made = by_weights.quantized(name, flat, form, DTYPES[dtype])
+        return torch.from_numpy(dequantize(made, form)).reshape(found.shape)
 
     return read
 

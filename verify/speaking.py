@@ -139,6 +139,11 @@ def _together(model: TorchModel, pairs: Sequence[Beginning], frames: int, seed: 
 
     def choose(logits: Floats, stream: int) -> Tokens:
         del stream
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"the source's own predictions are not finite in {str(model.dtype).removeprefix('torch.')}, so it "
+                "cannot generate sequences: give recorded conversations as --calibration or --tokens"
+            )
         drawn = torch.multinomial(torch.from_numpy(logits).to(model.device).softmax(-1), 1, generator=generator)
         tokens: Tokens = drawn[:, 0].cpu().numpy().astype(np.int32)
         return tokens

@@ -84,6 +84,23 @@ def set_rate(adam: torch.optim.Adam, step: int, steps: int, warm_up: int = 1) ->
         group["lr"] = share * group["usual"]
 
 
+def take_step(adam: torch.optim.Adam, loss: Tensor) -> bool:
+    """Move what is tuned against the gradient of a loss; return False, and move nothing, if they are not finite.
+
+    A finite loss can have a gradient that is not: where a product overflows before a norm. One step by it would make
+    all that is tuned meaningless.
+    """
+    if not bool(torch.isfinite(loss)):
+        return False
+    adam.zero_grad()
+    torch.autograd.backward(loss)
+    gradients = [one.grad for group in adam.param_groups for one in group["params"] if one.grad is not None]
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        return False
+    adam.step()
+    return True
+
+
 def weights_of(tuned: Mapping[Part, Tuned], rest: Weights) -> Weights:
     """Return a way to read matrices, those under way as they are now."""
 
