@@ -7,7 +7,6 @@ import shutil
 import sys
 from contextlib import closing
 from dataclasses import replace
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
