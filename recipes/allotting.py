@@ -68,6 +68,13 @@ def allotted(
     return found
 
 
+def beside(source: Source, prints: Prints, wanted: Wanted, tokens: Path | None, folder: Path, quiet: bool) -> Allotted:
+    """Find the recipe for a bundle; it and what was measured for it are left beside the bundle's folder."""
+    measured, recipe = (folder.with_name(f"{folder.name}.{what}") for what in ("sensitivity.json", "recipe.toml"))
+    heard = conversations(source, prints, tokens, folder, quiet)
+    return allotted(source, prints, wanted, heard, measured, recipe, quiet)
+
+
 def text(found: Allotted) -> str:
     """Return what is printed of a recipe that was found."""
     total = sum(found.expected.values())

@@ -141,7 +141,9 @@ def convert(
             prints = source.fingerprint(opened, quiet)
             if present:
                 conversion.check_same(present, folder, prints)
-            chosen = _allotted(opened, prints, wanted, calibration, folder, quiet, as_json)
+            allotted = allotting.beside(opened, prints, wanted, calibration, folder, quiet)
+            console.say(allotting.text(allotted)) if as_json else typer.echo(allotting.text(allotted))
+            chosen = allotted.recipe
             opened, plan = conversion.planned(opened, chosen)
         else:
             opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
@@ -192,23 +194,6 @@ def _check_at_hand(repository: str | None, adapter: str | None, calibration: Pat
         adapters.locate(adapter, quiet)
     if calibration and not calibration.is_file():
         raise UserError(f"{calibration}: no such file: give tokens, or leave --calibration out")
-
-
-def _allotted(
-    opened: Source,
-    prints: allotting.Prints,
-    wanted: Wanted,
-    tokens: Path | None,
-    folder: Path,
-    quiet: bool,
-    as_json: bool,
-) -> Recipe:
-    """Return the recipe for a budget; it and what was measured for it are left beside the bundle."""
-    measured, written = (folder.with_name(f"{folder.name}.{what}") for what in ("sensitivity.json", "recipe.toml"))
-    heard = allotting.conversations(opened, prints, tokens, folder, quiet)
-    found = allotting.allotted(opened, prints, wanted, heard, measured, written, quiet)
-    console.say(allotting.text(found)) if as_json else typer.echo(allotting.text(found))
-    return found.recipe
 
 
 def _is_solved(plan: Plan) -> bool:

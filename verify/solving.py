@@ -7,7 +7,6 @@ moments are held, and the two streams. What is solved is on the disk, and a kill
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +29,8 @@ from . import device as devices
 from .block_tuning import tune_block
 from .material import Material, spread
 from .model import Floats, Tokens
-from .places import POSITIONS, Place, places
+from .moments import block_moments, moments_of
+from .places import Place, places
 from .reference import Rows, TorchModel, Weights, kept_by, reference_of, source_rows, source_weights
 from .tuned import begin
 
@@ -45,10 +45,6 @@ class BlockTuning:
 
     steps: int = 0
     on_block: Callable[[Place], None] | None = None
-
-
-class _SeenError(Exception):
-    """All inputs that were asked for have been seen."""
 
 
 def _adjusted(outcome: Outcome) -> dict[str, Any]:
@@ -234,27 +230,7 @@ def _solve_read(walk: Walk, block: str, parts: list[Part], inputs: Streams) -> N
     """Solve matrices that all read the same input, which is at hand."""
     parts = [part for part in parts if part not in walk.solution.files]
     if parts:
-        sums = _Sums(inputs[0].shape[-1], walk.original.device)
-        flat = [np.ascontiguousarray(array).reshape(-1, array.shape[-1]) for array in inputs]
-        for first in range(0, len(flat[0]), POSITIONS):
-            sums.add(*(torch.from_numpy(array[first : first + POSITIONS]) for array in flat))
-        walk.solve(block, dict.fromkeys(parts, sums.moments()))
-
-
-class _Sums:
-    """Moments under way."""
-
-    def __init__(self, columns: int, device: str) -> None:
-        self.second = torch.zeros((columns, columns), device=device)
-        self.cross = torch.zeros((columns, columns), device=device)
-
-    def add(self, original: Tensor, quantized: Tensor) -> None:
-        original, quantized = (x.to(self.second.device, torch.float32) for x in (original, quantized))
-        self.second += quantized.T @ quantized
-        self.cross += original.T @ quantized
-
-    def moments(self) -> Moments:
-        return Moments(self.second, self.cross)
+        walk.solve(block, dict.fromkeys(parts, moments_of(inputs, walk.original.device)))
 
 
 def _block(walk: Walk, place: Place, streams: Streams) -> Streams:
@@ -273,42 +249,10 @@ def _block(walk: Walk, place: Place, streams: Streams) -> Streams:
         parts = [part for part in parts if part not in walk.solution.files]
         if parts:
             label = f"{place.prefix}.{names[0].removesuffix('weight').rstrip('._')}"
-            walk.solve(label, _moments(walk, place, parts, streams))
+            walk.solve(label, block_moments(walk.original, walk.quantized, place, parts, streams))
     walk.tune(place, walk.wanted([f"{place.prefix}.{name}" for names in orders for name in names]), streams)
     for model, x in zip((walk.original, walk.quantized), streams, strict=True):
         for rows in place.pieces(x):
             x[rows] = model.block(place, x[rows])[1]
     walk.forget()
     return streams
-
-
-def _moments(walk: Walk, place: Place, parts: list[Part], streams: Streams) -> dict[Part, Moments]:
-    """Return the moments of the inputs of a block's matrices."""
-    sums: dict[Part, _Sums] = {}
-    for rows in place.pieces(streams[0]):
-        caught = [
-            _caught(model, place, parts, x[rows])
-            for model, x in zip((walk.original, walk.quantized), streams, strict=True)
-        ]
-        for part in parts:
-            original, quantized = caught[0][part], caught[1][part]
-            if part not in sums:
-                sums[part] = _Sums(original.shape[-1], walk.original.device)
-            sums[part].add(original, quantized)
-    return {part: found.moments() for part, found in sums.items()}
-
-
-def _caught(model: TorchModel, place: Place, parts: list[Part], x: Floats) -> dict[Part, Tensor]:
-    """Return the inputs ``[rows, columns]`` of matrices while a block is computed, as far as it must be."""
-    caught: dict[Part, Tensor] = {}
-
-    def seen(name: str, step: int | None, given: Tensor) -> None:
-        part = (name, step or 0)
-        if part in parts:
-            caught[part] = given.reshape(-1, given.shape[-1])
-            if len(caught) == len(parts):
-                raise _SeenError
-
-    with suppress(_SeenError):
-        replace(model, seen=seen).block(place, x)
-    return caught
