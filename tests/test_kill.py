@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from stopping import Moment
 
-OPTIONS = ("demo", "--recipe", "4bit", "--jobs", "1", "-o", "out")
+DATA = Path(__file__).parent / "data"
+OPTIONS = (DATA / "pico", "--recipe", "4bit", "--jobs", "1", "-o", "out")
 FILES = 24
 VOICE = "voices/NATM1.safetensors"
 
@@ -80,7 +81,7 @@ def test_a_killed_conversion_goes_on(moment, kill, uninterrupted, program, tmp_p
 def test_a_file_cut_off_in_its_middle_is_made_again(kill, uninterrupted, program, tmp_path):
     kill(MOMENTS["the second file begins"][0])
     path = tmp_path / "out.partial" / "depformer.safetensors.tmp"
-    path.write_bytes(uninterrupted["depformer.safetensors"][:1_000_000])
+    path.write_bytes(uninterrupted["depformer.safetensors"][:100_000])
     program("ppx-convert", *OPTIONS, cwd=tmp_path)
     assert contents(tmp_path / "out") == uninterrupted
 
@@ -98,16 +99,16 @@ def test_a_damaged_leftover_is_made_again(kill, uninterrupted, program, tmp_path
 def test_other_settings_do_not_touch_an_unfinished_conversion(kill, tmp_path, program):
     kill(MOMENTS["the second file begins"][0])
     before = contents(tmp_path / "out.partial")
-    done = program("ppx-convert", "demo", "--bits", "8", "-o", "out", cwd=tmp_path, status=2)
+    done = program("ppx-convert", DATA / "pico", "--bits", "8", "-o", "out", cwd=tmp_path, status=2)
     assert "unfinished conversion" in done.stderr
     assert contents(tmp_path / "out.partial") == before
-    program("ppx-convert", "demo", "--bits", "8", "-o", "out", "--force", cwd=tmp_path)
+    program("ppx-convert", DATA / "pico", "--bits", "8", "-o", "out", "--force", cwd=tmp_path)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["recipe"]["name"] == "8bit-g64"
 
 
 def test_two_conversions_of_one_folder_do_not_meet(uninterrupted, tmp_path, program):
     stopping = str(Path(__file__).parent / "stopping.py")
-    options = ["os.rename:.journal.json", "SIGSTOP", "ppx.recipes.convert_program", *OPTIONS, "--no-verify"]
+    options = ["os.rename:.journal.json", "SIGSTOP", "ppx.recipes.convert_program", *map(str, OPTIONS), "--no-verify"]
     process = subprocess.Popen([sys.executable, stopping, *options], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
