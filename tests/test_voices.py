@@ -1,7 +1,9 @@
+import gzip
 import io
 import os
 import pickle
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from ppx.convert.architecture import from_config, read_config
 from ppx.convert.problems import UserError
+from ppx.convert.torch_file import read_tensors
 from ppx.convert.voices import PRESETS, read_voices
 
 
@@ -112,7 +115,9 @@ def test_a_pickle_that_wants_code_gets_none(tmp_path, architecture):
         file.writestr("archive/data.pkl", pickle.dumps(Evil(touched), protocol=2))
         file.writestr("archive/version", "3\n")
     for data in (plain, zipped.getvalue()):
-        with pytest.raises(UserError, match=r"do not use this file|not a voice"):
+        with pytest.raises(
+            UserError, match=r"asks for more than tensors \(posix.system\): do not|not a file that torch.save writes"
+        ):
             read_voices(archive(tmp_path / "v.tgz", [("voices/EVIL.pt", data)]), architecture)
         assert not touched.exists()
 
@@ -120,8 +125,8 @@ def test_a_pickle_that_wants_code_gets_none(tmp_path, architecture):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not a voice that torch can read"),
-        (b"PK\x03\x04 no zip", "not a voice that torch can read"),
+        (b"", "not a file that torch.save writes"),
+        (b"PK\x03\x04 no zip", "not a file that torch.save writes"),
         (voice(cache=None), "not embeddings and cache"),
         (voice(more=torch.zeros(1)), "not embeddings and cache"),
         (voice(embeddings=torch.zeros(6, 1, 1, 255, dtype=torch.bfloat16)), r"embeddings have shape \[6, 1, 1, 255\]"),
@@ -189,3 +194,138 @@ def test_an_archive_that_is_cut_off(cut, pico, tmp_path, architecture):
     (tmp_path / "v.tgz").write_bytes((pico / "voices.tgz").read_bytes()[:cut])
     with pytest.raises(UserError, match=r"not a readable \.tgz"):
         read_voices(tmp_path / "v.tgz", architecture)
+
+
+def compressed(size):
+    """Return a voice whose data record is deflated: so many zeros."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(voice())) as plain, zipfile.ZipFile(file, "w") as packed:
+        for entry in plain.infolist():
+            data = bytes(size) if entry.filename.endswith("data/0") else plain.read(entry)
+            packed.writestr(entry.filename, data, zipfile.ZIP_DEFLATED)
+    return file.getvalue()
+
+
+def header_of_size(kind, size):
+    """Return the header block of a member that claims more than follows."""
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def gzipped(path, *parts):
+    path.write_bytes(gzip.compress(b"".join(parts), compresslevel=1))
+    return path
+
+
+def refused_small(path, architecture, match):
+    """Assert that an archive is refused, and that little memory was taken before it was."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=match):
+            read_voices(path, architecture)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_compressed_record_is_refused_before_it_is_unpacked(tmp_path, architecture):
+    path = archive(tmp_path / "v.tgz", [("voices/BOMB.pt", compressed(64 << 20))], leave_out=PRESETS)
+    refused_small(path, architecture, r"BOMB.pt: record 'archive/data.pkl' is compressed .* do not use this file")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_long_header_is_refused_before_it_is_unpacked(kind, tmp_path, architecture):
+    path = gzipped(tmp_path / "v.tgz", header_of_size(kind, 2600 << 20), bytes(64 << 20))
+    refused_small(path, architecture, "larger than any archive of voices")
+
+
+@pytest.mark.parametrize("size", [-512, -(1 << 40), 1 << 60])
+def test_a_member_of_impossible_size_ends_in_a_line(size, tmp_path, architecture):
+    path = gzipped(tmp_path / "v.tgz", header_of_size(tarfile.REGTYPE, size), bytes(1 << 20))
+    refused_small(path, architecture, "larger than any archive of voices")
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n26 GNU.sparse.name=voices\n",
+        b"27 GNU.sparse.map=1,x,,-4,y\n",
+        b"25 GNU.sparse.size=banana\n",
+        b"99999 path=x\n",
+        b"0 path=x\n",
+        b"14 size=banana\n",
+        b"\xff\xfe",
+    ],
+)
+def test_malformed_pax_headers_end_in_a_line(records, tmp_path, architecture):
+    header = header_of_size(tarfile.XHDTYPE, len(records)) + records.ljust(512, b"\0")
+    path = gzipped(tmp_path / "v.tgz", header, tarfile.TarInfo("voices/X.pt").tobuf(), bytes(1024))
+    with pytest.raises(UserError, match=r"special file: do not use this archive|not a readable \.tgz"):
+        read_voices(path, architecture)
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_are_read_in_both_formats(form, tmp_path, architecture):
+    long = "voices/" + "deep/" * 40
+    with tarfile.open(tmp_path / "v.tgz", "w:gz", format=form) as made:
+        for name in PRESETS:
+            add(made, f"{long}{name}.pt", voice())
+        add(made, f"{long}ürümqi.txt", b"x")
+    voices, others = read_voices(tmp_path / "v.tgz", architecture)
+    assert [found.name for found in voices] == sorted(PRESETS)
+    assert others == [f"{long}ürümqi.txt"]
+
+
+@pytest.mark.parametrize("name", ["voices/caf\udce9.txt", "voices/\x1b]0;owned\x07.txt", "voices/\x1b[2Jx/NATF9.pt"])
+def test_names_that_are_not_text_are_refused(name, tmp_path, architecture):
+    with pytest.raises(UserError, match="not a name that can be printed") as caught:
+        read_voices(archive(tmp_path / "v.tgz", [(name, b"x")]), architecture)
+    assert str(caught.value).isascii()
+    assert "\x1b" not in str(caught.value)
+
+
+def test_every_flipped_bit_of_the_compressed_stream_is_found(pico, tmp_path, architecture):
+    whole = (pico / "voices.tgz").read_bytes()
+    begin = whole.index(b"\0", 10) + 1  # past the gzip header and the name in it, which no checksum covers
+    for place in np.linspace(begin, len(whole) - 1, 16).astype(int):
+        data = bytearray(whole)
+        data[place] ^= 1 << int(place) % 8
+        (tmp_path / "v.tgz").write_bytes(data)
+        with pytest.raises(UserError):
+            read_voices(tmp_path / "v.tgz", architecture)
+
+
+@pytest.mark.parametrize("more", [b"more", gzip.compress(b"more"), b"\0\0more"])
+def test_what_follows_an_archive_is_found(more, pico, tmp_path, architecture):
+    (tmp_path / "v.tgz").write_bytes((pico / "voices.tgz").read_bytes() + more)
+    with pytest.raises(UserError, match=r"not a readable \.tgz"):
+        read_voices(tmp_path / "v.tgz", architecture)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pickle.dumps({("a",) * 3: 1}, protocol=2),  # keys are strings
+        b"\x80\x02}r\xff\xff\xff\x7f.",  # a memo of 2 billion entries: torch's and Python's allocate it
+        b"\x80\x02" + b"((" * 20000 + b"t." * 20000,
+        b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x10\x85R.",
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.",
+        b"t.",
+        b"\x80\x02",
+        b"\x80\x02cexec",
+    ],
+)
+def test_pickles_of_other_things_build_nothing(program):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as packed:
+        packed.writestr("archive/data.pkl", program)
+    tracemalloc.start()
+    try:
+        try:
+            assert read_tensors(file.getvalue()) == {}
+        except ValueError as error:
+            assert str(error)  # noqa: PT017
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
