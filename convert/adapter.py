@@ -1,6 +1,5 @@
 """A LoRA adapter of moshi-finetune, merged into the weights while they are read: W + scaling · B · A."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from .architecture import Architecture
 from .names import Role, roles
 from .problems import UserError, refuse
 from .progress import byte_bar
+from .regular import read_json
 from .scan import Fingerprint, scan_tensors
 from .source import CONFIG, is_hub_id
 from .tensorfile import TensorFile
@@ -135,11 +135,9 @@ def _settings(path: Path) -> tuple[int, float]:
     if not path.is_file():
         return RANK, SCALING
     try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError("over 1 MiB")
-        config = json.loads(path.read_text("utf-8"))
+        config = read_json(path, _LARGEST_CONFIG)
         rank, scaling = config.get("lora_rank", RANK), config.get("lora_scaling", SCALING)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not an adapter's configuration ({error}): correct it, or move it away") from None
     if type(rank) is not int or not 0 < rank <= 1 << 14:
         raise UserError(f"{path}: lora_rank is {rank!r}: a whole number above 0 is needed")

@@ -1,11 +1,11 @@
 """The architecture of a PersonaPlex or Moshi model, as its config.json gives it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .problems import UserError, refuse
+from .problems import UserError, reason, refuse
+from .regular import read_json
 
 DELAYS = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
 PERSONAPLEX_STEPS = 16
@@ -67,7 +67,7 @@ _SIZES = {  # key in config.json -> field, and the largest that is taken for a s
     "max_period": ("max_period", 1 << 30),
     "text_card": ("text_card", 1 << 22),
     "existing_text_padding_id": ("text_padding", 1 << 22),
-    "n_q": ("n_q", 128),
+    "n_q": ("n_q", 16),
     "card": ("card", 1 << 22),
     "depformer_dim": ("depformer_dim", 1 << 17),
     "depformer_num_layers": ("depformer_num_layers", 256),
@@ -75,6 +75,8 @@ _SIZES = {  # key in config.json -> field, and the largest that is taken for a s
     "dep_q": ("steps", 128),
 }
 _OPTIONAL = {"existing_text_padding_id", "max_period", "context"}
+_LONGEST_DELAY = 32  # frames: 2.6 s
+_LARGEST = 1 << 20  # bytes of a config.json
 _WIDEST = 1 << 20  # of an MLP
 _FIXED: dict[str, tuple[Any, ...]] = {  # what the converter and every runtime take for granted
     "causal": (True,),
@@ -98,7 +100,14 @@ _FIXED: dict[str, tuple[Any, ...]] = {  # what the converter and every runtime t
 
 
 def from_config(config: dict[str, Any]) -> Architecture:
-    """Read the architecture out of a parsed config.json.
+    """Read the architecture out of a parsed config.json; raises as ``sizes_of``, and for ``impossible`` sizes."""
+    found = sizes_of(config)
+    refuse(impossible(found))
+    return found
+
+
+def sizes_of(config: dict[str, Any]) -> Architecture:
+    """Read the architecture out of a parsed config.json, looking at each key alone.
 
     One without ``dim`` means PersonaPlex-7B. Raises UserError with every key that is missing, of the wrong type, or
     asks for a model that is none of PersonaPlex's kind.
@@ -129,8 +138,9 @@ def from_config(config: dict[str, Any]) -> Architecture:
         feedforward = Architecture.depformer_dim_feedforward
     delays = config.get("delays", list(DELAYS))
     streams = 1 + sizes.get("n_q", Architecture.n_q)
-    if not isinstance(delays, list) or not all(type(d) is int and 0 <= d < 100 for d in delays):
-        problems.append("config.json: delays is not a list of small whole numbers")
+    if not isinstance(delays, list) or not all(type(d) is int and 0 <= d <= _LONGEST_DELAY for d in delays):
+        problems.append(f"config.json: delays is {_shown(delays)}: whole numbers from 0 to {_LONGEST_DELAY} are needed")
+        delays = list(DELAYS)
     elif len(delays) != streams:
         problems.append(f"config.json: delays has {len(delays)} entries: 1 + n_q = {streams} streams need one each")
     for key, allowed in _FIXED.items():
@@ -142,6 +152,31 @@ def from_config(config: dict[str, Any]) -> Architecture:
     return Architecture(**sizes, hidden_scale=float(scale), depformer_dim_feedforward=feedforward, delays=tuple(delays))
 
 
+def impossible(a: Architecture) -> list[str]:
+    """Return which sizes contradict each other, one sentence each; no runtime computes such a model."""
+    found = []
+    if a.dim % a.num_heads:
+        found.append(f"num_heads is {a.num_heads}: it does not divide dim, {a.dim}")
+    elif a.dim // a.num_heads % 2:
+        found.append(
+            f"num_heads is {a.num_heads}: heads of dim {a.dim} are {a.dim // a.num_heads} wide, RoPE needs pairs"
+        )
+    if a.depformer_dim % a.depformer_num_heads:
+        heads = f"depformer_num_heads is {a.depformer_num_heads}"
+        found.append(f"{heads}: it does not divide depformer_dim, {a.depformer_dim}")
+    if not a.hidden:
+        found.append(f"hidden_scale is {a.hidden_scale}: at dim {a.dim} nothing is left of the MLP")
+    if a.n_q % 2:
+        found.append(f"n_q is {a.n_q}: an even number is needed, half of the codebooks are the agent's")
+    elif not a.n_q // 2 <= a.steps <= a.n_q:
+        found.append(f"dep_q is {a.steps}: from {a.n_q // 2} (the agent's) to {a.n_q} (all) codebooks are predicted")
+    if a.text_padding >= a.text_card:
+        found.append(f"existing_text_padding_id is {a.text_padding}: the text vocabulary, text_card, is {a.text_card}")
+    if max(a.delays) >= a.context:
+        found.append(f"context is {a.context}: it must be longer than the longest delay, {max(a.delays)}")
+    return [f"config.json: {problem}" for problem in found]
+
+
 def _shown(value: object) -> str:
     return repr(value)[:60]
 
@@ -149,11 +184,9 @@ def _shown(value: object) -> str:
 def read_config(path: Path) -> dict[str, Any]:
     """Parse a config.json; raises UserError if it is not a JSON object of sane size."""
     try:
-        if path.stat().st_size > 1 << 20:
-            raise UserError(f"{path}: over 1 MiB, which no config.json is")
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}): download it again") from None
+        config = read_json(path, _LARGEST)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({reason(error)}): download it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: holds a {type(config).__name__}, not an object: download it again")
     return config

@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -12,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import Architecture, from_config, to_config
+from .manifest_schema import problem_of
 from .plan import Plan
-from .problems import UserError
+from .problems import UserError, reason
 from .recipe import to_toml
+from .regular import read_json
 from .scan import Fingerprint
 from .source import Source
 from .workspace import MANIFEST
@@ -23,7 +23,7 @@ VERSION = 1
 TOOLKIT = "ppx-convert"
 _LIBRARIES = ("ml_dtypes", "mlx", "numba", "numpy", "safetensors", "torch")
 _NOT_OURS = f"not a manifest of {TOOLKIT}: move the folder away, and make the bundle again"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LARGEST = 64 << 20  # bytes; that of the 7B model has 300 thousand
 
 
 def fingerprint(
@@ -100,9 +100,13 @@ def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
     """Return the architecture that a manifest records."""
     sizes = dict(manifest["architecture"])
     architecture = Architecture(**sizes | {"delays": tuple(sizes["delays"])})
-    if from_config(to_config(architecture)) != architecture:  # raises for sizes that no model has
-        raise ValueError("its architecture is not one")
-    return architecture
+    try:
+        if from_config(to_config(architecture)) == architecture:
+            return architecture
+        wrong = ["its sizes are of other types"]
+    except UserError as error:
+        wrong = [problem.removeprefix("config.json: ") for problem in error.problems]
+    raise UserError([f"{MANIFEST}: architecture: {problem}" for problem in wrong])
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -114,16 +118,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = read_json(path, _LARGEST)
         if manifest["manifest_version"] != VERSION:
-            raise UserError(f"{path}: version {manifest['manifest_version']!r}: this toolkit reads version {VERSION}")
-        whole = _is_manifest(manifest)
+            shown = ascii(manifest["manifest_version"])[:40]
+            raise UserError(f"{path}: version {shown}: this toolkit reads version {VERSION}")
+        problem = problem_of(manifest)
+        if problem:
+            raise ValueError(problem)
         outside = [name for name in manifest["files"] if not _inside(folder, name)]
         architecture_of(manifest)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: {_NOT_OURS} ({str(error)[:80]!r})") from None
-    if not whole:
-        raise UserError(f"{path}: {_NOT_OURS} (fields are missing or of the wrong type)")
+        raise UserError(f"{path}: {_NOT_OURS} ({reason(error)})") from None
     if outside:
         raise UserError(f"{path}: names files outside of its folder: {', '.join(outside)}: do not trust this bundle")
     return dict(manifest)
@@ -139,44 +144,6 @@ def manifest_of(bundle: Path) -> dict[str, Any]:
 
 def _inside(folder: Path, name: str) -> bool:
     return name.isprintable() and (folder / name).resolve().is_relative_to(folder.resolve())
-
-
-def _is_manifest(manifest: dict[str, Any]) -> bool:
-    """Tell whether what this toolkit uses of a manifest has the right types; may raise where it has not."""
-    texts = [manifest["fingerprint"], manifest["target"], manifest["dtype"], manifest["recipe"]["name"]]
-    texts += [manifest["source"]["id"], *manifest["voices"]]
-    files = [*manifest["files"].values(), *manifest["source"]["files"].values()]
-    figures = [manifest["bits_per_weight"], manifest["parameters"]]
-    if calibration := manifest.get("calibration"):
-        texts += [calibration["kind"], calibration["sha256"], calibration.get("file", "")]
-        figures += [calibration[key] for key in ("sequences", "frames", "refined_steps")]
-    if adapter := manifest["source"].get("adapter"):
-        texts += [adapter["id"], str(adapter["revision"]), *adapter["merged"]]
-        files.append(adapter)
-        figures += [adapter["rank"], abs(adapter["scaling"])]
-    return (
-        (manifest["source"]["revision"] is None or str(manifest["source"]["revision"]).isprintable())
-        and all(type(figure) in (int, float) and 0 <= figure < math.inf for figure in figures)
-        and all(isinstance(text, str) and text.isprintable() for text in texts)
-        and all(type(record["size"]) is int and _SHA256.fullmatch(record["sha256"]) for record in files)
-        and all(_is_entry(entry) for entry in manifest["tensors"])
-    )
-
-
-def _is_entry(entry: dict[str, Any]) -> bool:
-    if "source" not in entry:  # of a voice
-        return isinstance(entry["file"], str) and "outputs" not in entry
-    first, last = entry["rows"]
-    names = [entry["file"], entry["source"], *entry["outputs"], *entry.get("crc32", [])]
-    figures = [*entry.get("relative_rmse_by_step", []), *([entry["relative_rmse"]] if "relative_rmse" in entry else [])]
-    return (
-        bool(entry["outputs"])
-        and type(first) is type(last) is int
-        and ("bits" in entry) == ("group_size" in entry)
-        and all(type(entry.get(key, 0)) is int for key in ("bits", "group_size"))
-        and all(isinstance(name, str) and name.isprintable() for name in names)
-        and all(type(figure) in (int, float) and 0 <= figure < math.inf for figure in figures)
-    )
 
 
 def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:

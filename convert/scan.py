@@ -1,6 +1,7 @@
 """One pass over a source before anything is written: the sha256 of every file, and values that are not finite."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,26 @@ def hash_file(path: Path, bar: "tqdm[Any]") -> Fingerprint:
     return Fingerprint(size, digest.hexdigest())
 
 
+def _blocks(file: TensorFile) -> Iterator[tuple[str, int, int]]:
+    """Yield name, first and last row of blocks of a file's tensors, in the order of the file."""
+    for name, spec in file.specs.items():
+        rows = max(1, BLOCK * spec.rows // max(spec.nbytes, 1))
+        for first in range(0, spec.rows, rows):
+            yield name, first, min(first + rows, spec.rows)
+
+
+def non_finite(file: TensorFile) -> dict[str, int]:
+    """Return how many values of which tensors are NaN or infinite; reads all of a file."""
+
+    def count(block: tuple[str, int, int]) -> tuple[str, int]:
+        return block[0], count_non_finite(file.read(*block))
+
+    found: Counter[str] = Counter()
+    for name, bad in in_order(count, _blocks(file), cores()):
+        found[name] += bad
+    return dict(+found)
+
+
 def scan_tensors(file: TensorFile, bar: "tqdm[Any]") -> tuple[Fingerprint, dict[str, int]]:
     """Return the fingerprint of a safetensors file, and how many values of which tensors are NaN or infinite.
 
@@ -48,17 +69,11 @@ def scan_tensors(file: TensorFile, bar: "tqdm[Any]") -> tuple[Fingerprint, dict[
     bar.update(len(file.header))
     bad: dict[str, int] = {}
 
-    def blocks() -> Iterator[tuple[str, int, int]]:
-        for name, spec in file.specs.items():
-            rows = max(1, BLOCK * spec.rows // max(spec.nbytes, 1))
-            for first in range(0, spec.rows, rows):
-                yield name, first, min(first + rows, spec.rows)
-
     def check(block: tuple[str, int, int]) -> tuple[str, NDArray[Any], int]:
         array = file.read(*block)
         return block[0], array, count_non_finite(array)
 
-    for name, array, count in in_order(check, blocks(), cores()):
+    for name, array, count in in_order(check, _blocks(file), cores()):
         digest.update(array.reshape(-1).view("u1").data)
         bar.update(array.nbytes)
         if count:

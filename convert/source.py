@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from . import demo, hub
-from .architecture import Architecture, from_config, read_config
+from .architecture import Architecture, impossible, read_config, sizes_of
 from .checkpoint import Checkpoint, open_checkpoint
 from .licence import CARD, NVIDIA, OWN, Licence, licence_of
 from .problems import UserError, refuse
 from .progress import byte_bar
 from .scan import Fingerprint, hash_file, scan_tensors
 from .tensorfile import TensorFile
+from .tokenizer import open_tokenizer
 from .voices import Voice, read_voices
 from .workspace import MANIFEST
 
@@ -143,8 +144,8 @@ def open_source(
     Raises UserError with every problem of the configuration, the checkpoint and the voices; if there are any, thorough
     reads the weights too, and adds the tensors that hold values that are not finite.
     """
-    architecture = from_config(read_config(location.folder / CONFIG))
-    problems: list[str] = []
+    architecture = sizes_of(read_config(location.folder / CONFIG))
+    problems = impossible(architecture)
     with ExitStack() as stack:
         try:
             weights = open_checkpoint(location.folder / WEIGHTS, architecture, fill_depformer_steps)
@@ -156,11 +157,14 @@ def open_source(
         except UserError as error:
             problems += error.problems
         try:
-            TensorFile(location.folder / CODEC).close()
+            with closing(TensorFile(location.folder / CODEC)) as codec:
+                problems += [f"{codec.path}: {problem}" for problem in codec.header_problems()]
         except UserError as error:
             problems += error.problems
-        if not (location.folder / TOKENIZER).stat().st_size:
-            problems.append(f"{location.folder / TOKENIZER}: is empty: download it again")
+        try:
+            open_tokenizer(location.folder / TOKENIZER)
+        except UserError as error:
+            problems += error.problems
         if problems and thorough:
             problems += _not_finite(location.folder / WEIGHTS, quiet)
         refuse(problems)
@@ -188,13 +192,15 @@ def fingerprint(source: Source, quiet: bool = False) -> dict[str, Fingerprint]:
     """
     with byte_bar("checking source", source.nbytes, quiet) as bar:
         found, bad = scan_tensors(source.checkpoint.file, bar)
-        prints = {WEIGHTS: found} | {
-            name: hash_file(source.location.folder / name, bar) for name in FILES if name != WEIGHTS
+        with closing(TensorFile(source.location.folder / CODEC)) as codec:
+            of_codec, bad_codec = scan_tensors(codec, bar)
+        prints = {WEIGHTS: found, CODEC: of_codec} | {
+            name: hash_file(source.location.folder / name, bar) for name in FILES if name not in (WEIGHTS, CODEC)
         }
     wrong = [
         f"{path}: its sha256 is not the one that the Hub gave: damaged in the cache: delete {path.resolve()}"
         for path in (source.location.folder / name for name in FILES)
         if (expected := hub.hub_sha256(path)) and prints[path.name].sha256 != expected
     ]
-    refuse(_listed(bad) + wrong)
+    refuse(_listed(bad) + [f"{CODEC}: {problem}" for problem in _listed(bad_codec)] + wrong)
     return prints

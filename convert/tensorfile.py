@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from .problems import UserError
+from .problems import UserError, reason
+from .regular import open_regular
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -34,6 +35,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+_LARGEST_HEADER = 16 << 20  # bytes; the 7B model's has 60 thousand
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -76,27 +78,29 @@ class TensorFile:
         """Open a file; raises UserError if it is not there or not a whole safetensors file."""
         self.path = path
         self._descriptor = -1
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
+        self._descriptor = open_regular(path)
         try:
             self._opened_as = self._state()
+            length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+            if _LARGEST_HEADER < length < os.fstat(self._descriptor).st_size:
+                raise UserError(f"{path}: has a header of {length} bytes, where {_LARGEST_HEADER} are plenty")
             with safe_open(path, framework="numpy"):
                 pass
+        except UserError:
+            self.close()
+            raise
         except (OSError, SafetensorError) as error:
             self.close()
-            raise UserError(f"{path}: not a complete safetensors file ({error}): download it again") from None
+            raise UserError(f"{path}: not a complete safetensors file ({reason(error)}): download it again") from None
         names: list[str] = []  # of every object in the header, the tensors' among them
 
         def keep_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             names.extend(name for name, value in pairs if isinstance(value, dict))
             return dict(pairs)
 
-        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
         self.header = os.pread(self._descriptor, 8 + length, 0)
         parsed = json.loads(self.header[8:], object_pairs_hook=keep_names)
-        self.doubled = sorted({name for name in names if names.count(name) > 1}) if len(names) > len(parsed) else []
+        self.doubled = sorted(name for name, count in Counter(names).items() if count > 1)
         self.metadata: dict[str, str] = parsed.pop("__metadata__", None) or {}
         placed = sorted((fields["data_offsets"][0], name, fields) for name, fields in parsed.items())
         self.offsets = {name: len(self.header) + begin for begin, name, _ in placed}
@@ -106,6 +110,12 @@ class TensorFile:
             for _, name, fields in placed
             if name not in self.unknown
         }
+
+    def header_problems(self) -> list[str]:
+        """Return the names that stand in the header twice, and the dtypes that nothing here reads."""
+        return [f"{name}: stands there twice" for name in self.doubled] + [
+            f"{name}: dtype {dtype}, which nothing here reads" for name, dtype in self.unknown.items()
+        ]
 
     def read(self, name: str, first: int, last: int, once: bool = False) -> NDArray[Any]:
         """Return rows ``first`` to ``last`` (not included) of a tensor seen as a matrix, in its own dtype.

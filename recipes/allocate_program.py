@@ -92,7 +92,7 @@ def allocate(
         found = allotting.allotted(opened, prints, wanted, heard, file, output, quiet)
     if plot:
         allotting.draw(found, file, plot)
-    typer.echo(json.dumps(allotting.said(found), indent=1) if as_json else allotting.text(found))
+    console.show(json.dumps(allotting.said(found), indent=1) if as_json else allotting.text(found))
 
 
 def main() -> None:

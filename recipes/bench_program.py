@@ -54,7 +54,7 @@ def bench(
 
     with computing_on(device and str(device)), bar("speaking", frames, "frame", console.quiet(as_json)) as progress:
         found = timing.measure(bundle, frames, remembered, arithmetic and str(arithmetic), codec, progress, as_json)
-    typer.echo(json.dumps(found, indent=1) if as_json else text(found))
+    console.show(json.dumps(found, indent=1) if as_json else text(found))
 
 
 def text(found: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ def calibrate(
             metadata = {"kind": SPOKEN}
         found = calibration.statistics(gathered, opened)
     calibration.write(gathered, output, metadata)
-    typer.echo(json.dumps(found | {"file": str(output)}, indent=1) if as_json else _text(found, output))
+    console.show(json.dumps(found | {"file": str(output)}, indent=1) if as_json else _text(found, output))
     if found["alike"]:
         console.say(f"{found['alike']} sequences are the same as another")
     if found["frames"] < found["enough"]:

@@ -2,10 +2,14 @@
 
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import FrameType
 from typing import ParamSpec, TypeVar
 
 import typer
@@ -16,10 +20,31 @@ from ..convert.problems import CheckFailed, UserError, printable
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FAILED, MISTAKE, INTERRUPTED = 1, 2, 130  # exit statuses
+FAILED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit statuses
 
 
 CONVERSION = "interrupted: the same command goes on with the files that are complete"
+
+
+class Terminated(BaseException):
+    """SIGTERM came: everything on the way out is closed, as it is after Ctrl-C."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise Terminated in the main thread when SIGTERM comes; leave it alone where it is ignored."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+        yield
+        return
+
+    def raise_terminated(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def reported(command: Callable[P, R], interrupted: str = CONVERSION) -> Callable[P, R]:
@@ -28,7 +53,8 @@ def reported(command: Callable[P, R], interrupted: str = CONVERSION) -> Callable
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            with _terminable():
+                return command(*args, **kwargs)
         except UserError as error:
             for problem in error.problems:
                 say(f"error: {problem}")
@@ -42,8 +68,16 @@ def reported(command: Callable[P, R], interrupted: str = CONVERSION) -> Callable
         except KeyboardInterrupt:
             say(interrupted)
             raise typer.Exit(INTERRUPTED) from None
+        except Terminated:
+            say(interrupted.replace("interrupted", "terminated", 1))
+            raise typer.Exit(TERMINATED) from None
 
     return run
+
+
+def show(text: str) -> None:
+    """Print lines for people: names from files of others cannot command the terminal."""
+    typer.echo("\n".join(map(printable, text.split("\n"))))
 
 
 def say(line: str) -> None:

@@ -128,7 +128,7 @@ def convert(
             raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
         plan = dry_plan.planned(where, revision, chosen, fill_depformer_steps, adapter, quiet)
         said = describe.summary(plan, jobs or cores()) | {"output": str(folder)}
-        typer.echo(json.dumps(said, indent=1) if as_json else describe.text(plan, jobs or cores()))
+        console.show(json.dumps(said, indent=1) if as_json else describe.text(plan, jobs or cores()))
         return
     present = destination.check_output(folder, force)
     _check_at_hand(publish_to, adapter, calibration, quiet)
@@ -142,7 +142,7 @@ def convert(
             if present:
                 conversion.check_same(present, folder, prints)
             allotted = allotting.beside(opened, prints, wanted, calibration, folder, quiet)
-            console.say(allotting.text(allotted)) if as_json else typer.echo(allotting.text(allotted))
+            console.say(allotting.text(allotted)) if as_json else console.show(allotting.text(allotted))
             chosen = allotted.recipe
             opened, plan = conversion.planned(opened, chosen)
         else:
@@ -159,13 +159,13 @@ def convert(
         )
         destination.enter_again(done.folder)
         if not as_json:
-            typer.echo(describe.finished(done.folder, done.manifest, done.made))
+            console.show(describe.finished(done.folder, done.manifest, done.made))
         found = _verify(opened, done.folder, adapter, quiet) if verify else None
     parity.leave_card(found, done.folder)
     _say_verdict(done, found, as_json)
     if publish_to:
         published = publishing.publish(done.folder, publish_to, publishing.Wish(private=private), quiet)
-        console.say(published.line) if as_json else typer.echo(published.line)
+        console.say(published.line) if as_json else console.show(published.line)
 
 
 def _check_publishing(repository: str | None, private: bool, verify: bool) -> None:
@@ -236,9 +236,9 @@ def _say_verdict(done: conversion.Conversion, found: dict[str, Any] | None, as_j
     """Print what came of the verification, or all of it as JSON; raises CheckFailed if the bundle does not pass."""
     if as_json:
         said = {"output": str(done.folder), "files_made": done.made, **done.manifest}
-        typer.echo(json.dumps(said | ({"verdict": found["verdict"]} if found else {}), indent=1))
+        console.show(json.dumps(said | ({"verdict": found["verdict"]} if found else {}), indent=1))
     elif found:
-        typer.echo(parity.text(found, done.folder))
+        console.show(parity.text(found, done.folder))
     if found:
         parity.fail_if_failed(found)
 

@@ -45,11 +45,11 @@ def inspect(
     found = _check(path, folder, quiet) if check else []
     if found:
         if as_json:
-            typer.echo(json.dumps({"path": str(folder), "differences": found}, indent=1))
+            console.show(json.dumps({"path": str(folder), "differences": found}, indent=1))
         raise CheckFailed("; ".join(found))
     contents = read_contents(folder)
     said = contents.to_json(tensors) | ({"differences": found} if check else {})
-    typer.echo(json.dumps(said, indent=1) if as_json else _text(contents, tensors))
+    console.show(json.dumps(said, indent=1) if as_json else _text(contents, tensors))
     if check and not as_json:
         typer.echo("every file is the one that the manifest names")
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..convert.names import COMPONENTS
 from ..convert.problems import UserError, refuse
 from ..convert.recipe import DTYPES, Recipe, Rule
+from ..convert.regular import read_regular
 from ..convert.targets import DEFAULT as DEFAULT_TARGET
 from ..convert.targets import TARGETS
 from ..quant.affine import DEFAULT_METHOD, Affine
@@ -40,12 +41,10 @@ def load(name_or_file: str, target: str | None = None) -> Recipe:
         return parse(text, name_or_file, name_or_file, target)
     try:
         path = Path(name_or_file).expanduser()
-        if path.stat().st_size > _LARGEST:
-            raise UserError(f"{path}: over 1 MiB, which no recipe is")
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{name_or_file}: no such recipe or file: shipped are {', '.join(shipped())}") from None
-    except (OSError, RuntimeError, ValueError):
+        if not path.exists():
+            raise UserError(f"{name_or_file}: no such recipe or file: shipped are {', '.join(shipped())}")
+        text = read_regular(path, _LARGEST).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, RuntimeError, ValueError):  # of a name that is none, ~somebody, and other encodings
         raise UserError(f"{name_or_file}: not a text file that can be read: give a recipe in TOML") from None
     return parse(text, path.stem, str(path), target)
 

@@ -55,7 +55,7 @@ def publish_bundle(
         return
     done = publish(bundle, repository, wish, quiet)
     said = {"page": done.page, "changed": done.changed, "others": done.others}
-    typer.echo(json.dumps(said, indent=1) if as_json else done.line)
+    console.show(json.dumps(said, indent=1) if as_json else done.line)
 
 
 def _show(found: Ready, wish: Wish, as_json: bool) -> None:
@@ -65,13 +65,13 @@ def _show(found: Ready, wish: Wish, as_json: bool) -> None:
     if as_json:
         files = {file.name: {"size": file.size, "sha256": file.sha256} for file in found.files}
         said = {"repository": found.repository, "where": where, "visibility": seen, "bytes": found.nbytes}
-        typer.echo(json.dumps(said | {"objections": found.objections, "files": files}, indent=1))
+        console.show(json.dumps(said | {"objections": found.objections, "files": files}, indent=1))
         return
     for file in found.files:
-        typer.echo(f"{size(file.size):>9}  {file.name}")
+        console.show(f"{size(file.size):>9}  {file.name}")
     for objection in found.objections:
-        typer.echo(f"the card will say: {objection}")
-    typer.echo(f"{len(found.files)} files, {size(found.nbytes)}, to {found.repository} ({where}; {seen})")
+        console.show(f"the card will say: {objection}")
+    console.show(f"{len(found.files)} files, {size(found.nbytes)}, to {found.repository} ({where}; {seen})")
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ def _answer(bundle: Path, scene: "Scene", question: Path, output: Path, as_json:
     seconds = count / RATE
     if as_json:
         found = {"output": str(output), "seconds": seconds, "text": text_of(words), "voice": scene.voice}
-        typer.echo(json.dumps(found | {"seed": scene.seed, "took": round(took, 3)}, ensure_ascii=False))
+        console.show(json.dumps(found | {"seed": scene.seed, "took": round(took, 3)}, ensure_ascii=False))
     else:
         typer.echo()
         console.say(f"{output}: {seconds:.1f} s of sound, made in {took:.1f} s ({took / seconds:.2f} times real time)")

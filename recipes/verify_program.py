@@ -108,7 +108,7 @@ def verify_bundle(
     if round_trip:
         found = parity.add_round_trip(found, bundle, round_trip, codec, listener, asked.device, quiet)
     parity.leave_card(found, bundle)
-    typer.echo(parity.as_json(found) if as_json else parity.text(found, bundle))
+    console.show(parity.as_json(found) if as_json else parity.text(found, bundle))
     parity.fail_if_failed(found)
 
 
@@ -172,7 +172,7 @@ def _command(bundle: Path, reference: str | None, adapter: str | None, asked: Re
 
 def _print_both(first: Path, second: Path, as_json: bool) -> None:
     found = side_by_side.compare_reports(first, second)
-    typer.echo(json.dumps(found, indent=1) if as_json else side_by_side.text((str(first), str(second)), found))
+    console.show(json.dumps(found, indent=1) if as_json else side_by_side.text((str(first), str(second)), found))
 
 
 def main() -> None:

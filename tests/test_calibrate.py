@@ -70,7 +70,7 @@ def test_recordings_become_tokens(pico, tmp_path, monkeypatch):
         (["--sessions", "2", "--tokens", "own"], "--sessions is for what the model speaks itself"),
         (["--tokens", "nothing.safetensors"], "nothing.safetensors: No such file"),
         (["--tokens", "own", "--frames", "251"], "no conversation is 251 frames long (20 s)"),
-        (["--audio", "nothing.wav"], "nothing.wav: not audio that can be read"),
+        (["--audio", "nothing.wav"], "nothing.wav: No such file"),
     ],
 )
 def test_mistakes(options, message, program, pico, tmp_path):

@@ -1,12 +1,15 @@
 """Mimi, the audio codec, through the optional ``rustymimi``, frame by frame as a conversation needs it."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..convert.problems import UserError, reason
+from ..convert.problems import UserError, reason, refuse
+from ..convert.scan import non_finite
+from ..convert.tensorfile import TensorFile
 from .model import Floats, Tokens
 
 MISSING = "needs more packages: pip install 'ppx-convert[audio]'"
@@ -22,6 +25,10 @@ class Codec:
         except ImportError:
             raise UserError(f"audio {MISSING}") from None
         self.path = path
+        with closing(TensorFile(path)) as file:
+            refuse([f"{path}: {problem}" for problem in file.header_problems()])
+            damaged = non_finite(file)
+        refuse([f"{path}: {name}: {n} values are NaN or infinite: it is damaged" for name, n in damaged.items()])
         try:
             self._tokenizer: Any = rustymimi.Tokenizer(str(path), num_codebooks=codebooks)
         except (OSError, RuntimeError, ValueError) as error:

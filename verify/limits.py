@@ -21,7 +21,7 @@ NAMES = {
     "agent_kl": "KL of the agent's codebooks",
     "agent_top1": "agreement on the agent's likeliest token",
 }
-_AT_LEAST = {"agent_top1"}
+AT_LEAST = {"agent_top1"}
 DEFAULTS: dict[int, tuple[float, float, float, float]] = {  # bits of the coarsest tensor that counts -> in that order
     2: (0.34, 5.8, 2.4, 0.01),
     3: (0.07, 1.9, 0.5, 0.03),
@@ -60,7 +60,7 @@ def looser(
     """Return the limits of a recipe that allow more than the defaults would."""
     defaults = limits_of({**manifest, "recipe": {}}, outputs, steps)
     return [
-        key for key, bound in limits.items() if (bound < defaults[key] if key in _AT_LEAST else bound > defaults[key])
+        key for key, bound in limits.items() if (bound < defaults[key] if key in AT_LEAST else bound > defaults[key])
     ]
 
 
@@ -173,7 +173,7 @@ def with_noise(limits: Mapping[str, float], predictions: Mapping[str, Any]) -> d
     for limit in limits:
         stream, figure, key = FIGURES[limit]
         if noise := predictions[stream]["noise"][figure]:
-            found[limit] += -_NOISES * (1 - noise[key]) if limit in _AT_LEAST else _NOISES * noise[key]
+            found[limit] += -_NOISES * (1 - noise[key]) if limit in AT_LEAST else _NOISES * noise[key]
     return found
 
 
@@ -193,7 +193,7 @@ def prediction_failures(
                 failure("predictions", stream, f"{NAMES[limit]} is not known: nothing told of it", None, bound, limit)
             )
             continue
-        value, at_least = figures[key], limit in _AT_LEAST
+        value, at_least = figures[key], limit in AT_LEAST
         if (value >= bound) if at_least else (value <= bound):
             continue
         last = {"text": -1, "codebook_0": 0}.get(stream, agent_steps - 1)

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.architecture import Architecture
-from ..convert.problems import UserError
+from ..convert.problems import UserError, reason
 from ..convert.tensorfile import TensorFile
+from ..convert.tokenizer import open_tokenizer
 from ..convert.voices import Voice
 from .model import Floats, Tokens
 from .session import prompt_columns, system_prompt
@@ -175,16 +176,14 @@ def _tagged(text: str) -> str:
 
 def prompt_tokens(model_file: Path, architecture: Architecture, text: str) -> list[int]:
     """Return the tokens of a text prompt as the reference tags it; raises UserError for an unusable tokenizer."""
-    import sentencepiece
-
+    processor = open_tokenizer(model_file)
     try:
         text.encode()
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
         tokens = [int(token) for token in processor.encode(_tagged(text))]
     except UnicodeEncodeError:
         raise UserError("the text prompt is not text that can be written as UTF-8: type it again") from None
-    except (RuntimeError, OSError, TypeError) as error:
-        raise UserError(f"{model_file}: not a sentencepiece model ({str(error)[:80]}): download it again") from None
+    except (RuntimeError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{model_file}: cannot encode the prompt ({reason(error)}): download it again") from None
     if not all(0 <= token < architecture.text_card for token in tokens):
         raise UserError(f"{model_file}: gives tokens that this model does not have: it belongs to another one")
     return tokens

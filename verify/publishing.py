@@ -134,8 +134,9 @@ def _report(bundle: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any] | No
         return None, ["it has no report: run ppx-verify first"]
     try:
         report = reports.read(bundle)
-    except UserError:
-        return None, ["its report cannot be read: run ppx-verify again"]
+    except UserError as error:
+        wrong = str(error).partition(": ")[2] or str(error)
+        return None, [f"its report cannot be read: run ppx-verify again ({wrong})"]
     objections = []
     beyond = [row["name"] for row in reports.figures(report) if _is_beyond(row)]
     if not report["verdict"]["passed"]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..convert.names import COMPONENTS, Role
 from ..convert.problems import UserError
+from ..convert.regular import read_json
 from ..convert.workspace import write_durably
 from ..quant.affine import BITS, GROUP_SIZES, Affine
 
@@ -108,9 +109,7 @@ def read(path: Path) -> Sensitivities:
     """Read a file of sensitivities; raises UserError for anything else."""
     wrong = UserError(f"{path}: not a file of sensitivities: give another, or let it be measured anew")
     try:
-        if path.stat().st_size > _LARGEST:
-            raise wrong
-        held = json.loads(path.read_text("utf-8"))
+        held = read_json(path, _LARGEST)
         if held["sensitivities"] != _VERSION:
             raise wrong
         found = Sensitivities(dict(held["material"]), str(held["mark"]))

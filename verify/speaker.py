@@ -10,6 +10,7 @@ from typing import Any
 from ..convert.architecture import read_config
 from ..convert.problems import UserError, printable
 from ..convert.source import CODEC, CONFIG, TOKENIZER
+from ..convert.tokenizer import open_tokenizer
 from . import loading
 from .bundle import open_bundle
 from .codec import Codec
@@ -96,9 +97,7 @@ class Words:
 
     def __init__(self, tokenizer: Path, padding: int) -> None:
         """Open a sentencepiece model."""
-        import sentencepiece
-
-        self._processor: Any = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        self._processor: Any = open_tokenizer(tokenizer)
         self._padding, self._decoder = padding, codecs.getincrementaldecoder("utf-8")("replace")
 
     def piece(self, token: int) -> str:

@@ -9,10 +9,12 @@ import numpy as np
 
 from ..convert.mimi import FRAME, RATE
 from ..convert.problems import UserError, reason
+from ..convert.regular import check_regular
 from .codec import MISSING
 from .model import Floats
 
 LONGEST = 3600  # seconds of a recording that is read as a whole
+_LARGEST = 1 << 32  # bytes of a file
 _BLOCK = 1 << 15  # samples read at a time
 
 
@@ -31,6 +33,7 @@ def read(path: Path) -> Floats:
     Raises UserError for what cannot be read, and for more than an hour.
     """
     soundfile, soxr = _packages()
+    check_regular(path, _LARGEST)
     try:
         if soundfile.info(path).duration > LONGEST:
             raise UserError(f"{path}: longer than an hour: cut it")
@@ -49,6 +52,7 @@ def reading(path: Path) -> Iterator[tuple[int, Iterator[Floats]]]:
     The last frame is filled up with silence. Raises UserError for what cannot be read, or holds nothing.
     """
     soundfile, soxr = _packages()
+    check_regular(path, _LARGEST)
     try:
         file = soundfile.SoundFile(path)
     except (OSError, RuntimeError, TypeError) as error:
