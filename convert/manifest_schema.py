@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from .schema import TEXT, Each, Leaf, Maybe, mismatch, number, whole
+from .schema import TEXT, Each, Leaf, Maybe, OrNull, mismatch, number, whole
 
 _SHA256 = Leaf("a sha256", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None)
 _CRC32 = Leaf("a CRC-32", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None)
@@ -33,7 +33,7 @@ _CALIBRATION = {
 }
 _ADAPTER = _RECORD | {
     "id": TEXT,
-    "revision": Maybe(TEXT),
+    "revision": OrNull(TEXT),
     "rank": whole(1),
     "scaling": number(),
     "merged": [TEXT],
@@ -48,7 +48,7 @@ MANIFEST = {
     "recipe": {"name": TEXT, "text": _LINES, "original": Maybe(_LINES)},
     "source": {
         "id": TEXT,
-        "revision": Maybe(TEXT),
+        "revision": OrNull(TEXT),
         "files": Each(_RECORD),
         "filled": Maybe(Each(TEXT)),
         "adapter": Maybe(_ADAPTER),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Schema = Any  # a Leaf, Each, Maybe, a list of one schema, or a dictionary of schemas; other keys are allowed
+Schema = Any  # a Leaf, Each, OrNull, Maybe, a list of one schema, or a dictionary of schemas; other keys are allowed
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,15 @@ class Each:
 
 
 @dataclass(frozen=True)
-class Maybe:
-    """Null, a missing key, or what fits a schema."""
+class OrNull:
+    """Null, or what fits a schema; the key must be there."""
 
     schema: Schema
+
+
+@dataclass(frozen=True)
+class Maybe(OrNull):
+    """Null, a missing key, or what fits a schema."""
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Leaf:
@@ -54,7 +59,7 @@ def mismatch(value: Any, schema: Schema, path: str = "") -> str | None:
     here = path or "it"
     if isinstance(schema, Leaf):
         return None if schema.test(value) else f"{here} is {_shown(value)}: {schema.what} is needed"
-    if isinstance(schema, Maybe):
+    if isinstance(schema, OrNull):
         return None if value is None else mismatch(value, schema.schema, path)
     if isinstance(schema, list):
         if not isinstance(value, list):

@@ -2,20 +2,23 @@
 
 import re
 
-from ..convert.schema import TEXT, TRUTH, Each, Leaf, Maybe, number, whole
+from ..convert.schema import TEXT, TRUTH, Each, Leaf, Maybe, OrNull, number, whole
 from .limits import AT_LEAST, FIGURES
 
 _SOUND = re.compile("data:audio/flac;base64,[A-Za-z0-9+/]*={0,2}")
-_AMOUNT, _SHARE, _ANY = Maybe(number(0)), Maybe(number(0, 1)), Maybe(number())
-_INDEX = Maybe(whole(0, 1 << 20))
+_AMOUNT, _SHARE, _ANY = OrNull(number(0)), OrNull(number(0, 1)), OrNull(number())
+_INDEX = OrNull(whole(0, 1 << 20))
 _FILES = Each({"size": whole(), "sha256": Leaf("a sha256", lambda v: bool(re.fullmatch("[0-9a-f]{64}", str(v))))})
 
 _DIFFERENCE = {"relative_l2": _AMOUNT, "cosine": _ANY, "max_abs": _AMOUNT}
 _FIGURES = {
     "positions": whole(),
-    "kl": Maybe(dict.fromkeys(("mean", "standard_error", "median", "p90", "p99", "p99_9", "max"), _AMOUNT)),
-    "top1": Maybe({"agreement": _SHARE, "standard_error": _AMOUNT}),
-    "loss": Maybe(
+    "kl": OrNull(
+        dict.fromkeys(("mean", "standard_error"), _AMOUNT)
+        | dict.fromkeys(("median", "p90", "p99", "p99_9", "max"), Maybe(number(0)))  # not of several streams together
+    ),
+    "top1": OrNull({"agreement": _SHARE, "standard_error": _AMOUNT}),
+    "loss": OrNull(
         {"reference": _ANY, "bundle": _ANY, "change": _ANY, "standard_error": _AMOUNT, "perplexity_ratio": _AMOUNT}
     ),
 }
@@ -24,14 +27,14 @@ _WEIGHTS = {
     **dict.fromkeys(("tensor", "source", "file", "component", "module"), TEXT),
     **dict.fromkeys(("layer", "step", "bits", "group_size"), _INDEX),
     **dict.fromkeys(("relative_rmse", "max_abs"), _AMOUNT),
-    "part": Maybe(TEXT),
+    "part": OrNull(TEXT),
     "bits_per_weight": number(0),
     "parameters": whole(),
     "sqnr_db": _ANY,
     "cosine": _ANY,
     "max_abs_at": [whole()],
     "clipped": _SHARE,
-    "unequal": Maybe(whole()),
+    "unequal": OrNull(whole()),
 }
 _ACTIVATIONS = {
     "component": TEXT,
@@ -40,12 +43,12 @@ _ACTIVATIONS = {
     "step": _INDEX,
     "accumulated": _DIFFERENCE,
     "noise_accumulated": _DIFFERENCE,
-    "local": Maybe(_DIFFERENCE),
-    "noise_local": Maybe(_DIFFERENCE),
+    "local": OrNull(_DIFFERENCE),
+    "noise_local": OrNull(_DIFFERENCE),
 }
 _ROLLOUT = {
     "frames": whole(),
-    "first_difference": Maybe({"frame": whole(), "stream": TEXT}),
+    "first_difference": OrNull({"frame": whole(), "stream": TEXT}),
     "agreement": [number(0, 1)],
     "agreement_agent": number(0, 1),
 }
@@ -65,7 +68,7 @@ _ROUND_TRIP = {
 REPORT = {
     "verdict": {
         "passed": TRUTH,
-        "failures": [{"check": TEXT, "message": TEXT, "place": Maybe(TEXT), "limit": Maybe(TEXT)}],
+        "failures": [{"check": TEXT, "message": TEXT, "place": Maybe(TEXT), "limit": OrNull(TEXT)}],
     },
     "limits": {key: number() if key in AT_LEAST else number(0) for key in FIGURES},
     "looser_limits": [TEXT],
@@ -75,14 +78,14 @@ REPORT = {
         "bits_per_weight": number(0),
         "files": _FILES,
     },
-    "source": {"id": TEXT, "revision": Maybe(TEXT), "files": Maybe(_FILES)},
+    "source": {"id": TEXT, "revision": OrNull(TEXT), "files": Maybe(_FILES)},
     "material": {"kind": TEXT, "sequences": whole(1), "frames": whole(1), "file": Maybe(TEXT), "voices": Maybe([TEXT])},
     "arithmetic": TEXT,
     "structure": {"problems": [TEXT], "files": whole(), "tensors": whole()},
     "weights": [_WEIGHTS],
     "activations": [_ACTIVATIONS],
     "predictions": Each(_STREAM),
-    "rollout": Maybe(_ROLLOUT),
+    "rollout": OrNull(_ROLLOUT),
     "round_trip": Maybe(_ROUND_TRIP),
     "ran_on": {
         **dict.fromkeys(("toolkit", "python", "system", "machine"), TEXT),
