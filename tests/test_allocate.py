@@ -127,13 +127,37 @@ def test_a_part_costs_what_the_whole_model_loses_by_it(part, bits, altered, meas
     assert sum(cost.values()) > 1e-4
 
 
-def test_several_passes_measure_what_one_does(measured):
+class Bar:
+    """A progress bar that counts."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.count, self.ended = total, 0, 0
+
+    def update(self, more: int) -> None:
+        self.count += more
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended += 1
+
+
+def test_several_passes_measure_what_one_does(measured, monkeypatch):
     """With memory for two sequences at a time, as many are read as are asked for."""
+    bars: list[Bar] = []
+
+    def shown(_label: str, total: int, _unit: str, _quiet: bool) -> Bar:
+        bars.append(Bar(total))
+        return bars[-1]
+
+    monkeypatch.setattr(measuring, "bar", shown)
     source, material, once = measured
     two = 2 * material.tokens.shape[2] * source.architecture.dim * 4
     memory = two * (1 + sum(part.component != "depformer" for part in once.costs))
     apart = measuring.measure(source, material, "mark", quiet=True, bits=[3], sequences=6, memory=memory)
     assert apart.measured_on == "6 of 6 sequences of 60 frames"
+    assert [(one.count, one.ended) for one in bars] == [(one.total, 1) for one in bars] != []
     assert apart.errors == once.errors
     for part, costs in once.costs.items():
         assert apart.costs[part][3] == pytest.approx(costs[3], rel=1e-3, abs=1e-7), part

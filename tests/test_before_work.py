@@ -15,7 +15,7 @@ from ppx.convert.source import CODEC, WEIGHTS, locate, open_source
 from ppx.quant.affine import BITS
 from ppx.recipes import allocate_program, convert_program
 from ppx.verify import measuring, speaking
-from ppx.verify.sensitivity import STREAMS, Sensitivities, settings_of
+from ppx.verify.sensitivity import STREAMS, Sensitivities, members_of, settings_of
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -41,7 +41,7 @@ def work(pico, monkeypatch, tmp_path):
     def measure(opened, material, mark, _):
         done.append("measured")
         found = Sensitivities({"sequences": len(material.tokens), "frames": 20}, mark)
-        members = measuring.members_of(opened.architecture)
+        members = members_of(opened.architecture)
         for part, tensors in members.items():
             columns = [opened.checkpoint.tensors[name].role.shape[-1] for name, _ in tensors]
             found.costs[part] = {bits: dict.fromkeys(STREAMS, 4.0**-bits) for bits in BITS}

@@ -6,7 +6,7 @@ part's. All streams are held at a time: sequences that do not fit into memory to
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from ..convert.architecture import Architecture
-from ..convert.names import roles
 from ..convert.problems import UserError
 from ..convert.progress import bar
 from ..convert.source import Source
@@ -27,29 +26,16 @@ from . import device as devices
 from .by_weights import quantized
 from .material import Material, spread
 from .model import Floats, Tokens
-from .places import Place, places
+from .places import PARTS, Place, places
 from .reference import Rows, TorchModel, kept_by, reference_of, source_weights
-from .sensitivity import STREAMS, Part, Sensitivities, part_of, settings_of, usual_group
+from .sensitivity import STREAMS, Part, Sensitivities, members_of, settings_of, usual_group
 
+_READ_FIRST = ("text_emb", "emb")  # tables that the temporal transformer reads
 _SHARE = 0.25  # of the machine's memory, for all streams at a time
 _FRAMES = 4096  # measured on at most
 _ROWS = 128  # frames of a sequence that go through a wide depformer, and rows of a matrix of which errors are taken
 _STORAGE = np.dtype(np.float32)  # of scales and biases: what other dtypes round is the same for all parts
 Variant = tuple[Part, int]  # a part, and the bits that it is quantized to
-
-
-def members_of(architecture: Architecture) -> dict[Part, list[tuple[str, int | None]]]:
-    """Return the tensors, and rows of stacked ones, of each part that the agent's predictions depend on."""
-    half, found = architecture.n_q // 2, dict[Part, list[tuple[str, int | None]]]()
-    for name, role in roles(architecture).items():
-        if role.kind == "norm":
-            continue
-        stacked = range(role.stacked) if role.stacked > 1 else [None]
-        for index in stacked:
-            step = role.step if index is None else index
-            if step is None or step < half:
-                found.setdefault(part_of(role, step), []).append((name, index))
-    return found
 
 
 def _altered(model: TorchModel, members: Sequence[tuple[str, int | None]], form: Affine) -> TorchModel:
@@ -97,8 +83,8 @@ def measure(
     for part in members:
         found.costs[part] = {one: dict.fromkeys(STREAMS, 0.0) for one in bits}
     counts = dict.fromkeys(STREAMS, 0)
-    total = len(members) * len(bits) * len(passes)
-    with bar("measuring", total, "variant", quiet) as progress, torch.inference_mode():
+    total = len(passes) * _blocks(source.architecture, members, len(bits))
+    with bar("measuring", total, "block", quiet) as progress, torch.inference_mode():
         for chosen in passes:
             kept: dict[tuple[str, int], Tensor] = {}
             model = reference_of(source.checkpoint, device=devices.device())
@@ -115,6 +101,18 @@ def measure(
             cost.update({stream: max(0.0, value / counts[stream]) for stream, value in cost.items()})
         found.errors[part] = _errors(source, of_part)
     return found
+
+
+def _blocks(architecture: Architecture, members: Iterable[Part], variants: int) -> int:
+    """Return how many blocks are computed in a pass, for the original and for so many variants of each part."""
+    temporal, depformer = (len(places(architecture, component)) for component in ("temporal", "depformer"))
+    count = 0
+    for part in members:
+        if part.component == "temporal" and part.layer is not None:
+            count += temporal - part.layer * len(PARTS) - (part.modules == "gating.*")  # from its own block on
+        count += temporal if part.modules in _READ_FIRST else 0
+        count += depformer if part.modules != "text_linear" else 0
+    return temporal + depformer + variants * count
 
 
 def _remembered(rows: Rows) -> Rows:
@@ -173,18 +171,18 @@ def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
     """Go through the temporal transformer; note what the text costs; return outputs of the frames that are heard."""
     arch, material = walk.source.architecture, walk.material
     streams: dict[Variant | None, Floats] = {
-        variant: walk.altered(variant).embed(material.tokens) for variant in (None, *walk.variants("text_emb", "emb"))
+        variant: walk.altered(variant).embed(material.tokens) for variant in (None, *walk.variants(*_READ_FIRST))
     }
     for place in places(arch, "temporal"):
         pattern = "self_attn.*" if place.part == "attention" else "gating.*"
         base = streams[None]
         born: dict[Variant | None, Floats] = {
-            (part, bits): _block(walk.altered((part, bits)), place, base)
+            (part, bits): _block(walk, walk.altered((part, bits)), place, base)
             for part, bits in walk.variants("temporal")
             if (part.layer, part.modules) == (place.layer, pattern)
         }
         for variant, x in streams.items():
-            streams[variant] = _block(walk.model, place, x)
+            streams[variant] = _block(walk, walk.model, place, x)
         streams |= born
         walk.kept.clear()
     for variant, x in streams.items():
@@ -198,7 +196,6 @@ def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
             _note(walk, variant, "text", [_divergence(expected, walk.model.text_logits(x[counted]))])
     for variant in walk.variants("text_linear"):
         _note(walk, variant, "text", [_divergence(expected, walk.altered(variant).text_logits(base))])
-        walk.bar.update(1)
     walk.kept.clear()
     return streams
 
@@ -214,7 +211,8 @@ def _note(walk: Walk, variant: Variant, stream: str, divergences: Sequence[float
     walk.found.costs[part][bits][stream] += total
 
 
-def _block(model: TorchModel, place: Place, x: Floats) -> Floats:
+def _block(walk: Walk, model: TorchModel, place: Place, x: Floats) -> Floats:
+    walk.bar.update(1)
     return np.concatenate([model.block(place, x[rows])[1] for rows in place.pieces(x)])
 
 
@@ -249,7 +247,7 @@ def _audio(walk: Walk, hidden: dict[Variant | None, Floats]) -> None:
     own = walk.variants("depformer", "linears", "depformer_emb", "depformer_text_emb")
     variants = [variant for variant in [*states, *own] if variant]
     if not len(targets):  # in these sequences the agent's tokens are not known
-        walk.bar.update(len(variants))
+        walk.bar.update((1 + len(variants)) * len(places(arch, "depformer")))
         return
     expected = [_expected(logits) for logits in _steps(walk, [None], states, targets)[None]]
     some = max(1, walk.nbytes // (2 * len(targets) * half * (arch.depformer_dim + arch.card) * 4))
@@ -258,7 +256,6 @@ def _audio(walk: Walk, hidden: dict[Variant | None, Floats]) -> None:
             if variant:
                 apart = [_divergence(*pair) for pair in zip(expected, logits, strict=True)]
                 _note(walk, variant, "agent", apart)
-                walk.bar.update(1)
 
 
 def _steps(
@@ -275,7 +272,7 @@ def _steps(
     walk.kept.clear()
     for place in places(arch, "depformer"):
         for variant, x in streams.items():
-            streams[variant] = _block(walk.altered(inner[variant]), place, x)
+            streams[variant] = _block(walk, walk.altered(inner[variant]), place, x)
         walk.kept.clear()
     return {
         variant: [walk.altered(inner[variant]).audio_logits(step, x[:, step]) for step in range(half)]

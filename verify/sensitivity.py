@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..convert.names import COMPONENTS, Role
+from ..convert.architecture import Architecture
+from ..convert.names import COMPONENTS, Role, roles
 from ..convert.problems import UserError
 from ..convert.regular import read_json
 from ..convert.workspace import write_durably
@@ -79,6 +80,20 @@ def part_of(role: Role, step: int | None) -> Part:
     if role.component == "embeddings":
         return Part("embeddings", role.module)
     return Part(role.component, within, role.layer if role.component == "temporal" else None, step)
+
+
+def members_of(architecture: Architecture) -> dict[Part, list[tuple[str, int | None]]]:
+    """Return the tensors, and rows of stacked ones, of each part that the agent's predictions depend on."""
+    half, found = architecture.n_q // 2, dict[Part, list[tuple[str, int | None]]]()
+    for name, role in roles(architecture).items():
+        if role.kind == "norm":
+            continue
+        stacked = range(role.stacked) if role.stacked > 1 else [None]
+        for index in stacked:
+            step = role.step if index is None else index
+            if step is None or step < half:
+                found.setdefault(part_of(role, step), []).append((name, index))
+    return found
 
 
 def settings_of(columns: Iterable[int]) -> dict[tuple[int, int], float]:
