@@ -1,12 +1,12 @@
 """A conversation's frames here and in the real moshi_mlx: the same weights, the same frames, in turns.
 
-    python benchmarks/speaking.py [SOURCE] [--layers 2] [--frames 30] [--rounds 3] [--folder DIR]
+    python benchmarks/speaking.py [SOURCE] [--layers 2] [--frames 30] [--rounds 3] [--device gpu] [--folder DIR]
 
 Without a source it makes one of PersonaPlex's widths with few layers (made-up weights). It is converted with the recipe
 ``moshi-q4``, with all 16 depformer steps and with the agent's 8. moshi_mlx reads the columns that were read here, and
 must say the same greedy tokens; it computes once in bfloat16, as its programs do, and once in float32, as we do on
-processors. Printed are medians over frames, and how many times as long moshi_mlx takes. Needs ``moshi_mlx``, and 4 GB
-of disk for a source.
+processors (on a GPU we compute in bfloat16). Printed are medians over frames, and how many times as long moshi_mlx
+takes. Needs ``moshi_mlx``, and 4 GB of disk for a source.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from ppx.convert.voices import Voice
 from ppx.verify import loading
 from ppx.verify.bundle import Bundle, layout_of
 from ppx.verify.conversation import Conversation
+from ppx.verify.mlx_device import computing_on, on_gpu
 from ppx.verify.sampling import GREEDY
 
 WARM_UP = 5
@@ -48,19 +49,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of each transformer, of a source that is made")
     parser.add_argument("--frames", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="where MLX computes; its own choice if left out")
     parser.add_argument("--folder", type=Path, default=Path("benchmark-speaking"), help="made and removed")
     options = parser.parse_args()
     options.folder.mkdir()
     try:
-        measure(options)
+        with computing_on(options.device):
+            measure(options)
     finally:
         shutil.rmtree(options.folder)
 
 
-def ours(folder: Path) -> Callable[[Any], tuple[Frames, list[Any]]]:
+def ours(folder: Path, arithmetic: str) -> Callable[[Any], tuple[Frames, list[Any]]]:
     """Return a way to hear frames; it returns what they took and said, and the columns that were read."""
     with closing(Bundle(folder, *layout_of(folder))) as bundle:
-        model, voice = loading.load(bundle, "float32"), bundle.voices()[0]
+        model, voice = loading.load(bundle, arithmetic), bundle.voices()[0]
     silent = Voice(voice.name, voice.embeddings[:0], voice.cache)
 
     def run(users: Any) -> tuple[Frames, list[Any]]:
@@ -117,14 +120,15 @@ def measure(options: argparse.Namespace) -> None:
         for dtype in (mx.bfloat16, mx.float32):
             name = str(dtype).removeprefix("mlx.core.")
             runs[f"moshi_mlx, {name}, {steps} depformer steps"] = theirs(bundle, dtype)
-    speak = ours(options.folder / "steps8")
+    arithmetic = "bfloat16" if on_gpu() else "float32"
+    speak, here = ours(options.folder / "steps8", arithmetic), f"here, {arithmetic}"
     card = json.loads((options.folder / "steps8" / "config.json").read_text())["card"]
     users = np.random.default_rng(0).integers(0, card, (WARM_UP + options.frames, 8))
-    seconds: dict[str, list[float]] = {name: [] for name in ("here, float32", *runs)}
+    seconds: dict[str, list[float]] = {name: [] for name in (here, *runs)}
     same: dict[str, list[bool]] = {name: [] for name in runs}
     for _ in range(options.rounds):
         found, columns = speak(users)
-        seconds["here, float32"] += [took for took, _ in found[WARM_UP:]]
+        seconds[here] += [took for took, _ in found[WARM_UP:]]
         for name, run in runs.items():
             other = run(columns)
             seconds[name] += [took for took, _ in other[WARM_UP:]]
@@ -134,7 +138,7 @@ def measure(options: argparse.Namespace) -> None:
                 for a, b in zip(first, second, strict=True)
             ]
     print(f"{platform.system()} {platform.machine()}, {cores()} cores, {mx.default_device()}, moshi-q4, {source}")
-    least = statistics.median(seconds["here, float32"])
+    least = statistics.median(seconds[here])
     for name, took in seconds.items():
         median = statistics.median(took)
         agree = f", {np.mean(same[name]):.1%} of tokens the same" if name in same else ""

@@ -196,3 +196,36 @@ def test_what_a_frame_reads_is_counted(opened):
     layer = (4 * a.depformer_dim**2 + 3 * a.depformer_dim * deep) * per_weight
     step = a.depformer_num_layers * layer + a.depformer_dim * a.dim * per_weight + 4 * a.card * a.depformer_dim
     assert model.weights["depformer"] == 8 * step
+
+
+@pytest.mark.parametrize("kind", ["speech-swift", "moshi-mlx"])
+def test_the_gpus_way_says_the_same(bundle, opened, golden, kind):
+    """Keys and values as slices, projections joined, tables decoded: the same tokens, also once the ring is full."""
+    folder = bundle(*QUANTIZED[kind])
+    plain, voices = opened(*QUANTIZED[kind])
+    with closing(Bundle(folder, *layout_of(folder))) as held:
+        few = loading.load(held, "float32", few=True)
+    assert few.projections is not None
+    prompt = system_prompt(plain.architecture, golden["text_prompt"].tolist())
+    said = []
+    for model, sliced in ((plain, False), (few, True)):
+        session = Conversation(model, voices["NATF2"], prompt, Sampling(), seed=3)
+        session._temporal = model.temporal(sliced)
+        said.append([(text, *agent.tolist()) for text, agent in map(session.hear, golden["user_tokens"][:12])])
+    assert said[0] == said[1]
+
+
+def test_the_gpus_way_forgets_only_what_is_too_old(opened, monkeypatch):
+    model, _ = opened(*FLOAT["mlx"])
+    columns = np.random.default_rng(0).integers(0, model.architecture.card, (17, 24)).astype(np.int32)
+    monkeypatch.setattr(runtime, "_FIRST_ROOM", 4)
+    found = []
+    for sliced in (False, True):
+        ring, step, states = model.prefill(columns[:, :0]), model.temporal(sliced), []
+        for column in columns.T:
+            ring.grow()
+            hidden, _, ring.keys, ring.values = step(mx.array(column), mx.array(ring.frames), ring.keys, ring.values)
+            ring.frames += 1
+            states.append(np.array(hidden[0, 0]))
+        found.append(np.stack(states))
+    np.testing.assert_allclose(found[1], found[0], atol=2e-4)

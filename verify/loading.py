@@ -1,5 +1,6 @@
 """Reading a bundle's model into memory, as a conversation wants it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -8,7 +9,7 @@ import numpy as np
 from ..convert.names import COMPONENTS
 from .bundle import Bundle, Matrix, Packing, joined
 from .kernels import DTYPES
-from .mlx_device import streams
+from .mlx_device import on_gpu, streams
 from .places import Place, places
 from .products import shares
 from .runtime import Layer, Linear, Runtime, Step, Table
@@ -21,8 +22,11 @@ def reach_of(bundle: Bundle) -> int:
     return max(bundle.reach()[0] - 1, 1)
 
 
-def load(bundle: Bundle, dtype: str) -> Runtime:
-    """Read a bundle's model into memory, for activations of a dtype (float32, bfloat16, float16)."""
+def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
+    """Read a bundle's model into memory, for activations of a dtype (float32, bfloat16, float16).
+
+    few: to hold it for as few operations a frame as it goes, in a little more memory; None for on a GPU only.
+    """
     a = bundle.architecture
     kind, shared = DTYPES[dtype], streams()
 
@@ -48,10 +52,12 @@ def load(bundle: Bundle, dtype: str) -> Runtime:
             linear(f"{gating}.linear_out.weight"),
         )
 
-    steps = []
+    steps, few = [], on_gpu() if few is None else few
     temporal, depformer = ([place for place in places(a, name) if place.part == "mlp"] for name in COMPONENTS[:2])
     for step in range(min(a.steps, a.n_q // 2)):
         table = bundle.matrix(f"depformer_emb.{step - 1}.weight" if step else "depformer_text_emb.weight")
+        if few:  # one look-up in place of codes', scales' and biases'
+            table = _owned(Matrix(table.float32().astype(kind)))
         layers = tuple(layer(place, step) for place in depformer)
         steps.append(Step(linear(f"depformer_in.{step}.weight"), table, layers, linear(f"linears.{step}.weight")))
     return Runtime(
@@ -63,7 +69,16 @@ def load(bundle: Bundle, dtype: str) -> Runtime:
         norm("out_norm.alpha"),
         linear("text_linear.weight"),
         tuple(steps),
+        _projections(steps) if few else None,
     )
+
+
+def _projections(steps: Sequence[Step]) -> Linear | None:
+    """Join the steps' projections of the hidden state, if they are quantized alike."""
+    parts = [part for step in steps for part, _ in step.project.parts]
+    if len({part.packing and part.packing.form for part in parts}) > 1:
+        return None
+    return Linear(((_owned(joined(parts)), None),))
 
 
 def _tables(bundle: Bundle) -> tuple[Table, ...]:

@@ -53,7 +53,10 @@ class Products:
 
     def tried_as(self, rows: int) -> int:
         """Return which of them stands for so many rows of input."""
-        return next((tried for tried in self.tried if rows <= tried), self.tried[-1])
+        one, few, many = self.tried
+        if rows == one or (rows <= few and not self.padded):
+            return one if rows == one else few
+        return many  # where rows are filled up, a few too: MLX compiles each kernel for tens of seconds
 
     def __call__(self, x: mx.array, matrix: Matrix, stream: mx.Stream | mx.Device | None = None) -> mx.array:
         """Return ``x @ matrix.T`` for ``x [rows, columns]``, in the dtype of ``x``."""
@@ -61,7 +64,7 @@ class Products:
         if packing is None:
             return _multiplied(x, matrix.weight, stream)
         rows = len(x)
-        if self.replaced and (shape_of(matrix, x.dtype), self.tried_as(rows)) in self.replaced:
+        if self.replaced and self._is_replaced(shape_of(matrix, x.dtype), rows):
             return self.dequantized(x, matrix, stream)
         more = -rows % self.tried_as(rows) if self.padded else 0  # up to a number that was tested
         found = self.packed(
@@ -75,6 +78,11 @@ class Products:
             stream=stream,
         ).astype(x.dtype, stream=stream)
         return found[:rows] if more else found
+
+    def _is_replaced(self, shape: Shape, rows: int) -> bool:
+        """Tell whether a test failed that stands for so many rows; those of a few are filled up to many, or are not."""
+        tested = self.tried_as(rows)
+        return any((shape, other) in self.replaced for other in self.tried if self.tried_as(other) == tested)
 
     def dequantized(self, x: mx.array, matrix: Matrix, stream: mx.Stream | mx.Device | None = None) -> mx.array:
         """Return the same product without a packed kernel: the weight is dequantized, in float32, and multiplied."""

@@ -11,8 +11,10 @@ import mlx.core as mx
 
 from ..convert.architecture import Architecture
 from .bundle import Matrix
+from .mlx_device import on_gpu
 from .model import EPSILON, Floats, Tokens
 from .products import Products
+from .ring import Ring
 from .sampling import Sampling, draw
 from .session import UNKNOWN
 
@@ -60,11 +62,15 @@ class Layer:
         packed = self.in_proj(mx.fast.rms_norm(x, self.norm1, EPSILON))
         return packed.reshape(*x.shape[:2], 3, count, -1).transpose(2, 0, 3, 1, 4)
 
+    def packed(self, x: mx.array, count: int) -> mx.array:
+        """Return queries, keys and values of one frame below each other: ``[1, 3 * heads, 1, width]``, no copy."""
+        return self.in_proj(mx.fast.rms_norm(x, self.norm1, EPSILON)).reshape(1, 3 * count, 1, -1)
+
     def rest(self, x: mx.array, attended: mx.array) -> mx.array:
         """Return the stream after the layer, given what its heads found, ``[batch, heads, length, width]``."""
         x = x + self.out_proj(attended.transpose(0, 2, 1, 3).reshape(x.shape))
         gate, up = mx.split(self.linear_in(mx.fast.rms_norm(x, self.norm2, EPSILON)), 2, axis=-1)
-        return x + self.linear_out(gate * mx.sigmoid(gate) * up)
+        return x + self.linear_out(_gated(gate, up))
 
 
 @dataclass(frozen=True)
@@ -92,29 +98,8 @@ class Step:
     head: Linear
 
 
-@dataclass
-class Ring:
-    """Keys and values ``[1, heads, room, width]`` of each temporal layer; frame n lies at ``n % room``.
-
-    room grows up to ``reach``, the frames that are attended to; from then on the oldest is overwritten.
-    """
-
-    keys: list[mx.array]
-    values: list[mx.array]
-    reach: int
-    frames: int = 0
-
-    @property
-    def room(self) -> int:
-        """Frames that it has room for."""
-        return int(self.keys[0].shape[2])
-
-    def grow(self) -> None:
-        """Make room for one more frame, if there is none and there may be."""
-        if self.frames == self.room < self.reach:
-            more = min(self.room, self.reach - self.room)
-            for held in (self.keys, self.values):
-                held[:] = [mx.concatenate([old, mx.zeros_like(old[:, :, :more])], axis=2) for old in held]
+def _gated(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
 
 
 Temporal = Callable[[mx.array, mx.array, list[mx.array], list[mx.array]], tuple[Any, ...]]
@@ -123,7 +108,11 @@ Depformer = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, m
 
 @dataclass(frozen=True)
 class Runtime:
-    """A bundle's model in memory. reach: frames that a frame attends to, its own included. steps: the agent's."""
+    """A bundle's model in memory.
+
+    reach: frames that a frame attends to, its own included. steps: the agent's. projections: those of all steps below
+    each other, where they are multiplied at once.
+    """
 
     architecture: Architecture
     dtype: mx.Dtype
@@ -133,6 +122,7 @@ class Runtime:
     out_norm: mx.array
     text_head: Linear
     steps: tuple[Step, ...]
+    projections: Linear | None = None
 
     @property
     def products(self) -> Products:
@@ -206,12 +196,15 @@ class Runtime:
             x, x.shape[-1], traditional=True, base=self.architecture.max_period, scale=1.0, offset=first
         )
 
-    def temporal(self) -> Temporal:
+    def temporal(self, sliced: bool | None = None) -> Temporal:
         """Return the function of a frame that is compiled once: a column ``[streams]`` and its number, keys, values.
 
         It returns the hidden state ``[1, 1, dim]``, text logits ``[text_card]``, and the keys and values with the
-        frame's own in place.
+        frame's own in place. sliced: to compute uncompiled, keys and values being slices; None for on a GPU only.
         """
+
+        if on_gpu() if sliced is None else sliced:
+            return self._frame
 
         def step(column: mx.array, number: mx.array, keys: list[mx.array], values: list[mx.array]) -> tuple[Any, ...]:
             x = self.embed(column[:, None])[None]
@@ -231,6 +224,24 @@ class Runtime:
 
         return mx.compile(step)
 
+    def _frame(
+        self, column: mx.array, number: mx.array, keys: list[mx.array], values: list[mx.array]
+    ) -> tuple[Any, ...]:
+        """Compute the same uncompiled: a GPU's attention takes no mask for one frame, so what is seen is a slice."""
+        heads, frame = self.architecture.num_heads, int(number)
+        x = self.embed(column[:, None])[None]
+        slot, seen = frame % keys[0].shape[2], min(frame + 1, keys[0].shape[2])
+        for index, layer in enumerate(self.layers):
+            packed = layer.packed(x, heads)
+            turned = self._turned(packed[:, : 2 * heads], number)
+            keys[index][:, :, slot : slot + 1] = turned[:, heads:]
+            values[index][:, :, slot : slot + 1] = packed[:, 2 * heads :]
+            k, v = keys[index][:, :, :seen], values[index][:, :, :seen]
+            q = turned[:, :heads]
+            x = layer.rest(x, mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5))
+        hidden = mx.fast.rms_norm(x, self.out_norm, EPSILON)
+        return hidden, self.text_head(hidden)[0, 0], keys, values
+
     def depformer(self, sampling: Sampling) -> Depformer:
         """Return the function of a frame that is compiled once: it says the text and the agent's codebooks.
 
@@ -242,20 +253,34 @@ class Runtime:
             keys = mx.random.split(key, 1 + len(self.steps))
             tokens = [_said(text, given[0], sampling.text_temperature, sampling.text_top_k, keys[0])]
             found: list[mx.array] = []
-            past: list[list[tuple[mx.array, mx.array]]] = [[] for _ in range(self.architecture.depformer_num_layers)]
+            heads = self.architecture.depformer_num_heads
+            past: list[mx.array | None] = [None] * self.architecture.depformer_num_layers  # keys, and values below them
+            projected = self._projected(hidden)
             for number, one in enumerate(self.steps):
-                x = one.project(hidden) + self._previous(one, tokens[-1])
-                for layer, seen in zip(one.layers, past, strict=True):
-                    q, k, v = layer.heads(x, self.architecture.depformer_num_heads)
-                    seen.append((k, v))
-                    k, v = (mx.concatenate(list(side), axis=2) for side in zip(*seen, strict=True))
-                    x = layer.rest(x, mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5))
+                x = projected[number] + self._previous(one, tokens[-1])
+                for index, layer in enumerate(one.layers):
+                    packed = layer.packed(x, heads)
+                    q, new, seen = packed[:, :heads], packed[:, heads:], past[index]
+                    if seen is None:  # what the first step sees alone has all its attention
+                        attended, seen = new[:, heads:], mx.pad(new, [(0, 0), (0, 0), (0, len(self.steps) - 1), (0, 0)])
+                    else:
+                        seen[:, :, number : number + 1] = new
+                        k, v = seen[:, :heads, : number + 1], seen[:, heads:, : number + 1]
+                        attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+                    past[index] = seen
+                    x = layer.rest(x, attended)
                 found.append(one.head(x)[0, 0])
                 top = sampling.audio_top_k
                 tokens.append(_said(found[-1], given[number + 1], sampling.audio_temperature, top, keys[number + 1]))
             return mx.stack(tokens), mx.stack(found)
 
         return mx.compile(step)
+
+    def _projected(self, hidden: mx.array) -> list[mx.array]:
+        """Return what each step's projection makes of the hidden state, ``[1, 1, dim]`` each."""
+        if self.projections is None:
+            return [step.project(hidden) for step in self.steps]
+        return list(mx.split(self.projections(hidden), len(self.steps), axis=-1))
 
     def _previous(self, step: Step, token: mx.array) -> mx.array:
         """Look the last token up, ``[1, 1, dim]``; -1 adds nothing."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..convert.architecture import read_config
 from ..convert.problems import UserError, printable
+from ..convert.progress import long_step
 from ..convert.source import CODEC, CONFIG, TOKENIZER
 from ..convert.tokenizer import open_tokenizer
 from . import loading
@@ -17,6 +18,7 @@ from .codec import Codec
 from .conversation import Conversation
 from .kernel_cache import on_tested_kernels
 from .material import PROMPT, VOICE, prompt_tokens
+from .mlx_device import on_gpu
 from .mlx_model import arithmetic_of
 from .model import Floats, Tokens
 from .products import Products
@@ -88,7 +90,8 @@ def open_speaker(folder: Path, scene: Scene, silent: bool = False, products: Pro
         model = loading.load(bundle, arithmetic_of(scene.arithmetic, bundle.manifest["dtype"]))
     model = on_tested_kernels(model, silent, products)
     sampling = scene.sampling or sampling_of(read_config(folder / CONFIG))
-    conversation = Conversation(model, voices[scene.voice], prompt, sampling, scene.seed)
+    with long_step("MLX compiles what a conversation needs", 1, "step", silent or not on_gpu()):
+        conversation = Conversation(model, voices[scene.voice], prompt, sampling, scene.seed)
     return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
 
 

@@ -16,13 +16,14 @@ from ..convert.architecture import read_config
 from ..convert.mimi import FRAME, RATE
 from ..convert.parallel import cores
 from ..convert.problems import UserError
+from ..convert.progress import long_step
 from ..convert.source import CODEC, CONFIG
 from . import loading
 from .bundle import open_bundle
 from .codec import Codec
 from .conversation import Conversation
 from .kernel_cache import on_tested_kernels
-from .mlx_device import streams
+from .mlx_device import on_gpu, streams
 from .mlx_model import arithmetic_of
 from .products import Products
 from .sampling import sampling_of
@@ -65,7 +66,8 @@ def measure(
     extra = max(0, remembered - len(voice.embeddings) - len(text) - 2 * PAUSE)
     prompt = system_prompt(a, [*text.tolist(), *[a.text_padding] * extra])
     began = time.perf_counter()
-    conversation = Conversation(model, voice, prompt, sampling_of(read_config(folder / CONFIG)))
+    with long_step("MLX compiles what a conversation needs", 1, "step", silent or not on_gpu()):
+        conversation = Conversation(model, voice, prompt, sampling_of(read_config(folder / CONFIG)))
     prefill = time.perf_counter() - began
     heard = random.integers(0, a.card, (_WARM_UP + frames, a.n_q // 2))
     took = []
