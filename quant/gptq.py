@@ -5,8 +5,10 @@ follow make up for the error of those before. Here it begins from the weights th
 really get (those of the quantized layers before it), give what the original gave on its own.
 """
 
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -78,13 +80,21 @@ def solve(
     mean = second.diagonal().mean()
     damping = share * (mean if mean > 0 else torch.ones_like(mean))
     factor = _factor(second, damping)
-    goal = torch.cholesky_solve((wide @ moments.cross + damping * wide).T, factor).contiguous()
-    inverse = torch.cholesky_inverse(factor)
+    goal = on_either(torch.cholesky_solve, (wide @ moments.cross + damping * wide).T, factor).contiguous()
+    inverse = on_either(torch.cholesky_inverse, factor)
     del factor
-    errors = torch.linalg.cholesky(inverse, upper=True)
+    errors = on_either(partial(torch.linalg.cholesky, upper=True), inverse)
     del inverse
     codes, scales, biases = _round(goal, errors, form, storage)
     return assemble(wide, codes, scales, biases, form, storage)
+
+
+def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """Compute on the values' device, or on the CPU where that lacks the operation; the result is where they are."""
+    try:
+        return function(*values)
+    except NotImplementedError:
+        return function(*(value.cpu() for value in values)).to(values[0].device)
 
 
 def _factor(second: Tensor, damping: Tensor) -> Tensor:
@@ -92,7 +102,7 @@ def _factor(second: Tensor, damping: Tensor) -> Tensor:
     diagonal = second.diagonal().clone()
     second.diagonal().add_(damping)
     try:
-        factor: Tensor = torch.linalg.cholesky(second)
+        factor = on_either(torch.linalg.cholesky, second)
     finally:
         second.diagonal().copy_(diagonal)
     return factor
@@ -140,6 +150,10 @@ def grid(group: Tensor, form: Affine, storage: np.dtype[np.generic], pool: Execu
     return scale, bias
 
 
+def _double(values: Tensor) -> Tensor:
+    return (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
+
+
 def assemble(
     weight: Tensor, codes: Tensor, scales: Tensor, biases: Tensor, form: Affine, storage: np.dtype[np.generic]
 ) -> Quantized:
@@ -149,6 +163,6 @@ def assemble(
     """
     back = codes.reshape(*scales.shape, -1) * scales[..., None] + biases[..., None]
     lost = weight.to(back.device) - back.flatten(1)
-    error, norm = (float(values.double().square().sum()) for values in (lost, weight))
+    error, norm = (float(_double(values).square().sum()) for values in (lost, weight))
     scale, bias = (side.float().cpu().numpy().astype(storage) for side in (scales, biases))
     return Quantized(pack(codes.cpu().numpy(), form.bits), scale, bias, error, norm, 0, 0)
