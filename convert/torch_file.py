@@ -198,16 +198,14 @@ def _built(name: str, arguments: Any) -> Any:
         raise ValueError(_WRONG)
     if not all(type(number) is int and 0 <= number < _LONGEST_AXIS for number in numbers):
         raise ValueError("a tensor has an impossible shape")
-    count, expected = math.prod(size), 1
-    for length, step in zip(reversed(size), reversed(stride), strict=True):
-        if length != 1 and step != expected and count:
-            raise ValueError(
-                f"a tensor is not contiguous: it claims {count * values.itemsize} bytes of {values.nbytes}"
-            )
-        expected *= length
-    if offset + count > len(values):
+    count = math.prod(size)
+    if count > len(values):  # also where strides of 0 would give more values than there are
         raise ValueError(f"a tensor claims {count * values.itemsize} bytes of {values.nbytes}")
-    return values[offset : offset + count].reshape(size).copy()
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+    if count and last >= len(values):
+        raise ValueError(f"a tensor reaches to value {last} of {len(values)}")
+    steps = [step * values.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(values[offset:] if count else values, size, steps, writeable=False).copy()
 
 
 def _shown(value: Any) -> str:

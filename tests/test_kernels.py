@@ -18,7 +18,7 @@ from ppx.verify import card, kernel_cache, kernels, loading, mlx_device, rollout
 from ppx.verify import report as reports
 from ppx.verify.bundle import Bundle, layout_of
 from ppx.verify.conversation import Conversation
-from ppx.verify.products import MANY_PADDED, Products, Shape, shape_of
+from ppx.verify.products import TRIED_TILES, Products, Shape, shape_of
 from ppx.verify.request import Request
 from ppx.verify.sampling import GREEDY
 from ppx.verify.session import SILENCE, system_prompt
@@ -127,7 +127,8 @@ def test_only_the_shape_and_the_rows_of_input_that_are_wrong_are_replaced():
 def test_rows_of_input_are_filled_up_to_what_was_tested():
     broken, shape = Broken((0, 0)), Shape(32, 64, 4, 32, "float32", "float32")
     padded, random = Products(padded=True, packed=broken), np.random.default_rng(0)
-    assert padded.tried == (1, 4, MANY_PADDED)
+    assert padded.tried == TRIED_TILES == (1, 64, 1088)
+    assert [padded.tried_as(count) for count in (1, 2, 64, 65, 1088, 5000)] == [1, 64, 64, 1088, 1088, 1088]
     matrix, _ = kernels._weight(shape, random)
     for count in (1, 2, 4, 5, 64, 65):
         x = mx.array(random.standard_normal((count, 64), np.float32))

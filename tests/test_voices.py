@@ -329,3 +329,30 @@ def test_pickles_of_other_things_build_nothing(program):
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(24).reshape(2, 3, 4).permute(2, 0, 1),
+        torch.arange(24).reshape(2, 3, 4)[:, ::2],
+        torch.arange(24).reshape(4, 6)[1:3, 2:],
+        torch.randn(5, 1, 1, 8, generator=torch.Generator().manual_seed(0)).bfloat16(),
+        torch.zeros(0, 3),
+        torch.tensor(5),
+    ],
+    ids=lambda tensor: f"{tuple(tensor.shape)} {tensor.stride()}",
+)
+def test_tensors_of_any_strides_are_read_as_torch_does(tensor):
+    file = io.BytesIO()
+    torch.save({"held": tensor}, file)
+    found = read_tensors(file.getvalue())["held"]
+    assert found.shape == tuple(tensor.shape)
+    assert (found.astype(np.float32) == tensor.float().numpy()).all()
+
+
+def test_a_tensor_that_unpacks_into_more_than_its_record_is_refused():
+    file = io.BytesIO()
+    torch.save({"held": torch.zeros(1).expand(1 << 14, 1 << 14)}, file)
+    with pytest.raises(ValueError, match="claims 1073741824 bytes of 4"):
+        read_tensors(file.getvalue())

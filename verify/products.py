@@ -10,8 +10,9 @@ import mlx.core as mx
 from .bundle import Matrix
 from .limits import worked_around
 
-ONE, FEW = 1, 4  # rows of input that kernels are tested with; other numbers count as the next larger one,
-MANY, MANY_PADDED = 8, 64  # and whatever is above as the last: on processors the same loop takes every row
+TRIED = (1, 4, 8)  # rows of input that kernels are tested with; on processors the same loop takes every row
+TILE = 64  # GPUs have kernels of their own for some numbers of rows: more than one are filled up to multiples of this
+TRIED_TILES = (1, TILE, 17 * TILE)  # a row, one tile, and many, in a number that no larger tile divides
 Packed = Callable[..., mx.array]  # of the signature of mx.quantized_matmul
 Plain = Callable[[mx.array, Matrix, mx.Stream | mx.Device | None], mx.array]
 
@@ -37,8 +38,8 @@ class Products:
     """How weights are multiplied.
 
     replaced: shapes that ``packed`` computes wrongly, each with the rows of input (one of ``tried``) for which it does.
-    padded: whether the rows of input are filled up to a number that was tested, as on GPUs, which have kernels of their
-    own for some numbers. packed, plain: what multiplies with packed weights, and what stands in for it.
+    padded: whether the rows of input are filled up to whole tiles, as on GPUs. packed, plain: what multiplies with
+    packed weights, and what stands in for it.
     """
 
     replaced: frozenset[tuple[Shape, int]] = frozenset()
@@ -49,14 +50,11 @@ class Products:
     @property
     def tried(self) -> tuple[int, int, int]:
         """Rows of input that stand for one, a few and many."""
-        return ONE, FEW, MANY_PADDED if self.padded else MANY
+        return TRIED_TILES if self.padded else TRIED
 
     def tried_as(self, rows: int) -> int:
-        """Return which of them stands for so many rows of input."""
-        one, few, many = self.tried
-        if rows == one or (rows <= few and not self.padded):
-            return one if rows == one else few
-        return many  # where rows are filled up, a few too: MLX compiles each kernel for tens of seconds
+        """Return which of them stands for so many rows of input: the next larger one, or the last."""
+        return next((number for number in self.tried if rows <= number), self.tried[-1])
 
     def __call__(self, x: mx.array, matrix: Matrix, stream: mx.Stream | mx.Device | None = None) -> mx.array:
         """Return ``x @ matrix.T`` for ``x [rows, columns]``, in the dtype of ``x``."""
@@ -64,9 +62,9 @@ class Products:
         if packing is None:
             return _multiplied(x, matrix.weight, stream)
         rows = len(x)
-        if self.replaced and self._is_replaced(shape_of(matrix, x.dtype), rows):
+        if self.replaced and (shape_of(matrix, x.dtype), self.tried_as(rows)) in self.replaced:
             return self.dequantized(x, matrix, stream)
-        more = -rows % self.tried_as(rows) if self.padded else 0  # up to a number that was tested
+        more = -rows % TILE if self.padded and rows > 1 else 0
         found = self.packed(
             mx.pad(x, [(0, more), (0, 0)], stream=stream) if more else x,
             matrix.weight,
@@ -78,11 +76,6 @@ class Products:
             stream=stream,
         ).astype(x.dtype, stream=stream)
         return found[:rows] if more else found
-
-    def _is_replaced(self, shape: Shape, rows: int) -> bool:
-        """Tell whether a test failed that stands for so many rows; those of a few are filled up to many, or are not."""
-        tested = self.tried_as(rows)
-        return any((shape, other) in self.replaced for other in self.tried if self.tried_as(other) == tested)
 
     def dequantized(self, x: mx.array, matrix: Matrix, stream: mx.Stream | mx.Device | None = None) -> mx.array:
         """Return the same product without a packed kernel: the weight is dequantized, in float32, and multiplied."""
