@@ -16,14 +16,18 @@ from program_server import Programs
 from stopping import Moment
 
 SLOW = (  # the slowest first
-    "test_speak.py",
-    "test_solving.py",
-    "test_allocate.py",
-    "test_promises.py",
-    "test_publish.py",
     "test_verify.py",
+    "test_solving.py",
+    "test_speak.py",
+    "test_publish.py",
+    "test_sabotage.py",
+    "test_speaking.py",
+    "test_fuzz.py",
     "test_convert.py",
+    "test_hub.py",
     "test_kill.py",
+    "test_allocate.py",
+    "test_adapter.py",
 )
 DATA = Path(__file__).parent / "data"
 PROGRAMS = {
