@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from . import hub
 from .architecture import Architecture
 from .names import Role, roles
-from .problems import UserError, refuse
+from .problems import UserError, check_name, refuse
 from .progress import byte_bar
 from .regular import read_json
 from .scan import Fingerprint, scan_tensors
@@ -122,12 +122,15 @@ def locate(where: str, quiet: bool = False) -> tuple[Path, str, str | None]:
         repository, _, revision = where.partition("@")
         folder, commit = hub.download(repository, revision or None, (WEIGHTS,), (CONFIG,), quiet=quiet)
         return folder / WEIGHTS, repository, commit
-    path = Path(where).expanduser()
+    try:
+        path = Path(where).expanduser()
+    except RuntimeError:  # ~somebody
+        path = Path(where)
     identity = f"{path.resolve().name}/{WEIGHTS}" if path.is_dir() else path.name
     path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path}: no such file: give a {WEIGHTS}, the folder that holds it, or a Hub id")
-    return path, identity, None
+    return path, check_name(identity, "the adapter"), None
 
 
 def _settings(path: Path) -> tuple[int, float]:

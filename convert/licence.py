@@ -49,7 +49,7 @@ UNKNOWN = Licence("unknown")
 def licence_of(folder: Path) -> Licence | None:
     """Return the licence that the card in a source's folder states, None if there is no card or it states none."""
     try:
-        if (folder / CARD).stat().st_size > _LONGEST:
+        if not (folder / CARD).is_file() or (folder / CARD).stat().st_size > _LONGEST:
             return None
         data = metadata_load(folder / CARD) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError):

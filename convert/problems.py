@@ -16,6 +16,13 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
+def check_name(name: str, what: str) -> str:
+    """Return a name that goes into a manifest; raises UserError for one that cannot be printed, or is not UTF-8."""
+    if not name.isprintable():
+        raise UserError(f"{what} {name!a}: its name holds what cannot be printed: rename it")
+    return name
+
+
 def reason(error: Exception) -> str:
     """Return the first line of what a library says went wrong."""
     return printable((str(error).splitlines() or [type(error).__name__])[0][:120])

@@ -11,7 +11,7 @@ from . import demo, hub
 from .architecture import Architecture, impossible, read_config, sizes_of
 from .checkpoint import Checkpoint, open_checkpoint
 from .licence import CARD, NVIDIA, OWN, Licence, licence_of
-from .problems import UserError, refuse
+from .problems import UserError, check_name, refuse
 from .progress import byte_bar
 from .scan import Fingerprint, hash_file, scan_tensors
 from .tensorfile import TensorFile
@@ -127,7 +127,7 @@ def _local(source: str, quiet: bool) -> Location:
             raise UserError(f"{source}: is a bundle, which is made from a source: give the checkpoint it came from")
         if missing:
             raise UserError(f"{source}: {', '.join(missing)} not there; a source folder holds {', '.join(FILES)}")
-        return Location(folder.resolve().name, folder)
+        return Location(check_name(folder.resolve().name, "the folder"), folder)
     if folder.is_file():
         raise UserError(f"{source}: is a file: give the folder that holds it")
     raise UserError(

@@ -14,7 +14,7 @@ from ..convert import conversion, describe, destination, source
 from ..convert.hub import Room
 from ..convert.parallel import cores
 from ..convert.plan import Plan, inventory_of_7b, make_plan
-from ..convert.problems import UserError
+from ..convert.problems import UserError, printable
 from ..convert.recipe import Recipe, uniform
 from ..convert.solution import Solver
 from ..convert.source import Source
@@ -247,7 +247,7 @@ def _verify(opened: Source, folder: Path, adapter: str | None, quiet: bool) -> d
     """Verify a bundle that was just made; return the report."""
     identity = opened.location.identity
     merged = ["--adapter", adapters.named(adapter)] if adapter else []
-    command = shlex.join(["ppx-verify", folder.resolve().name, "--reference", identity, *merged])
+    command = printable(shlex.join(["ppx-verify", folder.resolve().name, "--reference", identity, *merged]))
     return parity.leave_report(opened, folder, Request(), command, quiet, same_source=True)
 
 

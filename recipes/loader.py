@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.names import COMPONENTS
-from ..convert.problems import UserError, refuse
+from ..convert.problems import UserError, check_name, refuse
 from ..convert.recipe import DTYPES, Recipe, Rule
 from ..convert.regular import read_regular
 from ..convert.targets import DEFAULT as DEFAULT_TARGET
@@ -46,7 +46,7 @@ def load(name_or_file: str, target: str | None = None) -> Recipe:
         text = read_regular(path, _LARGEST).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, RuntimeError, ValueError):  # of a name that is none, ~somebody, and other encodings
         raise UserError(f"{name_or_file}: not a text file that can be read: give a recipe in TOML") from None
-    return parse(text, path.stem, str(path), target)
+    return parse(text, check_name(path.stem, "the recipe"), str(path), target)
 
 
 def parse(text: str, name: str, where: str, override: str | None = None) -> Recipe:

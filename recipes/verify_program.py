@@ -13,7 +13,7 @@ import typer
 from ..convert import adapter as adapters
 from ..convert import conversion, demo, source
 from ..convert.manifest import manifest_of
-from ..convert.problems import UserError
+from ..convert.problems import UserError, printable
 from ..verify import side_by_side
 from ..verify.request import ARITHMETICS, EMBEDDED, Request
 from . import console, parity
@@ -167,7 +167,7 @@ def _command(bundle: Path, reference: str | None, adapter: str | None, asked: Re
         words += [option, str(number)] if number else []
     words += ["--arithmetic", asked.arithmetic] if asked.arithmetic != ARITHMETICS[0] else []
     words += ["--device", asked.device] if asked.device else []
-    return shlex.join(words)
+    return printable(shlex.join(words))
 
 
 def _print_both(first: Path, second: Path, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ppx.convert import adapter
 from ppx.convert.architecture import from_config, read_config
+from ppx.convert.licence import licence_of
 from ppx.convert.manifest import manifest_of
 from ppx.convert.problems import CheckFailed, UserError
 from ppx.convert.regular import check_regular, open_regular, read_json, read_regular
@@ -62,6 +63,31 @@ def test_a_strange_audio_file_is_refused_at_once(strange):
         for read in (waves.read, lambda path: waves.reading(path).__enter__()):
             with pytest.raises(UserError, match=rf"{path}: (is a|has 5368709120 bytes|No such)"):
                 read(path)
+
+
+def test_a_card_that_is_a_pipe_states_no_licence(tmp_path):
+    os.mkfifo(tmp_path / "README.md")
+    assert licence_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "\x1b[2Jpico"])
+def test_names_that_cannot_be_printed_are_refused_before_a_manifest_holds_them(name, pico, tmp_path):
+    shutil.copytree(pico, tmp_path / f"{name} copy")
+    (tmp_path / f"{name}.toml").write_text("")
+    (tmp_path / f"{name}.safetensors").write_bytes(b"")
+    for read in (
+        lambda: locate(str(tmp_path / f"{name} copy")),
+        lambda: loader.load(str(tmp_path / f"{name}.toml")),
+        lambda: adapter.locate(str(tmp_path / f"{name}.safetensors")),
+    ):
+        with pytest.raises(UserError, match="its name holds what cannot be printed: rename it") as caught:
+            read()
+        assert str(caught.value).isascii()
+
+
+def test_an_adapter_of_somebody_unknown_is_no_file() -> None:
+    with pytest.raises(UserError, match="no such file"):
+        adapter.locate("~nobody-of-this-name/lora.safetensors")
 
 
 def test_a_name_that_is_none_is_refused(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from ..convert.mimi import FRAME
-from ..convert.problems import UserError
+from ..convert.problems import UserError, printable
 from ..convert.source import CODEC, Source
 from . import waves
 from .codec import Codec
@@ -18,7 +18,7 @@ def read_audio(path: Path, source: Source, frames: int | None) -> Material:
     """Read a recording as material; see ``recorded``."""
     tokens = recorded(path, source, frames)
     shape = {"sequences": 1, "frames": tokens.shape[2]}
-    return from_tokens(tokens, source.architecture, {"kind": "audio", "file": path.name} | shape)
+    return from_tokens(tokens, source.architecture, {"kind": "audio", "file": printable(path.name)} | shape)
 
 
 def recorded(path: Path, source: Source, frames: int | None = None) -> Tokens:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.architecture import Architecture
-from ..convert.problems import UserError, reason
+from ..convert.problems import UserError, printable, reason
 from ..convert.tensorfile import TensorFile
 from ..convert.tokenizer import open_tokenizer
 from ..convert.voices import Voice
@@ -109,7 +109,7 @@ def read_tokens(path: Path, architecture: Architecture, sequences: int | None, f
     shape = {"sequences": tokens.shape[0], "frames": tokens.shape[2]}
     with closing(TensorFile(path)) as file:
         kind = SPOKEN if file.metadata.get("kind") == SPOKEN else "tokens"
-    return from_tokens(tokens, architecture, {"kind": kind, "file": path.name} | shape)
+    return from_tokens(tokens, architecture, {"kind": kind, "file": printable(path.name)} | shape)
 
 
 def held_tokens(path: Path, architecture: Architecture) -> Tokens:

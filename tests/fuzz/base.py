@@ -36,9 +36,10 @@ class Base:
     tokens: Path
     recording: Path
     adapter: Path
+    codec: Path | None = None
 
 
-def make(folder: Path, cache: Path) -> Base:
+def make(folder: Path, cache: Path, codec: Path | None = None) -> Base:
     """Make everything below a folder; raises RuntimeError where one of the programs fails."""
     source = folder / "pico"
     source.mkdir()
@@ -64,6 +65,7 @@ def make(folder: Path, cache: Path) -> Base:
         folder / "tokens.safetensors",
         folder / "question.wav",
         folder / "adapter",
+        codec and codec.absolute(),
     )
 
 

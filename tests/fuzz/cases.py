@@ -59,6 +59,16 @@ def _odd(random: Random, path: Path) -> None:
             pass
 
 
+def _renamed(random: Random, path: Path) -> str:
+    """Give a file or folder an odd name now and then; return the name that it has."""
+    if random.random() < 0.95 or not path.exists():
+        return path.name
+    odd = random.choice(NAMES).replace("/", "_").replace("\0", "_")
+    name = f"{path.stem}{odd}"[:100] + path.suffix
+    path.rename(path.with_name(name))
+    return name
+
+
 def _convert(random: Random, source: str, deep: float, *more: str) -> list[Command]:
     """Return a dry run, and now and then the conversion, with what comes after it."""
     recipe = random.choice(_RECIPES)
@@ -104,9 +114,10 @@ def sources(random: Random, base: Base, folder: Path, deep: float) -> list[Comma
             _replace(path, _card(random))
         else:
             _replace(path, edit_bytes(random, path.read_bytes()))
+    named = _renamed(random, source)
     if random.random() < 0.1:
-        return [Command("inspect", ("source", "--tensors", *random.choice(((), ("--json",)))))]
-    return _convert(random, "source", deep)
+        return [Command("inspect", (named, "--tensors", *random.choice(((), ("--json",)))))]
+    return _convert(random, named, deep)
 
 
 def _card(random: Random) -> bytes:
@@ -145,7 +156,7 @@ def bundles(random: Random, base: Base, folder: Path, deep: float) -> list[Comma
         Command("publish", ("bundle", "me/it", "--dry-run")),
         Command("publish", ("bundle", "me/it", "--dry-run", "--force")),
         Command("verify", ("bundle", str(base.bundles[0]))),
-        Command("speak", ("bundle", "q.wav", "-o", "a.wav")),
+        Command("speak", ("bundle", "q.wav", "-o", "a.wav", *_codec(base))),
     ]
     dear = [
         Command("verify", ("bundle", "--reference", "source", *_QUICK)),
@@ -163,13 +174,11 @@ def recipes(random: Random, base: Base, folder: Path, deep: float) -> list[Comma
     path.write_bytes(edit_bytes(random, data, 2) if random.random() < 0.1 else data)
     if random.random() < 0.08:
         _odd(random, path)
-    name = (
-        random.choice(("/dev/zero", "/dev/stdin", *NAMES)).replace("\0", "?") if random.random() < 0.05 else path.name
-    )
+    name = _renamed(random, path)
+    if random.random() < 0.05:
+        name = random.choice(("/dev/zero", "/dev/stdin", *NAMES)).replace("\0", "?")
     _copy(base.source, folder / "source")
-    if random.random() < 0.9 and deep < 1:
-        return _convert(random, "source", deep / 3, "--recipe", name)
-    return _convert(random, "source", deep, "--recipe", name)
+    return _convert(random, "source", deep / 2, "--recipe", name)
 
 
 def tokens(random: Random, base: Base, folder: Path, deep: float) -> list[Command]:
@@ -202,7 +211,7 @@ def audio(random: Random, base: Base, folder: Path, deep: float) -> list[Command
     return [
         random.choice(
             (
-                Command("speak", ("bundle", name, "-o", "a.wav")),
+                Command("speak", ("bundle", name, "-o", "a.wav", *_codec(base))),
                 Command("calibrate", ("source", "--audio", name, "-o", "c.safetensors")),
                 Command("verify", ("bundle", "--reference", "source", "--audio", name, "--device", "cpu")),
                 Command("verify", ("bundle", "--round-trip", name)),
@@ -224,7 +233,12 @@ def adapters(random: Random, base: Base, folder: Path, deep: float) -> list[Comm
         else:
             _replace(path, edit_safetensors(random, path.read_bytes()))
     _copy(base.source, folder / "source")
-    return _convert(random, "source", deep, "--adapter", random.choice(("adapter", "adapter/lora.safetensors")))
+    named = _renamed(random, adapter)
+    return _convert(random, "source", deep, "--adapter", random.choice((named, f"{named}/lora.safetensors")))
+
+
+def _codec(base: Base) -> tuple[str, ...]:
+    return ("--codec", str(base.codec)) if base.codec else ()
 
 
 Case = Callable[[Random, Base, Path, float], list[Command]]

@@ -62,7 +62,9 @@ def start(number: int, options: argparse.Namespace, base: bases.Base, work: Path
 
 def finish(number: int, options: argparse.Namespace, work: Path, counts: dict[str, Counter[str]]) -> bool:
     """Count a case's result, and tell about it if it is bad; return whether it is good."""
-    result = json.loads((work / f"case-{number}.json").read_text())
+    file = work / f"case-{number}.json"
+    result = json.loads(file.read_text())
+    file.unlink()
     kind = kind_of(number, options.kind)
     command, ending = result[-1]
     counts[kind][ending["kind"]] += 1
@@ -92,7 +94,7 @@ def fuzz(options: argparse.Namespace, work: Path) -> bool:
     tempfile.tempdir = None
     preload()
     (work / "base").mkdir()
-    base = bases.make(work / "base", cache)
+    base = bases.make(work / "base", cache, options.codec)
     untouched = _state(work / "base")
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     numbers = iter([options.case] if options.case is not None else range(options.cases))
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--deep", type=float, default=0.3, help="share of cases that also convert, verify or time")
     parser.add_argument("--case", type=int, help="run just this one again")
     parser.add_argument("--keep", type=Path, help="leave the case's files there")
+    parser.add_argument("--codec", type=Path, help="whole weights of Mimi, so that sessions get past the small one")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="ppx-fuzz-") as folder:

@@ -60,10 +60,10 @@ def problem(
 ) -> tuple[str | None, bool]:
     """Return what is wrong with a stopped run and the one after it, None if nothing is; and whether it was stopped."""
     status, said = stopped(command, folder, number, moment, cache)
-    lines = said.strip().splitlines()
+    lines = [line for line in said.splitlines() if "material is scarce" not in line]  # of which it always tells
     if status not in (0, STATUS[number]):
         return f"exit status {status}: {said}", True
-    if "Traceback" in said or (status > 0 and len(lines) != 1):
+    if "Traceback" in said or (status > 0 and (len(lines) != 1 or not lines[0].startswith(("interr", "termin")))):
         return f"it says {said}", True
     card = ("README.md", "NOTICE")  # written after the bundle has its name
     if (folder / "out").exists() and any(
@@ -120,7 +120,8 @@ def main() -> None:
                     failed += 1
                     print(f"{number.name} after {moment:.2f} s of {command.arguments}: {wrong}", flush=True)
                 shutil.rmtree(folder)
-    print(", ".join(f"{name}: {count}" for name, count in counts.items()), f"; {failed} failed")
+            print(", ".join(f"{name}: {count}" for name, count in counts.items()), flush=True)
+    print(f"{failed} failed")
     sys.exit(1 if failed else 0)
 
 
