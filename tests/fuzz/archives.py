@@ -11,7 +11,7 @@ from functools import cache
 from random import Random
 from typing import Any
 
-from mutate import NAMES, edit_bytes
+from mutate import NAMES, ODD, edit_bytes
 
 _TYPES = (b"0", b"\0", b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"L", b"K", b"x", b"g", b"S", b"X", b"V", b"M", b"Z")
 _SIZES = (0, 1, 511, 512, 513, 1 << 20, 1 << 24, 1 << 31, 1 << 33, 1 << 40, 1 << 62, -1, -512, -(1 << 40))
@@ -90,7 +90,8 @@ def _rebuilt(random: Random, whole: bytes) -> bytes:
             case 3:
                 made.write(_pax(random) + _member(info, data))
             case 4:
-                info.name = random.choice((*NAMES, f"voices/{random.choice(NAMES)}.pt", f"{random.choice(NAMES)}/x.pt"))
+                odd = random.choice(random.choice((NAMES, ODD)))
+                info.name = random.choice((odd, f"voices/{odd}.pt", f"{odd}/x.pt", f"voices/{odd}.txt"))
                 made.write(_member(info, data))
             case _:
                 made.write(_member(info, edit_voice(random, data)))

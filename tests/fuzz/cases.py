@@ -14,6 +14,10 @@ from mutate import NAMES, VALUES, edit_bytes, edit_json, edit_json_file, edit_sa
 from server import Command
 
 _RECIPES = ("4bit", "8bit", "bf16", "moshi-q4", "moshi-q8", "mixed")
+_TELLING = (
+    *("num_heads", "depformer_num_heads", "delays", "existing_text_padding_id", "context", "n_q", "dep_q", "card"),
+    *("text_card", "hidden_scale", "max_period", "depformer_dim_feedforward"),
+)
 _HTML = b"<!DOCTYPE html><html><head><title>401</title></head><body>Sign in</body></html>\n"
 _QUICK = ("--sequences", "1", "--frames", "40", "--device", "cpu")
 
@@ -101,8 +105,12 @@ def sources(random: Random, base: Base, folder: Path, deep: float) -> list[Comma
             _odd(random, path)
         elif name == "config.json":
             config = json.loads((base.source / name).read_text())
-            if random.random() < 0.5:  # one key at a time reaches deeper
-                config[random.choice(list(config))] = random.choice((*VALUES, *range(1, 40), 64, 128, 256, 512))
+            if random.random() < 0.7:  # one key at a time reaches deeper
+                key = random.choice((random.choice(list(config)), random.choice(_TELLING)))
+                lists = ([99] * 17, [0] * 17, [3] * 17, [0] * 16, [0, *[33] * 16], config["delays"][::-1])
+                sizes = (*range(1, 20), 32, 64, 128, 256, 400, 512, 1 << 20)
+                config[key] = random.choice(lists if key == "delays" else random.choice((sizes, VALUES)))
+                deep = max(deep, 0.5)
             else:
                 config = edit_json(random, config)
             _replace(path, json_bytes(random, config))

@@ -32,6 +32,7 @@ NAMES = (
     "%s%n",
     "<script>alert(1)</script>",
 )
+ODD = ("\x1b]0;owned\x07", "\x1b[2Jred", "caf\udce9", "\u202egnp.exe", "a\nb", "../evil", "/etc/passwd")
 VALUES: tuple[Any, ...] = (
     None,
     True,

@@ -54,6 +54,16 @@ class Ending:
     seconds: float
 
 
+class _Terminal(io.TextIOWrapper):
+    """Standard output that says it is a terminal: else typer takes escape sequences out, and none would be seen."""
+
+    def __init__(self, number: int, mode: str) -> None:
+        super().__init__(io.FileIO(number, mode))
+
+    def isatty(self) -> bool:
+        return True
+
+
 def preload() -> None:
     """Import what the programs import."""
     for name in LIBRARIES:
@@ -134,7 +144,7 @@ def _become(command: Command, folder: Path, allowed: tuple[Path, ...], streams: 
     for number, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), _Terminal(1, "w"), os.fdopen(2, "w", buffering=1)
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells let background processes ignore
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -146,7 +156,7 @@ def _become(command: Command, folder: Path, allowed: tuple[Path, ...], streams: 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         module: Any = importlib.import_module(f"ppx.recipes.{command.program}_program")
-        roots = tuple(os.path.realpath(path) + os.sep for path in allowed)
+        roots = tuple(os.path.realpath(path) + os.sep for path in (*allowed, *_compiled()))
         sys.addaudithook(lambda event, arguments: _watch(event, arguments, roots))
         status = _call(module, command)
     except BaseException:  # also what the watch raises: everything must be seen
@@ -156,6 +166,13 @@ def _become(command: Command, folder: Path, allowed: tuple[Path, ...], streams: 
     sys.stderr.flush()
     os.write(told, str(max(0, _memory("VmHWM") - held)).encode())
     os._exit(status)
+
+
+def _compiled() -> list[Path]:
+    """Return where numba keeps what it compiles: that of a fresh clone is not there yet."""
+    kernels: Any = importlib.import_module("ppx.quant.kernels")
+    chosen = os.environ.get("NUMBA_CACHE_DIR")
+    return [Path(kernels.__file__).parent / "__pycache__", *([Path(chosen)] if chosen else [])]
 
 
 def _call(module: Any, command: Command) -> int:

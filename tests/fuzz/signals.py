@@ -61,7 +61,8 @@ def problem(
     """Return what is wrong with a stopped run and the one after it, None if nothing is; and whether it was stopped."""
     status, said = stopped(command, folder, number, moment, cache)
     lines = [line for line in said.splitlines() if "material is scarce" not in line]  # of which it always tells
-    if status not in (0, STATUS[number]):
+    begun = status != -number or bool(lines)  # before, nothing handles the signal
+    if begun and status not in (0, STATUS[number]):
         return f"exit status {status}: {said}", True
     if "Traceback" in said or (status > 0 and (len(lines) != 1 or not lines[0].startswith(("interr", "termin")))):
         return f"it says {said}", True
