@@ -246,7 +246,7 @@ def adapters(random: Random, base: Base, folder: Path, deep: float) -> list[Comm
 
 
 def _codec(base: Base) -> tuple[str, ...]:
-    return ("--codec", str(base.codec)) if base.codec else ()
+    return ("--codec", str(base.codec), "--prompt", "") if base.codec else ()  # its context has no room for a prompt
 
 
 Case = Callable[[Random, Base, Path, float], list[Command]]
