@@ -259,7 +259,7 @@ def test_a_recipe_is_within_its_budget_and_beats_uniform_ones(budget, measured):
     assert 0.985 * limit < used <= limit
     total = sum(mixed.expected.values())
     assert mixed.bound is not None
-    assert 0.98 * total < mixed.bound <= total
+    assert 0.98 * total < mixed.bound <= total * (1 + 1e-9)  # the same sum in another order
     settings = {(output.form.bits, output.form.group_size) if output.form else None for output in plan.outputs}
     assert len(settings) > 3
     compared = 0

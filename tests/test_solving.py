@@ -172,6 +172,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, t
     assert not solved.exists()
 
 
+def loss_of(source: Source, plan: Plan, material: Material, solution: Solution) -> float:
+    """The divergence that refining makes small, on its material as it is."""
+    original = reference_of(source.checkpoint)
+    weights = solving.quantized_weights(source, forms_of(plan.outputs), solution)
+    batch = refining.Batch(material.tokens, material.targets, torch.from_numpy(material.counted))
+    with torch.no_grad():
+        return refining.divergence(original, replace(original, weights=weights), batch).item()
+
+
 def test_refining_brings_predictions_nearer_and_resumes(opened, few, solved, tmp_path, solution_at):
     source, plan = opened
     material = read_tokens(few, source.architecture, None, None)
@@ -179,16 +188,18 @@ def test_refining_brings_predictions_nearer_and_resumes(opened, few, solved, tmp
     solutions = [solution_at(folder, "mark") for folder in folders]
     losses: dict[int, float] = {}
     broken: dict[int, float] = {}
+    before = loss_of(source, plan, material, solutions[0])
 
-    def cut_off(step, loss):
+    def cut_off(step: int, loss: float) -> None:
         broken[step] = loss
         if step == 4:
             raise KeyboardInterrupt
 
     whole = Schedule(8, on_step=losses.__setitem__)
     refining.refine(source, plan.outputs, material, solutions[0], whole, quiet=True)
-    values = list(losses.values())
-    assert sum(values[4:]) < sum(values[:4])
+    assert list(losses) == list(range(8))
+    # On the calibration set itself, not on the few sequences that a step draws: 0.95 to 0.96 over vector widths.
+    assert loss_of(source, plan, material, solutions[0]) < 0.99 * before
 
     schedule = Schedule(8, state_seconds=0.0, on_step=cut_off)
     with pytest.raises(KeyboardInterrupt):
@@ -213,15 +224,6 @@ def test_scales_come_out_in_their_storage_dtype(opened, few, solved, tmp_path, s
             assert (side == side.astype(np.float16).astype(np.float32)).all()
 
 
-def loss_of(source: Source, plan: Plan, material: Material, solution: Solution) -> float:
-    """The divergence that refining makes small, on its material as it is."""
-    original = reference_of(source.checkpoint)
-    weights = solving.quantized_weights(source, forms_of(plan.outputs), solution)
-    batch = refining.Batch(material.tokens, material.targets, torch.from_numpy(material.counted))
-    with torch.no_grad():
-        return refining.divergence(original, replace(original, weights=weights), batch).item()
-
-
 def test_what_is_tuned_is_what_fits(opened, few, solved, tmp_path, solution_at):
     """All at once; or blocks, then scales and biases; or blocks alone. Each is nearer than what was only solved."""
     source, plan = opened
@@ -238,6 +240,7 @@ def test_what_is_tuned_is_what_fits(opened, few, solved, tmp_path, solution_at):
     assert records["blocks"]["refined"] == "codes, scales and biases, block by block"
     assert "then scales and biases together" in records["sides"]["refined"]
     loss = {what: loss_of(source, plan, material, solution) for what, solution in solutions.items()}
+    # 4 % to 7 % apart each, which vector widths change by 1 %.
     assert loss["sides"] < loss["blocks"] < loss["solved"]
     same, moved, tuned = 0, 0, set(solutions["blocks"].files.values())
     for part in forms_of(plan.outputs):
