@@ -181,10 +181,15 @@ def test_a_rollout_works_around_a_kernel(opened, source, share):
     assert [rows for rows, size in broken.calls if size == share] == [1, 4, 8]  # in the test alone
 
 
-def test_with_nothing_to_work_around_with_mlx_is_blamed_and_not_the_bundle(
-    bundle, source, share, size, model, own_cache
-):
-    shutil.rmtree(own_cache / "ppx-convert", ignore_errors=True)  # what programs of other tests found right
+@pytest.fixture
+def no_cache(tmp_path, monkeypatch):
+    """An empty cache: what programs of other tests found right is not known."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "ppx-convert"
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_with_nothing_to_work_around_with_mlx_is_blamed_and_not_the_bundle(bundle, source, share, size, model):
     hopeless = Products(packed=Broken(share), plain=wrong_product)
     found = verify(source, bundle(*SWIFT), QUICK, "", quiet=True, products=hopeless)["verdict"]["failures"]
     assert {failure["check"] for failure in found} == {"kernels"}
@@ -200,24 +205,20 @@ def spoken(model, voice):
     return [(text, *agent.tolist()) for text, agent in map(session.hear, users)]
 
 
-def test_a_conversation_works_around_a_kernel(opened, model, size, own_cache):
-    shutil.rmtree(own_cache / "ppx-convert", ignore_errors=True)
+def test_a_conversation_works_around_a_kernel(opened, model, size, no_cache):
     voice = opened.voices()[0]
     expected = spoken(model, voice)
     for fewest in (1, 2):
         broken = Products(packed=Broken(size, fewest))
-        shutil.rmtree(own_cache / "ppx-convert", ignore_errors=True)
+        shutil.rmtree(no_cache, ignore_errors=True)
         mended = kernel_cache.on_tested_kernels(model, products=broken)
         assert {shape.rows for shape, _ in mended.products.replaced} == {size[0]}
         assert spoken(mended, voice) == expected
         wrong = kernel_cache.with_products(model, broken)
         assert spoken(wrong, voice) != expected
-    shutil.rmtree(own_cache / "ppx-convert")
 
 
-def test_a_test_costs_once_and_no_cache_is_trusted_blindly(model, size, own_cache, monkeypatch):
-    folder = own_cache / "ppx-convert"
-    shutil.rmtree(folder, ignore_errors=True)
+def test_a_test_costs_once_and_no_cache_is_trusted_blindly(model, size, no_cache):
     broken = Broken(size)
 
     def tested():
@@ -231,7 +232,7 @@ def test_a_test_costs_once_and_no_cache_is_trusted_blindly(model, size, own_cach
         {shape_of(part, mx.float32) for one in kernel_cache.linears(model) for part, _ in one.parts if part.packing}
     )
     assert tested() == (replaced, 0)
-    (file,) = folder.glob("kernels-*.json")
+    (file,) = no_cache.glob("kernels-*.json")
     whole = file.read_text()
     held = json.loads(whole)
     edited = [row | {"relative_l2": 0.0, "replaced": False} for row in held["rows"]]
@@ -250,17 +251,16 @@ def test_a_test_costs_once_and_no_cache_is_trusted_blindly(model, size, own_cach
     ):
         file.write_text(damaged)
         assert tested() == (replaced, calls), damaged[:80]
-        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
-    monkeypatch.setattr(kernel_cache, "version", lambda _: "99.0")  # another MLX
-    assert tested() == (replaced, calls)
-    monkeypatch.undo()
+        assert not [path for path in no_cache.iterdir() if path.name.startswith(".")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_cache, "version", lambda _: "99.0")  # another MLX
+        assert tested() == (replaced, calls)
     shape = sorted(kernel_cache.read(file))[0]
     kernel_cache.write(file, {shape: kernel_cache.read(file)[shape]})
     assert tested() == (replaced, calls - 3)  # what is known of one shape says nothing of others
-    shutil.rmtree(folder)
-    folder.write_text("in the way")
+    shutil.rmtree(no_cache)
+    no_cache.write_text("in the way")
     assert tested() == (replaced, calls)
-    folder.unlink()
 
 
 def test_a_library_call_leaves_mlx_s_default_device_alone(bundle, source, monkeypatch):
