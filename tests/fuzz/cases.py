@@ -110,7 +110,7 @@ def sources(random: Random, base: Base, folder: Path, deep: float) -> list[Comma
                 lists = ([99] * 17, [0] * 17, [3] * 17, [0] * 16, [0, *[33] * 16], config["delays"][::-1])
                 sizes = (*range(1, 20), 32, 64, 128, 256, 400, 512, 1 << 20)
                 config[key] = random.choice(lists if key == "delays" else random.choice((sizes, VALUES)))
-                deep = max(deep, 0.5)
+                deep = min(1.0, 5 * deep)
             else:
                 config = edit_json(random, config)
             _replace(path, json_bytes(random, config))
