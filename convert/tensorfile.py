@@ -89,6 +89,9 @@ class TensorFile:
         except UserError:
             self.close()
             raise
+        except MemoryError:  # the library maps all of the file to look at its header
+            self.close()
+            raise UserError(f"{path}: too large for this process's address space: raise `ulimit -v`") from None
         except (OSError, SafetensorError) as error:
             self.close()
             raise UserError(f"{path}: not a complete safetensors file ({reason(error)}): download it again") from None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,18 @@ def test_a_strange_audio_file_is_refused_at_once(strange):
         for read in (waves.read, lambda path: waves.reading(path).__enter__()):
             with pytest.raises(UserError, match=rf"{path}: (is a|has 5368709120 bytes|No such)"):
                 read(path)
+
+
+def test_a_file_that_cannot_be_mapped_ends_in_a_line(tmp_path):
+    with (tmp_path / "huge.safetensors").open("wb") as file:
+        file.truncate(1 << 36)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 35, before[1]))
+    try:
+        with pytest.raises(UserError, match="too large for this process's address space"):
+            TensorFile(tmp_path / "huge.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_a_card_that_is_a_pipe_states_no_licence(tmp_path):
