@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from . import hub
 from .architecture import Architecture
+from .file_names import CONFIG
 from .names import Role, roles
 from .problems import UserError, check_name, refuse
 from .progress import byte_bar
 from .regular import read_json
 from .scan import Fingerprint, scan_tensors
-from .source import CONFIG, is_hub_id
+from .source import is_hub_id
 from .tensorfile import TensorFile
 
 WEIGHTS = "lora.safetensors"

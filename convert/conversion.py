@@ -11,6 +11,7 @@ from typing import Any
 
 from .adapter import open_adapter
 from .destination import check_output, disk_errors, make_place, named, solution_folder
+from .file_names import FILES
 from .manifest import fingerprint as plan_fingerprint
 from .manifest import make_manifest
 from .parallel import cores
@@ -21,7 +22,7 @@ from .readback import check_hash, check_tensors
 from .recipe import DTYPES, Recipe, to_toml
 from .scan import Fingerprint
 from .solution import Solution, Solver
-from .source import FILES, Location, Source, fingerprint, open_source
+from .source import Location, Source, fingerprint, open_source
 from .stream import write_copy, write_tensors, write_text, write_voice
 from .tensorfile import Spec
 from .workspace import Workspace, clear_leftovers

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .file_names import MANIFEST
 from .plan import Plan
 from .tensorfile import Spec
-from .workspace import MANIFEST
 
 _LISTED = 3  # names of what is dropped for one reason
 

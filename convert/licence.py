@@ -7,7 +7,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import metadata_load
 
-CARD = "README.md"
+from .file_names import CARD
+
 _LINK = re.compile(r"https?://[^\s<>\"]+|[\w.-]+")  # an address, or a file of the repository
 _LONGEST = 1 << 20  # bytes of a card
 _NON_COMMERCIAL = ("-nc", "noncommercial", "non-commercial", "non commercial", "research-only", "academic")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import Architecture, from_config, to_config
+from .file_names import MANIFEST
 from .manifest_schema import problem_of
 from .plan import Plan
 from .problems import UserError, reason
@@ -17,7 +18,6 @@ from .recipe import to_toml
 from .regular import read_json
 from .scan import Fingerprint
 from .source import Source
-from .workspace import MANIFEST
 
 VERSION = 1
 TOOLKIT = "ppx-convert"

@@ -5,9 +5,9 @@ from typing import Any
 
 from ..quant.affine import Affine
 from .architecture import Architecture, to_config
+from .file_names import CODEC, TOKENIZER
 from .names import Role, roles
 from .output import Output, whole
-from .source import CODEC, TOKENIZER
 
 RUNTIME_FORMS = {(4, 32): "model.q4.safetensors", (8, 64): "model.q8.safetensors", None: "model.safetensors"}
 SHARD = 5 << 30  # bytes of tensors in one file at most, as mlx_lm shards

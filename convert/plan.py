@@ -11,17 +11,16 @@ from typing import Any
 
 from . import demo
 from .architecture import Architecture
+from .file_names import CODEC, CONFIG, INDEX, TOKENIZER, VOICES, WEIGHTS
 from .names import roles
 from .output import Output
 from .parallel import AHEAD
 from .problems import UserError, refuse
 from .recipe import DTYPES, Recipe
-from .source import CODEC, CONFIG, TOKENIZER, VOICES, WEIGHTS
 from .targets import TARGETS, Target
 from .tensorfile import HashingFile, Spec, header_of
 from .voices import PRESETS
 
-INDEX = "model.safetensors.index.json"
 METADATA = {"format": "mlx"}
 BLOCK_WEIGHTS = 1 << 21  # weights that one thread quantizes at a time
 _MANIFEST_BYTES = 1 << 20

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from ..quant.affine import SOLVED, Affine
 from .names import Role
 
+LIMITS = ("text_kl", "codebook0_kl", "agent_kl", "agent_top1")  # the figures of a verification that a recipe may limit
 DTYPES = {"bfloat16": "BF16", "float16": "F16"}  # what stays float, and scales and biases: recipe's name -> file's
 
 

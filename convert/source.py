@@ -10,22 +10,16 @@ from typing import Any, Self
 from . import demo, hub
 from .architecture import Architecture, impossible, read_config, sizes_of
 from .checkpoint import Checkpoint, open_checkpoint
-from .licence import CARD, NVIDIA, OWN, Licence, licence_of
+from .file_names import CARD, CODEC, CONFIG, FILES, MANIFEST, TOKENIZER, VOICES, WEIGHTS
+from .licence import NVIDIA, OWN, Licence, licence_of
 from .problems import UserError, check_name, refuse
 from .progress import byte_bar
 from .scan import Fingerprint, hash_file, scan_tensors
 from .tensorfile import TensorFile
 from .tokenizer import open_tokenizer
 from .voices import Voice, read_voices
-from .workspace import MANIFEST
 
 DEFAULT = "nvidia/personaplex-7b-v1"
-WEIGHTS = "model.safetensors"
-CODEC = "tokenizer-e351c8d8-checkpoint125.safetensors"
-TOKENIZER = "tokenizer_spm_32k_3.model"
-VOICES = "voices.tgz"
-CONFIG = "config.json"
-FILES = (WEIGHTS, CODEC, TOKENIZER, VOICES, CONFIG)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from . import moshi_mlx, speech_swift
 from .architecture import Architecture
+from .file_names import CODEC, TOKENIZER, VOICES
 from .output import Output
-from .source import CODEC, TOKENIZER, VOICES
 
 
 @dataclass(frozen=True)

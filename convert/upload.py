@@ -12,10 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
+from .file_names import CARD, MANIFEST
 from .hub_answers import HOW_TO_LOG_IN, git_blob, patiently, silent_client, told
-from .licence import CARD
 from .problems import CheckFailed, UserError
-from .workspace import MANIFEST
 
 _ALONE = 1 << 20  # bytes from which a file is sent for itself, so that a break costs no other
 

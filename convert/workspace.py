@@ -13,11 +13,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from .file_names import MANIFEST
 from .problems import UserError
 
 JOURNAL = ".journal.json"
 LOCK = ".lock"
-MANIFEST = "manifest.json"
 _OWN = (JOURNAL, f"{JOURNAL}.tmp", LOCK)
 
 

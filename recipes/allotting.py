@@ -7,12 +7,13 @@ from typing import Any
 
 from ..convert import conversion
 from ..convert.describe import size
+from ..convert.file_names import WEIGHTS
 from ..convert.problems import UserError
 from ..convert.recipe import to_toml
 from ..convert.scan import Fingerprint
-from ..convert.source import WEIGHTS, Source
+from ..convert.source import Source
 from ..convert.workspace import write_durably
-from ..verify import plots, sensitivity
+from ..verify import allocation_plot, sensitivity
 from ..verify.budget import Allotted, Budget, Wanted, allot, size_of
 from ..verify.sensitivity import Sensitivities
 
@@ -109,4 +110,4 @@ def draw(found: Allotted, file: Path, picture: Path) -> None:
         for part, form in found.settings.items()
         if form and part in held.costs and (cost := held.cost(part, form))
     }
-    write_durably(picture, plots.sensitivities(costs, chosen))
+    write_durably(picture, allocation_plot.sensitivities(costs, chosen))

@@ -9,8 +9,8 @@ import typer
 
 from ..convert import source
 from ..convert.problems import UserError
+from ..verify.calibration import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 from ..verify.material import SPOKEN
-from ..verify.request import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 from . import console
 
 EXAMPLES = """\b

@@ -5,7 +5,8 @@ from enum import StrEnum
 from ..convert.recipe import DTYPES
 from ..convert.targets import TARGETS
 from ..quant.affine import METHODS
-from ..verify.request import ARITHMETICS, DEVICES, RECOGNIZERS
+from ..verify.mlx_device import ARITHMETICS, DEVICES
+from ..verify.request import RECOGNIZERS
 
 TargetName = StrEnum("TargetName", {name: name for name in TARGETS})  # type: ignore[misc]
 DtypeName = StrEnum("DtypeName", {name: name for name in DTYPES})  # type: ignore[misc]

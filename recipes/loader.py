@@ -10,14 +10,13 @@ from typing import Any
 
 from ..convert.names import COMPONENTS
 from ..convert.problems import UserError, check_name, refuse
-from ..convert.recipe import DTYPES, Recipe, Rule
+from ..convert.recipe import DTYPES, LIMITS, Recipe, Rule
 from ..convert.regular import read_regular
 from ..convert.targets import DEFAULT as DEFAULT_TARGET
 from ..convert.targets import TARGETS
 from ..quant.affine import DEFAULT_METHOD, Affine
-from ..verify.limits import FIGURES
 
-PARITY = tuple(FIGURES)
+PARITY = LIMITS
 _TOP = ("description", "target", "dtype", "depformer_steps", "rules", "parity")
 _RULE = ("components", "modules", "layers", "steps", "bits", "group_size", "method", "keep")
 _LARGEST = 1 << 20

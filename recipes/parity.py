@@ -13,7 +13,7 @@ from ..convert.source import Source
 from ..convert.workspace import write_durably
 from ..verify import card
 from ..verify import report as reports
-from ..verify.limits import worked_around
+from ..verify.products import worked_around
 from ..verify.request import Request
 
 _SAID = 3  # reasons that are printed; the report has them all

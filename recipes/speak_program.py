@@ -13,12 +13,12 @@ import numpy as np
 import typer
 
 from ..convert.architecture import read_config
+from ..convert.file_names import CONFIG
 from ..convert.manifest import manifest_of
 from ..convert.mimi import FRAME, RATE
 from ..convert.problems import UserError
 from ..convert.progress import bar
-from ..convert.source import CONFIG
-from ..verify.material import PROMPT, VOICE
+from ..verify.prompt import PROMPT, VOICE
 from . import console
 from .choices import ArithmeticName, DeviceName
 

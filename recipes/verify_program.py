@@ -15,7 +15,8 @@ from ..convert import conversion, demo, source
 from ..convert.manifest import manifest_of
 from ..convert.problems import UserError, printable
 from ..verify import side_by_side
-from ..verify.request import ARITHMETICS, EMBEDDED, Request
+from ..verify.mlx_device import ARITHMETICS
+from ..verify.request import EMBEDDED, Request
 from . import console, parity
 from .choices import ArithmeticName, DeviceName, RecognizerName
 

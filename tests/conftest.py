@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ppx.convert import demo
-from ppx.convert.source import CODEC
+from ppx.convert.file_names import CODEC
 from ppx.quant.affine import BFLOAT16, FLOAT32, Affine, quantize
 from ppx.quant.casting import count_non_finite
 from program_server import Programs

@@ -11,9 +11,10 @@ import pytest
 import rustymimi
 import soundfile
 from numpy.typing import NDArray
+from ppx.convert.file_names import CODEC
 from ppx.convert.mimi import FRAME, RATE, tensors
 from ppx.convert.problems import UserError
-from ppx.convert.source import CODEC, Source, locate, open_source
+from ppx.convert.source import Source, locate, open_source
 from ppx.verify import waves
 from ppx.verify.audio import read_audio
 from ppx.verify.codec import Codec

@@ -10,8 +10,9 @@ import pytest
 from ppx.convert import demo, source
 from ppx.convert import plan as plans
 from ppx.convert.conversion import inventory
+from ppx.convert.file_names import CODEC, WEIGHTS
 from ppx.convert.scan import scan_tensors
-from ppx.convert.source import CODEC, WEIGHTS, locate, open_source
+from ppx.convert.source import locate, open_source
 from ppx.quant.affine import BITS
 from ppx.recipes import allocate_program, convert_program
 from ppx.verify import measuring, speaking

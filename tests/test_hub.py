@@ -9,7 +9,7 @@ import time
 
 import pytest
 from hub_server import Repository, Server, running, sha256
-from ppx.convert.source import FILES
+from ppx.convert.file_names import FILES
 
 REPOSITORY = "someone/personaplex-tune"
 

@@ -12,6 +12,7 @@ import torch
 from golden import assert_near, assert_same_session, recorded, session
 from ppx.convert.source import locate, open_source
 from ppx.verify.bundle import Bundle, layout_of
+from ppx.verify.matrix import read_by_name
 from ppx.verify.mlx_model import model_of
 from ppx.verify.model import Memory, Tokens
 from ppx.verify.places import places
@@ -71,7 +72,7 @@ def test_packed_weights_compute_what_their_values_compute(target, bundle, pico):
         a = held.architecture
 
         def weights(name: str, step: int | None) -> torch.Tensor:
-            return to_torch(np.array(held.matrix(name, step).float32()))
+            return to_torch(np.array(read_by_name(held, name, step).float32()))
 
         def rows(name: str, ids: Tokens) -> torch.Tensor:
             return weights(name, None)[torch.from_numpy(ids).long()]

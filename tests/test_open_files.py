@@ -6,9 +6,10 @@ import os
 import numpy as np
 import pytest
 from ppx.convert import conversion
+from ppx.convert.file_names import CODEC, WEIGHTS
 from ppx.convert.problems import UserError
 from ppx.convert.recipe import uniform
-from ppx.convert.source import CODEC, WEIGHTS, locate, open_source
+from ppx.convert.source import locate, open_source
 from ppx.convert.tensorfile import TensorFile
 from ppx.quant.affine import Affine
 from ppx.recipes import calibrate_program, convert_program, verify_program

@@ -22,8 +22,8 @@ from ppx.recipes.bench_program import text as bench_text
 from ppx.verify import live, recognizer, round_trip, waves
 from ppx.verify import report as reports
 from ppx.verify.bundle import open_bundle
-from ppx.verify.material import PROMPT, prompt_tokens
 from ppx.verify.model import Floats, Tokens
+from ppx.verify.prompt import PROMPT, prompt_tokens
 from ppx.verify.request import RECOGNIZERS
 from ppx.verify.sampling import GREEDY
 from ppx.verify.speaker import Scene, Words, open_speaker, text_of

@@ -13,8 +13,9 @@ from ppx.convert.problems import UserError
 from ppx.convert.source import Source, locate, open_source
 from ppx.verify import device as devices
 from ppx.verify import speaking
-from ppx.verify.material import PROMPT, SPOKEN, from_tokens, read_tokens
+from ppx.verify.material import SPOKEN, from_tokens, read_tokens
 from ppx.verify.model import Floats, Tokens
+from ppx.verify.prompt import PROMPT
 from ppx.verify.reference import TorchModel, kept_by, reference_of, rows_of
 from ppx.verify.session import Frame, greedy, likeliest, sessions, system_prompt
 from safetensors.numpy import load_file

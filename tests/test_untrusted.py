@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from ppx.convert import adapter
 from ppx.convert.architecture import from_config, read_config
+from ppx.convert.file_names import CODEC, TOKENIZER
 from ppx.convert.licence import licence_of
 from ppx.convert.manifest import manifest_of
 from ppx.convert.problems import CheckFailed, UserError
 from ppx.convert.regular import check_regular, open_regular, read_json, read_regular
 from ppx.convert.schema import TEXT, Each, Maybe, mismatch, number, whole
-from ppx.convert.source import CODEC, TOKENIZER, fingerprint, locate, open_source
+from ppx.convert.source import fingerprint, locate, open_source
 from ppx.convert.tensorfile import TensorFile
 from ppx.recipes import console, loader
 from ppx.verify import publishing, report, sensitivity, waves

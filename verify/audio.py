@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..convert.file_names import CODEC
 from ..convert.mimi import FRAME
 from ..convert.problems import UserError, printable
-from ..convert.source import CODEC, Source
+from ..convert.source import Source
 from . import waves
 from .codec import Codec
 from .material import Material, from_tokens

@@ -1,70 +1,24 @@
-"""An open bundle: which stored tensor is which part of the model, and a way to read it as MLX arrays."""
+"""An open bundle: which stored tensor is which part of the model, and a way to read its rows."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.architecture import Architecture, read_config
+from ..convert.file_names import CONFIG, VOICES
 from ..convert.manifest import architecture_of, manifest_of
 from ..convert.output import Output
 from ..convert.problems import UserError, refuse
 from ..convert.recipe import DTYPES
-from ..convert.source import CONFIG, VOICES
 from ..convert.targets import TARGETS, Target
 from ..convert.tensorfile import Spec, TensorFile
 from ..convert.voices import Voice, check, read_voices
-from ..quant.affine import BFLOAT16, Affine
+from ..quant.affine import Affine
 
 _FARTHEST = 1 << 24  # frames: far above any context
-
-
-@dataclass(frozen=True)
-class Packing:
-    """What turns codes into values: ``scales`` and ``biases`` of each group, as they are stored."""
-
-    scales: mx.array
-    biases: mx.array
-    form: Affine
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Values as they are stored: floats, or packed codes with their packing."""
-
-    weight: mx.array
-    packing: Packing | None = None
-
-    def float32(self, stream: mx.Stream | mx.Device | mx.DeviceType | None = None) -> mx.array:
-        """Return the values in float32; packed ones come from ``mx.dequantize``, with scales and biases as float32."""
-        where: Any = stream
-        if self.packing is None:
-            return self.weight.astype(mx.float32, stream=where)
-        form = self.packing.form
-        scales, biases = (side.astype(mx.float32, stream=where) for side in (self.packing.scales, self.packing.biases))
-        return mx.dequantize(self.weight, scales, biases, group_size=form.group_size, bits=form.bits, stream=where)
-
-    def take(self, rows: slice | mx.array) -> "Matrix":
-        """Return some of its rows."""
-        packing = self.packing
-        if packing is None:
-            return Matrix(self.weight[rows])
-        return Matrix(self.weight[rows], Packing(packing.scales[rows], packing.biases[rows], packing.form))
-
-
-def joined(parts: Sequence[Matrix]) -> Matrix:
-    """Return matrices of one kind below each other."""
-    weight = mx.concatenate([part.weight for part in parts])
-    packings = [part.packing for part in parts if part.packing]
-    if not packings:
-        return Matrix(weight)
-    scales, biases = (mx.concatenate([getattr(packing, side) for packing in packings]) for side in ("scales", "biases"))
-    return Matrix(weight, Packing(scales, biases, packings[0].form))
 
 
 @dataclass(frozen=True)
@@ -144,21 +98,20 @@ class Bundle:
         held = self.layout.outputs[name]
         return held[step or 0] if len(held) > 1 else held[0]
 
-    def matrix(self, name: str, step: int | None = None) -> Matrix:
-        """Read a tensor of the model, by its name in the checkpoint; of a stacked one the rows of a step."""
+    def rows_of(self, name: str, step: int | None = None) -> tuple[Output, int, int]:
+        """Return where a tensor of the model lies, by its name in the checkpoint; of a stacked one the rows of a step.
+
+        An output, and its first row and the one after its last.
+        """
         output = self.output(name, step)
         height = (output.rows[1] - output.rows[0]) // output.parts
         first = (step or 0) * height if output.parts > 1 else 0
-        return self.read(output, first, first + height)
+        return output, first, first + height
 
-    def read(self, output: Output, first: int, last: int) -> Matrix:
-        """Read rows of an output."""
+    def read(self, output: Output, first: int, last: int) -> list[NDArray[Any]]:
+        """Read rows of an output: floats; or packed codes, scales and biases, where it is quantized."""
         file = self._files[self.layout.files[output]]
-        weight, *sides = (to_mlx(file.read(spec.name, first, last)) for spec in output.specs())
-        if output.form is None:
-            return Matrix(weight)
-        scales, biases = sides
-        return Matrix(weight, Packing(scales, biases, output.form))
+        return [file.read(spec.name, first, last) for spec in output.specs()]
 
     def voices(self) -> list[Voice]:
         """Read the bundle's voices; raises UserError with what is wrong with them."""
@@ -181,13 +134,6 @@ class Bundle:
     def close(self) -> None:
         """Close its files."""
         self._stack.close()
-
-
-def to_mlx(array: NDArray[Any]) -> mx.array:
-    """Return a numpy array as an MLX one of the same dtype."""
-    if array.dtype == BFLOAT16:
-        return mx.array(array.view(np.uint16)).view(mx.bfloat16, stream=mx.cpu)
-    return mx.array(array)
 
 
 def _voice(path: Path, architecture: Architecture) -> Voice:

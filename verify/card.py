@@ -15,9 +15,9 @@ from ..convert.manifest import TOOLKIT, architecture_of
 from ..convert.names import roles
 from ..convert.source import is_hub_id
 from . import report as reports
-from .limits import worked_around
+from .calibration import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 from .material import SPOKEN
-from .request import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
+from .products import worked_around
 
 README, NOTICE = "README.md", "NOTICE"
 PIPELINE = "audio-to-audio"

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.architecture import from_config, read_config
+from ..convert.file_names import CODEC, CONFIG, FILES, MANIFEST, VOICES, WEIGHTS
 from ..convert.manifest import architecture_of, files_of, read_manifest
 from ..convert.names import roles
 from ..convert.problems import UserError
-from ..convert.source import CODEC, CONFIG, FILES, VOICES, WEIGHTS
 from ..convert.speech_swift import CODEC as SWIFT_CODEC
 from ..convert.tensorfile import DTYPES, TensorFile
 from ..convert.voices import read_voices
-from ..convert.workspace import MANIFEST
 
 MODEL = ("temporal", "depformer", "embeddings", "heads")
 ORDER = (*MODEL, "codec", "voices", "other")

@@ -5,9 +5,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..convert.file_names import MANIFEST
 from ..convert.manifest import files_of, strangers
 from ..convert.scan import hash_file
-from ..convert.workspace import MANIFEST
 
 
 def differences(folder: Path, manifest: dict[str, Any], bar: "tqdm[Any]") -> list[str]:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..quant.affine import Affine, Quantized, dequantize
-from .bundle import Layout, Matrix, Packing
-from .limits import failure
+from .bundle import Layout
+from .matrix import Matrix, Packing
 from .mlx_device import device_name, on_gpu
 from .products import Products, Shape, shares
 
@@ -159,11 +159,3 @@ def complaint(row: Mapping[str, Any]) -> str:
         f"(at most {row['bound']:.2g}), and dequantizing and multiplying, which would work around it, is {instead}: "
         "try --device cpu or another version of MLX"
     )
-
-
-def reasons(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what a verdict says of kernels that nothing works around."""
-    return [
-        failure("kernels", str(shape_in(row)), complaint(row), row["relative_l2"], row["bound"])
-        for row in failures(rows)
-    ]

@@ -31,7 +31,6 @@ DEFAULTS: dict[int, tuple[float, float, float, float]] = {  # bits of the coarse
     8: (0.0001, 0.0017, 0.001, 0.945),
     16: (0.00001, 0.00001, 0.00001, 0.999),
 }
-_ACTIVATIONS = ("float32", "float16", "bfloat16")
 TIMES_GAUSSIAN = 3.0  # a tensor's error over that of Gaussian weights
 _LARGEST_ERROR = 0.8  # at any setting: a tensor of zeros has 1
 RECORDED_WITHIN = 1e-4  # of the manifest's figure: float32 rounding moves it by some 1e-6
@@ -87,24 +86,6 @@ def failure(
     """Return one entry of a verdict; names of a stranger's cannot command the terminal that they are printed on."""
     place, message = printable(place), printable(message)
     return {"check": check, "limit": limit, "place": place, "message": message, "value": value, "bound": bound}
-
-
-def worked_around(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the kernels that were replaced, a line for each shape; raises ValueError for rows of another kind."""
-    found: dict[str, list[int]] = {}
-    for row in rows:
-        if row.get("replaced"):
-            numbers = [row[key] for key in ("rows", "columns", "bits", "group_size", "positions")]
-            if any(type(number) is not int for number in numbers) or row["activations"] not in _ACTIVATIONS:
-                raise ValueError("not the row of a kernel test")
-            height, columns, bits, size, positions = numbers
-            shape = f"{height}x{columns}, {bits} bit group {size}, {row['activations']}"
-            found.setdefault(shape, []).append(positions)
-    return [f"{shape}, {_positions(positions)} of input" for shape, positions in found.items()]
-
-
-def _positions(tried: list[int]) -> str:
-    return ", ".join(map(str, tried)) + (" row" if tried == [1] else " rows")
 
 
 def weight_failures(rows: Iterable[dict[str, Any]], manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -7,8 +7,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..convert.names import COMPONENTS
-from .bundle import Bundle, Matrix, Packing, joined
+from .bundle import Bundle
 from .kernels import DTYPES
+from .matrix import Matrix, Packing, joined, read_by_name
 from .mlx_device import on_gpu, streams
 from .places import Place, places
 from .products import shares
@@ -31,7 +32,7 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
     kind, shared = DTYPES[dtype], streams()
 
     def linear(name: str, step: int | None = None) -> Linear:
-        matrix = _cast(bundle.matrix(name, step), kind)
+        matrix = _cast(read_by_name(bundle, name, step), kind)
         height = matrix.weight.shape[0]
         among = shared if len(shared) > 1 and height * bundle.output(name).role.shape[-1] >= _SHARED else (None,)
         parts = [matrix.take(rows) for rows in shares(height, len(among))]
@@ -39,7 +40,7 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
         return Linear(tuple(zip(parts, among, strict=True)))
 
     def norm(name: str, step: int | None = None) -> mx.array:
-        return bundle.matrix(name, step).weight.reshape(-1).astype(kind)
+        return read_by_name(bundle, name, step).weight.reshape(-1).astype(kind)
 
     def layer(place: Place, step: int | None = None) -> Layer:
         prefix, gating = place.prefix, f"{place.prefix}.gating" + ("" if step is None else f".{step}")
@@ -55,7 +56,7 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
     steps, few = [], on_gpu() if few is None else few
     temporal, depformer = ([place for place in places(a, name) if place.part == "mlp"] for name in COMPONENTS[:2])
     for step in range(min(a.steps, a.n_q // 2)):
-        table = bundle.matrix(f"depformer_emb.{step - 1}.weight" if step else "depformer_text_emb.weight")
+        table = read_by_name(bundle, f"depformer_emb.{step - 1}.weight" if step else "depformer_text_emb.weight")
         if few:  # one look-up in place of codes', scales' and biases'
             table = _owned(Matrix(table.float32().astype(kind)))
         layers = tuple(layer(place, step) for place in depformer)
@@ -91,7 +92,7 @@ def _tables(bundle: Bundle) -> tuple[Table, ...]:
         by_form.setdefault(bundle.output(name).form, []).append(stream)
     found = []
     for held in by_form.values():
-        parts = [bundle.matrix(names[stream]) for stream in held]
+        parts = [read_by_name(bundle, names[stream]) for stream in held]
         first = np.cumsum([0] + [part.weight.shape[0] for part in parts[:-1]]).tolist()
         found.append(Table(_owned(joined(parts)), dict(zip(held, first, strict=True))))
     return tuple(found)

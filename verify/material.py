@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.architecture import Architecture
-from ..convert.problems import UserError, printable, reason
+from ..convert.problems import UserError, printable
 from ..convert.tensorfile import TensorFile
-from ..convert.tokenizer import open_tokenizer
 from ..convert.voices import Voice
 from .model import Floats, Tokens
 from .session import prompt_columns, system_prompt
@@ -20,8 +19,6 @@ from .session import prompt_columns, system_prompt
 SPOKEN = "sessions that the model spoke itself"
 DEFAULT_SEQUENCES = 3  # of the system prompt: voices
 DEFAULT_FRAMES = 96  # of the system prompt, whose text takes about 25 of them
-VOICE = "NATF2"
-PROMPT = "You are a wise and friendly teacher. Answer questions or provide advice in a clear and engaging way."
 _LARGEST = 1 << 30  # bytes of a token file
 _MOST_FRAMES = 4096  # of a sequence: attention holds a square of them for each head
 
@@ -165,25 +162,3 @@ def from_system_prompt(
         counted[number, :, begin:] = True
     shown = {"sequences": len(names), "frames": length, "voices": list(names)}
     return checked(Material(description | shown, tokens, targets, counted, tuple(names), scored=False), architecture)
-
-
-def _tagged(text: str) -> str:
-    """Return a prompt between its tags, as the reference has it: none around nothing, none twice."""
-    text = text.strip()
-    tagged = text.startswith("<system>") and text.endswith("<system>")
-    return text if tagged or not text else f"<system> {text} <system>"
-
-
-def prompt_tokens(model_file: Path, architecture: Architecture, text: str) -> list[int]:
-    """Return the tokens of a text prompt as the reference tags it; raises UserError for an unusable tokenizer."""
-    processor = open_tokenizer(model_file)
-    try:
-        text.encode()
-        tokens = [int(token) for token in processor.encode(_tagged(text))]
-    except UnicodeEncodeError:
-        raise UserError("the text prompt is not text that can be written as UTF-8: type it again") from None
-    except (RuntimeError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{model_file}: cannot encode the prompt ({reason(error)}): download it again") from None
-    if not all(0 <= token < architecture.text_card for token in tokens):
-        raise UserError(f"{model_file}: gives tokens that this model does not have: it belongs to another one")
-    return tokens

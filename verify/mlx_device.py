@@ -10,6 +10,8 @@ import mlx.core as mx
 from ..convert.parallel import cores
 from ..convert.problems import UserError
 
+ARITHMETICS = ("float32", "bundle")
+DEVICES = ("cpu", "gpu")
 _made = threading.local()  # MLX's streams belong to the thread that made them
 
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
 from ..convert.architecture import Architecture
-from .bundle import Bundle, Matrix, joined
+from .bundle import Bundle
 from .kernels import DTYPES, products_here
+from .matrix import Matrix, joined, read_by_name, read_matrix
 from .mlx_device import on_gpu, streams
 from .model import EPSILON, Floats, Memory, Tokens
 from .places import Place
@@ -165,10 +167,12 @@ def model_of(bundle: Bundle, dtype: str = "float32", products: Products | None =
     def lookup(name: str, tokens: Tokens) -> Matrix:
         output = bundle.output(name)
         ids, places = np.unique(tokens, return_inverse=True)
-        rows = [bundle.read(output, int(row), int(row) + 1) for row in ids]
+        rows = [read_matrix(bundle, output, int(row), int(row) + 1) for row in ids]
         where = mx.array(places.reshape(-1).astype(np.int32))
         return joined(rows).take(where)
 
     context, steps_seen = bundle.reach()
     how = products or products_here()
-    return MlxModel(bundle.architecture, bundle.matrix, lookup, DTYPES[dtype], context, steps_seen, streams(), how)
+    return MlxModel(
+        bundle.architecture, partial(read_by_name, bundle), lookup, DTYPES[dtype], context, steps_seen, streams(), how
+    )

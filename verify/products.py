@@ -1,18 +1,18 @@
 """Products with packed weights: ``quantized_matmul``, or dequantizing and multiplying where MLX computes it wrongly."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 
-from .bundle import Matrix
-from .limits import worked_around
+from .matrix import Matrix
 
 TRIED = (1, 4, 8)  # rows of input that kernels are tested with; on processors the same loop takes every row
 TILE = 64  # GPUs have kernels of their own for some numbers of rows: more than one are filled up to multiples of this
 TRIED_TILES = (1, TILE, 17 * TILE)  # a row, one tile, and many, in a number that no larger tile divides
+_ACTIVATIONS = ("float32", "float16", "bfloat16")
 Packed = Callable[..., mx.array]  # of the signature of mx.quantized_matmul
 Plain = Callable[[mx.array, Matrix, mx.Stream | mx.Device | None], mx.array]
 
@@ -115,3 +115,21 @@ def name_of(dtype: mx.Dtype) -> str:
 def shares(height: int, parts: int) -> Iterator[slice]:
     """Share rows out over streams, as evenly as they go."""
     return (slice(first, last) for first, last in pairwise(height * part // parts for part in range(parts + 1)))
+
+
+def worked_around(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the kernels that were replaced, a line for each shape; raises ValueError for rows of another kind."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        if row.get("replaced"):
+            numbers = [row[key] for key in ("rows", "columns", "bits", "group_size", "positions")]
+            if any(type(number) is not int for number in numbers) or row["activations"] not in _ACTIVATIONS:
+                raise ValueError("not the row of a kernel test")
+            height, columns, bits, size, positions = numbers
+            shape = f"{height}x{columns}, {bits} bit group {size}, {row['activations']}"
+            found.setdefault(shape, []).append(positions)
+    return [f"{shape}, {_positions(positions)} of input" for shape, positions in found.items()]
+
+
+def _positions(tried: list[int]) -> str:
+    return ", ".join(map(str, tried)) + (" row" if tried == [1] else " rows")

@@ -12,11 +12,12 @@ from jinja2 import UndefinedError
 from tqdm import tqdm
 
 from ..convert.describe import size
+from ..convert.file_names import MANIFEST
 from ..convert.manifest import manifest_of
 from ..convert.problems import CheckFailed, UserError, printable, refuse
 from ..convert.progress import byte_bar
 from ..convert.upload import Local, Wish, check_token, upload
-from ..convert.workspace import MANIFEST, write_durably
+from ..convert.workspace import write_durably
 from . import card
 from . import report as reports
 

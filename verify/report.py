@@ -12,12 +12,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..convert.describe import size
+from ..convert.file_names import MANIFEST
 from ..convert.problems import UserError
 from ..convert.regular import read_json
 from ..convert.schema import mismatch
-from ..convert.workspace import MANIFEST
 from . import plots
-from .limits import FIGURES, NAMES, block_name, name_of, worked_around
+from .limits import FIGURES, NAMES, block_name, name_of
+from .products import worked_around
 from .report_schema import PREDICTED, REPORT
 
 REPORT_VERSION = 1

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-ARITHMETICS = ("float32", "bundle")
-DEVICES = ("cpu", "gpu")
+from .mlx_device import ARITHMETICS
+
 EMBEDDED = "pocketsphinx"  # the recognizer that comes with a small model of its own
 RECOGNIZERS = (EMBEDDED, "faster-whisper", "mlx-whisper")
-CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: what a model speaks to be quantized by
 
 
 @dataclass(frozen=True)

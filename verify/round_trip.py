@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..convert.file_names import CODEC
 from ..convert.mimi import FRAME, RATE
 from ..convert.problems import UserError, printable
 from ..convert.progress import bar
-from ..convert.source import CODEC
 from . import recognizer, waves
 from .bundle import layout_of
 from .codec import Codec

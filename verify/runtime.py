@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..convert.architecture import Architecture
-from .bundle import Matrix
+from .matrix import Matrix
 from .mlx_device import on_gpu
 from .model import EPSILON, Floats, Tokens
 from .products import Products

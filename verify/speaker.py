@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.architecture import read_config
+from ..convert.file_names import CODEC, CONFIG, TOKENIZER
 from ..convert.problems import UserError, printable
 from ..convert.progress import long_step
-from ..convert.source import CODEC, CONFIG, TOKENIZER
 from ..convert.tokenizer import open_tokenizer
 from . import loading
 from .bundle import open_bundle
 from .codec import Codec
 from .conversation import Conversation
 from .kernel_cache import on_tested_kernels
-from .material import PROMPT, VOICE, prompt_tokens
 from .mlx_device import on_gpu
 from .mlx_model import arithmetic_of
 from .model import Floats, Tokens
 from .products import Products
+from .prompt import PROMPT, VOICE, prompt_tokens
 from .sampling import Sampling, sampling_of
 from .session import system_prompt
 

@@ -17,18 +17,19 @@ import torch
 from tqdm import tqdm
 
 from ..convert.architecture import Architecture
+from ..convert.file_names import TOKENIZER, WEIGHTS
 from ..convert.problems import UserError
 from ..convert.progress import bar
 from ..convert.scan import Fingerprint
-from ..convert.source import TOKENIZER, WEIGHTS, Source, fingerprint
+from ..convert.source import Source, fingerprint
 from ..convert.tensorfile import TensorFile
 from ..convert.voices import Voice
 from . import device as devices
-from .calibration import write
-from .material import SPOKEN, prompt_tokens, spread
+from .calibration import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, write
+from .material import SPOKEN, spread
 from .model import Floats, Tokens
+from .prompt import prompt_tokens
 from .reference import TorchModel, kept_by, reference_of, rows_of
-from .request import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 from .session import PAUSE, Frame, sessions, system_prompt
 
 # What conversations are about. The prompt that a verification reads is not among them.

@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from ..convert.architecture import Architecture
 from ..convert.architecture import read_config as read_json
-from ..convert.plan import INDEX, index_of, json_text
+from ..convert.file_names import CONFIG, INDEX
+from ..convert.plan import index_of, json_text
 from ..convert.problems import UserError
 from ..convert.recipe import DTYPES
 from ..convert.scan import BLOCK, hash_file
-from ..convert.source import CONFIG, Source
+from ..convert.source import Source
 from ..convert.tensorfile import DTYPES as NUMPY_DTYPES
 from ..convert.tensorfile import TensorFile
 from ..convert.voices import Voice

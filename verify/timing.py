@@ -13,11 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ..convert.architecture import read_config
+from ..convert.file_names import CODEC, CONFIG
 from ..convert.mimi import FRAME, RATE
 from ..convert.parallel import cores
 from ..convert.problems import UserError
 from ..convert.progress import long_step
-from ..convert.source import CODEC, CONFIG
 from . import loading
 from .bundle import open_bundle
 from .codec import Codec

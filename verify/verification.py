@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -10,28 +10,21 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..convert.file_names import MANIFEST, TOKENIZER, WEIGHTS
 from ..convert.manifest import TOOLKIT
 from ..convert.names import roles
 from ..convert.problems import UserError, printable
 from ..convert.progress import bar, byte_bar, long_step
 from ..convert.scan import hash_file
-from ..convert.source import TOKENIZER, WEIGHTS, Source
-from ..convert.workspace import MANIFEST
+from ..convert.source import Source
 from . import device as devices
 from . import kernels, limits, rollout, structure
 from .bundle import Bundle, Layout, layout_of
 from .comparison import Measured, compare
-from .material import (
-    DEFAULT_FRAMES,
-    DEFAULT_SEQUENCES,
-    PROMPT,
-    Material,
-    from_system_prompt,
-    prompt_tokens,
-    read_tokens,
-)
+from .material import DEFAULT_FRAMES, DEFAULT_SEQUENCES, Material, from_system_prompt, read_tokens
 from .mlx_device import computing_on, on_gpu, streams
 from .products import Products
+from .prompt import PROMPT, prompt_tokens
 from .request import Request
 from .session import PAUSE
 
@@ -185,7 +178,7 @@ def _verdict(report: dict[str, Any], manifest: dict[str, Any], agent_steps: int)
     found = [
         limits.failure("structure", problem.split(": ")[0], problem) for problem in report["structure"]["problems"]
     ]
-    broken = kernels.reasons(report["kernels"])  # nothing that was computed can be judged then
+    broken = _broken_kernels(report["kernels"])  # nothing that was computed can be judged then
     found += broken
     if report["weights"]:
         found += limits.weight_failures(report["weights"], manifest)
@@ -233,3 +226,11 @@ def _ran_on(request: Request) -> dict[str, Any]:
 
 def _torch_device(request: Request) -> str:
     return "cpu" if request.device == "cpu" else devices.device()
+
+
+def _broken_kernels(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what a verdict says of kernels that nothing works around."""
+    return [
+        limits.failure("kernels", str(kernels.shape_in(row)), kernels.complaint(row), row["relative_l2"], row["bound"])
+        for row in kernels.failures(rows)
+    ]

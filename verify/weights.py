@@ -16,8 +16,9 @@ from ..convert.parallel import in_order_on
 from ..convert.tensorfile import DTYPES
 from ..quant.affine import BFLOAT16
 from ..quant.casting import cast
-from .bundle import Bundle, Matrix, Packing
+from .bundle import Bundle
 from .figures import root_ratio
+from .matrix import Matrix, Packing, read_matrix
 from .model import Floats
 
 _BLOCK = 1 << 21  # weights looked at at a time
@@ -86,7 +87,7 @@ def compare(
     def look(block: tuple[int, int, int]) -> tuple[int, Sums]:
         number, first, last = block
         start = output.rows[0]
-        stored = bundle.read(output, first, last)
+        stored = read_matrix(bundle, output, first, last)
         values = np.array(stored.float32(mx.cpu)).reshape(last - first, -1)
         if kept is not None:
             kept[first:last] = values
