@@ -18,13 +18,13 @@ import sys
 import time
 from pathlib import Path
 
-from ppx.convert import demo
 from ppx.convert.parallel import cores
+from ppx.convert.source import demo
 from processes import run
 
 BLOCK = 8 << 20
 Figures = tuple[float, float, float]  # seconds, ratio to the copy, peak memory above imports in bytes
-IMPORTS = "import ppx.recipes.convert_program, torch"
+IMPORTS = "import ppx.recipes.cli.convert, torch"
 
 
 def evict(folder: Path) -> None:
@@ -101,7 +101,7 @@ def measure(identity: str, source: Path, folder: Path, methods: list[str], round
         results = {}
         for method in methods:
             evict(source)
-            command = [sys.executable, "-m", "ppx.recipes.convert_program", identity, "--bits", "4", "--no-verify"]
+            command = [sys.executable, "-m", "ppx.recipes.cli.convert", identity, "--bits", "4", "--no-verify"]
             results[method] = run([*command, "--group-size", "64", "--method", method, "--output", str(target)])
             nbytes = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
             shutil.rmtree(target)

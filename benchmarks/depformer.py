@@ -22,9 +22,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from moshi_mlx import models
 from moshi_mlx.utils import Sampler
-from ppx.convert import demo
-from ppx.convert.architecture import Architecture
 from ppx.convert.parallel import cores
+from ppx.convert.source import demo
+from ppx.convert.source.architecture import Architecture
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def measure(options: argparse.Namespace) -> None:
     loaded = {}
     for steps in (16, 8):
         bundle = options.folder / f"steps{steps}"
-        command = [sys.executable, "-m", "ppx.recipes.convert_program", str(options.folder / "source")]
+        command = [sys.executable, "-m", "ppx.recipes.cli.convert", str(options.folder / "source")]
         chosen = ["--recipe", "moshi-q4", "--method", "rtn", "--depformer-steps", str(steps), "--no-verify"]
         subprocess.run([*command, *chosen, "--output", str(bundle)], check=True, stdout=subprocess.DEVNULL)
         loaded[steps] = load(bundle)

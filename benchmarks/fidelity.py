@@ -48,7 +48,7 @@ COLOURS = {"rtn": "#7a8288", "lsq": "#2b7bba", "gptq": "#d9730d", "refined": "#1
 
 def run(program: str, *arguments: str) -> str:
     """Run one of the programs; return what it prints. A bundle beyond its limits is a figure, too."""
-    command = [sys.executable, "-m", f"ppx.recipes.{program}_program", *arguments]
+    command = [sys.executable, "-m", f"ppx.recipes.cli.{program}", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")

@@ -1,6 +1,6 @@
 """Time and memory of ``--method gptq`` on whole layers of real size, and what follows for the 7B model.
 
-    python benchmarks/solving.py [--frames 8192] [--sequence 256] [--refine STEPS] [--folder DIR]
+    python benchmarks/layerwise.py [--frames 8192] [--sequence 256] [--refine STEPS] [--folder DIR]
 
 Makes a source with PersonaPlex's widths and one layer of each transformer (made-up weights, random tokens), and
 quantizes it as a conversion does: every matrix of a layer by what its inputs are. Beside each block's seconds stands
@@ -19,22 +19,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from ppx.convert import conversion, demo
-from ppx.convert.architecture import Architecture
+from ppx.calibrate import layerwise
+from ppx.calibrate.dataset import write
+from ppx.convert import conversion
+from ppx.convert.bundle.plan import make_plan
+from ppx.convert.bundle.quantized_store import Solution
+from ppx.convert.bundle.recipe import uniform
 from ppx.convert.parallel import cores
-from ppx.convert.plan import make_plan
-from ppx.convert.recipe import uniform
-from ppx.convert.solution import Solution
-from ppx.convert.source import Source, locate, open_source
+from ppx.convert.source import demo
+from ppx.convert.source.architecture import Architecture
+from ppx.convert.source.source import Source, locate, open_source
+from ppx.model import torch_device
+from ppx.model.blocks import Place
+from ppx.model.tokens import read_tokens
 from ppx.quant.affine import Affine
-from ppx.verify import device, solving
-from ppx.verify.calibration import write
-from ppx.verify.material import read_tokens
-from ppx.verify.places import Place
 from processes import run
 
 WHOLE = Architecture()
-IMPORTS = "import torch, ppx.verify.calibration"
+IMPORTS = "import torch, ppx.calibrate.dataset"
 
 
 def main() -> None:
@@ -71,9 +73,9 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
     recipe = uniform(Affine(4, 64, "gptq"), "speech-swift", "float16", ("temporal", "depformer"))
     plan = make_plan(conversion.inventory(source), recipe)
     seconds: dict[str, float] = {}
-    block, walk_block = solving._block, {"original": 0.0}
+    block, walk_block = layerwise._block, {"original": 0.0}
 
-    def timed(walk: solving.Walk, place: Place, streams: solving.Streams) -> solving.Streams:
+    def timed(walk: layerwise.Walk, place: Place, streams: layerwise.Streams) -> layerwise.Streams:
         start = time.perf_counter()
         for rows in place.pieces(streams[0]):
             walk.original.block(place, streams[0][rows])
@@ -86,18 +88,18 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
         print(f"{place}: {took:.1f} s, {took / alone:.1f} times one pass ({alone:.1f} s)", flush=True)
         return found
 
-    solving._block = timed
+    layerwise._block = timed
     start = time.perf_counter()
-    tuning = solving.BlockTuning(options.refine)
+    tuning = layerwise.BlockTuning(options.refine)
     with Solution(options.folder / "solution", "x") as solution:
-        solving.solve_model(source, plan.outputs, material, solution, tuning)
+        layerwise.solve_model(source, plan.outputs, material, solution, tuning)
     total = time.perf_counter() - start - walk_block["original"]
     rest = total - sum(seconds.values())
     whole = WHOLE.num_layers * seconds["temporal"] + WHOLE.depformer_num_layers * seconds["depformer"] + rest
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     memory = peak - idle
     frames = int(material.tokens.shape[0] * material.tokens.shape[2])
-    print(f"{platform.system()} {platform.machine()}, {cores()} cores, {device.device()}, {frames} frames")
+    print(f"{platform.system()} {platform.machine()}, {cores()} cores, {torch_device.device()}, {frames} frames")
     print(f"all else (depformer_in, embeddings): {rest:.1f} s; the 7B model: {whole / 3600:.2f} h, extrapolated")
     print(f"peak memory above imports {memory / 2**30:.2f} GiB")
 

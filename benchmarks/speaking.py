@@ -28,15 +28,15 @@ import mlx.nn as nn
 import numpy as np
 from moshi_mlx import models
 from moshi_mlx.utils import Sampler
-from ppx.convert import demo
-from ppx.convert.architecture import Architecture
+from ppx.convert.bundle.reader import Bundle, layout_of
 from ppx.convert.parallel import cores
-from ppx.convert.voices import Voice
-from ppx.verify import loading
-from ppx.verify.bundle import Bundle, layout_of
-from ppx.verify.conversation import Conversation
-from ppx.verify.mlx_device import computing_on, on_gpu
-from ppx.verify.sampling import GREEDY
+from ppx.convert.source import demo
+from ppx.convert.source.architecture import Architecture
+from ppx.convert.source.voices import Voice
+from ppx.model.mlx_device import computing_on, on_gpu
+from ppx.speak import loader
+from ppx.speak.generation import Conversation
+from ppx.speak.sampling import GREEDY
 
 WARM_UP = 5
 Frames = list[tuple[float, Any]]  # seconds and tokens of each
@@ -63,7 +63,7 @@ def main() -> None:
 def ours(folder: Path, arithmetic: str) -> Callable[[Any], tuple[Frames, list[Any]]]:
     """Return a way to hear frames; it returns what they took and said, and the columns that were read."""
     with closing(Bundle(folder, *layout_of(folder))) as bundle:
-        model, voice = loading.load(bundle, arithmetic), bundle.voices()[0]
+        model, voice = loader.load(bundle, arithmetic), bundle.voices()[0]
     silent = Voice(voice.name, voice.embeddings[:0], voice.cache)
 
     def run(users: Any) -> tuple[Frames, list[Any]]:
@@ -114,7 +114,7 @@ def measure(options: argparse.Namespace) -> None:
     runs: dict[str, Callable[[Any], Frames]] = {}
     for steps in (16, 8):
         bundle = options.folder / f"steps{steps}"
-        command = [sys.executable, "-m", "ppx.recipes.convert_program", source, "--recipe", "moshi-q4", "--no-verify"]
+        command = [sys.executable, "-m", "ppx.recipes.cli.convert", source, "--recipe", "moshi-q4", "--no-verify"]
         chosen = ["--method", "rtn", "--depformer-steps", str(steps), "--output", str(bundle)]
         subprocess.run([*command, *chosen], check=True, stdout=subprocess.DEVNULL)
         for dtype in (mx.bfloat16, mx.float32):

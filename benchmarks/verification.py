@@ -19,18 +19,18 @@ from contextlib import closing
 from pathlib import Path
 
 import mlx.core as mx
-from ppx.convert import demo
+from ppx.convert.bundle.reader import Bundle, layout_of
 from ppx.convert.parallel import cores
-from ppx.convert.source import locate, open_source
-from ppx.verify.bundle import Bundle, layout_of
-from ppx.verify.mlx_model import model_of
-from ppx.verify.places import places
-from ppx.verify.request import Request
+from ppx.convert.source import demo
+from ppx.convert.source.source import locate, open_source
+from ppx.model.blocks import places
+from ppx.model.mlx_model import model_of
+from ppx.verify.options import Request
 from ppx.verify.verification import material_of
 from processes import run
 
-IMPORTS = "import ppx.recipes.verify_program, ppx.verify.verification, ppx.verify.plots, matplotlib.figure"
-PROGRAM = [sys.executable, "-m", "ppx.recipes.verify_program"]
+IMPORTS = "import ppx.recipes.cli.verify, ppx.verify.verification, ppx.verify.plots, matplotlib.figure"
+PROGRAM = [sys.executable, "-m", "ppx.recipes.cli.verify"]
 
 
 def forward(bundle: Path, frames: int, sequences: int) -> None:
@@ -77,7 +77,7 @@ def main() -> None:
 
 def measure(source: Path, bundle: Path, options: argparse.Namespace) -> None:
     """Convert, then verify and run alone in turns; print the medians."""
-    converter = [sys.executable, "-m", "ppx.recipes.convert_program", demo.FULL_SIZE, "--bits", "4", "--no-verify"]
+    converter = [sys.executable, "-m", "ppx.recipes.cli.convert", demo.FULL_SIZE, "--bits", "4", "--no-verify"]
     subprocess.run([*converter, "--output", str(bundle)], check=True)
     sizes = ["--frames", str(options.frames), "--sequences", str(options.sequences)]
     imports = run([sys.executable, "-c", IMPORTS]).memory

@@ -9,23 +9,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .adapter import open_adapter
-from .destination import check_output, disk_errors, make_place, named, solution_folder
+from .bundle.destination import check_output, disk_errors, make_place, named, solution_folder
+from .bundle.manifest import fingerprint as plan_fingerprint
+from .bundle.manifest import make_manifest
+from .bundle.plan import Inventory, Plan, PlannedFile, inventory_of_7b, make_plan, voice_specs
+from .bundle.quantized_store import Solution, Solver
+from .bundle.readback import check_hash, check_tensors
+from .bundle.recipe import DTYPES, Recipe, to_toml
+from .bundle.workspace import Workspace, clear_leftovers
+from .bundle.writer import write_copy, write_tensors, write_text, write_voice
+from .errors import CheckFailed, UserError
 from .file_names import FILES
-from .manifest import fingerprint as plan_fingerprint
-from .manifest import make_manifest
 from .parallel import cores
-from .plan import Inventory, Plan, PlannedFile, inventory_of_7b, make_plan, voice_specs
-from .problems import CheckFailed, UserError
 from .progress import byte_bar
-from .readback import check_hash, check_tensors
-from .recipe import DTYPES, Recipe, to_toml
-from .scan import Fingerprint
-from .solution import Solution, Solver
-from .source import Location, Source, fingerprint, open_source
-from .stream import write_copy, write_tensors, write_text, write_voice
+from .source.adapter import open_adapter
+from .source.scan import Fingerprint
+from .source.source import Location, Source, fingerprint, open_source
 from .tensorfile import Spec
-from .workspace import Workspace, clear_leftovers
 
 
 @dataclass(frozen=True)

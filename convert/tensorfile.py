@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from .problems import UserError, reason
-from .regular import open_regular
+from .errors import UserError, reason
+from .regular_files import open_regular
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),

@@ -1,1 +1,1 @@
-"""What to do: recipes, their loader, and the command-line programs."""
+"""What people run: shipped recipes and the command-line programs."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ppx.convert import demo
 from ppx.convert.file_names import CODEC
+from ppx.convert.source import demo
 from ppx.quant.affine import BFLOAT16, FLOAT32, Affine, quantize
 from ppx.quant.casting import count_non_finite
 from program_server import Programs
@@ -17,28 +17,28 @@ from stopping import Moment
 
 SLOW = (  # the slowest first
     "test_verify.py",
-    "test_solving.py",
+    "test_layerwise.py",
     "test_speak.py",
     "test_publish.py",
     "test_sabotage.py",
-    "test_speaking.py",
+    "test_self_generated.py",
     "test_fuzz.py",
     "test_convert.py",
     "test_hub.py",
     "test_kill.py",
-    "test_allocate.py",
+    "test_size_budget.py",
     "test_adapter.py",
 )
 DATA = Path(__file__).parent / "data"
 PROGRAMS = {
-    "ppx-allocate": "ppx.recipes.allocate_program",
-    "ppx-bench": "ppx.recipes.bench_program",
-    "ppx-calibrate": "ppx.recipes.calibrate_program",
-    "ppx-convert": "ppx.recipes.convert_program",
-    "ppx-inspect": "ppx.recipes.inspect_program",
-    "ppx-publish": "ppx.recipes.publish_program",
-    "ppx-speak": "ppx.recipes.speak_program",
-    "ppx-verify": "ppx.recipes.verify_program",
+    "ppx-allocate": "ppx.recipes.cli.allocate",
+    "ppx-bench": "ppx.recipes.cli.bench",
+    "ppx-calibrate": "ppx.recipes.cli.calibrate",
+    "ppx-convert": "ppx.recipes.cli.convert",
+    "ppx-inspect": "ppx.recipes.cli.inspect",
+    "ppx-publish": "ppx.recipes.cli.publish",
+    "ppx-speak": "ppx.recipes.cli.speak",
+    "ppx-verify": "ppx.recipes.cli.verify",
 }
 
 

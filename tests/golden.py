@@ -7,13 +7,13 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from ppx.convert.architecture import Architecture
-from ppx.convert.source import Source
-from ppx.verify.mlx_model import MlxModel
-from ppx.verify.model import Floats, Model, Tokens
-from ppx.verify.places import places
-from ppx.verify.reference import TorchModel
-from ppx.verify.session import Frame, Step, greedy, system_prompt
+from ppx.convert.source.architecture import Architecture
+from ppx.convert.source.source import Source
+from ppx.model.blocks import places
+from ppx.model.forward import Floats, Model, Tokens
+from ppx.model.mlx_model import MlxModel
+from ppx.model.reference import TorchModel
+from ppx.model.session import Frame, Step, greedy, system_prompt
 from safetensors.torch import load_file
 
 Streaming = TypeVar("Streaming", TorchModel, MlxModel)

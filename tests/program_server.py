@@ -40,11 +40,11 @@ LIBRARIES = (
     "yaml",
 )
 OURS = (  # and what they import; huggingface_hub and typer read the environment then
-    "ppx.recipes.loader",
-    "ppx.verify.budget",
+    "ppx.recipes.shipped",
+    "ppx.calibrate.allocation",
     "ppx.verify.plots",
-    "ppx.verify.publishing",
-    "ppx.verify.refining",
+    "ppx.verify.publish.gate",
+    "ppx.calibrate.tuning",
     "ppx.verify.verification",
     "huggingface_hub.hf_api",
     "typer",

@@ -10,19 +10,19 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ..convert.output import Output
+from ..convert.bundle.output_tensor import Output
+from ..convert.bundle.reader import Bundle
 from ..convert.parallel import cores
-from ..convert.source import Source
-from ..convert.voices import Voice
+from ..convert.source.source import Source
+from ..convert.source.voices import Voice
+from ..model.blocks import Place, places
+from ..model.forward import Floats, Model, Tokens
+from ..model.matmul import Products
+from ..model.mlx_model import MlxModel, model_of
+from ..model.reference import TorchModel, reference_of
+from ..model.tokens import Material
 from . import weights
-from .bundle import Bundle
-from .figures import Predictions, difference, mean_of
-from .material import Material
-from .mlx_model import MlxModel, model_of
-from .model import Floats, Model, Tokens
-from .places import Place, places
-from .products import Products
-from .reference import TorchModel, reference_of
+from .metrics import Predictions, difference, mean_of
 
 _LOGITS = 1 << 24  # logits held at a time, of each model
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16}

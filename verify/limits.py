@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
-from ..convert.output import Output
-from ..convert.problems import printable
+from ..convert.bundle.output_tensor import Output
+from ..convert.errors import printable
 
 FIGURES = {  # limit -> stream and figure of the predictions
     "text_kl": ("text", "kl", "mean"),

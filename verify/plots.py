@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .svg import INK, STYLE, above_floor, add_legend, as_svg, new_figure, plain_labels
+from ..calibrate.svg import INK, STYLE, above_floor, add_legend, as_svg, new_figure, plain_labels
 
 _COLOURS = {"attention": "#2b7bba", "mlp": "#d9730d", "noise": "#7a8288"}
 

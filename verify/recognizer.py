@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from httpx2 import HTTPError
 
-from ..convert.problems import UserError, reason
-from .model import Floats
-from .request import EMBEDDED
+from ..convert.errors import UserError, reason
+from ..model.forward import Floats
+from .options import EMBEDDED
 
 RATE = 16000  # samples a second, as all of them take them
 _WHISPER = "base.en"

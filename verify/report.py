@@ -11,14 +11,14 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..convert.describe import size
+from ..convert.bundle.describe import size
+from ..convert.errors import UserError
 from ..convert.file_names import MANIFEST
-from ..convert.problems import UserError
-from ..convert.regular import read_json
+from ..convert.regular_files import read_json
 from ..convert.schema import mismatch
+from ..model.matmul import worked_around
 from . import plots
 from .limits import FIGURES, NAMES, block_name, name_of
-from .products import worked_around
 from .report_schema import PREDICTED, REPORT
 
 REPORT_VERSION = 1
@@ -180,7 +180,7 @@ def _environment() -> Environment:
 def _render(name: str, report: Mapping[str, Any], **more: Any) -> str:
     environment = _environment()
     environment.autoescape = name.endswith(".html")
-    template = environment.from_string((files(__package__) / name).read_text("utf-8"))
+    template = environment.from_string((files(__package__) / "templates" / name).read_text("utf-8"))
     return template.render(
         report=report, figures=figures(report), worst=worst(report), replaced=worked_around(report["kernels"]), **more
     )

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..convert.architecture import Architecture
-from ..convert.source import Source
-from ..convert.voices import Voice
-from .bundle import Bundle
-from .material import Material
-from .mlx_model import model_of
-from .products import Products
-from .reference import reference_of
-from .session import SILENCE, Frame, greedy, system_prompt
+from ..convert.bundle.reader import Bundle
+from ..convert.source.architecture import Architecture
+from ..convert.source.source import Source
+from ..convert.source.voices import Voice
+from ..model.matmul import Products
+from ..model.mlx_model import model_of
+from ..model.reference import reference_of
+from ..model.session import SILENCE, Frame, greedy, system_prompt
+from ..model.tokens import Material
 
 _KEPT = 2 << 30  # bytes: a checkpoint up to this size is kept in memory, a larger one is read again for every frame
 

@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..convert.bundle.reader import layout_of
+from ..convert.errors import UserError, printable
 from ..convert.file_names import CODEC
-from ..convert.mimi import FRAME, RATE
-from ..convert.problems import UserError, printable
 from ..convert.progress import bar
-from . import recognizer, waves
-from .bundle import layout_of
-from .codec import Codec
+from ..convert.source.mimi import FRAME, RATE
+from ..model.forward import Floats, Tokens
+from ..speak import audio_files
+from ..speak.codec import Codec
+from ..speak.speaker import Scene, open_speaker, text_of
+from . import recognizer
 from .limits import failure
-from .model import Floats, Tokens
-from .request import EMBEDDED
-from .speaker import Scene, open_speaker, text_of
+from .options import EMBEDDED
 
 CHECK = "round trip"  # of the reasons in a verdict
 LIMITS = {
@@ -48,8 +49,8 @@ def run(bundle: Path, question: Path, scene: Scene, listener: str = EMBEDDED, qu
     Raises UserError for what cannot be read or loaded.
     """
     transcribe = _listening(listener)
-    with waves.reading(question) as (count, frames):
-        if count > waves.LONGEST * RATE:
+    with audio_files.reading(question) as (count, frames):
+        if count > audio_files.LONGEST * RATE:
             raise UserError(f"{question}: longer than an hour: cut it")
         asked = np.concatenate(list(frames))
     speaker = open_speaker(bundle, scene)
@@ -78,7 +79,7 @@ def check(bundle: Path, question: Path, codec: Path | None, listener: str = EMBE
     _, layout = layout_of(bundle)
     recognizer.load(listener)
     word_error_rate("", "")
-    with waves.reading(question):
+    with audio_files.reading(question):
         Codec(codec or bundle / layout.target.copies[CODEC], layout.architecture.n_q // 2)
 
 

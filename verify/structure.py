@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..convert.architecture import Architecture
-from ..convert.architecture import read_config as read_json
+from ..convert.bundle.integrity import differences
+from ..convert.bundle.plan import index_of, json_text
+from ..convert.bundle.reader import Bundle, Layout
+from ..convert.bundle.recipe import DTYPES
+from ..convert.errors import UserError
 from ..convert.file_names import CONFIG, INDEX
-from ..convert.plan import index_of, json_text
-from ..convert.problems import UserError
-from ..convert.recipe import DTYPES
-from ..convert.scan import BLOCK, hash_file
-from ..convert.source import Source
+from ..convert.source.architecture import Architecture
+from ..convert.source.architecture import read_config as read_json
+from ..convert.source.scan import BLOCK, hash_file
+from ..convert.source.source import Source
+from ..convert.source.voices import Voice
 from ..convert.tensorfile import DTYPES as NUMPY_DTYPES
 from ..convert.tensorfile import TensorFile
-from ..convert.voices import Voice
 from ..quant.casting import cast
-from .bundle import Bundle, Layout
-from .integrity import differences
 
 
 def problems(

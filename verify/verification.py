@@ -10,23 +10,24 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..convert.bundle.manifest import TOOLKIT
+from ..convert.bundle.reader import Bundle, Layout, layout_of
+from ..convert.errors import UserError, printable
 from ..convert.file_names import MANIFEST, TOKENIZER, WEIGHTS
-from ..convert.manifest import TOOLKIT
-from ..convert.names import roles
-from ..convert.problems import UserError, printable
 from ..convert.progress import bar, byte_bar, long_step
-from ..convert.scan import hash_file
-from ..convert.source import Source
-from . import device as devices
-from . import kernels, limits, rollout, structure
-from .bundle import Bundle, Layout, layout_of
+from ..convert.source.scan import hash_file
+from ..convert.source.source import Source
+from ..convert.source.tensors import roles
+from ..model import kernel_test
+from ..model import torch_device as devices
+from ..model.matmul import Products
+from ..model.mlx_device import computing_on, on_gpu, streams
+from ..model.prompt import PROMPT, prompt_tokens
+from ..model.session import PAUSE
+from ..model.tokens import DEFAULT_FRAMES, DEFAULT_SEQUENCES, Material, from_system_prompt, read_tokens
+from . import limits, rollout, structure
 from .comparison import Measured, compare
-from .material import DEFAULT_FRAMES, DEFAULT_SEQUENCES, Material, from_system_prompt, read_tokens
-from .mlx_device import computing_on, on_gpu, streams
-from .products import Products
-from .prompt import PROMPT, prompt_tokens
-from .request import Request
-from .session import PAUSE
+from .options import Request
 
 LIBRARIES = ("mlx", "numpy", "torch")
 
@@ -37,7 +38,7 @@ def material_of(source: Source, request: Request) -> Material:
     if request.tokens:
         return read_tokens(request.tokens, a, request.sequences, request.frames)
     if request.audio:
-        from .audio import read_audio
+        from ..speak.recordings import read_audio
 
         return read_audio(request.audio, source, request.frames)
     voices = [voice.name for voice in source.voices]
@@ -127,10 +128,10 @@ def _kernels(
     layout: Layout, dtype: str, arithmetic: str, products: Products | None, quiet: bool
 ) -> tuple[list[dict[str, Any]], Products]:
     """Test the kernels that a bundle needs; return the report's rows, and products that work around what is wrong."""
-    shapes = kernels.shapes_of(layout, dtype, arithmetic, len(streams()))
+    shapes = kernel_test.shapes_of(layout, dtype, arithmetic, len(streams()))
     label = "compiling and testing kernels" if on_gpu() else "testing kernels"
     with long_step(label, len(shapes), "shape", quiet and not on_gpu()) as progress:
-        return kernels.check(shapes, products, progress.update)
+        return kernel_test.check(shapes, products, progress.update)
 
 
 def _measure(
@@ -230,7 +231,8 @@ def _torch_device(request: Request) -> str:
 
 def _broken_kernels(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what a verdict says of kernels that nothing works around."""
-    return [
-        limits.failure("kernels", str(kernels.shape_in(row)), kernels.complaint(row), row["relative_l2"], row["bound"])
-        for row in kernels.failures(rows)
-    ]
+    found = []
+    for row in kernel_test.failures(rows):
+        shape, why = str(kernel_test.shape_in(row)), kernel_test.complaint(row)
+        found.append(limits.failure("kernels", shape, why, row["relative_l2"], row["bound"]))
+    return found

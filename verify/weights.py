@@ -10,16 +10,16 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ..convert.checkpoint import Checkpoint
-from ..convert.output import Output
+from ..convert.bundle.output_tensor import Output
+from ..convert.bundle.reader import Bundle
 from ..convert.parallel import in_order_on
+from ..convert.source.checkpoint import Checkpoint
 from ..convert.tensorfile import DTYPES
+from ..model.forward import Floats
+from ..model.mlx_weights import Matrix, Packing, read_matrix
 from ..quant.affine import BFLOAT16
 from ..quant.casting import cast
-from .bundle import Bundle
-from .figures import root_ratio
-from .matrix import Matrix, Packing, read_matrix
-from .model import Floats
+from .metrics import root_ratio
 
 _BLOCK = 1 << 21  # weights looked at at a time
 _PACKED = ("q", "k", "v")

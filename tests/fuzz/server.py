@@ -23,6 +23,15 @@ MODULES = (
     *("allocate", "bench", "calibrate", "convert", "inspect", "publish", "speak", "verify"),
     *("rustymimi", "sentencepiece", "soundfile", "soxr"),
 )
+LAZY = (  # what the programs import only when they need it
+    "calibrate.dataset",
+    "calibrate.layerwise",
+    "calibrate.self_generated",
+    "speak.benchmark",
+    "speak.recordings",
+    "speak.speaker",
+    "verify.verification",
+)
 MEMORY = 768 << 20  # bytes that a program may take above what it has at its fork
 ADDRESSES = 6 << 30  # bytes of address space above that: what is past it ends in an error at once
 SECONDS = 60.0
@@ -69,11 +78,19 @@ def preload() -> None:
     for name in LIBRARIES:
         importlib.import_module(name)
     for name in MODULES:
-        importlib.import_module(name if name in MODULES[8:] else f"ppx.recipes.{name}_program")
-    for name in ("verification", "speaker", "timing", "audio", "calibration", "speaking", "solving"):
-        importlib.import_module(f"ppx.verify.{name}")
+        importlib.import_module(name if name in MODULES[8:] else f"ppx.recipes.cli.{name}")
+    for name in (
+        "speak.speaker",
+        "speak.benchmark",
+        "speak.recordings",
+        "calibrate.dataset",
+        "calibrate.self_generated",
+    ):
+        importlib.import_module(f"ppx.{name}")
+    for name in ("calibrate.layerwise", "verify.verification"):
+        importlib.import_module(f"ppx.{name}")
     with redirect_stderr(io.StringIO()), suppress(SystemExit):  # typer imports pydantic when it reads its first option
-        importlib.import_module("ppx.recipes.convert_program").app(["./nothing", "--bits", "4", "--dry-run"])
+        importlib.import_module("ppx.recipes.cli.convert").app(["./nothing", "--bits", "4", "--dry-run"])
     gc.collect()
     gc.freeze()
 
@@ -155,7 +172,7 @@ def _become(command: Command, folder: Path, allowed: tuple[Path, ...], streams: 
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 30,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
-        module: Any = importlib.import_module(f"ppx.recipes.{command.program}_program")
+        module: Any = importlib.import_module(f"ppx.recipes.cli.{command.program}")
         roots = tuple(os.path.realpath(path) + os.sep for path in (*allowed, *_compiled()))
         sys.addaudithook(lambda event, arguments: _watch(event, arguments, roots))
         status = _call(module, command)

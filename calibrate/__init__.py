@@ -1,0 +1,1 @@
+"""Which numbers are stored, judged by data: layer-wise GPTQ, fine-tuning, sensitivities, size budgets."""

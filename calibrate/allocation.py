@@ -1,0 +1,238 @@
+"""The recipe that loses least within a budget of bytes, by what was measured of the model's parts."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from ..convert.bundle.describe import size as described
+from ..convert.bundle.output_tensor import Output
+from ..convert.bundle.plan import Inventory, Plan, make_plan
+from ..convert.bundle.recipe import Recipe, Rule
+from ..convert.bundle.targets import TARGETS
+from ..convert.errors import UserError
+from ..convert.source.tensors import COMPONENTS
+from ..quant.affine import BITS, GROUP_SIZES, SOLVED, Affine
+from ..quant.allocation import Choice, allocate
+from .sensitivity import STREAMS, Part, Sensitivities, part_of
+
+# Divergence of models quantized by other methods, over that by lsq: measured at 4 bit on small models.
+_METHODS = {"lsq": 1.0, "rtn": 1.25, "gptq": 0.4}
+_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_TRIES, _MARGIN = 8, 1 << 12  # at a budget that headers and settings do not overrun; bytes
+_COMPONENTS = (COMPONENTS[:1], COMPONENTS[:2], COMPONENTS)  # that one setting may be for
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a bundle may take: bytes of all its files but manifest and report, or bits of its model a weight."""
+
+    nbytes: int | None = None
+    bits_per_weight: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What a recipe of it is called."""
+        return f"{self.bits_per_weight:g}bpw" if self.nbytes is None else described(self.nbytes).replace(" ", "")
+
+    def left(self, plan: Plan) -> int:
+        """Return how many bytes of the budget a plan leaves, negative if it takes more."""
+        if self.nbytes is not None:
+            return self.nbytes - plan.nbytes
+        return int((self.bits_per_weight or 0) * plan.parameters / 8) - sum(output.nbytes for output in plan.outputs)
+
+
+@dataclass(frozen=True)
+class Allotted:
+    """A recipe and what it is expected to cost each stream, in nats a token; bound: no recipe could cost less in sum.
+
+    settings: what each part gets, None to keep it. left: bytes of the budget that it leaves. measured_on: how much
+    material the sensitivities were measured on.
+    """
+
+    recipe: Recipe
+    nbytes: int
+    expected: dict[str, float]
+    bound: float | None
+    settings: dict[Part, Affine | None]
+    left: int
+    measured_on: str = ""
+
+    @property
+    def forecast(self) -> str:
+        """What is expected, in words."""
+        streams = ", ".join(f"{stream} {value:.2g}" for stream, value in self.expected.items())
+        return f"expected divergence in nats a token: {streams}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a recipe is looked for: everything but its rules. keep: components that stay float."""
+
+    budget: Budget
+    target: str
+    dtype: str
+    method: str
+    depformer_steps: int | None = None
+    keep: tuple[str, ...] = ()
+
+
+def size_of(text: str) -> int:
+    """Return the bytes that ``5.3GB`` or ``800 MiB`` means; raises UserError for what is no size."""
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([KMG]?i?B)?", text.strip(), re.IGNORECASE)
+    factor = _UNITS.get((found[2] or "B").upper()) if found else None
+    if not found or not factor:
+        raise UserError(f"{text}: not a size: write it like 5.3GB or 800MB")
+    return int(float(found[1]) * factor)
+
+
+def allot(inventory: Inventory, wanted: Wanted, found: Sensitivities) -> Allotted:
+    """Return the recipe that is expected to diverge least within a budget; raises UserError if nothing fits into it.
+
+    Where the target takes any setting for any module, the choice is the best of all combinations, or ``bound`` says how
+    near it is; else the best of those that the target takes.
+    """
+    recipe = Recipe(wanted.budget.name, wanted.target, wanted.dtype, depformer_steps=wanted.depformer_steps)
+    plain = make_plan(inventory, recipe)
+    missing = [str(part) for part in _parts(_outputs(plain)) if part not in found.costs and _is_heard(part, inventory)]
+    if missing:
+        raise UserError(f"the sensitivities are of another model (they lack {missing[0]}): measure them again")
+    allotted = (_mixed if TARGETS[wanted.target].mixes else _uniform)(inventory, wanted, recipe, plain, found)
+    text = f"within {wanted.budget.name} by {wanted.method}; {allotted.forecast}, measured on {found.measured_on}"
+    return replace(allotted, recipe=replace(allotted.recipe, description=text), measured_on=found.measured_on)
+
+
+def _outputs(plan: Plan) -> list[Output]:
+    """Return the outputs of a plan that can be quantized."""
+    return [output for output in plan.outputs if output.role.kind != "norm"]
+
+
+def _is_heard(part: Part, inventory: Inventory) -> bool:
+    return part.step is None or part.step < inventory.architecture.n_q // 2
+
+
+def _parts(outputs: Sequence[Output]) -> dict[Part, list[Output]]:
+    """Return the outputs of each part; one that stacks all depformer steps is in the parts of all of them."""
+    found: dict[Part, list[Output]] = {}
+    for output in outputs:
+        stacked = range(output.parts) if output.parts > 1 else [output.step]
+        for step in stacked:
+            found.setdefault(part_of(output.role, step), []).append(output)
+    return found
+
+
+def _cost(found: Sensitivities, part: Part, form: Affine | None, method: str) -> dict[str, float] | None:
+    """Return what a part's setting is expected to cost; tables of embeddings are not solved."""
+    cost = found.cost(part, form)
+    factor = _METHODS["lsq" if part.component == "embeddings" and method in SOLVED else method]
+    return cost and {stream: factor * value for stream, value in cost.items()}
+
+
+def _mixed(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, found: Sensitivities) -> Allotted:
+    """Choose for each part for itself."""
+    parts = _parts(_outputs(plain))
+    forms: dict[Part, list[Affine | None]] = {}
+    choices: dict[Part, list[Choice]] = {}
+    for part, outputs in parts.items():
+        forms[part], choices[part] = [], []
+        settings = [Affine(bits, size, wanted.method) for bits, size in product(BITS, GROUP_SIZES)]
+        for form in (None, *([] if part.component in wanted.keep else settings)):
+            cost = _cost(found, part, form, wanted.method)
+            if cost is not None and not (form and any(output.shape[-1] % form.group_size for output in outputs)):
+                nbytes = sum(replace(output, form=form).nbytes for output in outputs)
+                forms[part].append(form)
+                choices[part].append(Choice(nbytes, sum(cost.values())))
+    free = wanted.budget.left(plain) + sum(output.nbytes for output in _outputs(plain))
+    least = sum(min(choice.nbytes for choice in part) for part in choices.values())
+
+    def within(nbytes: int) -> Allotted:
+        made = allocate(list(choices.values()), nbytes)
+        chosen = {part: forms[part][index] for part, index in zip(parts, made.chosen, strict=True)}
+        plan = make_plan(inventory, replace(recipe, rules=tuple(_rules(chosen))))
+        expected = _sum(found, chosen, wanted.method)
+        return Allotted(plan.recipe, plan.nbytes, expected, made.bound, chosen, wanted.budget.left(plan))
+
+    best = within(least)
+    if best.left < 0:
+        raise _too_small(wanted.budget, make_plan(inventory, best.recipe))
+    for attempt in range(_TRIES):
+        tried = within(max(free, least))
+        if tried.left >= 0:
+            return tried
+        # Headers and the config say more of some settings than of others; a little more each time.
+        free += tried.left - attempt * _MARGIN
+    for _ in range(_TRIES):  # between what fits and what does not
+        middle = (least + max(free, least)) // 2
+        tried = within(middle)
+        best, least, free = (tried, middle, free) if tried.left >= 0 else (best, least, middle)
+    return best
+
+
+def _too_small(budget: Budget, smallest: Plan) -> UserError:
+    """Return what is said where even the smallest bundle is larger than a budget."""
+    return UserError(
+        f"{budget.name}: the smallest bundle for {smallest.target.name} is larger ({described(smallest.nbytes)} or "
+        f"{smallest.nbytes} bytes, {smallest.bits_per_weight:.2f} bits a weight): give at least that"
+    )
+
+
+def _sum(found: Sensitivities, settings: dict[Part, Affine | None], method: str) -> dict[str, float]:
+    costs = [_cost(found, part, form, method) or {} for part, form in settings.items()]
+    return {stream: math.fsum(cost[stream] for cost in costs) for stream in STREAMS}
+
+
+def _uniform(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, found: Sensitivities) -> Allotted:
+    """Choose among what the target takes: one setting, for more or fewer components."""
+    fitting, least = [], plain
+    for rules in _candidates(wanted.method):
+        try:
+            plan = make_plan(inventory, replace(recipe, rules=rules))
+        except UserError:  # not for this target, or not for these sizes
+            continue
+        settings = {part: outputs[0].form for part, outputs in _parts(_outputs(plan)).items()}
+        kept = not any(form and part.component in wanted.keep for part, form in settings.items())
+        if kept and all(_cost(found, part, form, wanted.method) is not None for part, form in settings.items()):
+            least = min(least, plan, key=lambda one: one.nbytes)
+            expected = _sum(found, settings, wanted.method)
+            left = wanted.budget.left(plan)
+            if left >= 0:
+                fitting.append(Allotted(plan.recipe, plan.nbytes, expected, None, settings, left))
+    if not fitting:
+        raise _too_small(wanted.budget, least)
+    return min(fitting, key=lambda one: (sum(one.expected.values()), one.nbytes))
+
+
+def _candidates(method: str) -> Iterator[tuple[Rule, ...]]:
+    yield ()
+    for components, bits, size in product(_COMPONENTS, BITS, GROUP_SIZES):
+        yield (Rule(Affine(bits, size, method), components),)
+
+
+def _rules(settings: dict[Part, Affine | None]) -> list[Rule]:
+    """Return rules that give parts their settings; parts of one kind with one setting share a rule."""
+    together: dict[tuple[str, str, Affine | None], list[Part]] = {}
+    for part, form in settings.items():
+        if form:
+            together.setdefault((part.component, part.modules, form), []).append(part)
+    return [
+        Rule(
+            form,
+            (component,),
+            (modules,),
+            _ranges([part.layer for part in parts if part.layer is not None]),
+            _ranges([part.step for part in parts if part.step is not None]),
+        )
+        for (component, modules, form), parts in together.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return inclusive ranges that hold just these numbers."""
+    found: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if found and number == found[-1][1] + 1:
+            found[-1] = (found[-1][0], number)
+        else:
+            found.append((number, number))
+    return tuple(found)

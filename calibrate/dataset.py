@@ -1,0 +1,120 @@
+"""What a model is quantized by: conversations."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..convert.bundle.plan import Plan
+from ..convert.bundle.quantized_store import Solution, Solver
+from ..convert.errors import UserError
+from ..convert.source.source import Source
+from ..convert.tensorfile import Spec, TensorWriter
+from ..model.forward import Tokens
+from ..model.tokens import Material, held_tokens, read_tokens
+from .layerwise import BlockTuning, solve_model
+from .tuning import Schedule, reach, refine
+
+_REFINED = {  # what a manifest says of what was tuned, by what can be tuned as a whole
+    "codes": "codes, scales and biases, all together",
+    "sides": "codes, scales and biases block by block, then scales and biases together",
+    None: "codes, scales and biases, block by block",
+}
+CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: what a model speaks to be quantized by
+ENOUGH = 4  # frames for each column of the widest matrix, from which on more help little
+
+
+def solver_of(
+    source: Source, plan: Plan, tokens: Path, steps: int = 0, quiet: bool = False, memory: int | None = None
+) -> Solver:
+    """Return what solves a plan's matrices, and refines them for so many steps.
+
+    memory: bytes by which to choose what is refined as a whole, None for the device's. Raises UserError for tokens of
+    another model.
+    """
+    material = read_tokens(tokens, source.architecture, None, None)
+    whole = reach(plan.outputs, memory) if steps else None
+
+    def solve(solution: Solution) -> None:
+        solve_model(source, plan.outputs, material, solution, BlockTuning(0 if whole == "codes" else steps), quiet)
+        if whole:
+            refine(source, plan.outputs, material, solution, Schedule(steps, whole == "codes"), quiet)
+
+    return Solver(
+        record(material) | {"refined_steps": steps, "refined": _REFINED[whole] if steps else "nothing"}, solve
+    )
+
+
+def record(material: Material) -> dict[str, Any]:
+    """Return what a manifest says of calibration material: its description, and a sha256 of its tokens."""
+    digest = hashlib.sha256()
+    for array in (material.tokens, material.targets, material.counted):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return material.description | {"sha256": digest.hexdigest()}
+
+
+def enough(source: Source) -> int:
+    """Return how many frames there should be for the widest matrix to be sure of its inputs."""
+    return ENOUGH * source.architecture.hidden
+
+
+def is_scarce(material_record: dict[str, Any], source: Source) -> bool:
+    """Tell whether there are fewer frames than enough."""
+    return bool(material_record["sequences"] * material_record["frames"] < enough(source))
+
+
+def gather(source: Source, files: Sequence[Path], recordings: Sequence[Path], frames: int) -> Tokens:
+    """Return conversations ``[sequences, streams, frames]``, as heard, of token files and recordings.
+
+    What is longer is cut into sequences; what is left over, and what is shorter, is not used. Raises UserError for
+    files that cannot be read, and if nothing is left.
+    """
+    found = [held_tokens(path, source.architecture) for path in files]
+    if recordings:
+        from ..speak.recordings import recorded  # its packages are optional
+
+        found += [recorded(path, source) for path in recordings]
+    cut = []
+    for tokens in found:
+        count = tokens.shape[2] // frames
+        pieces = tokens[:, :, : count * frames].reshape(*tokens.shape[:2], count, frames)
+        cut.append(pieces.transpose(0, 2, 1, 3).reshape(-1, tokens.shape[1], frames))
+    whole = np.concatenate(cut)
+    if not len(whole):
+        raise UserError(
+            f"no conversation is {frames} frames long ({frames / 12.5:.0f} s): give longer ones, or --frames"
+        )
+    return whole
+
+
+def write(tokens: Tokens, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a token file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.partial")
+    small = tokens.max() < 1 << 15
+    writer = TensorWriter(temporary, [Spec("tokens", "I16" if small else "I32", tokens.shape)], metadata or {})
+    try:
+        writer.append("tokens", tokens.astype(np.int16 if small else np.int32))
+        writer.finish()
+    finally:
+        writer.close()
+    temporary.replace(path)
+
+
+def statistics(tokens: Tokens, source: Source) -> dict[str, Any]:
+    """Return how much there is, and how much of the model's vocabulary it uses.
+
+    coverage: for the text and each codebook, the share of its tokens that occur. enough: frames from which on more
+    help little. alike: sequences that occur more than once.
+    """
+    a = source.architecture
+    cards = [a.text_card] + [a.card] * a.n_q
+    coverage = [len(np.unique(tokens[:, stream])) / card for stream, card in enumerate(cards)]
+    return {
+        "sequences": len(tokens),
+        "frames": int(tokens.shape[0] * tokens.shape[2]),
+        "enough": enough(source),
+        "coverage": [float(f"{share:.4g}") for share in coverage],
+        "alike": len(tokens) - len({piece.tobytes() for piece in tokens}),
+    }

@@ -1,0 +1,294 @@
+"""Measuring sensitivities: the original and its variants, each with one part quantized, through the same material.
+
+The original goes through some sequences, one block in memory. At each block a stream begins for every number of bits
+that the block could have, and is computed beside the original's; what the predictions at the end diverge by is the
+part's. All streams are held at a time: sequences that do not fit into memory together are read in several passes.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from tqdm import tqdm
+
+from ..convert.errors import UserError
+from ..convert.progress import bar
+from ..convert.source.architecture import Architecture
+from ..convert.source.source import Source
+from ..model import torch_device as devices
+from ..model.blocks import PARTS, Place, places
+from ..model.forward import Floats, Tokens
+from ..model.reference import Rows, TorchModel, kept_by, reference_of, source_weights
+from ..model.tokens import Material, spread
+from ..quant.affine import BITS, Affine, dequantize
+from .sensitivity import STREAMS, Part, Sensitivities, members_of, settings_of, usual_group
+from .weight_only import quantized
+
+_READ_FIRST = ("text_emb", "emb")  # tables that the temporal transformer reads
+_SHARE = 0.25  # of the machine's memory, for all streams at a time
+_FRAMES = 4096  # measured on at most
+_ROWS = 128  # frames of a sequence that go through a wide depformer, and rows of a matrix of which errors are taken
+_STORAGE = np.dtype(np.float32)  # of scales and biases: what other dtypes round is the same for all parts
+Variant = tuple[Part, int]  # a part, and the bits that it is quantized to
+
+
+def _altered(model: TorchModel, members: Sequence[tuple[str, int | None]], form: Affine) -> TorchModel:
+    """Return the model with one part quantized, as it is read."""
+    mine = set(members)
+
+    def rounded(name: str, values: Tensor) -> Tensor:
+        flat = np.ascontiguousarray(values.float().cpu().numpy().reshape(-1, values.shape[-1]))
+        return torch.from_numpy(dequantize(quantized(name, flat, form, _STORAGE), form)).reshape(values.shape)
+
+    def weights(name: str, step: int | None) -> Tensor:
+        held = model.weights(name, step)
+        return rounded(name, held).to(held.device) if (name, step) in mine else held
+
+    def rows(name: str, tokens: Tokens) -> Tensor:
+        held = model.rows(name, tokens)
+        return rounded(name, held) if (name, None) in mine else held
+
+    return replace(model, weights=kept_by({}, weights, model.device), rows=rows)
+
+
+def measure(
+    source: Source,
+    material: Material,
+    mark: str,
+    quiet: bool = False,
+    *,
+    bits: Sequence[int] = BITS,
+    sequences: int = 4,
+    memory: int | None = None,
+) -> Sensitivities:
+    """Measure every part at every number of ``bits``, on as much of the material as fits (in float32, by ``lsq``).
+
+    sequences: to measure on at least, in as many passes as they take. memory: bytes for what is computed at a time,
+    None for a share of the machine's. PyTorch computes on a GPU where there is one. Parts of depformer steps that
+    predict the user's codebooks are not among them: what the agent says does not depend on those. Raises UserError,
+    which names the part, for predictions that are not finite, and for sequences that tell nothing of text or agent.
+    """
+    members = members_of(source.architecture)
+    nbytes = int(_SHARE * devices.host_memory()) if memory is None else memory
+    streams = 1 + len(bits) * sum(part.component != "depformer" for part in members)
+    passes = _passes(material, sequences, nbytes // (streams * source.architecture.dim * 4))
+    used = {"sequences": sum(map(len, passes)), "frames": material.tokens.shape[2], "available": len(material.tokens)}
+    found = Sensitivities(material.description | used, mark)
+    for part in members:
+        found.costs[part] = {one: dict.fromkeys(STREAMS, 0.0) for one in bits}
+    counts = dict.fromkeys(STREAMS, 0)
+    total = len(passes) * _blocks(source.architecture, members, len(bits))
+    with bar("measuring", total, "block", quiet) as progress, torch.inference_mode():
+        for chosen in passes:
+            kept: dict[tuple[str, int], Tensor] = {}
+            model = reference_of(source.checkpoint, device=devices.device())
+            model = replace(model, weights=kept_by(kept, model.weights, model.device), rows=_remembered(model.rows))
+            walk = Walk(source, members, model, kept, material.chosen(chosen), nbytes, found, counts, progress)
+            _audio(walk, _temporal(walk))
+    if silent := [stream for stream, count in counts.items() if not count]:
+        raise UserError(
+            f"the {used['sequences']} sequences that were measured on hold no tokens of {' and '.join(silent)}: "
+            "give tokens in which both are known throughout"
+        )
+    for part, of_part in members.items():
+        for cost in found.costs[part].values():
+            cost.update({stream: max(0.0, value / counts[stream]) for stream, value in cost.items()})
+        found.errors[part] = _errors(source, of_part)
+    return found
+
+
+def _blocks(architecture: Architecture, members: Iterable[Part], variants: int) -> int:
+    """Return how many blocks are computed in a pass, for the original and for so many variants of each part."""
+    temporal, depformer = (len(places(architecture, component)) for component in ("temporal", "depformer"))
+    count = 0
+    for part in members:
+        if part.component == "temporal" and part.layer is not None:
+            count += temporal - part.layer * len(PARTS) - (part.modules == "gating.*")  # from its own block on
+        count += temporal if part.modules in _READ_FIRST else 0
+        count += depformer if part.modules != "text_linear" else 0
+    return temporal + depformer + variants * count
+
+
+def _remembered(rows: Rows) -> Rows:
+    """Return a way to read rows of tables that reads those of the same tokens once."""
+    found: dict[tuple[str, bytes], Tensor] = {}
+
+    def read(name: str, tokens: Tokens) -> Tensor:
+        key = (name, tokens.tobytes())
+        if key not in found:
+            found[key] = rows(name, tokens)
+        return found[key]
+
+    return read
+
+
+def _passes(material: Material, least: int, frames: int) -> list[NDArray[np.int64]]:
+    """Return the sequences that are read, evenly spread, by pass; frames: of which all streams fit into memory."""
+    count, length = len(material.tokens), material.tokens.shape[2]
+    at_once = max(1, frames // length)
+    chosen = spread(count, max(1, min(max(at_once, least), _FRAMES // length)))
+    return np.array_split(chosen, -(-len(chosen) // at_once))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One pass of a measurement. kept: matrices of the block that is looked at. nbytes: of streams at a time.
+
+    found: its costs are sums over rows. counts: of how many rows, by stream.
+    """
+
+    source: Source
+    members: dict[Part, list[tuple[str, int | None]]]
+    model: TorchModel
+    kept: dict[tuple[str, int], Tensor]
+    material: Material
+    nbytes: int
+    found: Sensitivities
+    counts: dict[str, int]
+    bar: "tqdm[Any]"
+
+    def altered(self, variant: Variant | None) -> TorchModel:
+        """Return the model with a variant's part quantized."""
+        if variant is None:
+            return self.model
+        part, bits = variant
+        columns = [self.source.checkpoint.tensors[name].role.shape[-1] for name, _ in self.members[part]]
+        return _altered(self.model, self.members[part], Affine(bits, usual_group(settings_of(columns)), "lsq"))
+
+    def variants(self, *components: str) -> list[Variant]:
+        """Return all variants of parts of these components, or modules outside of layers."""
+        parts = [part for part in self.members if part.component in components or part.modules in components]
+        return [(part, bits) for part in parts for bits in self.found.costs[part]]
+
+
+def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
+    """Go through the temporal transformer; note what the text costs; return outputs of the frames that are heard."""
+    arch, material = walk.source.architecture, walk.material
+    streams: dict[Variant | None, Floats] = {
+        variant: walk.altered(variant).embed(material.tokens) for variant in (None, *walk.variants(*_READ_FIRST))
+    }
+    for place in places(arch, "temporal"):
+        pattern = "self_attn.*" if place.part == "attention" else "gating.*"
+        base = streams[None]
+        born: dict[Variant | None, Floats] = {
+            (part, bits): _block(walk, walk.altered((part, bits)), place, base)
+            for part, bits in walk.variants("temporal")
+            if (part.layer, part.modules) == (place.layer, pattern)
+        }
+        for variant, x in streams.items():
+            streams[variant] = _block(walk, walk.model, place, x)
+        streams |= born
+        walk.kept.clear()
+    for variant, x in streams.items():
+        streams[variant] = walk.model.out_norm(x)
+    counted = material.counted[:, 0]
+    base = streams[None][counted]
+    walk.counts["text"] += len(base)
+    expected = _expected(walk.model.text_logits(base))
+    for variant, x in streams.items():
+        if variant:
+            _note(walk, variant, "text", [_divergence(expected, walk.model.text_logits(x[counted]))])
+    for variant in walk.variants("text_linear"):
+        _note(walk, variant, "text", [_divergence(expected, walk.altered(variant).text_logits(base))])
+    walk.kept.clear()
+    return streams
+
+
+def _note(walk: Walk, variant: Variant, stream: str, divergences: Sequence[float]) -> None:
+    """Add a variant's divergences, each summed over rows; raises UserError for those that are not finite."""
+    (part, bits), total = variant, math.fsum(divergences) / len(divergences)
+    if not math.isfinite(total):
+        raise UserError(
+            f"{part} at {bits} bit: the {stream}'s predictions are not finite: its values overflow when it is "
+            "quantized: give a recipe that keeps it float"
+        )
+    walk.found.costs[part][bits][stream] += total
+
+
+def _block(walk: Walk, model: TorchModel, place: Place, x: Floats) -> Floats:
+    walk.bar.update(1)
+    return np.concatenate([model.block(place, x[rows])[1] for rows in place.pieces(x)])
+
+
+def _expected(logits: Floats) -> Tensor:
+    """Return log-probabilities of the original; raises UserError if they are not finite."""
+    found = _log_probabilities(logits)
+    if not bool(torch.isfinite(found).all()):
+        raise UserError("the source's own predictions are not finite in float32: its weights are damaged")
+    return found
+
+
+def _log_probabilities(logits: Floats) -> Tensor:
+    return log_softmax(torch.from_numpy(logits), -1)
+
+
+def _divergence(expected: Tensor, logits: Floats) -> float:
+    """Return the Kullback-Leibler divergence of rows of logits from what was expected, summed over the rows."""
+    return float((expected.exp() * (expected - _log_probabilities(logits))).sum(-1).double().sum())
+
+
+def _audio(walk: Walk, hidden: dict[Variant | None, Floats]) -> None:
+    """Go through the agent's steps of the depformer, some variants at a time; note what its codebooks cost."""
+    arch, material = walk.source.architecture, walk.material
+    half = arch.n_q // 2
+    known = material.counted[:, 1 : half + 1].all(1)
+    targets = material.targets.transpose(0, 2, 1)[known]
+    rows = spread(len(targets), len(material.tokens) * _ROWS if arch.depformer_dim >= 512 else _FRAMES)
+    targets = targets[rows]
+    walk.counts["agent"] += len(targets)
+    states = {variant: x[known][rows] for variant, x in hidden.items()}
+    hidden.clear()
+    own = walk.variants("depformer", "linears", "depformer_emb", "depformer_text_emb")
+    variants = [variant for variant in [*states, *own] if variant]
+    if not len(targets):  # in these sequences the agent's tokens are not known
+        walk.bar.update((1 + len(variants)) * len(places(arch, "depformer")))
+        return
+    expected = [_expected(logits) for logits in _steps(walk, [None], states, targets)[None]]
+    some = max(1, walk.nbytes // (2 * len(targets) * half * (arch.depformer_dim + arch.card) * 4))
+    for first in range(0, len(variants), some):
+        for variant, logits in _steps(walk, variants[first : first + some], states, targets).items():
+            if variant:
+                apart = [_divergence(*pair) for pair in zip(expected, logits, strict=True)]
+                _note(walk, variant, "agent", apart)
+
+
+def _steps(
+    walk: Walk, variants: Sequence[Variant | None], states: Mapping[Variant | None, Floats], targets: Tokens
+) -> dict[Variant | None, list[Floats]]:
+    """Return the logits of each agent's codebook, by variant; those not in ``states`` begin from the original's."""
+    arch = walk.source.architecture
+    half = arch.n_q // 2
+    inner = {variant: None if variant in states else variant for variant in variants}
+    streams = {}
+    for variant in variants:
+        model, state = walk.altered(inner[variant]), states.get(variant, states[None])
+        streams[variant] = np.stack([model.step_input(step, state, targets[:, step]) for step in range(half)], 1)
+    walk.kept.clear()
+    for place in places(arch, "depformer"):
+        for variant, x in streams.items():
+            streams[variant] = _block(walk, walk.altered(inner[variant]), place, x)
+        walk.kept.clear()
+    return {
+        variant: [walk.altered(inner[variant]).audio_logits(step, x[:, step]) for step in range(half)]
+        for variant, x in streams.items()
+    }
+
+
+def _errors(source: Source, members: Sequence[tuple[str, int | None]]) -> dict[tuple[int, int], float]:
+    """Return the relative squared error of some rows of a part, by bits and group size."""
+    read = source_weights(source.checkpoint)
+    weights = [read(name, step) for name, step in members]
+    some = [np.ascontiguousarray(weight[spread(len(weight), _ROWS)].float().numpy()) for weight in weights]
+    found = settings_of(weight.shape[1] for weight in some)
+    for bits, size in found:
+        form = Affine(bits, size, "lsq")
+        made = [quantized(name, weight, form, _STORAGE) for (name, _), weight in zip(members, some, strict=True)]
+        norm = sum(one.squared_norm for one in made)
+        found[bits, size] = sum(one.squared_error for one in made) / norm if norm else 0.0
+    return found

@@ -1,0 +1,1 @@
+"""What is written: recipe, target, plan, writer, manifest, reader."""

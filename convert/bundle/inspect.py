@@ -1,0 +1,140 @@
+"""What a source or bundle holds: its tensors by component, counted from the headers of its files."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..file_names import CODEC, CONFIG, FILES, MANIFEST, VOICES, WEIGHTS
+from ..source.architecture import from_config, read_config
+from ..source.tensors import roles
+from ..source.voices import read_voices
+from ..tensorfile import DTYPES, TensorFile
+from .manifest import architecture_of, files_of, read_manifest
+from .speech_swift import CODEC as SWIFT_CODEC
+
+MODEL = ("temporal", "depformer", "embeddings", "heads")
+ORDER = (*MODEL, "codec", "voices", "other")
+
+
+@dataclass(frozen=True)
+class Held:
+    """One stored tensor. parameters: the weights that it stands for; scales and biases stand for none."""
+
+    file: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    component: str
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What was found in a folder.
+
+    kind: ``source`` or ``bundle``. missing: files that belong to it and are not there. manifest: a bundle's, None for
+    a source.
+    """
+
+    folder: Path
+    kind: str
+    tensors: list[Held]
+    files: dict[str, int]
+    missing: list[str]
+    voices: list[str]
+    manifest: dict[str, Any] | None
+
+    def components(self) -> list[dict[str, Any]]:
+        """Return tensors, parameters, bytes, dtypes and bits a weight of each component, then of the whole model."""
+        rows = [_row(name, [held for held in self.tensors if held.component == name]) for name in ORDER]
+        model = [held for held in self.tensors if held.component in MODEL]
+        return [row for row in rows if row["tensors"]] + [_row("model", model)]
+
+    def to_json(self, every_tensor: bool = False) -> dict[str, Any]:
+        """Return it as JSON-ready values."""
+        said: dict[str, Any] = {
+            "path": str(self.folder),
+            "kind": self.kind,
+            "components": self.components(),
+            "files": self.files,
+            "missing": self.missing,
+            "voices": self.voices,
+        }
+        if self.manifest:
+            keys = ("source", "target", "dtype", "recipe", "toolkit", "overflowed", "flushed")
+            said |= {key: self.manifest.get(key) for key in keys}
+        if every_tensor:
+            said["tensors"] = [asdict(held) for held in self.tensors]
+        return said
+
+
+def _row(name: str, tensors: list[Held]) -> dict[str, Any]:
+    parameters, nbytes = sum(held.parameters for held in tensors), sum(held.nbytes for held in tensors)
+    return {
+        "component": name,
+        "tensors": len(tensors),
+        "parameters": parameters,
+        "bytes": nbytes,
+        "dtypes": sorted({held.dtype for held in tensors}),
+        "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
+    }
+
+
+def read_contents(folder: Path) -> Contents:
+    """Look at a source or bundle; reads headers, voices and the manifest, no weights.
+
+    Raises UserError for a folder that is neither, and for files that are damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a folder: give one that holds a source or a bundle")
+    manifest = read_manifest(folder)
+    if manifest is None and not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
+        raise UserError(f"{folder}: neither a bundle (no {MANIFEST}) nor a source (no {WEIGHTS} and {CONFIG})")
+    files = files_of(folder)
+    if manifest is not None:
+        missing = [name for name in manifest["files"] if name not in files]
+        known = _known(manifest)
+        tensors = [held for name in files if name.endswith(".safetensors") for held in _held(folder, name, known)]
+        return Contents(folder, "bundle", tensors, files, missing, list(manifest["voices"]), manifest)
+    architecture = from_config(read_config(folder / CONFIG))
+    parts = {(WEIGHTS, name): (role.component, None) for name, role in roles(architecture).items()}
+    tensors = [held for name in (WEIGHTS, CODEC) if name in files for held in _held(folder, name, parts)]
+    voices = [voice.name for voice in read_voices(folder / VOICES, architecture)[0]] if VOICES in files else []
+    missing = [name for name in FILES if name not in files]
+    return Contents(folder, "source", tensors, files, missing, voices, None)
+
+
+Known = Mapping[tuple[str, str], tuple[str, int | None]]  # file and tensor -> component, parameters if not its values
+
+
+def _known(manifest: dict[str, Any]) -> Known:
+    """Return what a manifest says of each tensor: its component, and how many weights it stands for."""
+    found: dict[tuple[str, str], tuple[str, int | None]] = {}
+    of_source = roles(architecture_of(manifest))
+    counted: set[str] = set()
+    for entry in manifest["tensors"]:
+        role = of_source.get(entry.get("source", ""))
+        if role:
+            first, last = entry["rows"]
+            found |= {(entry["file"], name): (role.component, 0) for name in entry["outputs"]}
+            if role.name not in counted:  # a norm that the steps share stands there for each, and counts once
+                found[entry["file"], entry["outputs"][0]] = (role.component, (last - first) * role.shape[-1])
+            counted |= {role.name} if role.kind == "norm" else set()
+    return found
+
+
+def _held(folder: Path, file: str, known: Known) -> Iterator[Held]:
+    """Yield the tensors of a file."""
+    place = {CODEC: "codec", SWIFT_CODEC: "codec"}.get(file) or ("voices" if file.startswith("voices") else "other")
+    with closing(TensorFile(folder / file)) as opened:
+        for name, spec in opened.specs.items():
+            component, parameters = known.get((file, name), (place, None))
+            count = spec.parameters if parameters is None else parameters
+            yield Held(file, name, spec.dtype, spec.shape, component, count, spec.nbytes)
+        if opened.unknown:
+            dtypes = sorted({*opened.unknown.values()} - DTYPES.keys())
+            raise UserError(f"{folder / file}: holds tensors of dtype {', '.join(dtypes)}, which no runtime here loads")

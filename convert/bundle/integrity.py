@@ -1,0 +1,24 @@
+"""Whether a bundle's files are those that its manifest names."""
+
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..file_names import MANIFEST
+from ..source.scan import hash_file
+from .manifest import files_of, strangers
+
+
+def differences(folder: Path, manifest: dict[str, Any], bar: "tqdm[Any]") -> list[str]:
+    """Hash every file of a bundle and return what is not as its manifest says, one sentence each."""
+    sizes = files_of(folder)
+    found = [f"{name}: not named in {MANIFEST}" for name in strangers(folder, manifest)]
+    for name, record in manifest["files"].items():
+        if name not in sizes:
+            found.append(f"{name}: missing")
+        elif sizes[name] != record["size"]:
+            found.append(f"{name}: has {sizes[name]} bytes, {record['size']} are in {MANIFEST}")
+        elif hash_file(folder / name, bar).sha256 != record["sha256"]:
+            found.append(f"{name}: its sha256 is not the one in {MANIFEST}")
+    return found

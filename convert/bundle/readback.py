@@ -1,0 +1,49 @@
+"""Reading back what was written, with the library that consumers load it with."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..errors import CheckFailed
+from ..source.scan import BLOCK
+from ..tensorfile import Spec
+
+MLX_DTYPES = {
+    "BF16": mx.bfloat16,
+    "F16": mx.float16,
+    "F32": mx.float32,
+    "I64": mx.int64,
+    "I32": mx.int32,
+    "U32": mx.uint32,
+}
+
+
+def check_hash(path: Path, size: int, sha256: str) -> None:
+    """Read a file and compare size and sha256 with what was written; raises CheckFailed."""
+    digest, found = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            found += len(block)
+    if found != size or digest.hexdigest() != sha256:
+        raise CheckFailed(
+            f"{path}: holds {found} bytes with sha256 {digest.hexdigest()}, where {size} with {sha256} were written: "
+            "check the disk and run the command again"
+        )
+
+
+def check_tensors(path: Path, specs: Sequence[Spec]) -> None:
+    """Open a file with ``mx.load`` and compare names, shapes and dtypes with the plan; raises CheckFailed."""
+    loaded = mx.load(str(path))
+    expected = {spec.name: (spec.shape, MLX_DTYPES[spec.dtype]) for spec in specs}
+    if not isinstance(loaded, dict):
+        raise CheckFailed(f"{path}: mlx reads a single array there, not named tensors")
+    found = {name: (tuple(array.shape), array.dtype) for name, array in loaded.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckFailed(
+                f"{path}: mlx reads {name} as {found.get(name, 'missing')}, "
+                f"the plan says {expected.get(name, 'no such tensor')}"
+            )

@@ -1,0 +1,90 @@
+"""The consumers that a bundle can be made for, as values."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..file_names import CODEC, TOKENIZER, VOICES
+from ..source.architecture import Architecture
+from . import moshi_mlx, speech_swift
+from .output_tensor import Output
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a consumer loads.
+
+    dtype: its usual one for floats and scales. uniform: components that a uniform recipe quantizes. copies: source
+    file -> its name in the bundle. voice_cache: dtype of a voice's tokens in ``voices/NAME.safetensors``, None where
+    the archive is copied instead. indexed: whether model.safetensors.index.json belongs to it.
+    mixes: whether any module may have any setting. problems: what of an architecture and a quantization it cannot load,
+    in sentences.
+    """
+
+    name: str
+    description: str
+    dtype: str
+    uniform: tuple[str, ...]
+    copies: dict[str, str]
+    voice_cache: str | None
+    indexed: bool
+    mixes: bool
+    layout: Callable[[Architecture], list[Output]]
+    split: Callable[[Sequence[Output]], dict[str, list[Output]]]
+    problems: Callable[[Architecture, Sequence[Output]], list[str]]
+    config: Callable[[Architecture, Sequence[Output], str, list[str]], dict[str, Any]]
+
+
+def _anything(architecture: Architecture, outputs: Sequence[Output]) -> list[str]:
+    del architecture, outputs
+    return []
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            name="speech-swift",
+            description="the Swift/MLX library: one setting for temporal and depformer, the rest 16 bit",
+            dtype="float16",
+            uniform=("temporal", "depformer"),
+            copies={CODEC: speech_swift.CODEC, TOKENIZER: TOKENIZER},
+            voice_cache="F32",
+            indexed=False,
+            mixes=False,
+            layout=speech_swift.layout,
+            split=speech_swift.split,
+            problems=speech_swift.problems,
+            config=speech_swift.config,
+        ),
+        Target(
+            name="moshi-mlx",
+            description="moshi_mlx and personaplex-mlx: everything at 4 bit g32, 8 bit g64 or 16 bit",
+            dtype="bfloat16",
+            uniform=("temporal", "depformer", "embeddings", "heads"),
+            copies={CODEC: CODEC, TOKENIZER: TOKENIZER, VOICES: VOICES},
+            voice_cache=None,
+            indexed=False,
+            mixes=False,
+            layout=moshi_mlx.layout,
+            split=moshi_mlx.runtime_split,
+            problems=moshi_mlx.runtime_problems,
+            config=moshi_mlx.runtime_config,
+        ),
+        Target(
+            name="mlx",
+            description="the mlx-lm convention: any setting for any module",
+            dtype="bfloat16",
+            uniform=("temporal", "depformer"),
+            copies={CODEC: CODEC, TOKENIZER: TOKENIZER},
+            voice_cache="I32",
+            indexed=True,
+            mixes=True,
+            layout=moshi_mlx.layout,
+            split=moshi_mlx.sharded_split,
+            problems=_anything,
+            config=moshi_mlx.sharded_config,
+        ),
+    )
+}
+DEFAULT = "speech-swift"

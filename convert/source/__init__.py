@@ -1,0 +1,1 @@
+"""What is converted: the checkpoint, adapters, voices, the codec, the Hub."""

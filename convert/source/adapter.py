@@ -1,0 +1,208 @@
+"""A LoRA adapter of moshi-finetune, merged into the weights while they are read: W + scaling · B · A."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError, check_name, refuse
+from ..file_names import CONFIG
+from ..progress import byte_bar
+from ..regular_files import read_json
+from ..tensorfile import TensorFile
+from . import hub
+from .architecture import Architecture
+from .scan import Fingerprint, scan_tensors
+from .source import is_hub_id
+from .tensors import Role, roles
+
+WEIGHTS = "lora.safetensors"
+RANK, SCALING = 128, 2.0  # moshi-finetune's
+_FLOATS = ("BF16", "F16", "F32")
+_KEY = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])\.weight")
+_STACKED = re.compile(r"(.+\.self_attn)\.(in|out)_projs\.(\d{1,3})")
+_LARGEST_CONFIG = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is added to rows of a tensor. first, rows: where. a, b: matrices, and their rows from which on it is.
+
+    Of a it is ``[rank, in]``, of b ``[rows, rank]``.
+    """
+
+    first: int
+    rows: int
+    a: tuple[str, int]
+    b: tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An open adapter, whose file is to be closed. pieces: by name of the checkpoint's tensor."""
+
+    identity: str
+    revision: str | None
+    print: Fingerprint
+    rank: int
+    scaling: float
+    file: TensorFile
+    pieces: dict[str, tuple[Piece, ...]]
+
+    def merged(self, name: str, first: int, weights: NDArray[Any]) -> NDArray[Any]:
+        """Return rows of a tensor, from ``first`` on, with what the adapter adds to them, as float32.
+
+        Summed in float64, so that how rows are taken together does not show.
+        """
+        total = weights.astype(np.float64)
+        for piece in self.pieces[name]:
+            low, high = max(first, piece.first), min(first + len(weights), piece.first + piece.rows)
+            if low < high:
+                (a_name, a_first), (b_name, b_first) = piece.a, piece.b
+                shift = b_first - piece.first
+                a = self.file.read(a_name, a_first, a_first + self.rank).astype(np.float64)
+                b = self.file.read(b_name, low + shift, high + shift).astype(np.float64)
+                total[low - first : high - first] += self.scaling * (b @ a)
+        return total.astype(np.float32)
+
+    def record(self) -> dict[str, Any]:
+        """Return what a manifest says of it."""
+        return {
+            "id": self.identity,
+            "revision": self.revision,
+            "rank": self.rank,
+            "scaling": self.scaling,
+            "size": self.print.size,
+            "sha256": self.print.sha256,
+            "merged": sorted(self.pieces),
+        }
+
+
+def on_hub(where: str) -> bool:
+    """Tell whether an adapter is looked for on the Hub: it has the form ``USER/NAME`` or ``USER/NAME@REVISION``."""
+    return not Path(where).exists() and is_hub_id(where.partition("@")[0])
+
+
+def named(where: str) -> str:
+    """Return what a command that others see calls an adapter: its Hub id, or its file's name."""
+    return where if on_hub(where) else Path(where).name
+
+
+def open_adapter(where: str, architecture: Architecture, quiet: bool = False) -> Adapter:
+    """Find and open an adapter: a file, a folder that holds ``lora.safetensors``, or a Hub id (with ``@REVISION``).
+
+    Rank and scaling come from ``lora_rank`` and ``lora_scaling`` of the config.json beside it, where there is one.
+    Raises UserError with every key that matches nothing in this architecture, and every shape that does not fit.
+    """
+    path, identity, revision = locate(where, quiet)
+    rank, scaling = _settings(path.with_name(CONFIG))
+    file = TensorFile(path)
+    try:
+        pieces = _claim(file, architecture, rank)
+        with byte_bar("checking adapter", path.stat().st_size, quiet) as bar:
+            found, bad = scan_tensors(file, bar)
+        expected = hub.hub_sha256(path)
+        if expected and expected != found.sha256:
+            raise UserError(f"{path}: its sha256 is not the one that the Hub gave: damaged in the cache: delete it")
+        refuse([f"{path}: {name}: {count} values are NaN or infinite: it is damaged" for name, count in bad.items()])
+    except BaseException:
+        file.close()
+        raise
+    return Adapter(identity, revision, found, rank, scaling, file, pieces)
+
+
+def locate(where: str, quiet: bool = False) -> tuple[Path, str, str | None]:
+    """Find an adapter, and download it where it is on the Hub: return its file, what it is called, and the commit.
+
+    Raises UserError if it is nowhere.
+    """
+    if on_hub(where):
+        repository, _, revision = where.partition("@")
+        folder, commit = hub.download(repository, revision or None, (WEIGHTS,), (CONFIG,), quiet=quiet)
+        return folder / WEIGHTS, repository, commit
+    try:
+        path = Path(where).expanduser()
+    except RuntimeError:  # ~somebody
+        path = Path(where)
+    identity = f"{path.resolve().name}/{WEIGHTS}" if path.is_dir() else path.name
+    path = path / WEIGHTS if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path}: no such file: give a {WEIGHTS}, the folder that holds it, or a Hub id")
+    return path, check_name(identity, "the adapter"), None
+
+
+def _settings(path: Path) -> tuple[int, float]:
+    """Return rank and scaling as an adapter's config.json gives them."""
+    if not path.is_file():
+        return RANK, SCALING
+    try:
+        config = read_json(path, _LARGEST_CONFIG)
+        rank, scaling = config.get("lora_rank", RANK), config.get("lora_scaling", SCALING)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not an adapter's configuration ({error}): correct it, or move it away") from None
+    if type(rank) is not int or not 0 < rank <= 1 << 14:
+        raise UserError(f"{path}: lora_rank is {rank!r}: a whole number above 0 is needed")
+    if type(scaling) not in (int, float) or not 0 < abs(scaling) < 1e6:
+        raise UserError(f"{path}: lora_scaling is {scaling!r}: a number is needed")
+    return rank, float(scaling)
+
+
+def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str, tuple[Piece, ...]]:
+    """Give every pair of matrices its rows in the checkpoint; raises UserError with all that do not fit."""
+    known = roles(architecture)
+    problems = [f"{name}: stands there twice" for name in file.doubled]
+    stems: dict[str, set[str]] = {}
+    for name in file.offsets:
+        match = _KEY.fullmatch(name)
+        if not match or name in file.unknown or file.specs[name].dtype not in _FLOATS:
+            problems.append(f"{name}: not a matrix of a LoRA (its names end in lora_A.weight and lora_B.weight)")
+        else:
+            stems.setdefault(match["stem"], set()).add(match["side"])
+    pieces: dict[str, list[Piece]] = {}
+    for stem, sides in stems.items():
+        place = _place(stem, known)
+        if place is None:
+            problems.append(f"{stem}: matches no linear layer of this architecture")
+            continue
+        name, first, rows = place
+        whole = known[name].stacked if rows == known[name].shape[0] else 1  # steps that lie in these two matrices
+        a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+        expected = {a: (whole * rank, known[name].shape[1]), b: (rows, rank)}
+        for key, shape in expected.items():
+            if key.rpartition("lora_")[2][0] not in sides:
+                problems.append(f"{key}: missing")
+            elif file.specs[key].shape != shape:
+                shapes = f"{list(file.specs[key].shape)}, where rank {rank} makes it {list(shape)}"
+                problems.append(f"{key}: shape {shapes} (the rank is lora_rank in config.json beside it, else {RANK})")
+        if any(first < other.first + other.rows and other.first < first + rows for other in pieces.get(name, ())):
+            problems.append(f"{stem}: another matrix of the adapter is for the same rows")
+        height = rows // whole
+        pieces.setdefault(name, []).extend(
+            Piece(first + step * height, height, (a, step * rank), (b, step * height)) for step in range(whole)
+        )
+    if not stems and not problems:
+        problems.append("holds no matrices")
+    refuse([f"{file.path}: {problem}" for problem in problems])
+    return {name: tuple(parts) for name, parts in pieces.items()}
+
+
+def _place(stem: str, known: dict[str, Role]) -> tuple[str, int, int] | None:
+    """Return the tensor that a layer's name means, and its rows: first and how many.
+
+    Attention's projections are one tensor a layer in the checkpoint, and its steps lie one after another; newer code
+    keeps them apart, under ``in_projs.N`` and ``out_projs.N``.
+    """
+    if match := _STACKED.fullmatch(stem):
+        name = f"{match[1]}.{'in_proj_weight' if match[2] == 'in' else 'out_proj.weight'}"
+        step = int(match[3])
+        if name not in known or step >= known[name].stacked:
+            return None
+        height = known[name].shape[0] // known[name].stacked
+        return name, step * height, height
+    for name in (f"{stem}.weight", f"{stem}_weight"):
+        if name in known and known[name].kind == "linear":
+            return name, 0, known[name].shape[0]
+    return None

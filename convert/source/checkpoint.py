@@ -1,0 +1,177 @@
+"""An open source checkpoint: its tensors by role, a way to read their rows, and everything that is wrong with it."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UserError, refuse
+from ..tensorfile import DTYPES, Spec, TensorFile
+from .architecture import PERSONAPLEX_STEPS, Architecture
+from .tensors import Role, roles
+
+FLOATS = ("BF16", "F16", "F32")
+MOSHI_STEPS = 8
+ZEROS = "zeros"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows 0 to ``rows`` of a tensor in the file, or rows of zeros where ``tensor`` is ZEROS."""
+
+    tensor: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the checkpoint: its role, its dtype, and the parts of the file that make up its rows."""
+
+    role: Role
+    spec: Spec
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint, a context manager; every tensor of its architecture is there and has the right shape.
+
+    Closing it also closes the file of its adapter, and what was derived from it (``trimmed``, ``with_adapter``).
+    filled: what was copied from other steps, by name of the tensor that was incomplete or missing.
+    merge: (name, first row, rows) -> the rows with an adapter merged, in float32, for the tensors in ``merged``; it
+    reads ``merge_file``.
+    """
+
+    file: TensorFile
+    architecture: Architecture
+    tensors: dict[str, Tensor]
+    filled: dict[str, str]
+    merge: Callable[[str, int, NDArray[Any]], NDArray[Any]] | None = None
+    merged: frozenset[str] = frozenset()
+    merge_file: TensorFile | None = None
+
+    def close(self) -> None:
+        """Close its files."""
+        self.file.close()
+        if self.merge_file:
+            self.merge_file.close()
+
+    def changed(self) -> list[Path]:
+        """Return those of its files that are not what they were when they were opened."""
+        return [file.path for file in (self.file, self.merge_file) if file and not file.is_unchanged()]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def with_adapter(
+        self, merge: Callable[[str, int, NDArray[Any]], NDArray[Any]], merged: Iterable[str], file: TensorFile
+    ) -> "Checkpoint":
+        """Return the checkpoint that reads as if an adapter had been merged into some of its tensors."""
+        names = frozenset(merged)
+        tensors = {
+            name: replace(tensor, spec=replace(tensor.spec, dtype="F32")) if name in names else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, tensors=tensors, merge=merge, merged=names, merge_file=file)
+
+    def trimmed(self, steps: int) -> "Checkpoint":
+        """Return the checkpoint of a model with only the first depformer steps."""
+        architecture = replace(self.architecture, steps=steps)
+        tensors = {
+            name: replace(self.tensors[name], role=role, spec=replace(self.tensors[name].spec, shape=role.shape))
+            for name, role in roles(architecture).items()
+        }
+        filled = {name: origin for name, origin in self.filled.items() if name in tensors}
+        return replace(self, architecture=architecture, tensors=tensors, filled=filled)
+
+    def read(self, name: str, first: int, last: int, once: bool = False) -> NDArray[Any]:
+        """Return rows ``first`` to ``last`` of a tensor seen as a matrix, in the dtype that its ``spec`` names."""
+        tensor, pieces, begin = self.tensors[name], [], 0
+        for part in tensor.parts:
+            low, high = max(first - begin, 0), min(last - begin, part.rows)
+            if low < high and part.tensor == ZEROS:
+                pieces.append(np.zeros((high - low, tensor.spec.columns), DTYPES[tensor.spec.dtype]))
+            elif low < high:
+                pieces.append(self.file.read(part.tensor, low, high, once))
+            begin += part.rows
+        weights = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return self.merge(name, first, weights) if self.merge and name in self.merged else weights
+
+
+def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps: bool = False) -> Checkpoint:
+    """Open a checkpoint, to be closed, and compare every name, dtype and shape with its architecture.
+
+    Raises UserError that lists all unknown, missing and wrong tensors at once; and for a checkpoint of 8 depformer
+    steps (base Moshi), unless ``fill_depformer_steps`` asks to copy steps 0-7 to 8-15 as the reference's loader does.
+    """
+    file = TensorFile(path)
+    try:
+        held = sum(re.fullmatch(r"depformer_in\.\d+\.weight", name) is not None for name in file.specs)
+        if held != MOSHI_STEPS:
+            tensors = _claim(file, roles(architecture))
+            return Checkpoint(file, architecture, tensors, {})
+        if not fill_depformer_steps:
+            raise UserError(
+                f"{path}: has {MOSHI_STEPS} depformer steps, as base Moshi does; PersonaPlex has {PERSONAPLEX_STEPS}. "
+                "--fill-depformer-steps copies steps 0-7 to 8-15, which is what the reference does when it loads one"
+            )
+        few = _claim(file, roles(replace(architecture, steps=MOSHI_STEPS)))
+        full = replace(architecture, steps=PERSONAPLEX_STEPS)
+        return Checkpoint(file, full, *_fill(few, roles(full)))
+    except BaseException:
+        file.close()
+        raise
+
+
+def _claim(file: TensorFile, expected: dict[str, Role]) -> dict[str, Tensor]:
+    """Give every tensor of the file its one role; raises UserError with all that do not fit."""
+    problems = [f"{name}: missing" for name in expected if name not in file.offsets]
+    problems += [f"{name}: stands there twice" for name in file.doubled]
+    for name in file.offsets:
+        dtype = file.unknown.get(name) or file.specs[name].dtype
+        if name not in expected:
+            problems.append(f"{name}: unknown, no part of this architecture claims it")
+        elif dtype not in FLOATS:
+            problems.append(f"{name}: dtype {dtype}, where one of {', '.join(FLOATS)} is needed")
+        elif file.specs[name].shape != expected[name].shape:
+            shapes = [list(shape) for shape in (file.specs[name].shape, expected[name].shape)]
+            problems.append(f"{name}: shape {shapes[0]}, where config.json makes it {shapes[1]}")
+    if problems:
+        where = f"{file.path}: {len(problems)} tensors do not fit the architecture"
+        problems.insert(0, f"{where} (config.json's, or PersonaPlex-7B's where it gives no dim)")
+    refuse(problems)
+    return {
+        name: Tensor(role, file.specs[name], (Part(name, file.specs[name].rows),)) for name, role in expected.items()
+    }
+
+
+def _fill(few: dict[str, Tensor], expected: dict[str, Role]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Make 16 depformer steps of 8: return the tensors, and what each filled one was copied from.
+
+    The reference copies index i to i + 8. Embedding 7 (of step 8) has no counterpart among the 7 that base Moshi
+    holds; the reference leaves it as it was initialized, we write zeros.
+    """
+    tensors, filled = {}, {}
+    for name, role in expected.items():
+        if name in few and few[name].role.stacked == role.stacked:
+            tensors[name] = few[name]
+            continue
+        if name in few:
+            origin = few[name]
+            parts = origin.parts * (role.stacked // origin.role.stacked)
+            filled[name] = f"{name}: its {MOSHI_STEPS} steps, twice"
+        else:
+            index = r"(gating|linears|depformer_in|depformer_emb)\.(\d+)\."
+            copied = re.sub(index, lambda match: f"{match[1]}.{int(match[2]) - MOSHI_STEPS}.", name)
+            origin = few.get(copied, few["depformer_emb.0.weight"])
+            parts = (Part(copied if copied in few else ZEROS, origin.spec.rows),)
+            filled[name] = parts[0].tensor
+        tensors[name] = Tensor(role, Spec(name, origin.spec.dtype, role.shape), parts)
+    return tensors, filled

@@ -1,0 +1,87 @@
+"""Voice presets: what ``voices.tgz`` holds, read without trusting it.
+
+A preset is the start of a session: summed input embeddings for each frame of a recorded prompt, and the ring of
+tokens that follows it. The embeddings are sums of the model's own tables, so they belong to one checkpoint.
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...quant.affine import BFLOAT16
+from ..errors import refuse
+from .architecture import Architecture
+from .archive import read_archive
+from .torch_file import read_tensors
+
+PRESETS = tuple(
+    f"{style}{sex}{number}" for style, count in (("NAT", 4), ("VAR", 5)) for sex in "FM" for number in range(count)
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_EMBEDDINGS = (BFLOAT16, np.dtype("<f2"), np.dtype("<f4"))
+
+
+@dataclass(frozen=True)
+class Voice:
+    """One preset. embeddings: ``[frames, 1, 1, dim]``, bfloat16 as published. cache: int64 ``[1, streams, slots]``."""
+
+    name: str
+    embeddings: NDArray[np.generic]
+    cache: NDArray[np.int64]
+
+
+def read_voices(path: Path, architecture: Architecture) -> tuple[list[Voice], list[str]]:
+    """Read every preset of an archive into memory, sorted by name; nothing is unpacked on the disk.
+
+    Returns the voices, and the names of files that are no voices. Raises UserError with all that is wrong: what
+    ``read_archive`` refuses, pickles that ask for code, wrong shapes, a missing preset.
+    """
+    files, others = read_archive(path, lambda name: name.suffix == ".pt" and _NAME.fullmatch(name.stem) is not None)
+    found, problems = [], []
+    for name, data in files:
+        try:
+            found.append(_voice(name.stem, data, architecture))
+        except ValueError as error:
+            problems.append(f"{path}: {name}: {error}")
+    names = Counter(voice.name for voice in found)
+    problems += [f"{path}: the voice {name} is there twice" for name in sorted(names) if names[name] > 1]
+    missing = [name for name in PRESETS if name not in names]
+    if missing and not problems:
+        problems.append(f"{path}: voices are missing: {', '.join(missing)}: download the archive again")
+    refuse(problems)
+    return sorted(found, key=lambda voice: voice.name), others
+
+
+def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
+    held = read_tensors(data)
+    if set(held) != {"embeddings", "cache"}:
+        raise ValueError(f"holds {', '.join(map(ascii, sorted(held)[:5])) or 'nothing'}, not embeddings and cache")
+    for key, dtypes in (("embeddings", _EMBEDDINGS), ("cache", (np.dtype("<i8"),))):
+        array = held[key]
+        if not isinstance(array, np.ndarray) or array.dtype not in dtypes:
+            found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+            raise ValueError(f"{key} is {found}: one of {', '.join(map(str, dtypes))} is needed")
+    voice = Voice(name, held["embeddings"], held["cache"])
+    check(voice, architecture)
+    return voice
+
+
+def check(voice: Voice, architecture: Architecture) -> None:
+    """Raise ValueError for a voice that is none of this model's."""
+    embeddings, cache, streams = voice.embeddings, voice.cache, 1 + architecture.n_q
+    if embeddings.ndim != 4 or embeddings.shape[1:] != (1, 1, architecture.dim) or not len(embeddings):
+        raise ValueError(f"embeddings have shape {list(embeddings.shape)}, not [frames, 1, 1, {architecture.dim}]")
+    slots = max(architecture.delays) + 2
+    if cache.ndim != 3 or cache.shape[:2] != (1, streams) or not cache.shape[2]:
+        raise ValueError(f"cache has shape {list(cache.shape)}, not [1, {streams}, slots]")
+    if cache.shape[2] < slots:
+        raise ValueError(f"cache has {cache.shape[2]} columns of tokens, where the model's delays need {slots}")
+    if not np.isfinite(embeddings.astype(np.float32)).all():
+        raise ValueError("embeddings are not finite")
+    largest = np.array([architecture.text_card] + [architecture.card] * architecture.n_q)[:, None]
+    if not ((cache[0] >= -2) & (cache[0] <= largest)).all():
+        raise ValueError("cache holds numbers that are no tokens of this model")

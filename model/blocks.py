@@ -1,0 +1,40 @@
+"""Where in the model something happens: the blocks, in the order in which they are computed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..convert.source.architecture import Architecture
+
+POSITIONS = 2048  # frames that go through a block at a time
+STEP_ROWS = 512  # rows of depformer steps that do: 16 positions each
+PARTS = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One block of a transformer. component: temporal or depformer. part: attention or mlp."""
+
+    component: str
+    layer: int
+    part: str
+
+    @property
+    def prefix(self) -> str:
+        """What its tensors' names begin with in the checkpoint."""
+        return f"{'transformer' if self.component == 'temporal' else 'depformer'}.layers.{self.layer}"
+
+    def pieces(self, x: NDArray[np.float32]) -> list[slice]:
+        """Return rows of a stream that go through the block together: so few that what it holds meanwhile is small."""
+        height = max(1, POSITIONS // x.shape[1]) if self.component == "temporal" else STEP_ROWS
+        return [slice(first, first + height) for first in range(0, len(x), height)]
+
+    def __str__(self) -> str:
+        return f"{self.component} layer {self.layer} {self.part}"
+
+
+def places(architecture: Architecture, component: str) -> list[Place]:
+    """Return a component's blocks, first to last."""
+    layers = architecture.num_layers if component == "temporal" else architecture.depformer_num_layers
+    return [Place(component, layer, part) for layer in range(layers) for part in PARTS]

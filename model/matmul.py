@@ -1,0 +1,135 @@
+"""Products with packed weights: ``quantized_matmul``, or dequantizing and multiplying where MLX computes it wrongly."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+
+from .mlx_weights import Matrix
+
+TRIED = (1, 4, 8)  # rows of input that kernels are tested with; on processors the same loop takes every row
+TILE = 64  # GPUs have kernels of their own for some numbers of rows: more than one are filled up to multiples of this
+TRIED_TILES = (1, TILE, 17 * TILE)  # a row, one tile, and many, in a number that no larger tile divides
+_ACTIVATIONS = ("float32", "float16", "bfloat16")
+Packed = Callable[..., mx.array]  # of the signature of mx.quantized_matmul
+Plain = Callable[[mx.array, Matrix, mx.Stream | mx.Device | None], mx.array]
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """What decides which kernel multiplies: a packed weight's size, its setting, and the dtypes of both sides."""
+
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
+    scales: str
+    activations: str
+
+    def __str__(self) -> str:
+        """Return it for people."""
+        return f"{self.rows}x{self.columns}, {self.bits} bit group {self.group_size}, {self.activations}"
+
+
+@dataclass(frozen=True)
+class Products:
+    """How weights are multiplied.
+
+    replaced: shapes that ``packed`` computes wrongly, each with the rows of input (one of ``tried``) for which it does.
+    padded: whether the rows of input are filled up to whole tiles, as on GPUs. packed, plain: what multiplies with
+    packed weights, and what stands in for it.
+    """
+
+    replaced: frozenset[tuple[Shape, int]] = frozenset()
+    padded: bool = False
+    packed: Packed = mx.quantized_matmul
+    plain: Plain | None = None
+
+    @property
+    def tried(self) -> tuple[int, int, int]:
+        """Rows of input that stand for one, a few and many."""
+        return TRIED_TILES if self.padded else TRIED
+
+    def tried_as(self, rows: int) -> int:
+        """Return which of them stands for so many rows of input: the next larger one, or the last."""
+        return next((number for number in self.tried if rows <= number), self.tried[-1])
+
+    def __call__(self, x: mx.array, matrix: Matrix, stream: mx.Stream | mx.Device | None = None) -> mx.array:
+        """Return ``x @ matrix.T`` for ``x [rows, columns]``, in the dtype of ``x``."""
+        packing = matrix.packing
+        if packing is None:
+            return _multiplied(x, matrix.weight, stream)
+        rows = len(x)
+        if self.replaced and (shape_of(matrix, x.dtype), self.tried_as(rows)) in self.replaced:
+            return self.dequantized(x, matrix, stream)
+        more = -rows % TILE if self.padded and rows > 1 else 0
+        found = self.packed(
+            mx.pad(x, [(0, more), (0, 0)], stream=stream) if more else x,
+            matrix.weight,
+            packing.scales,
+            packing.biases,
+            transpose=True,
+            group_size=packing.form.group_size,
+            bits=packing.form.bits,
+            stream=stream,
+        ).astype(x.dtype, stream=stream)
+        return found[:rows] if more else found
+
+    def dequantized(self, x: mx.array, matrix: Matrix, stream: mx.Stream | mx.Device | None = None) -> mx.array:
+        """Return the same product without a packed kernel: the weight is dequantized, in float32, and multiplied."""
+        return (self.plain or _dequantized)(x, matrix, stream)
+
+    def worked_around(self) -> list[str]:
+        """Return what is replaced, a line for each shape."""
+        return worked_around(
+            asdict(shape) | {"positions": rows, "replaced": True} for shape, rows in sorted(self.replaced)
+        )
+
+
+def _dequantized(x: mx.array, matrix: Matrix, stream: mx.Stream | mx.Device | None) -> mx.array:
+    return _multiplied(x, matrix.float32(stream), stream)
+
+
+def _multiplied(x: mx.array, weight: mx.array, stream: Any) -> mx.array:
+    weight = weight.astype(x.dtype, stream=stream)
+    return mx.matmul(weight, x.T, stream=stream).T  # several times faster on a CPU than x @ weight.T
+
+
+def shape_of(matrix: Matrix, activations: mx.Dtype) -> Shape:
+    """Return the shape of a packed matrix."""
+    packing = matrix.packing
+    if packing is None:
+        raise ValueError("the matrix is not packed")
+    form, (rows, groups) = packing.form, packing.scales.shape
+    dtypes = name_of(packing.scales.dtype), name_of(activations)
+    return Shape(rows, groups * form.group_size, form.bits, form.group_size, *dtypes)
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    """Return a dtype's name, such as ``bfloat16``."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def shares(height: int, parts: int) -> Iterator[slice]:
+    """Share rows out over streams, as evenly as they go."""
+    return (slice(first, last) for first, last in pairwise(height * part // parts for part in range(parts + 1)))
+
+
+def worked_around(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the kernels that were replaced, a line for each shape; raises ValueError for rows of another kind."""
+    found: dict[str, list[int]] = {}
+    for row in rows:
+        if row.get("replaced"):
+            numbers = [row[key] for key in ("rows", "columns", "bits", "group_size", "positions")]
+            if any(type(number) is not int for number in numbers) or row["activations"] not in _ACTIVATIONS:
+                raise ValueError("not the row of a kernel test")
+            height, columns, bits, size, positions = numbers
+            shape = f"{height}x{columns}, {bits} bit group {size}, {row['activations']}"
+            found.setdefault(shape, []).append(positions)
+    return [f"{shape}, {_positions(positions)} of input" for shape, positions in found.items()]
+
+
+def _positions(tried: list[int]) -> str:
+    return ", ".join(map(str, tried)) + (" row" if tried == [1] else " rows")

@@ -1,0 +1,262 @@
+"""PersonaPlex's forward pass in PyTorch, over whichever weights it is given.
+
+Fed with a checkpoint in float32 it is the reference. Fed with the same in 16 bit it gives the noise floor, and with a
+bundle's dequantized weights a block's own error.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from ..convert.source.architecture import Architecture
+from ..convert.source.checkpoint import Checkpoint
+from ..quant.affine import BFLOAT16
+from .blocks import Place, places
+from .forward import EPSILON, Floats, Memory, Tokens
+
+Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
+Seen = Callable[[str, int | None, Tensor], None]  # name and step of a matrix, and its input [..., columns]
+Rows = Callable[[str, Tokens], Tensor]  # name of an embedding table and tokens [...] -> its rows [..., dim]
+
+
+def to_torch(array: NDArray[np.generic]) -> Tensor:
+    """Return a numpy array as a tensor that shares its memory, bfloat16 too."""
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+@dataclass(frozen=True)
+class TorchModel:
+    """The model over ``weights`` and embedding ``rows``; see ``Model`` for what its methods take and return.
+
+    dtype: of activations and matrices; norms and rotations are computed in float32, as published. context: how many
+    frames, its own included, a frame attends to. steps_seen: the same for depformer steps. seen: is shown the input of
+    every matrix.
+    """
+
+    architecture: Architecture
+    weights: Weights
+    rows: Rows
+    dtype: torch.dtype
+    context: int
+    steps_seen: int
+    device: str = "cpu"
+    seen: Seen | None = None
+
+    def embed(self, tokens: Tokens, vectors: Floats | None = None) -> Floats:
+        """Sum the embeddings of all streams."""
+        total: Tensor | None = None
+        for stream in [*range(1, tokens.shape[1]), 0]:  # text last: sums in 16 bit depend on the order
+            part = self._look_up(f"emb.{stream - 1}.weight" if stream else "text_emb.weight", tokens[:, stream])
+            total = part if total is None else total + part
+        if total is None:
+            raise ValueError("no stream to embed")
+        return self._out(total if vectors is None else total + self._in(vectors))
+
+    def block(self, place: Place, x: Floats, memory: Memory | None = None, first: int = 0) -> tuple[Floats, Floats]:
+        """Compute one attention or MLP."""
+        stream = self._in(x)
+        added = self.added(place, stream, memory, first)
+        return self._out(added), self._out(stream + added)
+
+    def added(self, place: Place, x: Tensor, memory: Memory | None = None, first: int = 0) -> Tensor:
+        """Return what a block computes, as ``block`` does, on tensors that stay where they are."""
+        steps = range(first, first + x.shape[1]) if place.component == "depformer" else None
+        if place.part == "attention":
+            return self._attention(place, x, memory, first, steps)
+        return self._mlp(place, x, steps)
+
+    def out_norm(self, x: Floats) -> Floats:
+        """Normalize the last layer's output."""
+        return self._out(self._norm(self._alpha("out_norm.alpha", None), self._in(x)))
+
+    def text_logits(self, hidden: Floats) -> Floats:
+        """Apply the text head."""
+        return self._out(self._linear("text_linear.weight", None, self._in(hidden)))
+
+    def step_input(self, step: int, hidden: Floats, previous: Tokens) -> Floats:
+        """Project the hidden state and add the previous token's embedding."""
+        return self._out(self._step_input(step, self._in(hidden), previous))
+
+    def audio_logits(self, step: int, x: Floats) -> Floats:
+        """Apply a codebook's head."""
+        return self._out(self._linear(f"linears.{step}.weight", None, self._in(x)))
+
+    def logits(
+        self,
+        tokens: Tokens,
+        targets: Tokens,
+        steps: int | None = None,
+        again: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Return predictions that lead back to the weights: of the text, and of the first ``steps`` codebooks.
+
+        tokens, targets: ``[batch, streams, frames]``, what is read and what the depformer is told. Of shapes
+        ``[batch, frames, text_card]`` and ``[batch, frames, steps, card]``. again: compute blocks a second time on the
+        way back, rather than hold what is between them.
+        """
+
+        def added(place: Place, x: Tensor) -> Tensor:
+            return checkpoint(self.added, place, x, use_reentrant=False) if again else self.added(place, x)
+
+        count = self.architecture.steps if steps is None else steps
+        x = self._in(self.embed(tokens))
+        for place in places(self.architecture, "temporal"):
+            x = x + added(place, x)
+        hidden = self._norm(self._alpha("out_norm.alpha", None), x)
+        text = self._linear("text_linear.weight", None, hidden)
+        rows = hidden.flatten(0, 1)
+        known = targets.transpose(0, 2, 1).reshape(len(rows), -1)
+        x = torch.stack([self._step_input(step, rows, known[:, step]) for step in range(count)], 1)
+        for place in places(self.architecture, "depformer"):
+            x = x + added(place, x)
+        audio = torch.stack([self._linear(f"linears.{step}.weight", None, x[:, step]) for step in range(count)], 1)
+        return text, audio.reshape(*hidden.shape[:2], count, -1)
+
+    def _in(self, x: Floats) -> Tensor:
+        return torch.from_numpy(x).to(self.device, self.dtype)
+
+    def _out(self, x: Tensor) -> Floats:
+        array: Floats = x.float().cpu().numpy()
+        return array
+
+    def _step_input(self, step: int, hidden: Tensor, previous: Tokens) -> Tensor:
+        name = f"depformer_emb.{step - 1}.weight" if step else "depformer_text_emb.weight"
+        return self._linear(f"depformer_in.{step}.weight", None, hidden) + self._look_up(name, previous)
+
+    def _alpha(self, name: str, step: int | None) -> Tensor:
+        return self.weights(name, step).to(self.device, torch.float32).reshape(-1)
+
+    def _linear(self, name: str, step: int | None, x: Tensor) -> Tensor:
+        if self.seen:
+            self.seen(name, step, x)
+        return x @ self.weights(name, step).to(self.device, self.dtype).T
+
+    def _look_up(self, name: str, tokens: Tokens) -> Tensor:
+        found = self.rows(name, np.maximum(tokens, 0)).to(self.device, self.dtype)
+        known = torch.from_numpy(tokens >= 0).to(self.device)[..., None]
+        return torch.where(known, found, torch.zeros_like(found))
+
+    def _norm(self, alpha: Tensor, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * (alpha * torch.rsqrt(EPSILON + wide.square().mean(-1, keepdim=True)))).to(x.dtype)
+
+    def _attention(self, place: Place, x: Tensor, memory: Memory | None, first: int, steps: range | None) -> Tensor:
+        """Attend from each frame or depformer step to those before it and itself."""
+        batch, length, dim = x.shape
+        packed, joined = f"{place.prefix}.self_attn.in_proj_weight", f"{place.prefix}.self_attn.out_proj.weight"
+        heads = self.architecture.num_heads if steps is None else self.architecture.depformer_num_heads
+        reach = self.context if steps is None else self.steps_seen
+        x = self._norm(self._alphas(f"{place.prefix}.norm1.alpha", steps), x)
+        q, k, v = self._each(packed, x, steps).reshape(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        positions = torch.arange(first, first + length, device=self.device)
+        if steps is None:
+            q, k = (_rotate(part, positions, self.architecture.max_period) for part in (q, k))
+        if memory is not None:
+            if first:
+                k, v = (torch.cat(pair, 2) for pair in zip(memory[place], (k, v), strict=True))
+            memory[place] = (k[:, :, -reach:], v[:, :, -reach:])
+        seen = torch.arange(first + length - k.shape[2], first + length, device=self.device)
+        distance = positions[:, None] - seen[None]
+        attended = _attend(q, k, v, (distance >= 0) & (distance < reach))
+        return self._each(joined, attended.transpose(1, 2).reshape(batch, length, dim), steps)
+
+    def _mlp(self, place: Place, x: Tensor, steps: range | None) -> Tensor:
+        """Apply SwiGLU; a depformer step has its own."""
+        norm, gating = f"{place.prefix}.norm2.alpha", f"{place.prefix}.gating"
+        x = self._norm(self._alphas(norm, steps), x)
+        if steps is None:
+            return self._gated(gating, x)
+        return torch.stack([self._gated(f"{gating}.{step}", x[:, index]) for index, step in enumerate(steps)], 1)
+
+    def _gated(self, prefix: str, x: Tensor) -> Tensor:
+        gate, up = self._linear(f"{prefix}.linear_in.weight", None, x).chunk(2, -1)
+        return self._linear(f"{prefix}.linear_out.weight", None, functional.silu(gate) * up)
+
+    def _alphas(self, name: str, steps: range | None) -> Tensor:
+        if steps is None:
+            return self._alpha(name, None)
+        return torch.stack([self._alpha(name, step) for step in steps])
+
+    def _each(self, name: str, x: Tensor, steps: range | None) -> Tensor:
+        """Apply a matrix, each depformer step its own."""
+        if steps is None:
+            return self._linear(name, None, x)
+        return torch.stack([self._linear(name, step, x[:, index]) for index, step in enumerate(steps)], 1)
+
+
+def _rotate(x: Tensor, positions: Tensor, max_period: int) -> Tensor:
+    """Rotate interleaved pairs of ``[batch, heads, frames, head]`` by their position (RoPE), in float32."""
+    half = x.shape[-1] // 2
+    exponents = torch.arange(half, device=x.device, dtype=torch.float32)
+    angles = positions[:, None].float() * torch.exp(exponents * (-math.log(max_period) / half))
+    real, imaginary = x.float().reshape(*x.shape[:-1], half, 2).unbind(-1)
+    cos, sin = torch.cos(angles), torch.sin(angles)
+    return torch.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1).flatten(-2).to(x.dtype)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Return softmax attention ``[batch, heads, frames, head]`` of queries, keys and values, in float32 on a CPU.
+
+    PyTorch's 16-bit kernel ends in an error on processors whose vector units it is told not to use
+    (``ATEN_CPU_CAPABILITY``); it sums in float32, too.
+    """
+    if q.device.type == "cpu":
+        return functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def source_weights(checkpoint: Checkpoint) -> Weights:
+    """Return a way to read a checkpoint's tensors: of a stacked one the rows of a step, of others all."""
+
+    def read(name: str, step: int | None) -> Tensor:
+        tensor = checkpoint.tensors[name]
+        height = tensor.spec.rows // tensor.role.stacked
+        first = (step or 0) * height if tensor.role.stacked > 1 else 0
+        return to_torch(checkpoint.read(name, first, first + height))
+
+    return read
+
+
+def kept_by(
+    kept: dict[tuple[str, int], Tensor], read: Weights, device: str, dtype: torch.dtype = torch.float32
+) -> Weights:
+    """Return a way to read matrices that reads each once, until ``kept`` is cleared."""
+
+    def read_once(name: str, step: int | None) -> Tensor:
+        part = (name, step or 0)
+        if part not in kept:
+            kept[part] = read(name, step).to(device, dtype)
+        return kept[part]
+
+    return read_once
+
+
+def rows_of(weights: Weights) -> Rows:
+    """Return a way to read rows of tables that are read whole."""
+    return lambda name, tokens: weights(name, None)[torch.from_numpy(tokens).long()]
+
+
+def source_rows(checkpoint: Checkpoint) -> Rows:
+    """Return a way to read rows of a checkpoint's embedding tables."""
+
+    def read(name: str, tokens: Tokens) -> Tensor:
+        ids, places = np.unique(tokens, return_inverse=True)
+        table = to_torch(np.concatenate([checkpoint.read(name, int(row), int(row) + 1) for row in ids]))
+        return table[torch.from_numpy(places.reshape(tokens.shape))]
+
+    return read
+
+
+def reference_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TorchModel:
+    """Return the reference over a checkpoint, as it is trained and evaluated: whole sequences, all steps visible."""
+    a = checkpoint.architecture
+    return TorchModel(a, source_weights(checkpoint), source_rows(checkpoint), dtype, a.context, a.steps, device)

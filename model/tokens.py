@@ -1,0 +1,164 @@
+"""What both models are given to read: token files, the model's own system prompt, or encoded audio."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..convert.errors import UserError, printable
+from ..convert.source.architecture import Architecture
+from ..convert.source.voices import Voice
+from ..convert.tensorfile import TensorFile
+from .forward import Floats, Tokens
+from .session import prompt_columns, system_prompt
+
+SPOKEN = "sessions that the model spoke itself"
+DEFAULT_SEQUENCES = 3  # of the system prompt: voices
+DEFAULT_FRAMES = 96  # of the system prompt, whose text takes about 25 of them
+_LARGEST = 1 << 30  # bytes of a token file
+_MOST_FRAMES = 4096  # of a sequence: attention holds a square of them for each head
+
+
+@dataclass(frozen=True)
+class Material:
+    """Sequences for a teacher-forced comparison; everything but ``undelayed`` is delayed, as the model reads it.
+
+    tokens: ``[sequences, streams, frames]``, what is read. targets: the same shape, what comes next (which the
+    depformer reads too); -1 where nothing is known. counted: the same shape, where a prediction is looked at. voices:
+    the voice whose embeddings stand in a sequence's first frames, for each sequence; empty where none does.
+    scored: whether targets are what someone said, so that their likelihood means something. undelayed: the same
+    sequences as recorded, ``[sequences, streams, frames]``, None for the system prompt.
+    """
+
+    description: dict[str, Any]
+    tokens: Tokens
+    targets: Tokens
+    counted: NDArray[np.bool_]
+    voices: tuple[str, ...] = ()
+    scored: bool = True
+    undelayed: Tokens | None = None
+
+    def chosen(self, sequences: NDArray[np.int64]) -> "Material":
+        """Return some of its sequences."""
+        tokens, targets, counted = self.tokens[sequences], self.targets[sequences], self.counted[sequences]
+        voices = tuple(self.voices[index] for index in sequences) if self.voices else ()
+        undelayed = None if self.undelayed is None else self.undelayed[sequences]
+        return Material(self.description, tokens, targets, counted, voices, self.scored, undelayed)
+
+    def vectors(self, voices: Sequence[Voice], dim: int) -> Floats | None:
+        """Return the embeddings of its voices, as a bundle or source holds them, in place: ``[seq., frames, dim]``."""
+        if not self.voices:
+            return None
+        held = {voice.name: voice.embeddings.reshape(-1, dim).astype(np.float32) for voice in voices}
+        found = np.zeros((len(self.voices), self.tokens.shape[2], dim), np.float32)
+        for number, name in enumerate(self.voices):
+            embeddings = held[name][: found.shape[1]]
+            found[number, : len(embeddings)] = embeddings
+        return found
+
+
+def spread(count: int, most: int) -> NDArray[np.int64]:
+    """Return so many of ``count``, at most, evenly spread."""
+    fitting = min(count, most)
+    return np.arange(fitting) * count // fitting
+
+
+def checked(material: Material, architecture: Architecture) -> Material:
+    """Return material that tells all limited figures; raises UserError for what is too long, or says too little."""
+    frames = material.tokens.shape[2]
+    if frames > _MOST_FRAMES:
+        raise UserError(
+            f"sequences of {frames} frames: at most {_MOST_FRAMES} go through a block at once: use --frames"
+        )
+    agent = material.counted[:, 1 : 1 + architecture.n_q // 2]
+    if not agent.any(axis=(0, 2)).all() or not material.counted[:, 0].any():
+        raise UserError(
+            f"{frames} frames tell nothing of some of the agent's codebooks: give more --frames (a voice takes up the "
+            "first ones), or tokens in which the agent speaks"
+        )
+    return material
+
+
+def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[str, Any]) -> Material:
+    """Make material of tokens ``[sequences, streams, frames]`` as heard: delays are applied, initial tokens put first.
+
+    A prediction counts where the token that it is for is one of the sequence's own.
+    """
+    sequences, streams, frames = tokens.shape
+    columns = np.empty((sequences, streams, frames + 1), np.int32)
+    counted = np.ones((sequences, streams, frames), bool)
+    for stream, delay in enumerate(architecture.delays):
+        columns[:, stream, : delay + 1] = architecture.card if stream else architecture.text_card
+        columns[:, stream, delay + 1 :] = tokens[:, stream, : max(frames - delay, 0)]
+        counted[:, stream, :delay] = False
+    targets = columns[:, :, 1:]
+    known = counted & (targets >= 0)
+    return checked(Material(description, columns[:, :, :-1], targets, known, undelayed=tokens), architecture)
+
+
+def read_tokens(path: Path, architecture: Architecture, sequences: int | None, frames: int | None) -> Material:
+    """Read a token file as material; see ``held_tokens``."""
+    tokens = held_tokens(path, architecture)[:sequences, :, :frames]
+    shape = {"sequences": tokens.shape[0], "frames": tokens.shape[2]}
+    with closing(TensorFile(path)) as file:
+        kind = SPOKEN if file.metadata.get("kind") == SPOKEN else "tokens"
+    return from_tokens(tokens, architecture, {"kind": kind, "file": printable(path.name)} | shape)
+
+
+def held_tokens(path: Path, architecture: Architecture) -> Tokens:
+    """Return ``tokens`` ``[N, streams, T]`` of a safetensors file, as heard; raises UserError for another model's."""
+    if path.is_file() and path.stat().st_size > _LARGEST:
+        raise UserError(f"{path}: over 1 GiB, which no file of tokens is")
+    file = TensorFile(path)
+    try:
+        spec = file.specs.get("tokens")
+        streams = 1 + architecture.n_q
+        if spec is None or spec.dtype not in ("I16", "I32", "I64") or len(spec.shape) != 3 or spec.shape[1] != streams:
+            others = [*list(file.specs)[:3], "..."] if len(file.specs) > 3 else list(file.specs) or ["nothing"]
+            found = f"{spec.dtype} {list(spec.shape)}" if spec else ", ".join(others)
+            raise UserError(
+                f"{path}: holds {found}: integers called tokens, [sequences, {streams}, frames], are needed"
+            )
+        if 0 in spec.shape:
+            raise UserError(f"{path}: tokens are empty: {list(spec.shape)}")
+        held = file.read("tokens", 0, spec.rows).reshape(spec.shape)
+    finally:
+        file.close()
+    largest = np.array([architecture.text_card] + [architecture.card] * architecture.n_q)[:, None]
+    if held.min() < -1 or bool((held >= largest).any()):
+        raise UserError(f"{path}: holds tokens that this model does not have: it was made for another one")
+    return held.astype(np.int32)
+
+
+def from_system_prompt(
+    architecture: Architecture,
+    voices: Sequence[Voice],
+    names: Sequence[str],
+    text: Sequence[int],
+    frames: int | None,
+    description: dict[str, Any],
+) -> Material:
+    """Make material of how every conversation begins: a voice, silence, the text prompt, silence; a sequence a voice.
+
+    Text predictions count everywhere, audio from the voice's end on: before, what the model said is not known. All
+    sequences are cut to the shortest one's length.
+    """
+    held = {voice.name: voice for voice in voices}
+    prompt = system_prompt(architecture, text)
+    length = min(len(held[name].embeddings) for name in names) + len(prompt)
+    length = min(length, frames or length)
+    shape = (len(names), 1 + architecture.n_q, length)
+    tokens, targets, counted = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, bool)
+    counted[:, 0] = True
+    for number, name in enumerate(names):
+        begin = len(held[name].embeddings)
+        read, completed = prompt_columns(architecture, held[name], prompt)
+        tokens[number, :, begin:] = read[:, : max(length - begin, 0)]
+        targets[number, :, begin:] = completed[:, : max(length - begin, 0)]
+        counted[number, :, begin:] = True
+    shown = {"sequences": len(names), "frames": length, "voices": list(names)}
+    return checked(Material(description | shown, tokens, targets, counted, tuple(names), scored=False), architecture)

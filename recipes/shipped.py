@@ -1,0 +1,33 @@
+"""The recipes that come with the toolkit, by name."""
+
+from importlib.resources import files
+from pathlib import Path
+
+from ..convert.bundle import recipe_file
+from ..convert.bundle.recipe import Recipe
+from ..convert.errors import UserError
+
+
+def names() -> list[str]:
+    """Return the names of the recipes that come with the toolkit."""
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in files(__package__).iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def load(name_or_file: str, target: str | None = None) -> Recipe:
+    """Load a shipped recipe by name, or one from a file, for another target than it names if one is given.
+
+    Raises UserError that lists all of a recipe's mistakes, each with its line.
+    """
+    if name_or_file in names():
+        text = (files(__package__) / f"{name_or_file}.toml").read_text("utf-8")
+        return recipe_file.parse(text, name_or_file, name_or_file, target)
+    try:
+        path = Path(name_or_file).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError):  # of a name that is none, and ~somebody
+        raise UserError(f"{name_or_file}: not a text file that can be read: give a recipe in TOML") from None
+    if not exists:
+        raise UserError(f"{name_or_file}: no such recipe or file: shipped are {', '.join(names())}")
+    return recipe_file.read(path, target)

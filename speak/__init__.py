@@ -1,0 +1,1 @@
+"""A bundle in conversation: language model, sampling, codec, microphone. Never changes weights."""

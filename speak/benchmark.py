@@ -1,0 +1,149 @@
+"""How long a frame takes a bundle on this machine, and how long it must take at least."""
+
+import platform
+import resource
+import sys
+import time
+from contextlib import closing, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from ..convert.bundle.reader import open_bundle
+from ..convert.errors import UserError
+from ..convert.file_names import CODEC, CONFIG
+from ..convert.parallel import cores
+from ..convert.progress import long_step
+from ..convert.source.architecture import read_config
+from ..convert.source.mimi import FRAME, RATE
+from ..model.matmul import Products
+from ..model.mlx_device import on_gpu, streams
+from ..model.mlx_model import arithmetic_of
+from ..model.session import PAUSE, system_prompt
+from . import loader
+from .codec import Codec
+from .generation import Conversation
+from .kernel_cache import on_tested_kernels
+from .sampling import sampling_of
+
+_WARM_UP = 3  # frames, in which functions are compiled
+_PROMPT_TOKENS = 25  # about what the usual prompt has
+_MOVED = 1 << 28  # bytes that are copied to measure the memory's speed
+_ROUNDS = 5
+
+
+def measure(
+    folder: Path,
+    frames: int,
+    remembered: int,
+    arithmetic: str | None,
+    codec: Path | None,
+    progress: "tqdm[Any]",
+    silent: bool = False,
+    products: Products | None = None,
+) -> dict[str, Any]:
+    """Speak so many frames with a bundle; return what ``ppx-bench`` prints. Times in seconds.
+
+    remembered: frames of conversation that lie behind the first; 0 for a voice and a prompt. silent: not to announce
+    what takes long. products: how MLX multiplies by packed weights, as it does here for None. Raises UserError for what
+    is no bundle, and CheckFailed where MLX computes wrongly and nothing works around it.
+    """
+    began = time.perf_counter()
+    with closing(open_bundle(folder)) as bundle:
+        manifest, layout = bundle.manifest, bundle.layout
+        model = loader.load(bundle, arithmetic_of(arithmetic, manifest["dtype"]))
+        voice = bundle.voices()[0]
+    loaded = time.perf_counter() - began
+    began = time.perf_counter()
+    model = on_tested_kernels(model, silent, products)
+    testing = time.perf_counter() - began
+    random = np.random.default_rng(0)
+    a = model.architecture
+    text = random.integers(0, a.text_card, _PROMPT_TOKENS)
+    extra = max(0, remembered - len(voice.embeddings) - len(text) - 2 * PAUSE)
+    prompt = system_prompt(a, [*text.tolist(), *[a.text_padding] * extra])
+    began = time.perf_counter()
+    with long_step("MLX compiles what a conversation needs", 1, "step", silent or not on_gpu()):
+        conversation = Conversation(model, voice, prompt, sampling_of(read_config(folder / CONFIG)))
+    prefill = time.perf_counter() - began
+    heard = random.integers(0, a.card, (_WARM_UP + frames, a.n_q // 2))
+    took = []
+    for number, user in enumerate(heard):
+        began = time.perf_counter()
+        conversation.hear(user)
+        took.append(time.perf_counter() - began)
+        progress.update(number >= _WARM_UP)
+    share = _parts(conversation, heard[_WARM_UP:])
+    with nullcontext() if codec else suppress(UserError):  # a bundle's own may be a stand-in
+        share |= _codec_parts(codec or folder / layout.target.copies[CODEC], a.n_q // 2, min(frames, 25))
+    memory = {"process": _peak(), "mlx": mx.get_peak_memory()}
+    times = np.array(took[_WARM_UP:])
+    speed, read = bandwidth(), sum(model.weights.values()) + _remembered(conversation)
+    return {
+        "frame": {f"p{part}": float(np.percentile(times, part)) for part in (50, 95, 99)}
+        | {"mean": float(times.mean())},
+        "real_time_factor": float((times.mean() + share.get("codec", 0.0)) / (FRAME / RATE)),
+        "first_frame": took[0],
+        "load": loaded,
+        "kernel_test": testing,
+        "worked_around": model.products.worked_around(),
+        "prefill": {"seconds": prefill, "frames": len(voice.embeddings) + len(prompt)},
+        "parts": share,
+        "bytes_a_frame": read,
+        "bandwidth": speed,
+        "bound": read / speed,
+        "peak_memory": memory,
+        "frames": frames,
+        "steps": len(model.steps),
+        "recipe": manifest["recipe"]["name"],
+        "target": manifest["target"],
+        "arithmetic": str(model.dtype).removeprefix("mlx.core."),
+        "ran_on": f"{platform.system()} {platform.machine()}, {cores()} cores, {mx.default_device()}",
+    }
+
+
+def _parts(conversation: Conversation, heard: Any) -> dict[str, float]:
+    """Return the mean seconds of each transformer, evaluated apart."""
+    found = {"temporal": 0.0, "depformer": 0.0}
+    for user in heard:
+        for name, seconds in conversation.timed(user).items():
+            found[name] += seconds / len(heard)
+    return found
+
+
+def _codec_parts(path: Path, codebooks: int, frames: int) -> dict[str, float]:
+    """Return the codec's seconds a frame, there and back."""
+    codec = Codec(path, codebooks)
+    sound = np.random.default_rng(0).standard_normal((frames + _WARM_UP, FRAME), np.float32) * 0.1
+    took = []
+    for frame in sound:
+        began = time.perf_counter()
+        codec.decode(codec.encode(frame))
+        took.append(time.perf_counter() - began)
+    return {"codec": float(np.mean(took[_WARM_UP:]))}
+
+
+def _remembered(conversation: Conversation) -> int:
+    """Return the bytes of keys and values that a frame reads."""
+    ring = conversation.ring
+    return sum(array.nbytes for array in (*ring.keys, *ring.values))
+
+
+def bandwidth() -> float:
+    """Return how many bytes a second this device's memory reads and writes: the best of some large copies."""
+    among = streams()
+    blocks = [mx.zeros(_MOVED // 4 // len(among), mx.float32) for _ in among]
+    mx.eval(blocks)
+    best = 0.0
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        mx.eval([mx.add(block, 1, stream=stream) for block, stream in zip(blocks, among, strict=True)])
+        best = max(best, 2 * _MOVED / (time.perf_counter() - began))
+    return best
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

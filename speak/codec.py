@@ -1,0 +1,68 @@
+"""Mimi, the audio codec, through the optional ``rustymimi``, frame by frame as a conversation needs it."""
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..convert.errors import UserError, reason, refuse
+from ..convert.source.scan import non_finite
+from ..convert.tensorfile import TensorFile
+from ..model.forward import Floats, Tokens
+
+MISSING = "needs more packages: pip install 'ppx-convert[audio]'"
+
+
+class Codec:
+    """An open codec; encoder and decoder each go on from where their last frame ended."""
+
+    def __init__(self, path: Path, codebooks: int) -> None:
+        """Load a file of Mimi's weights; raises UserError for any other, and without the package."""
+        try:
+            import rustymimi
+        except ImportError:
+            raise UserError(f"audio {MISSING}") from None
+        self.path = path
+        with closing(TensorFile(path)) as file:
+            refuse([f"{path}: {problem}" for problem in file.header_problems()])
+            damaged = non_finite(file)
+        refuse([f"{path}: {name}: {n} values are NaN or infinite: it is damaged" for name, n in damaged.items()])
+        try:
+            self._tokenizer: Any = rustymimi.Tokenizer(str(path), num_codebooks=codebooks)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: not a codec that rustymimi loads ({reason(error)})") from None
+
+    def encode(self, samples: Floats) -> Tokens:
+        """Return the tokens ``[codebooks]`` of a frame's samples ``[FRAME]``."""
+        try:
+            codes = self._tokenizer.encode_step(np.ascontiguousarray(samples, np.float32)[None, None])
+        except (RuntimeError, ValueError) as error:
+            raise self._failed(error) from None
+        return np.asarray(codes[0, :, 0], np.int32)
+
+    def decode(self, tokens: Tokens) -> Floats:
+        """Return the samples ``[FRAME]`` of a frame's tokens ``[codebooks]``."""
+        try:
+            samples = self._tokenizer.decode_step(np.asarray(tokens, np.uint32)[None, :, None])
+        except (RuntimeError, ValueError) as error:
+            raise self._failed(error) from None
+        return np.asarray(samples[0, 0], np.float32)
+
+    def encode_whole(self, samples: Floats) -> NDArray[np.int64]:
+        """Return the tokens ``[codebooks, frames]`` of a whole recording ``[samples]``, and begin anew."""
+        self.reset()
+        try:
+            return np.asarray(self._tokenizer.encode(samples[None, None])[0], np.int64)
+        except (RuntimeError, ValueError) as error:
+            raise self._failed(error) from None
+        finally:
+            self.reset()
+
+    def _failed(self, error: Exception) -> UserError:
+        return UserError(f"{self.path}: fails ({reason(error)}): does it belong to this model?")
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self._tokenizer.reset()

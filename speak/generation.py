@@ -1,0 +1,90 @@
+"""A conversation with a bundle, as a user has it: prompts in one go, then a frame in, a frame out."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from ..convert.source.voices import Voice
+from ..model.forward import Tokens
+from ..model.session import UNKNOWN, Columns, Frame
+from .language_model import Runtime
+from .sampling import Sampling
+
+
+@dataclass
+class Conversation:
+    """A session under way, from the end of its prompts on.
+
+    Of the last frame there are the column that was read, ``[streams]``, what was said, ``[1 + steps]``, text_logits
+    ``[text_card]`` and audio_logits ``[steps, card]``.
+    """
+
+    runtime: Runtime
+    voice: Voice
+    prompt: Sequence[Frame]
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Go through the voice and the prompt."""
+        self.half = self.runtime.architecture.n_q // 2
+        self._columns = Columns(self.runtime.architecture, self.voice)
+        read = []
+        for frame in self.prompt:
+            read.append(self._columns.give(frame)[0].copy())
+            self._columns.advance()
+        streams = 1 + self.runtime.architecture.n_q
+        columns = np.stack(read, 1) if read else np.empty((streams, 0), np.int32)
+        vectors = self.voice.embeddings.reshape(-1, self.runtime.architecture.dim).astype(np.float32)
+        self.ring = self.runtime.prefill(columns, vectors)
+        self._key = mx.random.key(self.seed)
+        self._temporal, self._depformer = self.runtime.temporal(), self.runtime.depformer(self.sampling)
+
+    def hear(self, user: Sequence[int] | Tokens) -> tuple[int, Tokens]:
+        """Take the user's tokens of a frame; return what is said in it: a text token, and the newest whole agent frame.
+
+        The agent's codebooks ``[codebooks]`` lie one frame back: the later ones follow the first with that delay.
+        """
+        column, given = self._heard(user)
+        hidden = self._understand(column)
+        return self._say(hidden, given)
+
+    def timed(self, user: Sequence[int] | Tokens) -> dict[str, float]:
+        """Do the same in two evaluations; return the seconds of each transformer."""
+        column, given = self._heard(user)
+        began = time.perf_counter()
+        hidden = self._understand(column)
+        mx.eval(hidden, self.text_logits, self.ring.keys, self.ring.values)
+        between = time.perf_counter()
+        self._say(hidden, given)
+        return {"temporal": between - began, "depformer": time.perf_counter() - between}
+
+    def _heard(self, user: Sequence[int] | Tokens) -> tuple[Tokens, list[int]]:
+        """Return the column to read, and what is given of the one to complete, UNKNOWN where nothing is."""
+        self.column, target, held = self._columns.give(Frame(user=[int(token) for token in user]))
+        self._target = target
+        streams = range(1 + len(self.runtime.steps))
+        return self.column, [int(target[stream]) if stream in held else UNKNOWN for stream in streams]
+
+    def _understand(self, column: Tokens) -> mx.array:
+        """Let the temporal transformer go on by a frame; return its output, which is still to be computed."""
+        ring = self.ring
+        ring.grow()
+        number = mx.array(ring.frames)
+        hidden: mx.array
+        hidden, self.text_logits, keys, values = self._temporal(mx.array(column), number, ring.keys, ring.values)
+        ring.keys, ring.values = keys, values  # the old ones can be written over: nothing else holds them
+        ring.frames += 1
+        return hidden
+
+    def _say(self, hidden: mx.array, given: list[int]) -> tuple[int, Tokens]:
+        """Let the depformer complete the column, in one evaluation with what is still to be computed."""
+        self._key, key = mx.random.split(self._key)
+        said, self.audio_logits = self._depformer(hidden, self.text_logits, mx.array(given, mx.int32), key)
+        mx.eval(said, self.ring.keys, self.ring.values, self._key)
+        self.said = np.array(said)
+        self._target[: len(given)] = self.said
+        return int(self.said[0]), self._columns.advance()[1 : 1 + self.half]

@@ -1,0 +1,138 @@
+"""A model in memory whose kernels were tested on this device; what was found is kept in the user's cache."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import astuple, fields, is_dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..convert.cache_folder import cache_folder
+from ..convert.errors import CheckFailed
+from ..convert.progress import long_step
+from ..model import kernel_test
+from ..model.matmul import Products, Shape, shape_of
+from ..model.mlx_device import device_name, on_gpu
+from .language_model import Linear, Runtime
+
+_FORMAT = 1  # of the file, and of what is tested
+_LARGEST = 1 << 22  # bytes
+_LONG = 1 << 26  # weights from which on a test takes long enough to be announced
+Measured = dict[Shape, list[dict[str, Any]]]
+
+
+def on_tested_kernels(runtime: Runtime, silent: bool = False, products: Products | None = None) -> Runtime:
+    """Return a model that multiplies rightly: kernels that MLX computes wrongly on this device are worked around.
+
+    What is not in the cache is tested now, which is announced unless silent. products: what multiplies, MLX's own for
+    None. Raises CheckFailed, which blames MLX, where nothing works around a kernel.
+    """
+    parts = [part for linear in linears(runtime) for part, _ in linear.parts if part.packing]
+    shapes = sorted({shape_of(part, runtime.dtype) for part in parts})
+    file = cache_folder() / _file_name()
+    known = {shape: rows for shape, rows in read(file).items() if shape in shapes}
+    missing = [shape for shape in shapes if shape not in known]
+    if missing:
+        long = on_gpu() or sum(shape.rows * shape.columns for shape in missing) >= _LONG
+        label = "MLX compiles its kernels, and they are tested" if on_gpu() else "testing MLX's kernels"
+        with long_step(label, len(missing), "shape", silent or not long) as progress:
+            rows, _ = kernel_test.check(missing, products, progress.update)
+        if wrong := kernel_test.failures(rows):
+            raise CheckFailed(kernel_test.complaint(wrong[0]))
+        for row in rows:
+            known.setdefault(kernel_test.shape_in(row), []).append(row)
+        with suppress(OSError):  # a cache that cannot be written costs time, and nothing else
+            write(file, read(file) | known)
+    found = kernel_test.replacing(row for rows in known.values() for row in rows)
+    whole: Runtime = with_products(runtime, replace(products or kernel_test.products_here(), replaced=found))
+    return whole
+
+
+def linears(value: Any) -> Iterator[Linear]:
+    """Yield every matrix of a model, or of a part of it."""
+    if isinstance(value, Linear):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from linears(part)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from linears(getattr(value, field.name))
+
+
+def with_products(value: Any, products: Products) -> Any:
+    """Return a model, or a part of it, whose matrices multiply in a given way."""
+    if isinstance(value, Linear):
+        return replace(value, products=products)
+    if isinstance(value, tuple):
+        return tuple(with_products(part, products) for part in value)
+    if is_dataclass(value) and not isinstance(value, type) and any(linears(value)):
+        held = {field.name: getattr(value, field.name) for field in fields(value)}
+        return replace(value, **{name: with_products(part, products) for name, part in held.items()})
+    return value
+
+
+def _file_name() -> str:
+    device = re.sub(r"[^\w.]+", "-", device_name())
+    return f"kernels-{_FORMAT}-mlx-{version('mlx')}-{device}.json"
+
+
+def _identity() -> dict[str, Any]:
+    return {"format": _FORMAT, "mlx": version("mlx"), "device": device_name()}
+
+
+def read(file: Path) -> Measured:
+    """Return what was measured earlier on this device with this version of MLX; nothing where a file is not of ours."""
+    try:
+        if file.stat().st_size > _LARGEST:
+            return {}
+        held = json.loads(file.read_text("utf-8"))
+        rows = held["rows"]
+        if held != _identity() | {"rows": rows, "sha256": _digest(rows)}:
+            return {}
+        found: Measured = {}
+        for row in rows:
+            shape = kernel_test.shape_in(row)
+            found.setdefault(shape, []).append(
+                kernel_test.judged(shape, row["positions"], row["relative_l2"], row["instead"])
+            )
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    whole = [
+        shape
+        for shape, rows in found.items()
+        if tuple(row["positions"] for row in rows) == kernel_test.products_here().tried
+    ]
+    return {shape: found[shape] for shape in whole if not kernel_test.failures(found[shape])}
+
+
+def write(file: Path, measured: Measured) -> None:
+    """Write what was measured, under a temporary name first."""
+    rows = [row for shape in sorted(measured, key=astuple) for row in measured[shape]]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    number, partial = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as out:
+            json.dump(_identity() | {"rows": _finite(rows), "sha256": _digest(_finite(rows))}, out)
+        Path(partial).replace(file)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _finite(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows as JSON holds them: an infinite error as null."""
+    return [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        for row in rows
+    ]
+
+
+def _digest(rows: Any) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,121 @@
+"""All that a bundle needs to speak: model, codec, voice, tokenizer; audio in, audio and words out."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..convert.bundle.reader import open_bundle
+from ..convert.errors import UserError, printable
+from ..convert.file_names import CODEC, CONFIG, TOKENIZER
+from ..convert.progress import long_step
+from ..convert.source.architecture import read_config
+from ..convert.source.tokenizer import open_tokenizer
+from ..model.forward import Floats, Tokens
+from ..model.matmul import Products
+from ..model.mlx_device import on_gpu
+from ..model.mlx_model import arithmetic_of
+from ..model.prompt import PROMPT, VOICE, prompt_tokens
+from ..model.session import system_prompt
+from . import loader
+from .codec import Codec
+from .generation import Conversation
+from .kernel_cache import on_tested_kernels
+from .sampling import Sampling, sampling_of
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Who speaks, and how. sampling, codec: None for the bundle's. arithmetic: of activations; None for what suits."""
+
+    voice: str = VOICE
+    prompt: str = PROMPT
+    sampling: Sampling | None = None
+    seed: int = 0
+    arithmetic: str | None = None
+    codec: Path | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What comes of a frame. text: a piece of a word or nothing. agent: tokens ``[codebooks]``. samples: of a frame."""
+
+    text: str
+    agent: Tokens
+    samples: Floats
+
+
+@dataclass
+class Speaker:
+    """A bundle with its prompts behind it, ready to hear. folded: whether it knows fewer tokens than its codec."""
+
+    conversation: Conversation
+    codec: Codec
+    words: "Words"
+    folded: bool = False
+
+    def answer(self, question: Iterable[Floats]) -> Iterator[Said]:
+        """Hear frames of samples ``[FRAME]``, and yield what is said in each of them."""
+        card = self.conversation.runtime.architecture.card
+        for frame in question:
+            heard = self.codec.encode(frame)
+            self.folded |= bool((heard >= card).any())
+            token, agent = self.conversation.hear(heard % card)
+            yield Said(self.words.piece(token), agent, self.codec.decode(agent))
+
+
+def open_speaker(folder: Path, scene: Scene, silent: bool = False, products: Products | None = None) -> Speaker:
+    """Open a bundle, and go through its prompts; raises UserError for what it lacks, or has no room for.
+
+    silent: not to announce what takes long. products: how MLX multiplies by packed weights, as it does here for None.
+    Raises CheckFailed where MLX computes wrongly and nothing works around it.
+    """
+    with closing(open_bundle(folder)) as bundle:
+        layout = bundle.layout
+        codec = Codec(scene.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
+        if layout.architecture.steps < layout.architecture.n_q // 2:
+            raise UserError(f"{folder}: its depformer lacks steps of the agent's: it cannot speak")
+        voices = {voice.name: voice for voice in bundle.voices()}
+        if scene.voice not in voices:
+            raise UserError(f"--voice {scene.voice}: not in this bundle: it holds {', '.join(voices)}")
+        tokenizer = folder / layout.target.copies[TOKENIZER]
+        text = prompt_tokens(tokenizer, layout.architecture, scene.prompt)
+        prompt = system_prompt(layout.architecture, text)
+        reach = loader.reach_of(bundle)
+        if len(prompt) >= reach:
+            most = max(reach - 1 - (len(prompt) - len(text)), 0)
+            raise UserError(f"--prompt has {len(text)} tokens: this model remembers at most {most}: shorten it")
+        model = loader.load(bundle, arithmetic_of(scene.arithmetic, bundle.manifest["dtype"]))
+    model = on_tested_kernels(model, silent, products)
+    sampling = scene.sampling or sampling_of(read_config(folder / CONFIG))
+    with long_step("MLX compiles what a conversation needs", 1, "step", silent or not on_gpu()):
+        conversation = Conversation(model, voices[scene.voice], prompt, sampling, scene.seed)
+    return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
+
+
+class Words:
+    """Text from tokens, piece by piece."""
+
+    def __init__(self, tokenizer: Path, padding: int) -> None:
+        """Open a sentencepiece model."""
+        self._processor: Any = open_tokenizer(tokenizer)
+        self._padding, self._decoder = padding, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def piece(self, token: int) -> str:
+        """Return what a token adds to the text; bytes of a character wait until it is whole."""
+        held = self._processor
+        if token == self._padding or token >= len(held) or held.is_control(token) or held.is_unknown(token):
+            return ""
+        piece = str(held.id_to_piece(token))
+        if not held.is_byte(token):
+            self._decoder.reset()
+            return printable(piece.replace("\u2581", " "))
+        found = self._decoder.decode(bytes([int(piece[3:5], 16)]))
+        return " " if found.isspace() else printable(found)
+
+
+def text_of(pieces: Iterable[str]) -> str:
+    """Return pieces as a text."""
+    return " ".join("".join(pieces).split())

@@ -1,0 +1,304 @@
+"""Quantizing layer by layer, by the command: what it gains, that it goes on, and that it says what it did."""
+
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ppx.calibrate import layerwise, tuning
+from ppx.calibrate.dataset import solver_of
+from ppx.calibrate.layerwise import BlockTuning
+from ppx.calibrate.tuning import Schedule
+from ppx.convert import conversion
+from ppx.convert.bundle.plan import Plan, make_plan
+from ppx.convert.bundle.quantized_store import Solution, forms_of
+from ppx.convert.bundle.recipe import uniform
+from ppx.convert.source.source import Source, locate, open_source
+from ppx.model.blocks import places
+from ppx.model.reference import reference_of, source_weights
+from ppx.model.tokens import Material, read_tokens
+from ppx.quant.affine import Affine, dequantize
+from ppx.quant.gptq import Moments, solve
+from safetensors.numpy import load_file, save_file
+from stopping import Moment
+
+FORM = Affine(4, 64, "gptq")
+LAYER = "transformer.layers.0.self_attn.out_proj.weight"
+
+
+def calibration(pico: Path, folder: Path, sequences: int, frames: int) -> Path:
+    path = folder / "tokens.safetensors"
+    held = load_file(pico / "calibration_tokens.safetensors")["tokens"]
+    save_file({"tokens": held[:sequences, :, :frames].copy()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def few(pico, tmp_path_factory):
+    """A file of some calibration sequences, short ones."""
+    return calibration(pico, tmp_path_factory.mktemp("few"), 16, 60)
+
+
+@pytest.fixture(scope="module")
+def opened(pico):
+    with open_source(locate(str(pico))) as source:
+        recipe = uniform(FORM, "speech-swift", "float16", ("temporal", "depformer"))
+        yield source, make_plan(conversion.inventory(source), recipe)
+
+
+@pytest.fixture
+def solution_at():
+    """Opens solutions, and closes them at a test's end."""
+    with ExitStack() as stack:
+        yield lambda folder, mark: stack.enter_context(Solution(folder, mark))
+
+
+@pytest.fixture(scope="module")
+def solved(opened, few, tmp_path_factory):
+    """The folder of a solution of all blocks, not refined; tests copy it."""
+    source, plan = opened
+    with Solution(tmp_path_factory.mktemp("solved") / "solution", "mark") as solution:
+        layerwise.solve_model(
+            source, plan.outputs, read_tokens(few, source.architecture, None, None), solution, quiet=True
+        )
+    return solution.folder
+
+
+def bundles(program: Callable[..., object], pico: Path, folder: Path, few: Path, **more: object) -> dict[str, bytes]:
+    program("ppx-convert", pico, "--method", "gptq", "--calibration", few, "-o", "out", cwd=folder, **more)
+    return {path.name: path.read_bytes() for path in sorted((folder / "out").glob("*.safetensors"))}
+
+
+def divergences(
+    program: Callable[..., subprocess.CompletedProcess[str]],
+    bundle: str,
+    pico: Path,
+    folder: Path,
+    sequences: int,
+    frames: int,
+) -> list[float]:
+    tokens = ("--tokens", pico / "heldout_tokens.safetensors", "--sequences", sequences, "--frames", frames)
+    done = program("ppx-verify", bundle, "--reference", pico, *tokens, "--json", cwd=folder)
+    predictions = json.loads(done.stdout)["predictions"]
+    return [predictions[stream]["bundle"]["kl"]["mean"] for stream in ("agent", "text")]
+
+
+def test_it_beats_least_squares_by_far(program, pico, bundle, tmp_path):
+    bundles(program, pico, tmp_path, calibration(pico, tmp_path, 24, 250))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["calibration"]["sequences"] == 24
+    assert len(manifest["calibration"]["sha256"]) == 64
+    assert {entry["method"] for entry in manifest["tensors"] if "bits" in entry} == {"gptq"}
+    assert not list(tmp_path.glob("*.partial"))
+    shutil.copytree(bundle(), tmp_path / "lsq")
+    plain, solved = (divergences(program, name, pico, tmp_path, 8, 100) for name in ("lsq", "out"))
+    # GPTQ is chaotic: sums in another order give other codes. Over four calibration sets, one and two threads and two
+    # lengths, the agent's ratio was 0.42 to 0.52, and that of text, which has few uncertain positions, 0.34 to 0.83.
+    assert solved[0] < 0.6 * plain[0]
+    assert solved[1] < 0.95 * plain[1]
+
+
+@pytest.mark.parametrize("target", [["--recipe", "moshi-q4"], ["--target", "mlx", "--bits", "3", "--group-size", "32"]])
+def test_every_target_takes_it(target, program, pico, few, tmp_path):
+    program("ppx-convert", pico, *target, "--method", "gptq", "--calibration", few, "-o", "out", cwd=tmp_path)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    methods = {entry["method"] for entry in manifest["tensors"] if "bits" in entry}
+    assert methods == ({"gptq", "lsq"} if "moshi-q4" in target else {"gptq"})  # embeddings have no inputs to go by
+    divergences(program, "out", pico, tmp_path, 4, 60)  # which fails if it cannot be loaded, or does not pass
+
+
+def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path, solution_at):
+    """Against the block run at once: the first output projection, after the quantized input projection."""
+    source, plan = opened
+    material = read_tokens(few, source.architecture, 3, 40)
+    solution = solution_at(tmp_path / "solution", "mark")
+    layerwise.solve_model(source, plan.outputs, material, solution, quiet=True)
+    first, second = "transformer.layers.0.self_attn.in_proj_weight", "transformer.layers.0.self_attn.out_proj.weight"
+    read, storage = source_weights(source.checkpoint), np.dtype(np.float16)
+    stored = solution.read((first, 0), 0, solution.rows((first, 0)), storage)
+    seen = []
+
+    def keep(name, _, x):
+        if name == second:
+            seen.append(x.reshape(-1, x.shape[-1]))
+
+    def quantized(name, step):
+        return torch.from_numpy(dequantize(stored, FORM)) if name == first else read(name, step)
+
+    with torch.inference_mode():
+        for weights in (read, quantized):
+            model = replace(reference_of(source.checkpoint), weights=weights, seen=keep)
+            model.block(places(source.architecture, "temporal")[0], model.embed(material.tokens))
+        expected = solve(read(second, None), Moments(seen[1].T @ seen[1], seen[0].T @ seen[1]), FORM, storage)
+    found = solution.read((second, 0), 0, solution.rows((second, 0)), storage)
+    same = (found.weight == expected.weight).mean()
+    assert same > 0.99  # sums of other pieces differ in their last bits
+
+
+def test_every_part_is_solved_once(opened, few, solved, tmp_path, solution_at):
+    source, plan = opened
+    solution = solution_at(shutil.copytree(solved, tmp_path / "solution"), "mark")
+    assert solution.files.keys() == forms_of(plan.outputs).keys()
+    blocks = set(solution.files.values())
+    before = {name: (tmp_path / "solution" / name).stat().st_mtime_ns for name in blocks}
+    again = solution_at(tmp_path / "solution", "mark")
+    solver_of(source, plan, few, quiet=True).solve(again)
+    assert before == {name: (tmp_path / "solution" / name).stat().st_mtime_ns for name in blocks}
+    assert solution_at(tmp_path / "solution", "another").files == {}
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, tmp_path):
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = bundles(program, pico, tmp_path / "whole", few)
+    folder = tmp_path / "broken"
+    solved = folder / "out.solution.partial"
+    done: dict[Path, int] = {}
+    for count in (3, 2):
+        stop = (Moment("os.rename", "solution.json", 1 + count, after=True), signal.SIGKILL)  # the first is empty
+        assert bundles(program, pico, folder, few, status=-signal.SIGKILL, stop=stop) == {}
+        found = {path: path.stat().st_mtime_ns for path in solved.glob("*.safetensors")}
+        assert found.items() > done.items()
+        done = found
+    assert not (folder / "out").exists()
+    assert bundles(program, pico, folder, few) == whole
+    assert not solved.exists()
+
+
+def loss_of(source: Source, plan: Plan, material: Material, solution: Solution) -> float:
+    """The divergence that refining makes small, on its material as it is."""
+    original = reference_of(source.checkpoint)
+    weights = layerwise.quantized_weights(source, forms_of(plan.outputs), solution)
+    batch = tuning.Batch(material.tokens, material.targets, torch.from_numpy(material.counted))
+    with torch.no_grad():
+        return tuning.divergence(original, replace(original, weights=weights), batch).item()
+
+
+def test_refining_brings_predictions_nearer_and_resumes(opened, few, solved, tmp_path, solution_at):
+    source, plan = opened
+    material = read_tokens(few, source.architecture, None, None)
+    folders = [shutil.copytree(solved, tmp_path / name) for name in ("whole", "broken")]
+    solutions = [solution_at(folder, "mark") for folder in folders]
+    losses: dict[int, float] = {}
+    broken: dict[int, float] = {}
+    before = loss_of(source, plan, material, solutions[0])
+
+    def cut_off(step: int, loss: float) -> None:
+        broken[step] = loss
+        if step == 4:
+            raise KeyboardInterrupt
+
+    whole = Schedule(8, on_step=losses.__setitem__)
+    tuning.refine(source, plan.outputs, material, solutions[0], whole, quiet=True)
+    assert list(losses) == list(range(8))
+    # On the calibration set itself, not on the few sequences that a step draws: 0.95 to 0.96 over vector widths.
+    assert loss_of(source, plan, material, solutions[0]) < 0.99 * before
+
+    schedule = Schedule(8, state_seconds=0.0, on_step=cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.refine(source, plan.outputs, material, solutions[1], schedule, quiet=True)
+    assert list(broken) == [0, 1, 2, 3, 4]
+    rest: dict[int, float] = {}
+    tuning.refine(source, plan.outputs, material, solutions[1], Schedule(8, on_step=rest.__setitem__), quiet=True)
+    assert list(rest) == [5, 6, 7]
+    for part in forms_of(plan.outputs):
+        made = [solution.read(part, 0, solution.rows(part), np.dtype(np.float32)) for solution in solutions]
+        assert (made[0].weight == made[1].weight).mean() > 0.999
+        assert np.allclose(made[0].scales, made[1].scales, rtol=1e-3)
+
+
+def test_scales_come_out_in_their_storage_dtype(opened, few, solved, tmp_path, solution_at):
+    source, plan = opened
+    solution = solution_at(shutil.copytree(solved, tmp_path / "solution"), "mark")
+    solver_of(source, plan, few, steps=2, quiet=True).solve(solution)
+    for part in forms_of(plan.outputs):
+        made = solution.read(part, 0, solution.rows(part), np.dtype(np.float32))
+        for side in (made.scales, made.biases):
+            assert (side == side.astype(np.float16).astype(np.float32)).all()
+
+
+def test_what_is_tuned_is_what_fits(opened, few, solved, tmp_path, solution_at):
+    """All at once; or blocks, then scales and biases; or blocks alone. Each is nearer than what was only solved."""
+    source, plan = opened
+    assert tuning.reach(plan.outputs) == "codes"
+    material = read_tokens(few, source.architecture, None, None)
+    weights = sum(output.shape[0] * output.shape[1] for output in plan.outputs if output.form)
+    solutions, records = {"solved": solution_at(solved, "mark")}, {}
+    for what, memory in (("blocks", weights), ("sides", 20 * weights)):  # bytes; codes as well take 36 per weight
+        solver = solver_of(source, plan, few, steps=10, quiet=True, memory=memory)
+        if what == "sides":  # whose blocks are tuned in the same way
+            shutil.copytree(tmp_path / "blocks", tmp_path / "sides")
+        solutions[what], records[what] = solution_at(tmp_path / what, "mark"), solver.record
+        solver.solve(solutions[what])
+    assert records["blocks"]["refined"] == "codes, scales and biases, block by block"
+    assert "then scales and biases together" in records["sides"]["refined"]
+    loss = {what: loss_of(source, plan, material, solution) for what, solution in solutions.items()}
+    # 4 % to 7 % apart each, which vector widths change by 1 %.
+    assert loss["sides"] < loss["blocks"] < loss["solved"]
+    same, moved, tuned = 0, 0, set(solutions["blocks"].files.values())
+    for part in forms_of(plan.outputs):
+        made = {what: one.read(part, 0, one.rows(part), np.dtype(np.float32)) for what, one in solutions.items()}
+        assert (made["sides"].weight == made["blocks"].weight).all()  # the codes
+        moved += int((made["sides"].scales != made["blocks"].scales).any())
+        same += int((made["solved"].weight == made["blocks"].weight).all())
+    assert same < 0.5 * len(forms_of(plan.outputs))
+    assert moved > 0.5 * len(forms_of(plan.outputs))  # not those of the user's steps
+    assert {name for name in tuned if "layers" in name} == {
+        name for name in tuned if name.endswith(".tuned.safetensors")
+    }
+
+
+def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path, solution_at):
+    source, plan = opened
+    material = read_tokens(few, source.architecture, 4, 40)
+    solution = solution_at(tmp_path / "solution", "mark")
+    blocks: list[str] = []
+
+    def cut_off(place):
+        if len(blocks) == 3:
+            raise KeyboardInterrupt
+        blocks.append(str(place))
+
+    with pytest.raises(KeyboardInterrupt):
+        layerwise.solve_model(source, plan.outputs, material, solution, BlockTuning(2, cut_off), quiet=True)
+    tuning = BlockTuning(2, lambda place: blocks.append(str(place)))
+    layerwise.solve_model(
+        source, plan.outputs, material, solution_at(tmp_path / "solution", "mark"), tuning, quiet=True
+    )
+    layers = source.architecture.num_layers + source.architecture.depformer_num_layers
+    assert len(blocks) == len(set(blocks)) == 2 * layers
+
+
+def test_computing_blocks_again_changes_no_gradient(opened):
+    source, _ = opened
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, source.architecture.card, (2, 17, 12)).astype(np.int32)
+    gradients = []
+    for again in (False, True):
+        read = source_weights(source.checkpoint)
+        leaf = read(LAYER, None).float().requires_grad_()
+
+        def weights(name, step, read=read, leaf=leaf):
+            return leaf if name == LAYER else read(name, step)
+
+        text, audio = replace(reference_of(source.checkpoint), weights=weights).logits(tokens, tokens, 8, again)
+        (text.square().mean() + audio.square().mean()).backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-9)
+
+
+def test_options_for_another_method_are_refused(program, pico, few, tmp_path):
+    for options in (("--calibration", few), ("--refine", "2")):
+        done = program("ppx-convert", pico, *options, "-o", "out", cwd=tmp_path, status=2)
+        assert "are for --method gptq" in done.stderr
+    done = program("ppx-convert", pico, "--method", "gptq", "--calibration", "nothing", cwd=tmp_path, status=2)
+    assert "nothing: no such file" in done.stderr

@@ -1,0 +1,403 @@
+"""Bits where they matter: what is measured, against the model run at once, and the recipes that come of it."""
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from ppx.calibrate import measurement, sensitivity, weight_only
+from ppx.calibrate.allocation import Budget, Wanted, allot, size_of
+from ppx.calibrate.sensitivity import Part
+from ppx.convert import conversion
+from ppx.convert.bundle.plan import make_plan
+from ppx.convert.bundle.recipe import uniform
+from ppx.convert.errors import UserError
+from ppx.convert.source.source import Source, locate, open_source
+from ppx.convert.source.tensors import COMPONENTS, roles
+from ppx.model.forward import Tokens
+from ppx.model.reference import reference_of
+from ppx.model.tokens import Material, read_tokens
+from ppx.quant.affine import BITS, Affine, dequantize, quantize
+from ppx.recipes import shipped
+from safetensors.numpy import load_file, save_file
+
+SCALES = np.dtype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def few(pico, tmp_path_factory):
+    """A file of some calibration sequences."""
+    path = tmp_path_factory.mktemp("few") / "tokens.safetensors"
+    save_file({"tokens": load_file(pico / "calibration_tokens.safetensors")["tokens"][:6, :, :60].copy()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def held(program, pico, few, tmp_path_factory):
+    """What the program measures, in a file."""
+    folder = tmp_path_factory.mktemp("held")
+    options = ("--tokens", few, "--bits-per-weight", "4.5", "-o", "a.toml", "--plot", "a.svg")
+    done = program("ppx-allocate", pico, *options, cwd=folder)
+    assert done.stdout.startswith("4.5bpw: ")
+    assert done.stdout.endswith("measured on 6 of 6 sequences of 60 frames\n")
+    assert "temporal self_attn.* layer 1" in (folder / "a.svg").read_text()
+    return folder / "a.sensitivity.json"
+
+
+@pytest.fixture(scope="module")
+def measured(pico, few, held):
+    """Pico, what it was measured on, and its sensitivities."""
+    with open_source(locate(str(pico))) as source:
+        yield source, read_tokens(few, source.architecture, None, None), sensitivity.read(held)
+
+
+def rounded(values: torch.Tensor, bits: int) -> torch.Tensor:
+    flat = np.ascontiguousarray(values.float().numpy().reshape(-1, values.shape[-1]))
+    form = Affine(bits, 64, "lsq")
+    return torch.from_numpy(dequantize(quantize(flat, form, SCALES), form)).reshape(values.shape)
+
+
+def predictions(
+    source: Source, material: Material, altered: Callable[[str, int | None], bool] | None = None, bits: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the whole model, run at once; altered: tells of a tensor and step if it is quantized."""
+    model = reference_of(source.checkpoint)
+
+    class Altered:
+        def weights(self, name: str, step: int | None) -> torch.Tensor:
+            held = model.weights(name, step)
+            return rounded(held, bits) if altered and altered(name, step) else held
+
+        def rows(self, name: str, tokens: Tokens) -> torch.Tensor:
+            held = model.rows(name, tokens)
+            return rounded(held, bits) if altered and altered(name, None) else held
+
+    both = Altered()
+    with torch.inference_mode():
+        text, audio = replace(model, weights=both.weights, rows=both.rows).logits(
+            material.tokens, material.targets, source.architecture.n_q // 2
+        )
+    return text.double().log_softmax(-1), audio.double().log_softmax(-1)
+
+
+def divergence(reference: torch.Tensor, other: torch.Tensor, counted: NDArray[np.bool_]) -> float:
+    return float((reference.exp() * (reference - other)).sum(-1)[torch.from_numpy(counted)].mean())
+
+
+@pytest.mark.parametrize(
+    ("part", "bits", "altered"),
+    [
+        (
+            Part("temporal", "self_attn.*", layer=0),
+            3,
+            lambda name, _: name.startswith("transformer.layers.0.self_attn."),
+        ),
+        (Part("temporal", "gating.*", layer=1), 4, lambda name, _: name.startswith("transformer.layers.1.gating.")),
+        (
+            Part("depformer", "self_attn.*", step=2),
+            2,
+            lambda name, step: "depformer" in name and "self_attn" in name and step == 2,
+        ),
+        (Part("depformer", "gating.*", step=1), 4, lambda name, _: "depformer" in name and ".gating.1." in name),
+        (Part("depformer", "depformer_in", step=0), 3, lambda name, _: name == "depformer_in.0.weight"),
+        (Part("embeddings", "emb"), 3, lambda name, _: name.startswith("emb.")),
+        (Part("embeddings", "depformer_emb"), 2, lambda name, _: name.startswith("depformer_emb.")),
+        (Part("heads", "linears", step=3), 4, lambda name, _: name == "linears.3.weight"),
+        (Part("heads", "text_linear"), 3, lambda name, _: name == "text_linear.weight"),
+    ],
+    ids=lambda value: "altered" if callable(value) else str(value),
+)
+def test_a_part_costs_what_the_whole_model_loses_by_it(part, bits, altered, measured):
+    source, material, found = measured
+    half = source.architecture.n_q // 2
+    heard = material.counted[:, 1 : half + 1].all(1)
+    text, audio = predictions(source, material)
+    other_text, other_audio = predictions(source, material, altered, bits)
+    cost = found.costs[part][bits]
+    assert cost["text"] == pytest.approx(divergence(text, other_text, material.counted[:, 0]), rel=1e-3, abs=1e-7)
+    agent = [divergence(audio[:, :, step], other_audio[:, :, step], heard) for step in range(half)]
+    assert cost["agent"] == pytest.approx(np.mean(agent), rel=1e-3, abs=1e-7)
+    assert sum(cost.values()) > 1e-4
+
+
+class Bar:
+    """A progress bar that counts."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.count, self.ended = total, 0, 0
+
+    def update(self, more: int) -> None:
+        self.count += more
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended += 1
+
+
+def test_several_passes_measure_what_one_does(measured, monkeypatch):
+    """With memory for two sequences at a time, as many are read as are asked for."""
+    bars: list[Bar] = []
+
+    def shown(_label: str, total: int, _unit: str, _quiet: bool) -> Bar:
+        bars.append(Bar(total))
+        return bars[-1]
+
+    monkeypatch.setattr(measurement, "bar", shown)
+    source, material, once = measured
+    two = 2 * material.tokens.shape[2] * source.architecture.dim * 4
+    memory = two * (1 + sum(part.component != "depformer" for part in once.costs))
+    apart = measurement.measure(source, material, "mark", quiet=True, bits=[3], sequences=6, memory=memory)
+    assert apart.measured_on == "6 of 6 sequences of 60 frames"
+    assert [(one.count, one.ended) for one in bars] == [(one.total, 1) for one in bars] != []
+    assert apart.errors == once.errors
+    for part, costs in once.costs.items():
+        assert apart.costs[part][3] == pytest.approx(costs[3], rel=1e-3, abs=1e-7), part
+
+
+def test_a_part_whose_predictions_are_not_finite_is_named(measured, monkeypatch):
+    """It would be the cheapest of all: max(0.0, nan) is 0.0."""
+    source, material, _ = measured
+    head = source.checkpoint.tensors["text_linear.weight"].role.shape
+
+    def broken(weight, form, storage):
+        made = quantize(weight, form, storage)
+        return replace(made, scales=np.full_like(made.scales, np.nan)) if weight.shape == head else made
+
+    monkeypatch.setattr(weight_only, "quantize", broken)
+    with pytest.raises(UserError, match="heads text_linear at 2 bit: the text's predictions are not finite"):
+        measurement.measure(source, material.chosen(np.array([0])), "mark", quiet=True, bits=[2])
+
+
+def test_sequences_that_tell_nothing_of_the_agent_are_refused(measured):
+    """Everything would cost it nothing."""
+    source, material, _ = measured
+    counted = material.counted.copy()
+    counted[:, 3] = False
+    with pytest.raises(UserError, match="the 1 sequences that were measured on hold no tokens of agent"):
+        measurement.measure(
+            source, replace(material.chosen(np.array([0])), counted=counted[:1]), "mark", True, bits=[2]
+        )
+
+
+def test_weights_that_cannot_be_quantized_are_named(measured):
+    """Their inputs are always zero, so that the original is sound."""
+    source, material, _ = measured
+    gating, norm = "transformer.layers.0.gating.linear_in.weight", "transformer.layers.0.norm2.alpha"
+
+    def altered(name, _, weights):
+        found = weights.astype(np.float32)
+        found[..., :2] = 0 if name == norm else [3e38, -3e38]
+        return found
+
+    checkpoint = source.checkpoint.with_adapter(altered, [gating, norm], source.checkpoint.file)
+    with pytest.raises(UserError, match=f"{gating} at 2 bit .*too far apart"):
+        measurement.measure(replace(source, checkpoint=checkpoint), material, "mark", quiet=True, bits=[2])
+
+
+def test_every_tensor_that_the_agent_depends_on_is_in_a_part(measured):
+    source, _, found = measured
+    half = source.architecture.n_q // 2
+    heard = {
+        sensitivity.part_of(role, step)
+        for role in roles(source.architecture).values()
+        for step in (range(half) if role.stacked > 1 else [role.step])
+        if role.kind != "norm" and (step is None or step < half)
+    }
+    assert set(found.costs) == set(found.errors) == heard
+    for part, costs in found.costs.items():
+        total = [sum(costs[bits].values()) for bits in BITS]
+        assert total[0] > 3 * total[2] > 9 * total[-1], part
+
+
+def test_other_group_sizes_cost_as_their_errors_grow(measured):
+    found = measured[2]
+    part = Part("temporal", "self_attn.*", layer=0)
+    small, usual, large = (found.cost(part, Affine(4, size, "lsq"))["agent"] for size in (32, 64, 128))
+    assert small < usual < large
+    assert usual == found.costs[part][4]["agent"]
+    assert found.cost(part, None) == {"text": 0.0, "agent": 0.0}
+    assert found.cost(Part("temporal", "gating.*", layer=0), Affine(4, 128, "lsq")) is None  # does not divide its rows
+
+
+def test_a_file_of_them_comes_back_as_it_was(measured, tmp_path):
+    path = tmp_path / "s.json"
+    sensitivity.write(measured[2], path)
+    assert sensitivity.read(path) == measured[2]
+    held = json.loads(path.read_text())
+    for wrong in (
+        "{",
+        "[]",
+        json.dumps(held | {"sensitivities": 2}),
+        json.dumps(held | {"parts": [held["parts"][0] | {"divergence": {}}]}),
+        json.dumps(held | {"parts": [held["parts"][0] | {"error": {}}]}),
+        json.dumps(held | {"parts": [held["parts"][0] | {"layer": "0"}]}),
+        path.read_text().replace(str(held["parts"][0]["divergence"]["4"]["text"]), "NaN", 1),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match="not a file of sensitivities"):
+            sensitivity.read(path)
+
+
+@pytest.mark.parametrize("budget", [Budget(None, 3.2), Budget(None, 4.5), Budget(3_400_000)], ids=str)
+def test_a_recipe_is_within_its_budget_and_beats_uniform_ones(budget, measured):
+    source, _, found = measured
+    inventory = conversion.inventory(source)
+    wanted = Wanted(budget, "mlx", "float16", "lsq", 8)
+    mixed = allot(inventory, wanted, found)
+    plan = make_plan(inventory, mixed.recipe)
+    assert plan.nbytes == mixed.nbytes
+    used = plan.nbytes if budget.nbytes else plan.bits_per_weight
+    limit = budget.nbytes or budget.bits_per_weight
+    assert limit is not None
+    assert 0.985 * limit < used <= limit
+    total = sum(mixed.expected.values())
+    assert mixed.bound is not None
+    assert 0.98 * total < mixed.bound <= total * (1 + 1e-9)  # the same sum in another order
+    settings = {(output.form.bits, output.form.group_size) if output.form else None for output in plan.outputs}
+    assert len(settings) > 3
+    compared = 0
+    for bits, group_size in filter(None, settings):
+        form = Affine(bits, group_size, "lsq")
+        everything = {part: found.cost(part, form) for part in found.costs}
+        if None not in everything.values():
+            alike = make_plan(inventory, uniform(form, "mlx", "float16", COMPONENTS))
+            if (alike.nbytes if budget.nbytes else alike.bits_per_weight) <= limit:
+                assert total < sum(sum(cost.values()) for cost in everything.values())
+                compared += 1
+    assert compared
+
+
+def test_what_is_kept_is_kept_and_the_users_steps_get_least(measured):
+    source, _, found = measured
+    inventory = conversion.inventory(source)
+    kept = allot(inventory, Wanted(Budget(None, 7.0), "mlx", "float16", "lsq", None, ("embeddings", "heads")), found)
+    for part, form in kept.settings.items():
+        if part.component in ("embeddings", "heads"):
+            assert form is None
+        elif part.step is not None and part.step >= 8:
+            assert form is not None
+            assert form.bits == 2
+    assert max(form.bits for form in kept.settings.values() if form) > 4
+
+
+def test_targets_of_one_setting_get_the_best_that_they_load(measured):
+    source, _, found = measured
+    inventory = conversion.inventory(source)
+
+    def chosen(target, bits_per_weight):
+        recipe = allot(inventory, Wanted(Budget(None, bits_per_weight), target, "float16", "lsq"), found).recipe
+        return [(rule.form and (rule.form.bits, rule.form.group_size), rule.components) for rule in recipe.rules]
+
+    everything = ("temporal", "depformer", "embeddings", "heads")
+    assert chosen("moshi-mlx", 6) == [((4, 32), everything)]
+    assert chosen("moshi-mlx", 9) == [((8, 64), everything)]
+    assert chosen("moshi-mlx", 17) == []
+    assert chosen("speech-swift", 8)[0][1] in (("temporal",), ("temporal", "depformer"))
+    with pytest.raises(UserError, match=r"smallest bundle for moshi-mlx is larger \(.*5\.\d\d bits a weight\)"):
+        chosen("moshi-mlx", 4)
+    with pytest.raises(UserError, match="smallest bundle for mlx is larger"):
+        chosen("mlx", 1.5)
+
+
+class Overrun(Budget):
+    """A budget that headers overrun by a byte, however little is left for the weights, until a plan is small enough."""
+
+    def left(self, plan):
+        left = super().left(plan)
+        return left if plan.nbytes < 2_030_000 else min(left, -1)
+
+
+def test_what_the_smallest_bundle_fits_into_is_met(measured):
+    """A search that overruns the budget many times must not end in the claim that nothing fits."""
+    source, _, found = measured
+    inventory = conversion.inventory(source)
+
+    def within(budget):
+        return allot(inventory, Wanted(budget, "mlx", "float16", "lsq"), found).nbytes
+
+    with pytest.raises(UserError, match="is larger") as caught:
+        within(Budget(1000))
+    smallest = int(re.findall(r"(\d+) bytes", str(caught.value))[0])
+    assert within(Budget(smallest)) == smallest
+    with pytest.raises(UserError, match=f"is larger .*{smallest} bytes"):
+        within(Budget(smallest - 1))
+    assert smallest <= within(Overrun(2_050_000)) < 2_030_000
+
+
+def test_sizes():
+    assert [size_of(text) for text in ("5.3GB", "800 MB", "2 GiB", "12kB", "700")] == [
+        5_300_000_000, 800_000_000, 2 << 30, 12_000, 700
+    ]  # fmt: skip
+    for text in ("", "GB", "5,3GB", "-1GB", "1e9", "5 TB"):
+        with pytest.raises(UserError, match="not a size"):
+            size_of(text)
+
+
+def test_the_program_writes_a_recipe_and_keeps_what_it_measured(program, pico, few, held, tmp_path):
+    before = held.read_bytes()
+    common = ("ppx-allocate", pico, "--tokens", few, "--sensitivity", held, "--depformer-steps", "8")
+    said = json.loads(program(*common, "--target-size", "2.2MB", "-o", "b.toml", "--json", cwd=tmp_path).stdout)
+    assert said["bytes"] <= 2_200_000
+    assert held.read_bytes() == before
+    recipe = shipped.load(str(tmp_path / "b.toml"))
+    assert "expected divergence" in recipe.description
+    assert recipe.depformer_steps == 8
+    program("ppx-convert", pico, "--recipe", "b.toml", "-o", "out", cwd=tmp_path)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert sum(record["size"] for record in manifest["files"].values()) == said["bytes"]
+    done = program("ppx-verify", "out", "--reference", pico, "--tokens", few, "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)["predictions"]
+    for stream in ("text", "agent"):
+        assert 0.5 < found[stream]["bundle"]["kl"]["mean"] / said["expected"][stream] < 2
+
+
+def test_the_program_refuses_what_contradicts_itself(program, pico, tmp_path):
+    (tmp_path / "there.toml").write_text("")
+    for options, words in (
+        (("-o", "a.toml"), "no size is given"),
+        (("--target-size", "1GB", "--bits-per-weight", "4", "-o", "a.toml"), "contradict"),
+        (("--target-size", "1GB", "-o", "a.json"), ".toml file"),
+        (("--target-size", "1GB", "-o", "there.toml"), "there already"),
+        (("--target-size", "1GB", "--keep", "codec", "-o", "a.toml"), "--keep codec"),
+    ):
+        assert words in program("ppx-allocate", pico, *options, cwd=tmp_path, status=2).stderr
+    assert not (tmp_path / "a.toml").exists()
+
+
+def test_measurements_of_another_source_are_refused(program, pico, few, measured, tmp_path):
+    sensitivity.write(replace(measured[2], mark="another"), tmp_path / "held.json")
+    given = ("--tokens", few, "--sensitivity", "held.json", "--bits-per-weight", "4", "-o", "a.toml")
+    done = program("ppx-allocate", pico, *given, cwd=tmp_path, status=2)
+    assert "measured on another source" in done.stderr
+
+
+def test_a_conversion_to_a_size(program, pico, few, held, tmp_path):
+    shutil.copy(held, tmp_path / "out.sensitivity.json")
+    common = ("ppx-convert", pico, "--depformer-steps", "8", "--calibration", few, "-o", "out")
+    done = program(*common, "--target-size", "2.2MB", cwd=tmp_path)
+    assert "2.2MB: " in done.stdout
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["target"] == "mlx"
+    assert sum(record["size"] for record in manifest["files"].values()) <= 2_200_000
+    assert shipped.load(str(tmp_path / "out.recipe.toml")).rules
+    assert "measures nothing" in program(*common, "--target-size", "2MB", "--dry-run", cwd=tmp_path, status=2).stderr
+    again = program(*common, "--target-size", "2MB", "--recipe", "4bit", cwd=tmp_path, status=2)
+    assert "contradict" in again.stderr
+
+
+def test_the_command_of_the_readme(program, pico, few, held, tmp_path):
+    page = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    command = re.findall(r"^ppx-allocate (.*)$", page, re.MULTILINE)[0]
+    arguments = [pico if argument == "./my-finetune" else argument for argument in shlex.split(command)]
+    program("ppx-allocate", *arguments, "--tokens", few, "--sensitivity", held, cwd=tmp_path)
+    assert shipped.load(str(tmp_path / "mine.toml")).depformer_steps == 8
+    assert (tmp_path / "mine.svg").read_text().startswith("<svg")

@@ -1,0 +1,144 @@
+import dataclasses
+
+import pytest
+from ppx.convert.bundle import recipe_file
+from ppx.convert.bundle.plan import inventory_of_7b, make_plan
+from ppx.convert.bundle.recipe import LIMITS, Recipe, Rule, to_toml, uniform
+from ppx.convert.bundle.targets import TARGETS
+from ppx.convert.errors import UserError
+from ppx.quant.affine import Affine
+from ppx.recipes import shipped
+
+SEVEN_B = inventory_of_7b("x/y")
+
+
+def without_lines(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(
+        recipe, original="", rules=tuple(dataclasses.replace(rule, line=0) for rule in recipe.rules)
+    )
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_shipped_recipes_can_be_loaded_by_their_target(name):
+    recipe = shipped.load(name)
+    plan = make_plan(SEVEN_B, recipe)
+    assert plan.target.name == recipe.target
+    assert recipe.description
+    assert set(recipe.parity) == set(LIMITS)
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_a_recipe_survives_the_way_to_toml_and_back(name):
+    recipe = shipped.load(name)
+    assert without_lines(recipe_file.parse(to_toml(recipe), name, name)) == without_lines(recipe)
+
+
+def test_the_first_rule_that_matches_decides():
+    plan = make_plan(SEVEN_B, shipped.load("mixed"))
+    bits = {output.path: output.form.bits for output in plan.outputs if output.form}
+    assert bits["transformer.layers.0.self_attn.in_proj"] == 6
+    assert bits["transformer.layers.1.self_attn.in_proj"] == 5
+    assert bits["depformer.slices.7.transformer.layers.3.gating.linear_in"] == 6
+    assert {output.form and output.form.bits for output in plan.outputs if output.role.kind == "embedding"} == {5}
+    assert not any(path.startswith("depformer.slices.8.") for path in bits)
+
+
+def test_all_mistakes_are_listed_with_their_lines():
+    text = """target = "nope"
+dtype = 3
+foo = 1
+[[rules]]
+components = ["temporal", "x"]
+bits = 7
+[[rules]]
+layers = "3-1"
+keep = true
+bits = 4
+[[rules]]
+modules = 3
+steps = "a"
+bits = 4
+group_size = 48
+method = "best"
+[parity]
+zz = 1
+agent_kl = -1
+"""
+    with pytest.raises(UserError) as caught:
+        recipe_file.parse(text, "t", "t.toml")
+    expected = [
+        (1, "target is 'nope'"), (2, "dtype is 3"), (3, "unknown key 'foo'"), (4, "no group_size"),
+        (5, "unknown component 'x'"), (6, "bits is 7"), (8, "runs backwards"), (10, "bits beside keep"),
+        (12, "modules is 3"), (13, "steps is 'a'"), (15, "group_size is 48"), (16, "method is 'best'"),
+        (18, "unknown limit 'zz'"), (19, "agent_kl is -1"),
+    ]  # fmt: skip
+    assert len(caught.value.problems) == len(expected)
+    for problem, (line, what) in zip(caught.value.problems, expected, strict=True):
+        assert problem.startswith(f"t.toml, line {line}: ")
+        assert what in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('target = ["mlx"]', r"target is \['mlx'\]"),
+        ('target = "mlx"\ndtype = [1]', r"dtype is \[1\]"),
+        (
+            'target = "mlx"\n[[rules]]\nbits = 4.0\ngroup_size = 64.0',
+            r"bits is 4\.0(.|\n)*line 4: group_size is 64\.0",
+        ),
+        ('target = "mlx"\n[[rules]]\nbits = true\ngroup_size = 64', "bits is True"),
+        ('target = "mlx"\n[parity]\nagent_kl = nan', "agent_kl is nan"),
+        (f"x = {'1' * 5000}", "not TOML"),
+        (f"x = {'[' * 5000}", "not TOML"),
+    ],
+)
+def test_odd_values_are_mistakes_too(text, message):
+    with pytest.raises(UserError, match=message):
+        recipe_file.parse(text, "t", "t.toml")
+
+
+def test_what_is_no_toml_says_where():
+    with pytest.raises(UserError, match=r"not TOML.*line 2"):
+        recipe_file.parse('target = "mlx"\nrules = = []', "t", "t.toml")
+    with pytest.raises(UserError, match="no such recipe or file: shipped are 4bit"):
+        shipped.load("5bit")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (uniform(Affine(4, 64), "moshi-mlx", "bfloat16", TARGETS["moshi-mlx"].uniform), "moshi-q4, moshi-q8 or bf16"),
+        (uniform(Affine(4, 32), "moshi-mlx", "bfloat16", ("temporal",)), "every linear and embedding"),
+        (uniform(Affine(4, 64), "speech-swift", "float16", ("temporal", "heads")), "loads heads as floats"),
+        (uniform(Affine(4, 64), "speech-swift", "float16", ("depformer",)), "quantize both"),
+        (
+            Recipe("r", "speech-swift", "float16", (Rule(Affine(6, 64), layers=((0, 3),)), Rule(Affine(4, 64)))),
+            "one setting for all quantized layers, not 4 bit group 64, 6 bit group 64",
+        ),
+        (
+            Recipe("r", "speech-swift", "float16", (Rule(Affine(4, 64), ("temporal",), layers=((0, 3),)),)),
+            "all linear layers of the temporal quantized or none",
+        ),
+        (
+            Recipe("r", "mlx", "float16", (Rule(Affine(4, 64), layers=((40, 50),), line=7),)),
+            r"a rule \(line 7\) matches no tensor",
+        ),
+    ],
+)
+def test_what_a_target_cannot_load_is_refused(recipe, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(SEVEN_B, recipe)
+
+
+def test_rows_that_a_group_does_not_divide_are_all_named(pico):
+    from ppx.convert.conversion import inventory
+    from ppx.convert.source.source import locate, open_source
+
+    with open_source(locate(str(pico))) as source:
+        plain = inventory(source)
+    with pytest.raises(UserError) as caught:
+        make_plan(plain, uniform(Affine(4, 128), "mlx", "bfloat16", ("temporal", "depformer")))
+    said = "\n".join(caught.value.problems)
+    assert "temporal gating.linear_out: rows of 704 weights are not divided by groups of 128 (2 tensors)" in said
+    assert "use group size 64 or 32" in said

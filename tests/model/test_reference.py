@@ -1,0 +1,75 @@
+"""The PyTorch reference against what NVIDIA's code put out for the same weights and tokens."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden import assert_near, assert_same_session, recorded, session
+from ppx.convert.source.source import Source, locate, open_source
+from ppx.model.blocks import places
+from ppx.model.forward import Memory
+from ppx.model.reference import reference_of
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def source(pico: Path) -> Iterator[Source]:
+    with open_source(locate(str(pico))) as opened:
+        yield opened
+
+
+def test_every_recorded_tensor_in_float32(source, pico):
+    golden = load_file(pico / "golden" / "forward_float32.safetensors")
+    assert golden["tokens"].min() == -1
+    assert golden["tokens"].max() == source.architecture.text_card  # an initial token
+    found = recorded(reference_of(source.checkpoint), source.architecture, golden["tokens"].numpy())
+    assert_near(found, golden, 1e-5)
+
+
+def test_every_recorded_tensor_in_bfloat16(source, pico):
+    golden = load_file(pico / "golden" / "forward_bfloat16.safetensors")
+    exact = load_file(pico / "golden" / "forward_float32.safetensors")
+    found = recorded(reference_of(source.checkpoint, torch.bfloat16), source.architecture, golden["tokens"].numpy())
+    for name, array in found.items():
+        first, second, third = array, golden[name].float().numpy(), exact[name].numpy()
+        noise = np.linalg.norm(second - third)  # what bfloat16 costs the reference itself
+        assert np.linalg.norm(first - second) <= 1.5 * noise + 1e-6 * np.linalg.norm(third), name
+        assert np.linalg.norm(first - third) <= 1.2 * noise + 1e-6 * np.linalg.norm(third), name
+
+
+def test_a_greedy_session_token_for_token(source, pico):
+    steps, golden = session(source, reference_of(source.checkpoint), pico)
+    assert_same_session(steps, golden, 1e-5)
+
+
+def test_frames_in_one_pass_and_one_by_one(source, pico):
+    """More frames than the context, so that what falls out of it is forgotten in both."""
+    model, tokens = (
+        reference_of(source.checkpoint),
+        load_file(pico / "golden" / "forward_float32.safetensors")["tokens"],
+    )
+    x = model.embed(tokens.numpy())
+    memory: Memory = {}
+    whole, pieces = x, []
+    for place in places(source.architecture, "temporal"):
+        _, whole = model.block(place, whole)
+    for first, last in ((0, 5), (5, 6), (6, 20), (20, x.shape[1])):
+        part = x[:, first:last]
+        for place in places(source.architecture, "temporal"):
+            _, part = model.block(place, part, memory, first)
+        pieces.append(part)
+    np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_steps_of_the_depformer_see_all_before_them_and_none_after(source):
+    model, a = reference_of(source.checkpoint), source.architecture
+    place = places(a, "depformer")[0]
+    x = np.random.default_rng(0).standard_normal((2, a.steps, a.depformer_dim), np.float32)
+    _, before = model.block(place, x)
+    for changed in (0, 7, a.steps - 1):
+        other = x.copy()
+        other[:, changed] += 1
+        differs = (model.block(place, other)[1] != before).any(axis=(0, 2))
+        assert differs.tolist() == [step >= changed for step in range(a.steps)]

@@ -1,0 +1,290 @@
+"""What the documents, the layout and the house rules promise."""
+
+import ast
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from hub_server import running
+from ppx.convert.bundle import recipe_file
+from ppx.convert.bundle.describe import size
+from ppx.convert.bundle.plan import inventory_of_7b, make_plan
+from ppx.convert.bundle.recipe import to_toml
+from ppx.recipes import shipped
+from ppx.verify import limits
+from safetensors.numpy import load_file, save_file
+
+ROOT = Path(__file__).parent.parent.parent
+ORDER = ("quant", "convert", "model", "speak", "calibrate", "verify", "recipes")
+README = (ROOT / "README.md").read_text()
+
+
+def modules() -> list[Path]:
+    return [path for folder in ORDER for path in (ROOT / folder).rglob("*.py")]
+
+
+def name_of(path: Path) -> tuple[str, ...]:
+    """A module's name in the package, part by part."""
+    return path.relative_to(ROOT).with_suffix("").parts
+
+
+NAMES = {name_of(path) for path in modules()}
+
+
+def imported(path: Path) -> Iterator[tuple[str, ...]]:
+    """Modules of the package that a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("ppx") for alias in node.names), f"{path}: imports are relative"
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert not (node.module or "").startswith("ppx"), f"{path}: imports are relative"
+        elif isinstance(node, ast.ImportFrom):
+            base = (*name_of(path)[: -node.level], *(node.module or "").split("."))
+            base = tuple(part for part in base if part)
+            for alias in node.names:
+                found = [name for name in (base, (*base, alias.name), (*base, "__init__")) if name in NAMES]
+                assert found, f"{path}: imports {'.'.join(base)}.{alias.name}"
+                yield found[0]
+
+
+def arrows(folder: tuple[str, ...]) -> dict[str, set[str]]:
+    """What each module or folder of a folder imports of the others in it."""
+    found: dict[str, set[str]] = {}
+    for path in modules():
+        name = name_of(path)
+        for other in imported(path):
+            if name[: len(folder)] == other[: len(folder)] == folder and name[len(folder)] != other[len(folder)]:
+                found.setdefault(name[len(folder)], set()).add(other[len(folder)])
+    return found
+
+
+def test_imports_run_in_one_direction():
+    seen = arrows(())
+    for folder, others in seen.items():
+        assert all(ORDER.index(other) < ORDER.index(folder) for other in others), f"{folder} imports {others}"
+    assert {folder for folder, others in seen.items() if others} == set(ORDER[1:])
+
+
+@pytest.mark.parametrize("folder", sorted({name[:depth] for name in NAMES for depth in range(len(name))}))
+def test_imports_run_in_one_direction_within_a_folder(folder):
+    TopologicalSorter(arrows(folder)).prepare()  # raises for a circle
+
+
+def test_checkpoints_know_nothing_of_bundles():
+    within = arrows(("convert",))
+    assert "bundle" not in within["source"]
+    assert "source" in within["bundle"]
+    assert {"source", "bundle"} <= within["conversion"]
+
+    assert "publish" not in arrows(("verify",)).get("verification", set())
+
+
+def test_numerics_know_no_files_and_no_network():
+    for path in (ROOT / "quant").rglob("*.py"):
+        assert not re.search(r"\b(pathlib|open\(|huggingface_hub|safetensors|typer)\b", path.read_text()), path
+
+
+def test_modules_can_be_read_in_one_sitting():
+    for path in modules():
+        assert len(path.read_text().splitlines()) <= 320, path
+
+
+def test_pickles_are_loaded_with_weights_only():
+    for path in modules():
+        for call in re.findall(r"torch\.load\([^\n]*", path.read_text()):
+            assert "weights_only=True" in call, path
+
+
+def test_every_program_of_the_readme_is_installed_and_the_other_way_round():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert set(re.findall(r"^(?:\$ )?(ppx-[a-z]+)", README, re.MULTILINE)) == set(scripts)
+
+
+def test_the_readmes_first_block_names_targets_of_the_makefile():
+    block = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)[0]
+    commands = re.findall(r"^make (\w+)", block, re.MULTILINE)
+    assert commands == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{command}: " in makefile for command in commands)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("ppx-convert")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme_plan(command, program, pico, tmp_path):
+    name, *arguments = shlex.split(command)
+    arguments = [pico if argument == "./my-finetune" else argument for argument in arguments if argument != "--dry-run"]
+    (tmp_path / "mine.toml").write_text(to_toml(shipped.load("mixed")))
+    done = program(name, *arguments, "--dry-run", cwd=tmp_path)
+    assert "bits a weight" in done.stdout
+
+
+@pytest.mark.slow
+def test_verifications_of_the_readme_run(bundle, pico, program, tmp_path):
+    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("ppx-verify") and "--round-trip" not in line]
+    assert len(commands) == 3
+    for name, options in (("my-bundle", "4bit"), ("my-4bit", "4bit"), ("my-8bit", "8bit")):
+        shutil.copytree(bundle("--recipe", options), tmp_path / name)
+    tokens = tmp_path / "held.safetensors"
+    save_file({"tokens": load_file(pico / "heldout_tokens.safetensors")["tokens"][:2, :, :40].copy()}, tokens)
+    here = {"nvidia/personaplex-7b-v1": pico, "./my-finetune": pico, "heldout.safetensors": tokens}
+    for name in ("my-4bit", "my-8bit"):
+        program("ppx-verify", name, "--reference", pico, "--sequences", "1", "--frames", "40", cwd=tmp_path)
+    for command in commands:
+        name, *arguments = shlex.split(command)
+        arguments = [here.get(argument, argument) for argument in arguments]
+        if "--tokens" not in arguments and "--reference" in arguments:
+            arguments += ["--sequences", "1", "--frames", "40"]
+        said = program(name, *arguments, cwd=tmp_path).stdout
+        assert "KL of the agent's codebooks" in said
+
+
+NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"
+
+
+def assert_same_output(printed: str, documented: str) -> None:
+    """Compare words, with runs of blanks as one, and numbers by value: how wide they are is not what matters.
+
+    Processors sum in different orders. The noise floor is what rounding alone costs: it moved by up to 15 % between
+    processors, numbers of threads and ways to sum an attention (5.8e-06 to 6.7e-06), everything else by less than 1 %.
+    """
+    words = [[" ".join(part.split()) for part in re.split(NUMBER, text)] for text in (printed, documented)]
+    assert words[0] == words[1]
+    for mine, other in zip(re.findall(NUMBER, printed), re.findall(NUMBER, documented), strict=True):
+        noise = float(other) < 5e-4
+        assert float(mine) == pytest.approx(float(other), rel=0.3 if noise else 0.03), (mine, other)
+
+
+def test_outputs_are_compared_by_words_and_values():
+    documented = "KL of text    0.0043   2.1e-06\nfiles: 25\n"
+    assert_same_output("KL of text   0.00427  2.2e-06\nfiles: 25\n", documented)
+    for wrong in ("KL of text 0.0043 2.1e-06", "KL of text 0.0050 2.1e-06\nfiles: 25\n", "KL of text 25\nfiles: 25\n"):
+        with pytest.raises((AssertionError, ValueError)):
+            assert_same_output(wrong, documented)
+
+
+def run_session(
+    session: str,
+    program: Callable[..., subprocess.CompletedProcess[str]],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Run a console session of the README, and compare what it prints."""
+    steps = re.findall(r"\$ (.*)\n((?:(?!\$ ).*\n)*)", session)
+    for command, output in steps:
+        name, *arguments = shlex.split(command)
+        as_it_stands = ["--verify"] if name == "ppx-convert" else []  # which it does without being told
+        said = program(name, *arguments, *as_it_stands, cwd=folder, environment=environment).stdout
+        if environment:
+            said = said.replace(environment["HF_ENDPOINT"], "https://huggingface.co")
+        assert_same_output(said, output)
+    return len(steps)
+
+
+def sessions() -> list[str]:
+    return re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_readmes_session_is_a_real_one(program, tmp_path):
+    assert run_session(sessions()[0], program, tmp_path) == 2
+
+
+@pytest.mark.slow
+def test_the_readmes_session_to_the_hub_is_a_real_one(program, tmp_path):
+    with running() as hub:
+        environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_writer"}
+        environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        assert run_session(sessions()[1], program, tmp_path, environment) == 4
+        assert hub.repositories["me/personaplex-demo"].private
+
+
+def test_the_readmes_table_of_recipes():
+    rows = re.findall(
+        r"^\| `([\w-]+)`(?: \(default\))? \| ([\w-]+) \| ([\d.]+ GB) \| ([\d.]+) \|", README, re.MULTILINE
+    )
+    assert sorted(row[0] for row in rows) == shipped.names()
+    for name, target, total, bits in rows:
+        plan = make_plan(inventory_of_7b("x/y"), shipped.load(name))
+        assert (target, total, bits) == (plan.target.name, size(plan.nbytes), f"{plan.bits_per_weight:.2f}"), name
+
+
+@pytest.mark.parametrize("name", tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"])
+def test_help_has_examples_and_no_option_without_a_word(name, program, tmp_path):
+    said = program(name, "--help", cwd=tmp_path, environment={"COLUMNS": "200"}).stdout
+    assert "Examples:" in said
+    assert "\x1b" not in said
+    said = re.sub(r"\n {10,}", "  ", said)  # help on the line below a long option
+    for option in re.findall(r"^  (?:-\w, )?--[\w-]+.*$", said, re.MULTILINE):
+        assert re.search(r"\S  +\S", option.strip()), option
+
+
+def test_the_example_of_the_recipes_page_is_a_recipe():
+    text = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)[0]
+    plan = make_plan(inventory_of_7b("x/y"), recipe_file.parse(text, "example", "example"))
+    methods = {(output.form.bits, output.form.method) for output in plan.outputs if output.form}
+    assert methods == {(6, "lsq"), (4, "rtn")}
+
+
+def test_every_field_of_the_manifest_is_documented(bundle):
+    page = (ROOT / "docs" / "bundle.md").read_text()
+    manifest = json.loads((bundle("--recipe", "4bit") / "manifest.json").read_text())
+    for field in [*manifest, *(key for entry in manifest["tensors"] for key in entry)]:
+        assert f"`{field}`" in page, field
+
+
+def test_output_without_a_terminal_is_plain(pico, program, tmp_path):
+    done = program("ppx-convert", pico, "-o", "out", cwd=tmp_path, environment={"FORCE_COLOR": "", "NO_COLOR": "1"})
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.slow
+def test_every_field_of_the_report_is_documented(bundle, program, pico, tmp_path):
+    page = (ROOT / "docs" / "verification.md").read_text()
+    shutil.copytree(bundle("--recipe", "4bit"), tmp_path / "mine")
+    options = ("--reference", pico, "--tokens", pico / "heldout_tokens.safetensors", "--sequences", "1")
+    program("ppx-verify", "mine", *options, "--frames", "20", "--rollout", "2", cwd=tmp_path)
+    report = json.loads((tmp_path / "mine" / "parity" / "report.json").read_text())
+    seen = [report, report["verdict"], report["bundle"], report["structure"], report["rollout"], report["times"]]
+    seen += [
+        report["kernels"][0],
+        report["weights"][0],
+        report["activations"][0],
+        report["activations"][0]["accumulated"],
+    ]
+    seen += [report["predictions"]["text"], *list(report["predictions"]["text"]["bundle"].values())[1:]]
+    for field in [field for fields in seen for field in fields]:
+        assert f"`{field}`" in page, field
+
+
+def test_the_documented_limits_are_the_defaults():
+    page = (ROOT / "docs" / "verification.md").read_text()
+    rows = re.findall(r"^\| (\d+|16 \(float\)) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    found = {int(bits.split()[0]): tuple(float(value) for value in values) for bits, *values in rows}
+    assert found == limits.DEFAULTS
+
+
+def test_programs_start_without_the_slow_libraries():
+    """Help, dry runs and mistakes should not wait for torch and its kind."""
+    slow = ("torch", "matplotlib", "sentencepiece")
+    for entry in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].values():
+        module = entry.split(":")[0]
+        code = f"import sys, {module}; print([name for name in {slow} if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]", module

@@ -1,0 +1,476 @@
+"""ppx-speak and ppx-bench, as users run them, and the round trip of a verification."""
+
+import json
+import math
+import shlex
+import shutil
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from ppx.convert.bundle.reader import open_bundle
+from ppx.convert.errors import UserError
+from ppx.convert.source import demo
+from ppx.convert.source.mimi import FRAME, RATE
+from ppx.model.forward import Floats, Tokens
+from ppx.model.prompt import PROMPT, prompt_tokens
+from ppx.recipes.cli import reporting, speak, verify
+from ppx.recipes.cli.bench import text as bench_text
+from ppx.speak import audio_files, microphone
+from ppx.speak.sampling import GREEDY
+from ppx.speak.speaker import Scene, Words, open_speaker, text_of
+from ppx.verify import recognizer, round_trip
+from ppx.verify import report as reports
+from ppx.verify.options import RECOGNIZERS
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+README = Path(__file__).parent.parent.parent / "README.md"
+SPEECH = Path(__file__).parent.parent / "data" / "speech.flac"
+SAID = "The weather is nice today. We can go to the park, and have a good time with the children."
+SENTENCE = 1.68  # seconds of it, the first: recognizing speech takes longer than all the rest
+TARGETS = {
+    "speech-swift": ("--bits", "4", "--group-size", "64"),
+    "moshi-mlx": ("--recipe", "moshi-q4", "--method", "rtn"),
+    "mlx": ("--recipe", "mixed"),
+}
+
+
+@pytest.fixture(scope="module")
+def demos(program, tmp_path_factory):
+    """The demo source, with fewer layers, converted for each target; made once."""
+    folder = tmp_path_factory.mktemp("demos")
+    shallow = replace(demo.SIZES["demo"], num_layers=4, depformer_num_layers=2)
+    demo.make("demo", folder / "shallow", quiet=True, architecture=shallow)
+    for target, options in TARGETS.items():
+        program("ppx-convert", "shallow", *options, "--output", target, cwd=folder)
+    return folder
+
+
+def write(path: Path, seconds: float = 1.0, rate: int = 16000, channels: int = 1) -> None:
+    samples = np.random.default_rng(2).standard_normal((round(seconds * rate), channels)).astype(np.float32) * 0.1
+    soundfile.write(path, samples, rate)
+
+
+@pytest.mark.parametrize(
+    ("target", "rate", "channels"), [("speech-swift", 16000, 1), ("moshi-mlx", 44100, 2), ("mlx", 24000, 1)]
+)
+def test_bundles_of_all_targets_answer(program, demos, codec, tmp_path, target, rate, channels):
+    write(tmp_path / "q.wav", 0.7, rate, channels)
+    command = ("ppx-speak", demos / target, "q.wav", "--codec", codec, "--seed", "4")
+    done = program(*command, "-o", "a.wav", cwd=tmp_path)
+    samples, found = soundfile.read(tmp_path / "a.wav")
+    assert (len(samples), found) == (round(0.7 * RATE), RATE)
+    assert np.abs(samples).max() > 0
+    assert "0.7 s of sound" in done.stderr
+    assert "modulo" in done.stderr  # the demo has 128 of the codec's 2048 tokens
+    if target != "mlx":
+        return
+    again = program(*command, "-o", "b.wav", "--json", cwd=tmp_path)
+    said = json.loads(again.stdout)
+    np.testing.assert_allclose(soundfile.read(tmp_path / "b.wav")[0], samples, atol=1e-3)
+    assert said["text"] == " ".join(done.stdout.split())
+    assert (said["seconds"], said["seed"], said["voice"]) == (0.7, 4, "NATF2")
+
+
+def test_a_voice_a_prompt_a_seed_and_temperatures_change_the_answer(demos, codec):
+    question = np.random.default_rng(2).standard_normal((4, FRAME)).astype(np.float32) * 0.1
+    usual = Scene(codec=codec, prompt="Be brief.")
+    others = (replace(usual, voice="NATM1"), replace(usual, prompt="Be long."), replace(usual, seed=5))
+    scenes = (usual, *others, replace(usual, sampling=GREEDY))
+    answers = set()
+    for scene in scenes:
+        speaker = open_speaker(demos / "mlx", scene)
+        answers.add(tuple(token for said in speaker.answer(question) for token in said.agent.tolist()))
+    assert len(answers) == len(scenes)
+
+
+def test_mistakes_are_told_in_one_line(demos, codec, bundle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "q.wav", 0.2)
+    (tmp_path / "text.wav").write_text("hello")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), RATE)
+    soundfile.write(tmp_path / "nan.wav", np.full(4000, np.nan, np.float32), RATE, subtype="FLOAT")
+    swift = demos / "speech-swift"
+    asked = ("-o", "a.wav", "--codec", codec)
+    for arguments, reason in (
+        ((swift, "q.wav", *asked, "--voice", "NOBODY"), "--voice NOBODY: not in this bundle: it holds NATF0, "),
+        ((swift, "text.wav", *asked), "text.wav: not audio that can be read"),
+        ((swift, "empty.wav", *asked), "empty.wav: holds no sound"),
+        ((swift, "q.wav", *asked, "--prompt", "long " * 80), "--prompt has 4"),
+        ((swift, "q.wav", "-o", "a.wav"), "mimi.safetensors: not a codec that rustymimi loads"),
+        ((swift, "q.wav", "-o", "q.wav", "--codec", codec), "q.wav: is there already"),
+        ((swift, "q.wav", "-o", "a.mp3", "--codec", codec), "a.mp3: give the name of a .wav file"),
+        ((swift, "q.wav"), "give a recording and --output, or --live"),
+        ((swift, "nan.wav", *asked), "nan.wav: holds values that are not finite"),
+        ((swift, "q.wav", *asked, "--greedy", "--text-top-k", "3"), "leave temperatures and top-k out"),
+        ((tmp_path / "nowhere", "q.wav", *asked), "nowhere: not a bundle"),
+        ((bundle(), "q.wav", *asked), "remembers at most 2: shorten it"),
+    ):
+        done = CliRunner().invoke(speak.app, [str(argument) for argument in arguments])
+        assert done.exit_code == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert reason in done.stderr, done.stderr
+    assert not (tmp_path / "a.wav").exists()
+
+
+@pytest.fixture(scope="module")
+def conversation(program, tmp_path_factory):
+    """The README's conversation: its folder, and what its commands print."""
+    folder = tmp_path_factory.mktemp("conversation")
+    section = README.read_text().partition("\n## Talk to it\n")[2].partition("```sh\n")[2]
+    commands = [shlex.split(line) for line in section.partition("```")[0].splitlines() if line.startswith("ppx-")]
+    assert [command[0] for command in commands] == ["ppx-convert", "ppx-speak", "ppx-verify", "ppx-bench"]
+    samples, rate = soundfile.read(SPEECH)
+    soundfile.write(folder / "question.wav", samples[: round(SENTENCE * rate)], rate)
+    shorter = {"ppx-bench": ["--frames", "10"], "ppx-verify": ["--sequences", "1", "--frames", "80"]}
+    return folder, [program(name, *rest, *shorter.get(name, []), cwd=folder).stdout for name, *rest in commands]
+
+
+def test_the_readmes_conversation_is_a_real_one(conversation):
+    folder, said = conversation
+    assert soundfile.info(folder / "answer.wav").duration == pytest.approx(SENTENCE)
+    assert "demo-audio passes the comparison" in said[2]
+    assert f"round trip: {SENTENCE:.1f} s" in said[2]
+    assert "codec" in said[3]
+
+
+def test_words_come_piece_by_piece(tmp_path):
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(demo.tokenizer(512))
+    words = Words(tokenizer, padding=3)
+    architecture = demo.SIZES["demo"]
+    tokens = prompt_tokens(tokenizer, architecture, "Hello, grüße €!")
+    pieces = [words.piece(token) for token in [0, 3, *tokens, 1, 2, 10**6]]
+    assert text_of(pieces) == "<system> Hello, grüße €! <system>"
+    assert pieces[:2] == ["", ""]
+    broken = [
+        next(token for token in range(512) if words._processor.id_to_piece(token) == name)
+        for name in ("<0xFF>", "<0x41>")
+    ]
+    assert [words.piece(token) for token in broken] == ["\ufffd", "A"]
+    assert prompt_tokens(tokenizer, architecture, "  ") == []
+    tagged = prompt_tokens(tokenizer, architecture, " Be brief. ")
+    assert prompt_tokens(tokenizer, architecture, "<system> Be brief. <system>") == tagged
+    with pytest.raises(UserError, match="not text"):
+        prompt_tokens(tokenizer, architecture, "\udcff")
+    escape = next(token for token in range(512) if words._processor.id_to_piece(token) == "<0x1B>")
+    assert words.piece(escape) == "\ufffd"
+
+
+class Sound:
+    """What sounddevice offers, with somebody who says one frame after another."""
+
+    class PortAudioError(Exception):
+        pass
+
+    def __init__(self, broken=""):
+        self.broken, self.played = broken, []
+
+    def check_input_settings(self, channels, samplerate):
+        assert (channels, samplerate) == (1, RATE)
+
+    def check_output_settings(self, channels, samplerate):
+        self.check_input_settings(channels, samplerate)
+        if self.broken == "device":
+            raise self.PortAudioError("no device")
+
+    def Stream(self, samplerate, blocksize, channels, dtype, callback):
+        assert (samplerate, blocksize, channels, dtype) == (RATE, FRAME, 1, "float32")
+        self.callback = callback
+        return self
+
+    def start(self):
+        if self.broken == "busy":
+            raise self.PortAudioError("busy")
+        for number in range(3):
+            self.tick(number)
+
+    def close(self):
+        self.callback = None
+
+    def tick(self, number):
+        out = np.full((FRAME, 1), 7, np.float32)
+        self.callback(np.full((FRAME, 1), number, np.float32), out, FRAME, None, None)
+        self.played.append(out[0, 0])
+
+
+def test_live_goes_from_the_microphone_to_the_speaker(monkeypatch):
+    sound = Sound()
+    monkeypatch.setitem(sys.modules, "sounddevice", sound)
+    with microphone.devices() as (frames, play):
+        heard = [next(frames) for _ in range(3)]
+        assert [frame[0] for frame in heard] == [0, 1, 2]
+        assert heard[0].shape == (FRAME,)
+        play(np.full(FRAME, 0.5, np.float32))
+        sound.tick(3)
+        sound.tick(4)
+        assert sound.played == [0, 0, 0, 0.5, 0]  # silence where nothing is ready
+        for number in range(5, 12):
+            sound.tick(number)  # more than wait: the oldest are dropped
+        assert [next(frames)[0] for _ in range(3)] == [9, 10, 11]
+        for number in range(6):
+            play(np.full(FRAME, number, np.float32))
+        sound.tick(12)
+        assert sound.played[-1] == 3
+    assert sound.callback is None
+    microphone.check()
+    monkeypatch.setitem(sys.modules, "sounddevice", Sound(broken="busy"))
+    with pytest.raises(UserError, match=r"do not open \(busy\)"), microphone.devices():
+        pass
+    monkeypatch.setitem(sys.modules, "sounddevice", Sound(broken="device"))
+    with pytest.raises(UserError, match="no microphone or no speaker"):
+        microphone.check()
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    with pytest.raises(UserError, match=r"ppx-convert\[audio,live\]"), microphone.devices():
+        pass
+
+
+def test_bench_counts_what_a_frame_takes(program, demos, codec, tmp_path):
+    folder = demos / "mlx"
+    done = program("ppx-bench", folder, "--frames", "6", "--codec", codec, "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    frame, parts = found["frame"], found["parts"]
+    assert 0 < frame["p50"] <= frame["p95"] <= frame["p99"]
+    assert set(parts) == {"temporal", "depformer", "codec"}
+    assert all(seconds > 0 for seconds in parts.values())
+    assert found["real_time_factor"] == pytest.approx((frame["mean"] + parts["codec"]) / 0.08)
+    assert found["bound"] == pytest.approx(found["bytes_a_frame"] / found["bandwidth"])
+    assert found["prefill"]["frames"] == 51 + 12 + 25
+    assert (found["frames"], found["steps"]) == (6, 8)
+    with safe_open(next(folder.glob("model*.safetensors")), "np") as file:
+        names = [name for name in file.keys() if "emb" not in name]  # noqa: SIM118
+        stored = sum(math.prod(file.get_slice(name).get_shape()) * 2 for name in names if "weight" in name)
+    assert found["bytes_a_frame"] > 0.5 * stored
+    longer = json.loads(
+        program("ppx-bench", folder, "--frames", "2", "--remembered", "200", "--json", cwd=tmp_path).stdout
+    )
+    assert longer["prefill"]["frames"] == 200
+    assert "codec" not in longer["parts"]  # the demo's own is none
+    printed = bench_text(found)
+    assert "real time factor" in printed
+    assert "without a codec" in bench_text(longer)
+
+
+def meant(
+    transcribe: recognizer.Transcribe, samples: Floats, text: str, tokens: Tokens | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The judgement of an answer, with a floor of a recognizer that understands the question."""
+    frames = -(-len(samples) // FRAME)
+    if tokens is None:
+        tokens = np.random.default_rng(0).integers(0, 2048, (frames, 8)).astype(np.int32)
+    found = {"question": {"word_error_rate": 0.0}, "answer": round_trip.judged(samples, tokens, text, transcribe)}
+    return found["answer"], [failure["message"] for failure in round_trip.failures(found)]
+
+
+@pytest.fixture(scope="module")
+def speech():
+    with audio_files.reading(SPEECH) as (count, frames):
+        return np.concatenate(list(frames))[:count]
+
+
+def test_speech_passed_around_the_model_is_understood(speech):
+    """Synthetic speech in the answer's place: what the recognizer gets wrong of it is the floor."""
+    transcribe = recognizer.load()
+    found, failures = meant(transcribe, speech, SAID)
+    assert found["word_error_rate"] <= 0.1
+    assert found["heard"].split()[-1] == "children"
+    assert failures == []
+    assert found["clipped"] == 0
+    assert found["silent"] < 0.4
+    _, failures = meant(transcribe, speech, "Once upon a time a king lived in a castle far away from here.")
+    assert ["other words than the model means" in reason for reason in failures] == [True]
+
+
+def test_what_is_wrong_with_an_answer_is_said(speech, monkeypatch):
+    heard = {"words": SAID}
+
+    def transcribe(samples):
+        assert len(samples) == pytest.approx(len(speech) * 16000 / RATE, abs=2)
+        return heard["words"]
+
+    assert meant(transcribe, speech, SAID)[1] == []
+    assert "silent" in meant(transcribe, np.zeros_like(speech), "")[1][0]
+    assert "clipped" in meant(transcribe, np.clip(speech * 100, -1, 1), SAID)[1][0]
+    again = " ".join(["and then we went home"] * 5)
+    heard["words"] = again
+    assert "the same 5 times over" in meant(transcribe, speech, again)[1][0]
+    heard["words"] = SAID
+    once = np.random.default_rng(0).integers(0, 9, (25, 8))
+    loud = np.ones(75, bool)
+    assert round_trip.repeated_sound(np.tile(once, (3, 1)), loud) == 6
+    assert round_trip.repeated_sound(np.tile(once, (2, 1)), loud[:50]) == 0  # twice is no loop
+    assert round_trip.repeated_sound(np.zeros((50, 8), np.int32), loud[:50]) == 4
+    assert round_trip.repeated_sound(np.zeros((75, 8), np.int32), ~loud) == 0  # silence may go on
+    assert round_trip.repeated_sound(np.random.default_rng(0).integers(0, 9, (75, 8)).astype(np.int32), loud) == 0
+    long = np.concatenate([speech, speech])[: 75 * FRAME]
+    monkeypatch.setattr(round_trip, "loudness", lambda _: np.ones(75))
+    assert "the same sound for 6.0 s" in meant(lambda _: SAID, long, SAID, np.tile(once, (3, 1)))[1][0]
+
+
+def test_a_recognizer_that_hears_nothing_right_condemns_nobody():
+    answer = {"silent": 0.0, "clipped": 0.0, "repeats": 1, "looped": 0.0, "word_error_rate": 1.0}
+    for floor, count in ((0.2, 1), (0.9, 0), (None, 0)):
+        assert len(round_trip.failures({"question": {"word_error_rate": floor}, "answer": answer})) == count
+    assert round_trip.word_error_rate("Yes.", "yes") is None
+    assert round_trip.word_error_rate("It's four o'clock, Nora!", "it's four o'clock nora") == 0
+    assert round_trip.word_error_rate("one two three four", "one three four") == 0.25
+
+
+def test_recognizers_are_loaded_by_name(monkeypatch):
+    segments = [SimpleNamespace(text="good"), SimpleNamespace(text="morning")]
+    asked = []
+
+    class WhisperModel:
+        def __init__(self, name):
+            asked.append(name)
+
+        def transcribe(self, samples, language):
+            assert (len(samples), language) == (16000, "en")
+            return segments, None
+
+    def transcribe(samples, path_or_hf_repo, language=None):
+        assert (len(samples), language) in ((16000, "en"), (16000, None))  # None: only to load it
+        asked.append(path_or_hf_repo)
+        return {"text": "good evening"}
+
+    monkeypatch.setattr(recognizer, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=WhisperModel))
+    monkeypatch.setitem(sys.modules, "mlx_whisper", SimpleNamespace(transcribe=transcribe))
+    second = np.zeros(16000, np.float32)
+    assert recognizer.load("faster-whisper")(second) == "good morning"
+    assert recognizer.load("mlx-whisper")(second) == "good evening"
+    assert asked == ["base.en", *["mlx-community/whisper-base.en-mlx"] * 2]
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    with pytest.raises(UserError, match="does not load"):
+        recognizer.load("faster-whisper")
+    monkeypatch.setattr(recognizer, "find_spec", lambda _: None)
+    for name in RECOGNIZERS:
+        with pytest.raises(UserError, match="pip install"):
+            recognizer.load(name)
+
+
+def test_a_strangers_bundle_is_looked_at_before_it_speaks(demos, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(demos / "speech-swift", folder)
+    open_bundle(folder).close()
+    whole = load_file(folder / "embeddings.safetensors")
+    for wrong in (
+        {key: whole[key] for key in whole if key != "emb.3.weight"},
+        whole | {"emb.3.weight": whole["emb.3.weight"][:9]},
+    ):
+        save_file(wrong, folder / "embeddings.safetensors")
+        with pytest.raises(UserError, match=r"embeddings\.safetensors: emb\.3\.weight: not as the manifest says"):
+            open_bundle(folder)
+    save_file(whole, folder / "embeddings.safetensors")
+    path = folder / "voices" / "NATF2.safetensors"
+    voice = load_file(path)
+    token, late = voice["cache"].copy(), voice["cache"].copy()
+    token[0, 3, 1], late[0, 3, 1] = 129, 128  # the demo's last token is 127, and 128 stands for the beginning
+    nan = voice["embeddings"].copy()
+    nan[2] = np.nan
+    broken = {
+        "no tokens of this model": {"cache": token},
+        "not finite": {"embeddings": nan},
+        "embeddings have shape": {"embeddings": voice["embeddings"][..., :9]},
+        "cache has shape": {"cache": voice["cache"][:, :9]},
+    }
+    for reason, wrong in broken.items():
+        save_file({key: np.ascontiguousarray(array) for key, array in (voice | wrong).items()}, path)
+        with closing(open_bundle(folder)) as bundle, pytest.raises(UserError, match=reason):
+            bundle.voices()
+    save_file(voice | {"cache": late}, path)
+    with closing(open_bundle(folder)) as bundle:
+        assert len(bundle.voices()) == 18
+
+
+def test_a_round_trip_stands_in_the_report(program, conversation):
+    folder, said = conversation
+    assert "not judged by its words" in said[2]  # through a random codec nobody understands the question
+    left = folder / "demo-audio" / "parity"
+    report = json.loads((left / "report.json").read_text())
+    heard = report["round_trip"]
+    assert heard["question"]["heard"].startswith("the weather is nice today")
+    assert heard["answer"]["seconds"] == pytest.approx(SENTENCE)
+    assert heard["scene"]["prompt"] == PROMPT
+    page = (left / "report.html").read_text()
+    assert page.count("<audio controls") == 2
+    assert page.count("data:audio/flac;base64,") == 2
+    assert "media-src data:" in page
+    assert f"Spoken: of {SENTENCE:.1f} s of answer" in (left / "report.md").read_text()
+    found = json.loads(reporting.as_json(report))
+    assert found["round_trip"] == {key: heard[key] for key in heard if key != "audio"}
+    asked = ("--round-trip", "question.wav", "--recognizer", "mlx-whisper")
+    wrong = program("ppx-verify", "demo-audio", *asked, cwd=folder, status=2)
+    assert "pip install mlx-whisper" in wrong.stderr
+    alone = program("ppx-verify", "demo-audio", "--recognizer", "pocketsphinx", cwd=folder, status=2)
+    assert "are for --round-trip" in alone.stderr
+
+
+def test_a_round_trip_is_added_to_the_report_of_this_bundle(conversation, monkeypatch):
+    monkeypatch.chdir(conversation[0])
+    calls = []
+
+    def add(found, *_):
+        calls.append("spoken")
+        return found
+
+    def compare(bundle, *_):
+        calls.append("compared")
+        return reports.read(bundle)
+
+    monkeypatch.setattr(reporting, "add_round_trip", add)
+    monkeypatch.setattr(verify, "_compare", compare)
+    for more, expected in (([], ["spoken"]), (["--frames", "80"], ["compared", "spoken"])):
+        asked = ["demo-audio", "--round-trip", "question.wav", "--json", *more]
+        done = CliRunner().invoke(verify.app, asked)
+        assert (done.exit_code, calls) == (0, expected), done.output
+        assert "audio" not in json.loads(done.stdout)["round_trip"]
+        calls.clear()
+    monkeypatch.setattr(reporting, "report_of", lambda *_: None)  # of other files
+    assert CliRunner().invoke(verify.app, ["demo-audio", "--round-trip", "question.wav"]).exit_code == 0
+    assert calls == ["compared", "spoken"]
+
+
+def test_a_broken_answer_fails_a_verification_until_it_is_mended(conversation, tmp_path, monkeypatch):
+    whole = conversation[0] / "demo-audio"
+    folder = tmp_path / "bundle"
+    shutil.copytree(whole / "parity", folder / "parity")
+    shutil.copy(whole / "manifest.json", folder)
+    report = reports.read(folder)
+    assert report["verdict"]["passed"]
+    for answer, passes in (({"silent": 1.0}, False), ({}, True)):
+        heard = report["round_trip"] | {
+            "answer": report["round_trip"]["answer"] | {"repeats": 1, "looped": 0.0, "clipped": 0.0} | answer
+        }
+        made = heard | {"failures": round_trip.failures(heard)}
+        monkeypatch.setattr(round_trip, "run", lambda *_, made=made: dict(made))
+        found = reporting.add_round_trip(reports.read(folder), folder, SPEECH, None, "pocketsphinx", None, True)
+        assert found["verdict"]["passed"] is passes
+        assert reports.read(folder)["verdict"] == found["verdict"]
+        assert ("the answer is silent" in (folder / "parity" / "report.html").read_text()) is not passes
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"audio": {"question": "https://x/y", "answer": "data:audio/flac;base64,QQ=="}},
+        {"answer": {}},
+        {"recognizer": 3},
+    ],
+)
+def test_a_strangers_round_trip_is_looked_at(conversation, tmp_path, broken):
+    report = json.loads((conversation[0] / "demo-audio" / "parity" / "report.json").read_text())
+    (tmp_path / "good.json").write_text(json.dumps(report))
+    assert reports.read(tmp_path / "good.json") == report
+    report["round_trip"] |= broken
+    (tmp_path / "bad.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match="not a report "):
+        reports.read(tmp_path / "bad.json")

@@ -1,0 +1,296 @@
+"""The model card: read back with the Hub's own classes."""
+
+import collections
+import copy
+import dataclasses
+import json
+import math
+import re
+import shutil
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hub_server import running
+from huggingface_hub import ModelCard
+from ppx.convert.bundle import moshi_mlx
+from ppx.convert.bundle.plan import inventory_of_7b, make_plan
+from ppx.convert.source.license import NVIDIA, Licence, from_json, licence_of
+from ppx.model.tokens import SPOKEN
+from ppx.recipes import shipped
+from ppx.recipes.cli import convert
+from ppx.verify import report as reports
+from ppx.verify.publish import card
+from typer.testing import CliRunner
+
+SOURCE = {"id": "nvidia/personaplex-7b-v1", "revision": "c0ffee" + "0" * 34}
+FINE_TUNE: dict[str, Any] = {"id": "someone/tune", "revision": "0" * 40, "license": {"license": "cc-by-nc-4.0"}}
+
+
+@pytest.fixture(scope="module")
+def verified(program, pico, tmp_path_factory):
+    """A folder with a bundle that was verified."""
+    folder = tmp_path_factory.mktemp("made")
+    program("ppx-convert", pico, "--verify", "-o", "bundle", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(verified):
+    """Manifest and report of a bundle."""
+    read = lambda name: json.loads((verified / "bundle" / name).read_text())  # noqa: E731
+    return read("manifest.json"), read("parity/report.json")
+
+
+def rendered(
+    made: tuple[dict[str, Any], dict[str, Any]],
+    repository: str = "me/mine",
+    objections: Sequence[str] = (),
+    target: str | None = None,
+    **source: object,
+) -> tuple[ModelCard, str]:
+    """A card and a notice, as if the bundle had another source."""
+    manifest, report = copy.deepcopy(made)
+    manifest["source"] |= SOURCE | {"license": vars(NVIDIA)} | source
+    manifest["target"] = target or manifest["target"]
+    texts = card.files(manifest, report, repository, objections)
+    return ModelCard(texts["README.md"]), texts["NOTICE"]
+
+
+def test_what_the_hub_reads(made):
+    found, notice = rendered(made)
+    data = found.data.to_dict()
+    assert data["license"] == "other"
+    assert data["license_name"] == "nvidia-open-model-license"
+    assert data["license_link"].startswith("https://www.nvidia.com/")
+    assert data["base_model"] == [SOURCE["id"]] or data["base_model"] == SOURCE["id"]
+    assert data["base_model_relation"] == "quantized"
+    assert data["library_name"] == "mlx"
+    assert data["pipeline_tag"] == "audio-to-audio"
+    assert {"mlx", "personaplex", "speech-swift", "4-bit"} <= set(data["tags"])
+    assert "Licensed by NVIDIA Corporation under the NVIDIA Open Model License" in notice
+    assert "CC BY 4.0" in notice
+    assert "Licensed by NVIDIA Corporation under the NVIDIA Open Model License" in found.text
+
+
+def test_the_hub_takes_it(made, monkeypatch):
+    with running() as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        rendered(made)[0].validate()
+        assert hub.log[0][:2] == ("POST", "/api/validate-yaml")
+        with pytest.raises(ValueError, match="no license"):
+            ModelCard("---\nlanguage: en\n---\n").validate()
+
+
+def test_a_fine_tune_that_is_not_for_commerce_says_so(made):
+    found, notice = rendered(made, **FINE_TUNE)
+    assert found.data["license"] == "cc-by-nc-4.0"
+    assert found.data.get("license_name") is None
+    assert "**Not for commercial use:**" in found.text
+    assert "Commercial use is not allowed." in notice
+    assert "**Not for commercial use:**" not in rendered(made)[0].text
+
+
+def test_a_source_without_a_licence(made):
+    found, notice = rendered(made, id="my-folder", revision=None, license=None)
+    assert found.data["license"] == "unknown"
+    assert "The source names no licence. Ask its authors before you use it." in found.text
+    assert found.data.get("base_model") is None
+    assert "base_model_relation" not in found.data.to_dict()
+    assert "unknown" in notice
+
+
+def test_the_demo_says_that_it_is_one(made):
+    found, notice = rendered(made, id="demo", revision=None, license={"license": "mit"})
+    assert found.data["license"] == "mit"
+    assert "**The weights are made up**" in found.text
+    assert "NVIDIA" not in notice
+
+
+def test_another_licence_is_not_called_nvidias(made):
+    found, notice = rendered(made, id="kyutai/moshiko", license={"license": "cc-by-4.0"})
+    assert "NVIDIA" not in notice + found.text
+    assert "Derived from Moshi by Kyutai" in notice
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("speech-swift", 'PersonaPlexModel.fromPretrained(modelId: "me/mine")'),
+        ("moshi-mlx", "python -m personaplex_mlx.local -q 4 --hf-repo me/mine"),
+        ("moshi-mlx", "python -m moshi_mlx.local -q 4 --hf-repo me/mine"),
+        ("mlx", 'snapshot_download("me/mine")'),
+    ],
+)
+def test_how_it_is_loaded(target, said, made):
+    assert said in rendered(made, target=target)[0].text
+
+
+def test_it_says_all_that_the_report_and_the_manifest_prove(made):
+    manifest, report = made
+    text = rendered(made)[0].text
+    assert "**It passes** the comparison" in text
+    for row in reports.figures(report):
+        assert f"| {row['name']} | {reports.short(row['bundle'])} | {row['sign']} " in text
+    for name, record in {**manifest["files"], **manifest["source"]["files"]}.items():
+        assert name in text
+        assert record["sha256"] in text
+    assert SOURCE["revision"] in text
+    assert f"ppx-convert {manifest['toolkit']['version']}" in text
+    assert ", ".join(manifest["voices"]) in text
+    recipe = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0]
+    assert tomllib.loads(recipe) == tomllib.loads(manifest["recipe"]["text"])
+
+
+def test_the_command_makes_the_same_bundle_again(made, program, pico, tmp_path):
+    manifest, report = made
+    text = card.files(manifest, report)["README.md"]
+    (tmp_path / "recipe.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0])
+    (tmp_path / manifest["source"]["id"]).symlink_to(pico)
+    command = re.findall(r"```sh\n(ppx-convert .*)\n```", text)[0].split()
+    program(*command, cwd=tmp_path)
+    again = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
+    assert again["files"] == manifest["files"]
+
+
+def test_a_bundle_of_an_earlier_version_has_a_card(made):
+    manifest, report = copy.deepcopy(made)
+    del manifest["calibration"], manifest["source"]["adapter"], manifest["source"]["license"]
+    assert "The source names no licence." in card.files(manifest, report)["README.md"]
+
+
+def test_what_it_was_quantized_by(made):
+    manifest, report = copy.deepcopy(made)
+    record = {"kind": "tokens", "file": "my talks.safetensors", "sequences": 7, "frames": 250, "sha256": "ab" * 32}
+    manifest["calibration"] = record | {"refined_steps": 600}
+    text = card.files(manifest, report)["README.md"]
+    assert "tokens (my talks.safetensors): 7 sequences of 250 frames" in text
+    assert "refined for 600 steps" in text
+    assert "--calibration 'my talks.safetensors' --refine 600" in text
+
+
+def test_sampled_calibration_is_sampled_again(made):
+    """Nobody else has the file, which a conversion without --calibration makes."""
+    manifest, report = copy.deepcopy(made)
+    record = {"kind": SPOKEN, "file": "out.spoken.safetensors", "sequences": 108, "frames": 250, "sha256": "ab" * 32}
+    manifest["calibration"] = record | {"refined_steps": 600}
+    text = card.files(manifest, report)["README.md"]
+    assert "out.spoken.safetensors" not in text
+    assert "--calibration" not in text
+    assert "--refine 600" in text
+    assert "samples the calibration sequences from the source's model again" in text
+    manifest["calibration"] |= {"sequences": 12}  # those of a file that ppx-calibrate made
+    text = card.files(manifest, report)["README.md"]
+    assert "--calibration out.spoken.safetensors" in text
+    assert "`out.spoken.safetensors` is not part of these files" in text
+
+
+def test_the_bits_of_mixed_are_those_of_most_weights():
+    """At 7B most tensors have 6 bit, most weights 5."""
+    plan = make_plan(inventory_of_7b(SOURCE["id"]), shipped.load("mixed"))
+    tensors: collections.Counter[int] = collections.Counter()
+    weights: collections.Counter[int] = collections.Counter()
+    entries = []
+    for output in plan.outputs:
+        if output.form:
+            tensors[output.form.bits] += 1
+            weights[output.form.bits] += math.prod(output.shape)
+            names = [spec.name for spec in output.specs()]
+            entries.append({"source": output.role.name, "rows": output.rows, "outputs": names} | vars(output.form))
+    assert tensors.most_common(1)[0][0] == 6
+    assert weights.most_common(1)[0][0] == 5
+    architecture = dataclasses.asdict(plan.inventory.architecture)
+    assert card.bits_of({"architecture": architecture, "tensors": [*entries, {"file": "voice"}]}) == 5
+    assert len({file.name for file in plan.files if file.outputs}) == 2  # which the example must load
+
+
+def test_the_example_loads_all_shards(pico, tmp_path, monkeypatch):
+    """As at 7B, where ``mixed`` has two."""
+    monkeypatch.setattr(moshi_mlx, "SHARD", 1 << 20)
+    arguments = [str(pico), "--recipe", "mixed", "--no-verify", "-o", str(tmp_path / "out")]
+    assert CliRunner().invoke(convert.app, arguments).exit_code == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _: str(tmp_path / "out"))
+    found: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], found)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert len({entry["file"] for entry in manifest["tensors"] if "outputs" in entry}) > 1
+    assert found["weights"].keys() == {name for entry in manifest["tensors"] for name in entry.get("outputs", ())}
+
+
+def test_a_bundle_that_was_not_compared_or_fails(made):
+    manifest, report = copy.deepcopy(made)
+    assert "It was not compared with the original." in card.files(manifest, None)["README.md"]
+    report["verdict"] = {"passed": False, "failures": [{"limit": "text_kl", "message": "x"}]}
+    text = card.files(manifest, report, objections=["its report fails: x"])["README.md"]
+    assert "**It fails** the comparison" in text
+    assert text.index("Published with `--force`") < text.index("# Use")
+
+
+def test_converting_again_without_verification_keeps_what_the_card_proves(verified, program, pico, tmp_path):
+    shutil.copytree(verified / "bundle", tmp_path / "bundle")
+    card_of, report = tmp_path / "bundle" / "README.md", tmp_path / "bundle" / "parity" / "report.json"
+    before = card_of.read_text()
+    assert "**It passes** the comparison" in before
+    program("ppx-convert", pico, "-o", "bundle", cwd=tmp_path)  # with --no-verify
+    assert card_of.read_text() == before
+    report.write_text(report.read_text().replace('"sha256": "', '"sha256": "0'))  # of other files
+    program("ppx-convert", pico, "-o", "bundle", cwd=tmp_path)
+    assert "It was not compared with the original." in card_of.read_text()
+    report.write_text("{}")
+    program("ppx-convert", pico, "-o", "bundle", cwd=tmp_path)
+    assert "It was not compared with the original." in card_of.read_text()
+
+
+def test_strangers_strings_command_neither_yaml_nor_markdown(made):
+    evil = "x](javascript:alert)<script>\u202e```|\n---\nlicense: mit\n# "
+    manifest, report = copy.deepcopy(made)
+    manifest["source"] |= {
+        "id": evil,
+        "license": {"license": "a: [b", "license_name": "c\nd", "license_link": "img src=x"},
+    }
+    manifest["voices"] = [evil]
+    manifest["recipe"] |= {"name": evil, "text": "description = 'x'\n```\n<script>\n"}
+    manifest["target"] = evil
+    manifest["source"]["files"] = {evil: next(iter(manifest["source"]["files"].values()))}
+    report["material"]["kind"] = evil
+    found = ModelCard(card.files(manifest, report, "me/mine", [evil])["README.md"])
+    assert found.data["license"] == "a: [b"
+    outside = re.sub(r"```.*?```", "", found.text, flags=re.DOTALL)
+    assert "<script>" not in outside
+    assert "\nlicense: mit" not in outside
+    assert "javascript:alert)" not in outside
+    assert "\u202e" not in found.text
+    assert len(re.findall("^```", found.text, re.MULTILINE)) % 2 == 0
+    assert len(found.text.split("\n---\n")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# x", Licence("apache-2.0")),
+        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n", Licence("other", "own", "LICENSE")),
+        ("# no front matter", None),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("---\nlicense: {{{\n---\n", None),
+        ("---\n- a\n---\n", None),
+        ("---\nlicense: !!python/object/apply:os.system ['false']\n---\n", None),
+        ("---\nlicense: 'a\\u202eb'\n---\n", Licence("a\\u202eb")),
+        ('---\nlicense: "a\\u202eb"\n---\n', None),
+        ("---\nlicense: " + "x" * 400 + "\n---\n", None),
+        (None, None),
+    ],
+)
+def test_licences_of_source_cards(text, licence, tmp_path):
+    if text is not None:
+        (tmp_path / "README.md").write_text(text)
+    assert licence_of(tmp_path) == licence
+
+
+def test_licences_that_forbid_commerce():
+    assert Licence("cc-by-nc-sa-4.0").non_commercial
+    assert Licence("other", "Foo Non-Commercial License").non_commercial
+    assert not Licence("cc-by-4.0").non_commercial
+    assert not NVIDIA.non_commercial
+    assert from_json([]) is None

@@ -1,0 +1,157 @@
+"""Figures that say how far two arrays, or two predictions, are apart. Always (reference, other)."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..model.forward import Floats, Tokens
+
+PERCENTILES = {"median": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
+_BLOCK = 1 << 22  # logits looked at in float64 at a time
+
+
+def difference(reference: Floats, other: Floats) -> dict[str, float]:
+    """Return relative L2 error, cosine and the largest absolute difference of two arrays of one shape.
+
+    The relative error is that of ``other``: the norm of the difference over the norm of the reference.
+    """
+    first, second = reference.reshape(-1), other.reshape(-1)
+    apart = first - second
+    error, norm, length = (float(np.einsum("i,i->", x, x, dtype=np.float64)) for x in (apart, first, second))
+    along = float(np.einsum("i,i->", first, second, dtype=np.float64))
+    return {
+        "relative_l2": root_ratio(error, norm),
+        "cosine": along / math.sqrt(norm * length) if norm * length > 0 else float(norm == length),
+        "max_abs": float(np.abs(apart).max(initial=0.0)),
+    }
+
+
+def root_ratio(squared: float, squared_reference: float) -> float:
+    """Return the root of a ratio of sums of squares; of nothing to nothing 0, of something to nothing infinity."""
+    if squared_reference > 0:
+        return math.sqrt(squared / squared_reference)
+    return math.inf if squared > 0 else squared  # NaN stays NaN
+
+
+@dataclass
+class Predictions:
+    """What was seen of one stream's predictions, position by position.
+
+    kl: Kullback-Leibler divergence of the bundle's distribution from the reference's, in nats. same: whether the
+    likeliest token is the same. loss_reference, loss_other: negative log-likelihood of the token that came, in nats.
+    sequences, scored: the sequence that each position of the former two, and of the latter two, belongs to.
+    """
+
+    kl: list[NDArray[np.float64]] = field(default_factory=list)
+    same: list[NDArray[np.bool_]] = field(default_factory=list)
+    loss_reference: list[NDArray[np.float64]] = field(default_factory=list)
+    loss_other: list[NDArray[np.float64]] = field(default_factory=list)
+    sequences: list[NDArray[np.int64]] = field(default_factory=list)
+    scored: list[NDArray[np.int64]] = field(default_factory=list)
+
+    def add(self, reference: Floats, other: Floats, targets: Tokens | None, sequences: NDArray[np.int64]) -> None:
+        """Look at logits ``[positions, vocabulary]`` of both, and the tokens that came, -1 where none is known."""
+        self.sequences.append(sequences)
+        height = max(1, _BLOCK // reference.shape[1])
+        for first in range(0, len(reference), height):
+            rows = slice(first, first + height)
+            p, q = (torch.from_numpy(x[rows]).double().log_softmax(-1) for x in (reference, other))
+            self.kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0).numpy())
+            self.same.append((p.argmax(-1) == q.argmax(-1)).numpy())
+            if targets is not None:
+                known = targets[rows] >= 0
+                self.scored.append(sequences[rows][known])
+                tokens = torch.from_numpy(targets[rows][known].astype(np.int64))[:, None]
+                for x, losses in ((p, self.loss_reference), (q, self.loss_other)):
+                    losses.append(-x[torch.from_numpy(known)].gather(1, tokens)[:, 0].numpy())
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of the stream."""
+        columns = (self.kl, self.same, self.loss_reference, self.loss_other, self.sequences, self.scored)
+        return summarize(*(_joined(parts) for parts in columns))
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[np.float64]:
+    return np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
+
+
+def summarize(
+    kl: NDArray[np.float64],
+    same: NDArray[np.float64],
+    loss_reference: NDArray[np.float64],
+    loss_other: NDArray[np.float64],
+    sequences: NDArray[np.float64],
+    scored: NDArray[np.float64],
+) -> dict[str, Any]:
+    """Return mean and spread of a stream's figures; None for those that no position tells.
+
+    ``by_sequence`` holds the mean of each sequence, from which standard errors come: neighbours are not independent.
+    """
+    if not len(kl):
+        return {"positions": 0, "kl": None, "top1": None, "loss": None}
+    spread = {name: float(np.percentile(kl, share)) for name, share in PERCENTILES.items()}
+    found: dict[str, Any] = {
+        "positions": len(kl),
+        "kl": {"mean": float(kl.mean()), **_error(kl, sequences), **spread, "max": float(kl.max())},
+        "top1": {"agreement": float(same.mean()), **_error(same, sequences)},
+        "loss": None,
+    }
+    if len(loss_reference):
+        change = loss_other - loss_reference
+        found["loss"] = {
+            "positions": len(change),
+            "reference": float(loss_reference.mean()),
+            "bundle": float(loss_other.mean()),
+            "change": float(change.mean()),
+            **_error(change, scored),
+            "perplexity_ratio": math.exp(min(float(change.mean()), 700.0)),
+        }
+    return found
+
+
+def _error(values: NDArray[np.float64], sequences: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the mean of each sequence, and the standard error of the whole mean that their spread gives."""
+    means = [float(values[sequences == number].mean()) for number in np.unique(sequences)]
+    return {"standard_error": _standard_error(means), "by_sequence": means}
+
+
+def _standard_error(means: list[float]) -> float | None:
+    """Return the standard error of the mean of some sequences; None for a single one, which tells no spread."""
+    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+
+
+def mean_of(streams: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean of several streams' mean figures, and its standard error over sequences."""
+    known = [stream for stream in streams if stream["positions"]]
+    if not known:
+        return {"positions": 0, "kl": None, "top1": None, "loss": None}
+    losses = [stream["loss"] for stream in known if stream["loss"]]
+    change = _mean([loss["change"] for loss in losses])
+    return {
+        "positions": sum(stream["positions"] for stream in known),
+        "kl": _mean_and_error([stream["kl"] for stream in known], "mean"),
+        "top1": _mean_and_error([stream["top1"] for stream in known], "agreement"),
+        "loss": {
+            "reference": _mean([loss["reference"] for loss in losses]),
+            "bundle": _mean([loss["bundle"] for loss in losses]),
+            **_mean_and_error(losses, "change"),
+            "perplexity_ratio": math.exp(min(change, 700.0)),
+        }
+        if losses
+        else None,
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _mean_and_error(figures: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    rows = [figure["by_sequence"] for figure in figures]
+    alike = len({len(row) for row in rows}) == 1  # every stream told of every sequence
+    means = [float(mean) for mean in np.mean(rows, axis=0)] if alike else []
+    return {key: _mean([figure[key] for figure in figures]), "standard_error": _standard_error(means)}

@@ -1,0 +1,1 @@
+"""Publishing a bundle that its report proves: card, gate, upload."""

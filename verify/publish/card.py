@@ -1,0 +1,149 @@
+"""The model card of a bundle, ``README.md``, and its ``NOTICE``: rendered from the manifest and the report alone."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.resources import files as resources
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from ...calibrate.dataset import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
+from ...convert.bundle.describe import size
+from ...convert.bundle.manifest import TOOLKIT, architecture_of
+from ...convert.source import demo
+from ...convert.source.license import UNKNOWN, Licence, from_json
+from ...convert.source.source import is_hub_id
+from ...convert.source.tensors import roles
+from ...model.matmul import worked_around
+from ...model.tokens import SPOKEN
+from .. import report as reports
+
+README, NOTICE = "README.md", "NOTICE"
+PIPELINE = "audio-to-audio"
+KYUTAI_NOTICE = "Derived from Moshi by Kyutai, whose weights are under CC BY 4.0."
+NVIDIA_NOTICE = "Licensed by NVIDIA Corporation under the NVIDIA Open Model License"
+
+
+def files(
+    manifest: Mapping[str, Any],
+    report: Mapping[str, Any] | None,
+    repository: str = "USER/NAME",
+    objections: Sequence[str] = (),
+) -> dict[str, str]:
+    """Return the texts that go beside a bundle: its card, and the notice that redistribution asks for.
+
+    repository: what commands in the card call it. objections: why it should not have been published.
+    """
+    unsaid: dict[str, Any] = {"adapter": None, "filled": {}}  # by bundles of earlier versions
+    source = unsaid | dict(manifest["source"])
+    manifest = {"calibration": None} | dict(manifest) | {"source": source}
+    licence = from_json(manifest["source"].get("license")) or UNKNOWN
+    data = metadata(manifest, licence)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)  # noqa: S701  (Markdown)
+    environment.filters |= {"size": size, "short": reports.short, "plain": _plain, "code": _code}
+    text = environment.from_string((resources(__package__) / "templates" / "card.md").read_text("utf-8")).render(
+        manifest=manifest,
+        report=report,
+        figures=reports.figures(report) if report else [],
+        replaced=worked_around(report["kernels"]) if report else [],
+        repository=repository,
+        objections=objections,
+        licence=licence,
+        bits=bits_of(manifest),
+        total=sum(record["size"] for record in manifest["files"].values()),
+        command=command(manifest),
+        resampled=resampled(manifest["calibration"] or {}),
+        made_up=_is_made_up(manifest),
+        notice=NVIDIA_NOTICE if licence.of_nvidia else "",
+        kyutai="" if _is_made_up(manifest) else KYUTAI_NOTICE,
+        linked=is_on_hub(manifest),
+    )
+    return {README: f"---\n{data.to_yaml()}\n---\n\n{text}\n", NOTICE: _notice(manifest, licence)}
+
+
+def metadata(manifest: Mapping[str, Any], licence: Licence) -> ModelCardData:
+    """Return what the Hub reads of a card."""
+    base = [manifest["source"]["id"]] if is_on_hub(manifest) else []
+    adapter = manifest["source"].get("adapter")
+    base += [adapter["id"]] if base and adapter and adapter["revision"] else []
+    bits = bits_of(manifest)
+    tags = ["mlx", "personaplex", "moshi", "speech-to-speech", "full-duplex", manifest["target"]]
+    tags += [f"{bits}-bit"] if bits else []
+    related: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
+    return ModelCardData(
+        language="en",
+        license=licence.license,
+        license_name=licence.license_name,
+        license_link=licence.license_link,
+        library_name="mlx",
+        pipeline_tag=PIPELINE,
+        tags=tags,
+        base_model=base or None,
+        **related,
+    )
+
+
+def is_on_hub(manifest: Mapping[str, Any]) -> bool:
+    """Tell whether a bundle's source is a repository that a card can link to."""
+    source = manifest["source"]
+    return source["revision"] is not None and is_hub_id(source["id"])
+
+
+def bits_of(manifest: Mapping[str, Any]) -> int | None:
+    """Return the bits that most quantized weights of a bundle have, None if none are quantized."""
+    known = roles(architecture_of(manifest))
+    counts: dict[int, int] = {}
+    for entry in manifest["tensors"]:
+        if "bits" in entry and entry["source"] in known:
+            first, last = entry["rows"]
+            count = (last - first) * known[entry["source"]].shape[-1]
+            counts[entry["bits"]] = counts.get(entry["bits"], 0) + count
+    return max(counts, key=lambda bits: counts[bits]) if counts else None
+
+
+def command(manifest: Mapping[str, Any]) -> str:
+    """Return the commands that make a bundle again, from the recipe that stands in the card."""
+    source, adapter = manifest["source"], manifest["source"].get("adapter")
+    words = [TOOLKIT, source["id"], *(["--revision", source["revision"]] if source["revision"] else [])]
+    words += ["--adapter", "@".join(filter(None, (adapter["id"], adapter["revision"])))] if adapter else []
+    words += ["--fill-depformer-steps"] if source["filled"] else []
+    calibration = manifest.get("calibration") or {}
+    words += ["--calibration", calibration["file"]] if "file" in calibration and not resampled(calibration) else []
+    words += ["--refine", str(calibration["refined_steps"])] if calibration.get("refined_steps") else []
+    return shlex.join([*words, "--recipe", "recipe.toml", "--output", "bundle"])
+
+
+def resampled(calibration: Mapping[str, Any]) -> bool:
+    """Tell whether a conversion without ``--calibration`` makes these tokens itself."""
+    size = (calibration.get("sequences"), calibration.get("frames"))
+    return calibration.get("kind") == SPOKEN and size == (CALIBRATION_SESSIONS, CALIBRATION_FRAMES)
+
+
+def _is_made_up(manifest: Mapping[str, Any]) -> bool:
+    return manifest["source"]["id"] in demo.SIZES
+
+
+def _notice(manifest: Mapping[str, Any], licence: Licence) -> str:
+    source = manifest["source"]
+    at = f" at {source['revision']}" if source["revision"] else ""
+    lines = [f"These weights were made from {_plain(source['id'])}{at} by {TOOLKIT}, which changed their format."]
+    lines.append(
+        f"Licence of the source: {licence.title}{f' ({licence.license_link})' if licence.license_link else ''}"
+    )
+    if licence.non_commercial:
+        lines.append("Commercial use is not allowed.")
+    lines += [NVIDIA_NOTICE] if licence.of_nvidia else []
+    lines += [] if _is_made_up(manifest) else [KYUTAI_NOTICE]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: object) -> str:
+    """Return a stranger's name so that Markdown shows it and does nothing else with it."""
+    return "".join(character if character.isalnum() or character in " -_./:+," else "?" for character in str(text))
+
+
+def _code(text: str) -> str:
+    """Return a stranger's lines so that they end no block of code and command no terminal."""
+    kept = "".join(character for character in text if character.isprintable() or character == "\n")
+    return kept.replace("```", "'''").strip()

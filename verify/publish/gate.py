@@ -1,0 +1,201 @@
+"""Publishing a bundle: only one that its own report proves, exactly its files, nothing that tells of its maker."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_token
+from jinja2 import UndefinedError
+from tqdm import tqdm
+
+from ...convert.bundle.describe import size
+from ...convert.bundle.manifest import manifest_of
+from ...convert.bundle.workspace import write_durably
+from ...convert.errors import CheckFailed, UserError, printable, refuse
+from ...convert.file_names import MANIFEST
+from ...convert.progress import byte_bar
+from .. import report as reports
+from . import card
+from .upload import Local, Wish, check_token, upload
+
+__all__ = ["Ready", "Wish", "check_name", "check_token", "publish", "ready"]
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+_TOKEN = re.compile(rb"(?:hf|api_org)_[A-Za-z0-9]{20,}")
+_HOMES = re.compile(rb"/(?:home|Users)/[^/\s\"'<>]{1,64}/")
+_TEXT = (".json", ".md", ".html", ".txt", ".toml")
+_BLOCK, _OVERLAP = 4 << 20, 256
+Private = tuple[bytes | None, bytes | None]  # what of this user must not be in a file: the token, the home directory
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A bundle that may go up. objections: why it should not, where it goes all the same."""
+
+    repository: str
+    files: list[Local]
+    card: dict[str, str]
+    objections: list[str]
+    message: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What came of it: where it is, what was sent, what else is there, and all of it as a line."""
+
+    page: str
+    changed: list[str]
+    others: list[str]
+    line: str
+
+
+def check_name(repository: str) -> None:
+    """Raise UserError for what is no name of a repository."""
+    if not _NAME.fullmatch(repository) or "--" in repository or ".." in repository:
+        raise UserError(f"{repository}: not the name of a repository: give USER/NAME")
+
+
+def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = False) -> Ready:
+    """Look at all that would be published, without network.
+
+    Raises CheckFailed if the report is missing, failing or of other files and not ``force``, and always if a file holds
+    a token or somebody's home directory; UserError for what is no bundle or lacks files.
+    """
+    check_name(repository)
+    manifest = manifest_of(bundle)
+    missing = [name for name in manifest["files"] if not (bundle / name).is_file()]
+    if missing:
+        raise UserError([f"{bundle / name}: missing: make the bundle again" for name in missing])
+    report, objections = _report(bundle, manifest)
+    names = [*manifest["files"], MANIFEST]
+    names += [f"{reports.FOLDER}/{reports.JSON}"] if report else []
+    root = bundle.resolve()
+    refuse(
+        [
+            f"{bundle / name}: leads out of the bundle"
+            for name in names
+            if not (bundle / name).resolve().is_relative_to(root)
+        ]
+    )
+    private = _private()
+    found, leaks = _look(bundle, names, private, quiet)
+    objections += [
+        f"{file.name} is not the file that {MANIFEST} names"
+        for file in found
+        if file.name in manifest["files"] and file.sha256 != manifest["files"][file.name]["sha256"]
+    ]
+    if objections and not force:
+        raise CheckFailed(
+            f"{bundle}: not published: {'; '.join(objections)} (--force publishes it, and the card says so)"
+        )
+    try:
+        written = reports.pages(report) if report else {}  # what is in the folder may say something else
+        written |= card.files(manifest, report, repository, objections)
+    except (UndefinedError, LookupError, TypeError) as error:
+        raise UserError(f"{bundle}: manifest or report is of another version ({error}): make them again") from None
+    for name, text in written.items():
+        data = text.encode()
+        leaks += [f"{name} {leak}" for leak in _leaks(data, name, private)]
+        found.append(Local(name, bundle / name, len(data), hashlib.sha256(data).hexdigest()))
+    if leaks:
+        raise CheckFailed(
+            f"{bundle}: not published: {'; '.join(leaks)}: make the bundle or its report again without it"
+        )
+    message = f"{manifest['recipe']['name']} for {manifest['target']}, made from {manifest['source']['id']}"
+    return Ready(repository, found, written, objections, message)
+
+
+def publish(bundle: Path, repository: str, wish: Wish, quiet: bool = False) -> Published:
+    """Write the card, upload a bundle's files, and compare what arrived; raises what ``ready`` and ``upload`` raise."""
+    found = ready(bundle, repository, wish.force, quiet)
+    for name, text in found.card.items():
+        if not (bundle / name).is_file() or (bundle / name).read_bytes() != text.encode():
+            write_durably(bundle / name, text)
+    done = upload(repository, found.files, found.message, wish, quiet)
+    sent = sum(file.size for file in found.files if file.name in done.changed)
+    said = f"{len(done.changed)} files sent ({size(sent)})" if done.changed else "nothing new"
+    line = f"{done.page}: {said}; all {len(found.files)} files are there with the sizes and sha256 that they have here"
+    if done.others:
+        line += f"; it also holds {', '.join(done.others[:5])}, which is not of this bundle"
+    return Published(done.page, done.changed, done.others, printable(line))
+
+
+def _report(bundle: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return a bundle's report, and what it objects to."""
+    path = bundle / reports.FOLDER / reports.JSON
+    if not path.is_file():
+        return None, ["it has no report: run ppx-verify first"]
+    try:
+        report = reports.read(bundle)
+    except UserError as error:
+        wrong = str(error).partition(": ")[2] or str(error)
+        return None, [f"its report cannot be read: run ppx-verify again ({wrong})"]
+    objections = []
+    beyond = [row["name"] for row in reports.figures(report) if _is_beyond(row)]
+    if not report["verdict"]["passed"]:
+        failures = report["verdict"]["failures"]
+        objections.append(f"its report fails: {failures[0]['message'] if failures else 'no reason given'}")
+    elif report["verdict"]["failures"] or beyond or not report["predictions"]:
+        objections.append("its report says that it passes, and contradicts itself")
+    about = report["bundle"]
+    if about.get("files") != manifest["files"] or about.get("fingerprint") != manifest["fingerprint"]:
+        objections.append("its report is older, or about other files: run ppx-verify again")
+    return report, objections
+
+
+def _is_beyond(row: dict[str, Any]) -> bool:
+    if row["bundle"] is None:
+        return True
+    return bool(row["bundle"] < row["bound"] if row["sign"] == "≥" else row["bundle"] > row["bound"])
+
+
+def _look(bundle: Path, names: Iterable[str], private: Private, quiet: bool) -> tuple[list[Local], list[str]]:
+    """Hash files and search them, in one pass; return them, and what must not go up."""
+    found, leaks = [], []
+    paths = [(name, bundle / name) for name in names if (bundle / name).is_file()]
+    total = sum(path.stat().st_size for _, path in paths)
+    with byte_bar("checking", total, quiet) as bar:
+        for name, path in paths:
+            digest, seen = hashlib.sha256(), set()
+            for block, window in _blocks(path, bar):
+                digest.update(block)
+                seen.update(_leaks(window, name, private))
+            found.append(Local(name, path, path.stat().st_size, digest.hexdigest()))
+            leaks += [f"{name} {leak}" for leak in sorted(seen)]
+    return found, leaks
+
+
+def _blocks(path: Path, bar: "tqdm[Any]") -> Iterable[tuple[bytes, bytes]]:
+    """Yield a file's blocks, each also with the end of the one before it."""
+    before = b""
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            yield block, before + block
+            before = block[-_OVERLAP:]
+            bar.update(len(block))
+
+
+def _private() -> Private:
+    """Return this user's token and home directory, each None if it is too short to be told from chance."""
+    token, home = (get_token() or "").encode(), f"{Path.home()}/".encode()
+    return (token if len(token) > 8 else None, home if len(home) > 5 else None)
+
+
+def _leaks(data: bytes, name: str, private: Private) -> list[str]:
+    """Return what of a piece of a file must not be published; in weights only what cannot be there by chance."""
+    found = []
+    token, home = private
+    if _TOKEN.search(data) or (token and token in data):
+        found.append("holds a token")
+    is_text = name.endswith(_TEXT) or "." not in name
+    if (home and home in data) or (is_text and _HOMES.search(data)):
+        found.append("holds the path of a home directory")
+    return found
