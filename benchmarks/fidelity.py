@@ -63,7 +63,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         return found
     words = [str(options.size) if word == "{size}" else word for word in ROWS[name]]
     if words[-1] == "--refine":
-        words.append(str(options.refine))
+        words.append(str(options.fine_tune))
     if options.calibration and ("gptq" in words or "--target-size" in words or "--bits-per-weight" in words):
         words += ["--calibration", str(options.calibration)]
     bundle, reusable = options.folder / "bundle", options.folder / "sensitivity.json"
@@ -131,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(exist_ok=True)
     found = {}
-    for name in options.rows or [row for row in ROWS if options.refine or not row.endswith("refined")]:
+    for name in options.rows or [row for row in ROWS if options.fine_tune or not row.endswith("refined")]:
         if name.startswith("size of"):
             options.size = measure("4 bit, lsq", options)["whole"]
         found[name] = measure(name, options)

@@ -23,16 +23,16 @@ from ppx.calibrate import layerwise
 from ppx.calibrate.dataset import write
 from ppx.convert import conversion
 from ppx.convert.bundle.plan import make_plan
-from ppx.convert.bundle.quantized_store import Solution
+from ppx.convert.bundle.quantized_store import QuantizedStore
 from ppx.convert.bundle.recipe import uniform
 from ppx.convert.parallel import cores
 from ppx.convert.source import demo
 from ppx.convert.source.architecture import Architecture
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model import torch_device
-from ppx.model.blocks import Place
+from ppx.model.blocks import Block
 from ppx.model.tokens import read_tokens
-from ppx.quant.affine import Affine
+from ppx.quant.affine import QuantizationConfig
 from processes import run
 
 WHOLE = Architecture()
@@ -69,13 +69,13 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
     shape = (count, 1 + one.n_q, options.sequence)
     tokens = np.minimum(random.integers(0, one.text_card, shape), one.card - 1).astype(np.int32)
     write(tokens, options.folder / "tokens.safetensors")
-    material = read_tokens(options.folder / "tokens.safetensors", one, None, None)
-    recipe = uniform(Affine(4, 64, "gptq"), "speech-swift", "float16", ("temporal", "depformer"))
+    token_set = read_tokens(options.folder / "tokens.safetensors", one, None, None)
+    recipe = uniform(QuantizationConfig(4, 64, "gptq"), "speech-swift", "float16", ("temporal", "depformer"))
     plan = make_plan(conversion.inventory(source), recipe)
     seconds: dict[str, float] = {}
     block, walk_block = layerwise._block, {"original": 0.0}
 
-    def timed(walk: layerwise.Walk, place: Place, streams: layerwise.Streams) -> layerwise.Streams:
+    def timed(walk: layerwise.Walk, place: Block, streams: layerwise.Streams) -> layerwise.Streams:
         start = time.perf_counter()
         for rows in place.pieces(streams[0]):
             walk.original.block(place, streams[0][rows])
@@ -90,15 +90,15 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
 
     layerwise._block = timed
     start = time.perf_counter()
-    tuning = layerwise.BlockTuning(options.refine)
-    with Solution(options.folder / "solution", "x") as solution:
-        layerwise.solve_model(source, plan.outputs, material, solution, tuning)
+    tuning = layerwise.BlockTuning(options.fine_tune)
+    with QuantizedStore(options.folder / "solution", "x") as store:
+        layerwise.quantize_model(source, plan.outputs, token_set, store, tuning)
     total = time.perf_counter() - start - walk_block["original"]
     rest = total - sum(seconds.values())
     whole = WHOLE.num_layers * seconds["temporal"] + WHOLE.depformer_num_layers * seconds["depformer"] + rest
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     memory = peak - idle
-    frames = int(material.tokens.shape[0] * material.tokens.shape[2])
+    frames = int(token_set.tokens.shape[0] * token_set.tokens.shape[2])
     print(f"{platform.system()} {platform.machine()}, {cores()} cores, {torch_device.device()}, {frames} frames")
     print(f"all else (depformer_in, embeddings): {rest:.1f} s; the 7B model: {whole / 3600:.2f} h, extrapolated")
     print(f"peak memory above imports {memory / 2**30:.2f} GiB")

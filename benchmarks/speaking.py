@@ -70,7 +70,7 @@ def ours(folder: Path, arithmetic: str) -> Callable[[Any], tuple[Frames, list[An
         session, found, columns = Conversation(model, silent, [], GREEDY), [], []
         for user in users:
             start = time.perf_counter()
-            session.hear(user)
+            session.step(user)
             seconds = time.perf_counter() - start
             columns.append(np.array(session.column))
             found.append((seconds, [int(token) for token in session.said]))

@@ -23,10 +23,10 @@ from ppx.convert.bundle.reader import Bundle, layout_of
 from ppx.convert.parallel import cores
 from ppx.convert.source import demo
 from ppx.convert.source.source import locate, open_source
-from ppx.model.blocks import places
+from ppx.model.blocks import blocks_of
 from ppx.model.mlx_model import model_of
-from ppx.verify.options import Request
-from ppx.verify.verification import material_of
+from ppx.verify.options import VerifyOptions
+from ppx.verify.verification import token_set_of
 from processes import run
 
 IMPORTS = "import ppx.recipes.cli.verify, ppx.verify.verification, ppx.verify.plots, matplotlib.figure"
@@ -37,19 +37,19 @@ def forward(bundle: Path, frames: int, sequences: int) -> None:
     """Take a bundle alone through the material."""
     mx.set_default_device(mx.cpu)
     with open_source(locate(demo.FULL_SIZE)) as source:
-        material = material_of(source, Request(sequences=sequences, frames=frames))
+        token_set = token_set_of(source, VerifyOptions(sequences=sequences, frames=frames))
     with closing(Bundle(bundle, *layout_of(bundle))) as stored:
         model, a = model_of(stored), stored.architecture
-        x = model.embed(material.tokens, material.vectors(stored.voices(), a.dim))
-        for place in places(a, "temporal"):
+        x = model.embed(token_set.tokens, token_set.vectors(stored.voices(), a.dim))
+        for place in blocks_of(a, "temporal"):
             _, x = model.block(place, x)
         hidden = model.out_norm(x)
         model.text_logits(hidden.reshape(-1, a.dim))
-        known = material.counted[:, 1]
-        rows, tokens = hidden[known], material.targets.transpose(0, 2, 1)[known]
+        known = token_set.counted[:, 1]
+        rows, tokens = hidden[known], token_set.targets.transpose(0, 2, 1)[known]
         steps = [model.step_input(step, rows, tokens[:, step])[:, None] for step in range(a.steps)]
         x = mx.concatenate([mx.array(step) for step in steps], axis=1).__array__()
-        for place in places(a, "depformer"):
+        for place in blocks_of(a, "depformer"):
             _, x = model.block(place, x)
         for step in range(a.steps):
             model.audio_logits(step, x[:, step])

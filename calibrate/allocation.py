@@ -13,8 +13,8 @@ from ..convert.bundle.recipe import Recipe, Rule
 from ..convert.bundle.targets import TARGETS
 from ..convert.errors import UserError
 from ..convert.source.tensors import COMPONENTS
-from ..quant.affine import BITS, GROUP_SIZES, SOLVED, Affine
-from ..quant.allocation import Choice, allocate
+from ..quant.affine import BITS, DATA_DRIVEN, GROUP_SIZES, QuantizationConfig
+from ..quant.allocation import Option, allocate_bits
 from .sensitivity import STREAMS, Part, Sensitivities, part_of
 
 # Divergence of models quantized by other methods, over that by lsq: measured at 4 bit on small models.
@@ -44,7 +44,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Allotted:
+class Allocation:
     """A recipe and what it is expected to cost each stream, in nats a token; bound: no recipe could cost less in sum.
 
     settings: what each part gets, None to keep it. left: bytes of the budget that it leaves. measured_on: how much
@@ -55,7 +55,7 @@ class Allotted:
     nbytes: int
     expected: dict[str, float]
     bound: float | None
-    settings: dict[Part, Affine | None]
+    settings: dict[Part, QuantizationConfig | None]
     left: int
     measured_on: str = ""
 
@@ -67,7 +67,7 @@ class Allotted:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class AllocationRequest:
     """What a recipe is looked for: everything but its rules. keep: components that stay float."""
 
     budget: Budget
@@ -87,7 +87,7 @@ def size_of(text: str) -> int:
     return int(float(found[1]) * factor)
 
 
-def allot(inventory: Inventory, wanted: Wanted, found: Sensitivities) -> Allotted:
+def allocate(inventory: Inventory, wanted: AllocationRequest, found: Sensitivities) -> Allocation:
     """Return the recipe that is expected to diverge least within a budget; raises UserError if nothing fits into it.
 
     Where the target takes any setting for any module, the choice is the best of all combinations, or ``bound`` says how
@@ -98,9 +98,9 @@ def allot(inventory: Inventory, wanted: Wanted, found: Sensitivities) -> Allotte
     missing = [str(part) for part in _parts(_outputs(plain)) if part not in found.costs and _is_heard(part, inventory)]
     if missing:
         raise UserError(f"the sensitivities are of another model (they lack {missing[0]}): measure them again")
-    allotted = (_mixed if TARGETS[wanted.target].mixes else _uniform)(inventory, wanted, recipe, plain, found)
-    text = f"within {wanted.budget.name} by {wanted.method}; {allotted.forecast}, measured on {found.measured_on}"
-    return replace(allotted, recipe=replace(allotted.recipe, description=text), measured_on=found.measured_on)
+    allocation = (_mixed if TARGETS[wanted.target].mixes else _uniform)(inventory, wanted, recipe, plain, found)
+    text = f"within {wanted.budget.name} by {wanted.method}; {allocation.forecast}, measured on {found.measured_on}"
+    return replace(allocation, recipe=replace(allocation.recipe, description=text), measured_on=found.measured_on)
 
 
 def _outputs(plan: Plan) -> list[Output]:
@@ -122,36 +122,42 @@ def _parts(outputs: Sequence[Output]) -> dict[Part, list[Output]]:
     return found
 
 
-def _cost(found: Sensitivities, part: Part, form: Affine | None, method: str) -> dict[str, float] | None:
+def _cost(
+    found: Sensitivities, part: Part, quantization: QuantizationConfig | None, method: str
+) -> dict[str, float] | None:
     """Return what a part's setting is expected to cost; tables of embeddings are not solved."""
-    cost = found.cost(part, form)
-    factor = _METHODS["lsq" if part.component == "embeddings" and method in SOLVED else method]
+    cost = found.cost(part, quantization)
+    factor = _METHODS["lsq" if part.component == "embeddings" and method in DATA_DRIVEN else method]
     return cost and {stream: factor * value for stream, value in cost.items()}
 
 
-def _mixed(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, found: Sensitivities) -> Allotted:
+def _mixed(
+    inventory: Inventory, wanted: AllocationRequest, recipe: Recipe, plain: Plan, found: Sensitivities
+) -> Allocation:
     """Choose for each part for itself."""
     parts = _parts(_outputs(plain))
-    forms: dict[Part, list[Affine | None]] = {}
-    choices: dict[Part, list[Choice]] = {}
+    quantizations: dict[Part, list[QuantizationConfig | None]] = {}
+    choices: dict[Part, list[Option]] = {}
     for part, outputs in parts.items():
-        forms[part], choices[part] = [], []
-        settings = [Affine(bits, size, wanted.method) for bits, size in product(BITS, GROUP_SIZES)]
-        for form in (None, *([] if part.component in wanted.keep else settings)):
-            cost = _cost(found, part, form, wanted.method)
-            if cost is not None and not (form and any(output.shape[-1] % form.group_size for output in outputs)):
-                nbytes = sum(replace(output, form=form).nbytes for output in outputs)
-                forms[part].append(form)
-                choices[part].append(Choice(nbytes, sum(cost.values())))
+        quantizations[part], choices[part] = [], []
+        settings = [QuantizationConfig(bits, size, wanted.method) for bits, size in product(BITS, GROUP_SIZES)]
+        for quantization in (None, *([] if part.component in wanted.keep else settings)):
+            cost = _cost(found, part, quantization, wanted.method)
+            if cost is not None and not (
+                quantization and any(output.shape[-1] % quantization.group_size for output in outputs)
+            ):
+                nbytes = sum(replace(output, quantization=quantization).nbytes for output in outputs)
+                quantizations[part].append(quantization)
+                choices[part].append(Option(nbytes, sum(cost.values())))
     free = wanted.budget.left(plain) + sum(output.nbytes for output in _outputs(plain))
     least = sum(min(choice.nbytes for choice in part) for part in choices.values())
 
-    def within(nbytes: int) -> Allotted:
-        made = allocate(list(choices.values()), nbytes)
-        chosen = {part: forms[part][index] for part, index in zip(parts, made.chosen, strict=True)}
+    def within(nbytes: int) -> Allocation:
+        made = allocate_bits(list(choices.values()), nbytes)
+        chosen = {part: quantizations[part][index] for part, index in zip(parts, made.chosen, strict=True)}
         plan = make_plan(inventory, replace(recipe, rules=tuple(_rules(chosen))))
         expected = _sum(found, chosen, wanted.method)
-        return Allotted(plan.recipe, plan.nbytes, expected, made.bound, chosen, wanted.budget.left(plan))
+        return Allocation(plan.recipe, plan.nbytes, expected, made.bound, chosen, wanted.budget.left(plan))
 
     best = within(least)
     if best.left < 0:
@@ -177,12 +183,14 @@ def _too_small(budget: Budget, smallest: Plan) -> UserError:
     )
 
 
-def _sum(found: Sensitivities, settings: dict[Part, Affine | None], method: str) -> dict[str, float]:
-    costs = [_cost(found, part, form, method) or {} for part, form in settings.items()]
+def _sum(found: Sensitivities, settings: dict[Part, QuantizationConfig | None], method: str) -> dict[str, float]:
+    costs = [_cost(found, part, quantization, method) or {} for part, quantization in settings.items()]
     return {stream: math.fsum(cost[stream] for cost in costs) for stream in STREAMS}
 
 
-def _uniform(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, found: Sensitivities) -> Allotted:
+def _uniform(
+    inventory: Inventory, wanted: AllocationRequest, recipe: Recipe, plain: Plan, found: Sensitivities
+) -> Allocation:
     """Choose among what the target takes: one setting, for more or fewer components."""
     fitting, least = [], plain
     for rules in _candidates(wanted.method):
@@ -190,14 +198,16 @@ def _uniform(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, 
             plan = make_plan(inventory, replace(recipe, rules=rules))
         except UserError:  # not for this target, or not for these sizes
             continue
-        settings = {part: outputs[0].form for part, outputs in _parts(_outputs(plan)).items()}
-        kept = not any(form and part.component in wanted.keep for part, form in settings.items())
-        if kept and all(_cost(found, part, form, wanted.method) is not None for part, form in settings.items()):
+        settings = {part: outputs[0].quantization for part, outputs in _parts(_outputs(plan)).items()}
+        kept = not any(quantization and part.component in wanted.keep for part, quantization in settings.items())
+        if kept and all(
+            _cost(found, part, quantization, wanted.method) is not None for part, quantization in settings.items()
+        ):
             least = min(least, plan, key=lambda one: one.nbytes)
             expected = _sum(found, settings, wanted.method)
             left = wanted.budget.left(plan)
             if left >= 0:
-                fitting.append(Allotted(plan.recipe, plan.nbytes, expected, None, settings, left))
+                fitting.append(Allocation(plan.recipe, plan.nbytes, expected, None, settings, left))
     if not fitting:
         raise _too_small(wanted.budget, least)
     return min(fitting, key=lambda one: (sum(one.expected.values()), one.nbytes))
@@ -206,24 +216,24 @@ def _uniform(inventory: Inventory, wanted: Wanted, recipe: Recipe, plain: Plan, 
 def _candidates(method: str) -> Iterator[tuple[Rule, ...]]:
     yield ()
     for components, bits, size in product(_COMPONENTS, BITS, GROUP_SIZES):
-        yield (Rule(Affine(bits, size, method), components),)
+        yield (Rule(QuantizationConfig(bits, size, method), components),)
 
 
-def _rules(settings: dict[Part, Affine | None]) -> list[Rule]:
+def _rules(settings: dict[Part, QuantizationConfig | None]) -> list[Rule]:
     """Return rules that give parts their settings; parts of one kind with one setting share a rule."""
-    together: dict[tuple[str, str, Affine | None], list[Part]] = {}
-    for part, form in settings.items():
-        if form:
-            together.setdefault((part.component, part.modules, form), []).append(part)
+    together: dict[tuple[str, str, QuantizationConfig | None], list[Part]] = {}
+    for part, quantization in settings.items():
+        if quantization:
+            together.setdefault((part.component, part.modules, quantization), []).append(part)
     return [
         Rule(
-            form,
+            quantization,
             (component,),
             (modules,),
             _ranges([part.layer for part in parts if part.layer is not None]),
             _ranges([part.step for part in parts if part.step is not None]),
         )
-        for (component, modules, form), parts in together.items()
+        for (component, modules, quantization), parts in together.items()
     ]
 
 

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 
 from ..convert.bundle.quantized_store import Part
-from ..model.blocks import POSITIONS, Place
+from ..model.blocks import POSITIONS, Block
 from ..model.forward import Floats
 from ..model.reference import TorchModel
-from .parameters import Tuned, adam_for, set_rate, take_step, weights_of
+from .parameters import TrainableMatrix, adam_for, set_rate, take_step, weights_of
 
 
 def tune_block(
     original: TorchModel,
     quantized: TorchModel,
-    place: Place,
-    tuned: Mapping[Part, Tuned],
+    place: Block,
+    tuned: Mapping[Part, TrainableMatrix],
     streams: tuple[Floats, Floats],
     steps: int,
 ) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from ..convert.bundle.plan import Plan
-from ..convert.bundle.quantized_store import Solution, Solver
+from ..convert.bundle.quantized_store import LayerwiseQuantizer, QuantizedStore
 from ..convert.errors import UserError
 from ..convert.source.source import Source
 from ..convert.tensorfile import Spec, TensorWriter
 from ..model.forward import Tokens
-from ..model.tokens import Material, held_tokens, read_tokens
-from .layerwise import BlockTuning, solve_model
-from .tuning import Schedule, reach, refine
+from ..model.tokens import TokenSet, read_token_file, read_tokens
+from .layerwise import BlockTuning, quantize_model
+from .tuning import Schedule, fine_tune, reach
 
 _REFINED = {  # what a manifest says of what was tuned, by what can be tuned as a whole
     "codes": "codes, scales and biases, all together",
@@ -26,33 +26,33 @@ CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: what a mod
 ENOUGH = 4  # frames for each column of the widest matrix, from which on more help little
 
 
-def solver_of(
+def quantizer_of(
     source: Source, plan: Plan, tokens: Path, steps: int = 0, quiet: bool = False, memory: int | None = None
-) -> Solver:
+) -> LayerwiseQuantizer:
     """Return what solves a plan's matrices, and refines them for so many steps.
 
     memory: bytes by which to choose what is refined as a whole, None for the device's. Raises UserError for tokens of
     another model.
     """
-    material = read_tokens(tokens, source.architecture, None, None)
+    token_set = read_tokens(tokens, source.architecture, None, None)
     whole = reach(plan.outputs, memory) if steps else None
 
-    def solve(solution: Solution) -> None:
-        solve_model(source, plan.outputs, material, solution, BlockTuning(0 if whole == "codes" else steps), quiet)
+    def solve(store: QuantizedStore) -> None:
+        quantize_model(source, plan.outputs, token_set, store, BlockTuning(0 if whole == "codes" else steps), quiet)
         if whole:
-            refine(source, plan.outputs, material, solution, Schedule(steps, whole == "codes"), quiet)
+            fine_tune(source, plan.outputs, token_set, store, Schedule(steps, whole == "codes"), quiet)
 
-    return Solver(
-        record(material) | {"refined_steps": steps, "refined": _REFINED[whole] if steps else "nothing"}, solve
+    return LayerwiseQuantizer(
+        record(token_set) | {"refined_steps": steps, "refined": _REFINED[whole] if steps else "nothing"}, solve
     )
 
 
-def record(material: Material) -> dict[str, Any]:
+def record(token_set: TokenSet) -> dict[str, Any]:
     """Return what a manifest says of calibration material: its description, and a sha256 of its tokens."""
     digest = hashlib.sha256()
-    for array in (material.tokens, material.targets, material.counted):
+    for array in (token_set.tokens, token_set.targets, token_set.counted):
         digest.update(np.ascontiguousarray(array).tobytes())
-    return material.description | {"sha256": digest.hexdigest()}
+    return token_set.description | {"sha256": digest.hexdigest()}
 
 
 def enough(source: Source) -> int:
@@ -71,7 +71,7 @@ def gather(source: Source, files: Sequence[Path], recordings: Sequence[Path], fr
     What is longer is cut into sequences; what is left over, and what is shorter, is not used. Raises UserError for
     files that cannot be read, and if nothing is left.
     """
-    found = [held_tokens(path, source.architecture) for path in files]
+    found = [read_token_file(path, source.architecture) for path in files]
     if recordings:
         from ..speak.recordings import recorded  # its packages are optional
 

@@ -17,25 +17,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..convert.bundle.output_tensor import Output
-from ..convert.bundle.quantized_store import Part, Solution, forms_of
+from ..convert.bundle.quantized_store import Part, QuantizedStore, quantizations_of
 from ..convert.errors import UserError
 from ..convert.progress import bar
 from ..convert.source.source import Source
 from ..convert.tensorfile import DTYPES
 from ..model import torch_device as devices
-from ..model.blocks import Place, places
+from ..model.blocks import Block, blocks_of
 from ..model.forward import Floats, Tokens
 from ..model.reference import Rows, TorchModel, Weights, kept_by, reference_of, source_rows, source_weights
-from ..model.tokens import Material, spread
-from ..quant.affine import SOLVED, Affine, Quantized, dequantize
-from ..quant.gptq import FALLBACK, Moments, Outcome, solve_robustly
+from ..model.tokens import TokenSet, evenly_spaced
+from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized, dequantize
+from ..quant.gptq import FALLBACK, Moments, Outcome, gptq_with_retries
 from . import weight_only
 from .block_tuning import tune_block
 from .moments import block_moments, moments_of
 from .parameters import begin
 
 _STREAM = 1 << 29  # bytes of a stream, at most: of that many frames, evenly spread, a solution is made
-REFINED = "refined.safetensors"  # where a solution holds what was tuned as a whole
+FINE_TUNED = "refined.safetensors"  # where a solution holds what was tuned as a whole
 Streams = tuple[Floats, Floats]  # of the original and of the quantized model
 
 
@@ -44,7 +44,7 @@ class BlockTuning:
     """How long each block is tuned. on_block: called with a block before it is."""
 
     steps: int = 0
-    on_block: Callable[[Place], None] | None = None
+    on_block: Callable[[Block], None] | None = None
 
 
 def _adjusted(outcome: Outcome) -> dict[str, Any]:
@@ -66,8 +66,8 @@ class Walk:
     """
 
     source: Source
-    forms: dict[Part, tuple[Affine, str]]
-    solution: Solution
+    quantizations: dict[Part, tuple[QuantizationConfig, str]]
+    store: QuantizedStore
     original: TorchModel
     quantized: TorchModel
     kept: list[dict[Part, Tensor]]
@@ -76,24 +76,28 @@ class Walk:
 
     def wanted(self, names: Sequence[str]) -> list[Part]:
         """Return the parts of these tensors that are to be solved."""
-        return [part for part in self.forms if part[0] in names and self.forms[part][0].method in SOLVED]
+        return [
+            part
+            for part in self.quantizations
+            if part[0] in names and self.quantizations[part][0].method in DATA_DRIVEN
+        ]
 
     def forget(self) -> None:
         """Drop the weights that are kept."""
         for kept in self.kept:
             kept.clear()
 
-    def tune(self, place: Place, parts: list[Part], streams: Streams) -> None:
+    def tune(self, place: Block, parts: list[Part], streams: Streams) -> None:
         """Tune a block's solved matrices, and keep them."""
         label = f"{place.prefix}.{place.part}.tuned"
-        if not (self.tuning.steps and parts) or self.solution.files[parts[0]] in (f"{label}.safetensors", REFINED):
+        if not (self.tuning.steps and parts) or self.store.files[parts[0]] in (f"{label}.safetensors", FINE_TUNED):
             return
         if self.tuning.on_block:
             self.tuning.on_block(place)
         device, read = self.original.device, source_weights(self.source.checkpoint)
-        tuned = {part: begin(part, *self.forms[part], self.solution, device) for part in parts}
+        tuned = {part: begin(part, *self.quantizations[part], self.store, device) for part in parts}
         tune_block(self.original, self.quantized, place, tuned, streams, self.tuning.steps)
-        self.solution.add(label, {part: one.finished(read(*part)) for part, one in tuned.items()})
+        self.store.add(label, {part: one.finished(read(*part)) for part, one in tuned.items()})
         for part in parts:
             self.kept[1].pop(part, None)
 
@@ -104,9 +108,9 @@ class Walk:
         adjusted: dict[Part, dict[str, Any]] = {}
         read = source_weights(self.source.checkpoint)
         for part, moments in found.items():
-            form, dtype = self.forms[part]
+            quantization, dtype = self.quantizations[part]
             try:
-                outcome = solve_robustly(read(*part), moments, form, DTYPES[dtype])
+                outcome = gptq_with_retries(read(*part), moments, quantization, DTYPES[dtype])
             except ValueError as error:
                 raise UserError(f"{part[0]}: {error}: give a recipe that keeps it float") from None
             made[part] = outcome.made
@@ -116,14 +120,14 @@ class Walk:
                 step = f" step {part[1]}" if stacked else ""
                 self.bar.write(f"{part[0]}{step}: {_told(outcome)}", file=sys.stderr)
             self.bar.update(1)
-        self.solution.add(block, made, adjusted)
+        self.store.add(block, made, adjusted)
 
 
-def solve_model(
+def quantize_model(
     source: Source,
     outputs: list[Output],
-    material: Material,
-    solution: Solution,
+    token_set: TokenSet,
+    store: QuantizedStore,
     tuning: BlockTuning | None = None,
     quiet: bool = False,
 ) -> None:
@@ -133,21 +137,23 @@ def solve_model(
     damping cannot quantize, is named on standard error and in ``solution.adjusted``.
     """
     device = devices.device()
-    forms = forms_of(outputs)
+    quantizations = quantizations_of(outputs)
     kept: list[dict[Part, Tensor]] = [{}, {}]
     original = reference_of(source.checkpoint, device=device)
-    read = quantized_weights(source, forms, solution)
-    quantized = replace(original, weights=kept_by(kept[1], read, device), rows=quantized_rows(source, forms))
+    read = quantized_weights(source, quantizations, store)
+    quantized = replace(original, weights=kept_by(kept[1], read, device), rows=quantized_rows(source, quantizations))
     original = replace(original, weights=kept_by(kept[0], original.weights, device))
-    count = sum(form.method in SOLVED for form, _ in forms.values())
+    count = sum(quantization.method in DATA_DRIVEN for quantization, _ in quantizations.values())
     with bar("solving", count, "matrix", quiet) as progress, torch.no_grad():
-        walk = Walk(source, forms, solution, original, quantized, kept, tuning or BlockTuning(), progress)
-        progress.update(len(solution.files))
-        fitting = material.chosen(_fitting(len(material.tokens), material.tokens.shape[2] * source.architecture.dim))
+        walk = Walk(source, quantizations, store, original, quantized, kept, tuning or BlockTuning(), progress)
+        progress.update(len(store.files))
+        fitting = token_set.chosen(_fitting(len(token_set.tokens), token_set.tokens.shape[2] * source.architecture.dim))
         _audio(walk, fitting, _temporal(walk, fitting))
 
 
-def quantized_weights(source: Source, forms: dict[Part, tuple[Affine, str]], solution: Solution) -> Weights:
+def quantized_weights(
+    source: Source, quantizations: dict[Part, tuple[QuantizationConfig, str]], store: QuantizedStore
+) -> Weights:
     """Return a way to read the quantized model's matrices: solved ones, others by their method, else the source's.
 
     A matrix that is still to be solved is read as it is: what is asked for comes before it.
@@ -156,56 +162,58 @@ def quantized_weights(source: Source, forms: dict[Part, tuple[Affine, str]], sol
 
     def read(name: str, step: int | None) -> Tensor:
         part, weight = (name, step or 0), original(name, step)
-        if part not in forms:
+        if part not in quantizations:
             return weight
-        form, dtype = forms[part]
-        if form.method not in SOLVED:
-            made = weight_only.quantized(name, np.ascontiguousarray(weight.float().numpy()), form, DTYPES[dtype])
-        elif part in solution.files:
-            made = solution.read(part, 0, len(weight), DTYPES[dtype])
+        quantization, dtype = quantizations[part]
+        if quantization.method not in DATA_DRIVEN:
+            made = weight_only.quantized(
+                name, np.ascontiguousarray(weight.float().numpy()), quantization, DTYPES[dtype]
+            )
+        elif part in store.files:
+            made = store.read(part, 0, len(weight), DTYPES[dtype])
         else:
             return weight
-        return torch.from_numpy(dequantize(made, form))
+        return torch.from_numpy(dequantize(made, quantization))
 
     return read
 
 
-def quantized_rows(source: Source, forms: dict[Part, tuple[Affine, str]]) -> Rows:
+def quantized_rows(source: Source, quantizations: dict[Part, tuple[QuantizationConfig, str]]) -> Rows:
     """Return a way to read rows of embedding tables as they will be."""
     original = source_rows(source.checkpoint)
 
     def read(name: str, tokens: Tokens) -> Tensor:
         found = original(name, tokens)
-        if (name, 0) not in forms:
+        if (name, 0) not in quantizations:
             return found
-        form, dtype = forms[name, 0]
+        quantization, dtype = quantizations[name, 0]
         flat = np.ascontiguousarray(found.float().numpy().reshape(-1, found.shape[-1]))
-        made = weight_only.quantized(name, flat, form, DTYPES[dtype])
-        return torch.from_numpy(dequantize(made, form)).reshape(found.shape)
+        made = weight_only.quantized(name, flat, quantization, DTYPES[dtype])
+        return torch.from_numpy(dequantize(made, quantization)).reshape(found.shape)
 
     return read
 
 
-def _temporal(walk: Walk, material: Material) -> Streams:
+def _temporal(walk: Walk, token_set: TokenSet) -> Streams:
     """Go through the temporal transformer; return its normalized outputs ``[sequences, frames, dim]``."""
     arch = walk.source.architecture
-    streams = (walk.original.embed(material.tokens), walk.quantized.embed(material.tokens))
-    for place in places(arch, "temporal"):
+    streams = (walk.original.embed(token_set.tokens), walk.quantized.embed(token_set.tokens))
+    for place in blocks_of(arch, "temporal"):
         streams = _block(walk, place, streams)
     outputs = (walk.original.out_norm(streams[0]), walk.quantized.out_norm(streams[1]))
-    _solve_read(walk, "text_linear", walk.wanted(["text_linear.weight"]), outputs)
+    _quantize_read(walk, "text_linear", walk.wanted(["text_linear.weight"]), outputs)
     return outputs
 
 
-def _audio(walk: Walk, material: Material, hidden: Streams) -> None:
+def _audio(walk: Walk, token_set: TokenSet, hidden: Streams) -> None:
     """Go through the depformer."""
     arch = walk.source.architecture
-    known = material.counted[:, 1 : arch.steps + 1].any(1)
-    targets = material.targets.transpose(0, 2, 1)[known]
+    known = token_set.counted[:, 1 : arch.steps + 1].any(1)
+    targets = token_set.targets.transpose(0, 2, 1)[known]
     rows = _fitting(len(targets), arch.steps * arch.depformer_dim)
     targets, states = targets[rows], tuple(array[known][rows] for array in hidden)
     inputs = [f"depformer_in.{step}.weight" for step in range(arch.steps)]
-    _solve_read(walk, "depformer_in", walk.wanted(inputs), (states[0], states[1]))
+    _quantize_read(walk, "depformer_in", walk.wanted(inputs), (states[0], states[1]))
     pair = []
     for model, state in zip((walk.original, walk.quantized), states, strict=True):
         x = np.empty((len(targets), arch.steps, arch.depformer_dim), np.float32)
@@ -214,26 +222,26 @@ def _audio(walk: Walk, material: Material, hidden: Streams) -> None:
         pair.append(x)
     walk.forget()
     streams = (pair[0], pair[1])
-    for place in places(arch, "depformer"):
+    for place in blocks_of(arch, "depformer"):
         streams = _block(walk, place, streams)
     for step in range(arch.steps):
         name = f"linears.{step}"
-        _solve_read(walk, name, walk.wanted([f"{name}.weight"]), (streams[0][:, step], streams[1][:, step]))
+        _quantize_read(walk, name, walk.wanted([f"{name}.weight"]), (streams[0][:, step], streams[1][:, step]))
 
 
 def _fitting(count: int, floats: int) -> NDArray[np.int64]:
     """Return which of ``count`` sequences or rows, of so many floats each, fit into a stream."""
-    return spread(count, max(1, _STREAM // (4 * floats)))
+    return evenly_spaced(count, max(1, _STREAM // (4 * floats)))
 
 
-def _solve_read(walk: Walk, block: str, parts: list[Part], inputs: Streams) -> None:
+def _quantize_read(walk: Walk, block: str, parts: list[Part], inputs: Streams) -> None:
     """Solve matrices that all read the same input, which is at hand."""
-    parts = [part for part in parts if part not in walk.solution.files]
+    parts = [part for part in parts if part not in walk.store.files]
     if parts:
         walk.solve(block, dict.fromkeys(parts, moments_of(inputs, walk.original.device)))
 
 
-def _block(walk: Walk, place: Place, streams: Streams) -> Streams:
+def _block(walk: Walk, place: Block, streams: Streams) -> Streams:
     """Solve a block's matrices, those that read its input before those that read what they make; then go through it.
 
     The streams are changed in place.
@@ -246,7 +254,7 @@ def _block(walk: Walk, place: Place, streams: Streams) -> Streams:
     )
     for names in orders:
         parts = walk.wanted([f"{place.prefix}.{name}" for name in names])
-        parts = [part for part in parts if part not in walk.solution.files]
+        parts = [part for part in parts if part not in walk.store.files]
         if parts:
             label = f"{place.prefix}.{names[0].removesuffix('weight').rstrip('._')}"
             walk.solve(label, block_moments(walk.original, walk.quantized, place, parts, streams))

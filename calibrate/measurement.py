@@ -22,11 +22,11 @@ from ..convert.progress import bar
 from ..convert.source.architecture import Architecture
 from ..convert.source.source import Source
 from ..model import torch_device as devices
-from ..model.blocks import PARTS, Place, places
+from ..model.blocks import SUBLAYERS, Block, blocks_of
 from ..model.forward import Floats, Tokens
 from ..model.reference import Rows, TorchModel, kept_by, reference_of, source_weights
-from ..model.tokens import Material, spread
-from ..quant.affine import BITS, Affine, dequantize
+from ..model.tokens import TokenSet, evenly_spaced
+from ..quant.affine import BITS, QuantizationConfig, dequantize
 from .sensitivity import STREAMS, Part, Sensitivities, members_of, settings_of, usual_group
 from .weight_only import quantized
 
@@ -38,13 +38,17 @@ _STORAGE = np.dtype(np.float32)  # of scales and biases: what other dtypes round
 Variant = tuple[Part, int]  # a part, and the bits that it is quantized to
 
 
-def _altered(model: TorchModel, members: Sequence[tuple[str, int | None]], form: Affine) -> TorchModel:
+def _altered(
+    model: TorchModel, members: Sequence[tuple[str, int | None]], quantization: QuantizationConfig
+) -> TorchModel:
     """Return the model with one part quantized, as it is read."""
     mine = set(members)
 
     def rounded(name: str, values: Tensor) -> Tensor:
         flat = np.ascontiguousarray(values.float().cpu().numpy().reshape(-1, values.shape[-1]))
-        return torch.from_numpy(dequantize(quantized(name, flat, form, _STORAGE), form)).reshape(values.shape)
+        return torch.from_numpy(dequantize(quantized(name, flat, quantization, _STORAGE), quantization)).reshape(
+            values.shape
+        )
 
     def weights(name: str, step: int | None) -> Tensor:
         held = model.weights(name, step)
@@ -59,7 +63,7 @@ def _altered(model: TorchModel, members: Sequence[tuple[str, int | None]], form:
 
 def measure(
     source: Source,
-    material: Material,
+    token_set: TokenSet,
     mark: str,
     quiet: bool = False,
     *,
@@ -77,9 +81,9 @@ def measure(
     members = members_of(source.architecture)
     nbytes = int(_SHARE * devices.host_memory()) if memory is None else memory
     streams = 1 + len(bits) * sum(part.component != "depformer" for part in members)
-    passes = _passes(material, sequences, nbytes // (streams * source.architecture.dim * 4))
-    used = {"sequences": sum(map(len, passes)), "frames": material.tokens.shape[2], "available": len(material.tokens)}
-    found = Sensitivities(material.description | used, mark)
+    passes = _passes(token_set, sequences, nbytes // (streams * source.architecture.dim * 4))
+    used = {"sequences": sum(map(len, passes)), "frames": token_set.tokens.shape[2], "available": len(token_set.tokens)}
+    found = Sensitivities(token_set.description | used, mark)
     for part in members:
         found.costs[part] = {one: dict.fromkeys(STREAMS, 0.0) for one in bits}
     counts = dict.fromkeys(STREAMS, 0)
@@ -89,7 +93,7 @@ def measure(
             kept: dict[tuple[str, int], Tensor] = {}
             model = reference_of(source.checkpoint, device=devices.device())
             model = replace(model, weights=kept_by(kept, model.weights, model.device), rows=_remembered(model.rows))
-            walk = Walk(source, members, model, kept, material.chosen(chosen), nbytes, found, counts, progress)
+            walk = Walk(source, members, model, kept, token_set.chosen(chosen), nbytes, found, counts, progress)
             _audio(walk, _temporal(walk))
     if silent := [stream for stream, count in counts.items() if not count]:
         raise UserError(
@@ -105,11 +109,11 @@ def measure(
 
 def _blocks(architecture: Architecture, members: Iterable[Part], variants: int) -> int:
     """Return how many blocks are computed in a pass, for the original and for so many variants of each part."""
-    temporal, depformer = (len(places(architecture, component)) for component in ("temporal", "depformer"))
+    temporal, depformer = (len(blocks_of(architecture, component)) for component in ("temporal", "depformer"))
     count = 0
     for part in members:
         if part.component == "temporal" and part.layer is not None:
-            count += temporal - part.layer * len(PARTS) - (part.modules == "gating.*")  # from its own block on
+            count += temporal - part.layer * len(SUBLAYERS) - (part.modules == "gating.*")  # from its own block on
         count += temporal if part.modules in _READ_FIRST else 0
         count += depformer if part.modules != "text_linear" else 0
     return temporal + depformer + variants * count
@@ -128,11 +132,11 @@ def _remembered(rows: Rows) -> Rows:
     return read
 
 
-def _passes(material: Material, least: int, frames: int) -> list[NDArray[np.int64]]:
+def _passes(token_set: TokenSet, least: int, frames: int) -> list[NDArray[np.int64]]:
     """Return the sequences that are read, evenly spread, by pass; frames: of which all streams fit into memory."""
-    count, length = len(material.tokens), material.tokens.shape[2]
+    count, length = len(token_set.tokens), token_set.tokens.shape[2]
     at_once = max(1, frames // length)
-    chosen = spread(count, max(1, min(max(at_once, least), _FRAMES // length)))
+    chosen = evenly_spaced(count, max(1, min(max(at_once, least), _FRAMES // length)))
     return np.array_split(chosen, -(-len(chosen) // at_once))
 
 
@@ -147,7 +151,7 @@ class Walk:
     members: dict[Part, list[tuple[str, int | None]]]
     model: TorchModel
     kept: dict[tuple[str, int], Tensor]
-    material: Material
+    token_set: TokenSet
     nbytes: int
     found: Sensitivities
     counts: dict[str, int]
@@ -159,7 +163,9 @@ class Walk:
             return self.model
         part, bits = variant
         columns = [self.source.checkpoint.tensors[name].role.shape[-1] for name, _ in self.members[part]]
-        return _altered(self.model, self.members[part], Affine(bits, usual_group(settings_of(columns)), "lsq"))
+        return _altered(
+            self.model, self.members[part], QuantizationConfig(bits, usual_group(settings_of(columns)), "lsq")
+        )
 
     def variants(self, *components: str) -> list[Variant]:
         """Return all variants of parts of these components, or modules outside of layers."""
@@ -169,11 +175,11 @@ class Walk:
 
 def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
     """Go through the temporal transformer; note what the text costs; return outputs of the frames that are heard."""
-    arch, material = walk.source.architecture, walk.material
+    arch, token_set = walk.source.architecture, walk.token_set
     streams: dict[Variant | None, Floats] = {
-        variant: walk.altered(variant).embed(material.tokens) for variant in (None, *walk.variants(*_READ_FIRST))
+        variant: walk.altered(variant).embed(token_set.tokens) for variant in (None, *walk.variants(*_READ_FIRST))
     }
-    for place in places(arch, "temporal"):
+    for place in blocks_of(arch, "temporal"):
         pattern = "self_attn.*" if place.part == "attention" else "gating.*"
         base = streams[None]
         born: dict[Variant | None, Floats] = {
@@ -187,7 +193,7 @@ def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
         walk.kept.clear()
     for variant, x in streams.items():
         streams[variant] = walk.model.out_norm(x)
-    counted = material.counted[:, 0]
+    counted = token_set.counted[:, 0]
     base = streams[None][counted]
     walk.counts["text"] += len(base)
     expected = _expected(walk.model.text_logits(base))
@@ -211,7 +217,7 @@ def _note(walk: Walk, variant: Variant, stream: str, divergences: Sequence[float
     walk.found.costs[part][bits][stream] += total
 
 
-def _block(walk: Walk, model: TorchModel, place: Place, x: Floats) -> Floats:
+def _block(walk: Walk, model: TorchModel, place: Block, x: Floats) -> Floats:
     walk.bar.update(1)
     return np.concatenate([model.block(place, x[rows])[1] for rows in place.pieces(x)])
 
@@ -235,11 +241,11 @@ def _divergence(expected: Tensor, logits: Floats) -> float:
 
 def _audio(walk: Walk, hidden: dict[Variant | None, Floats]) -> None:
     """Go through the agent's steps of the depformer, some variants at a time; note what its codebooks cost."""
-    arch, material = walk.source.architecture, walk.material
+    arch, token_set = walk.source.architecture, walk.token_set
     half = arch.n_q // 2
-    known = material.counted[:, 1 : half + 1].all(1)
-    targets = material.targets.transpose(0, 2, 1)[known]
-    rows = spread(len(targets), len(material.tokens) * _ROWS if arch.depformer_dim >= 512 else _FRAMES)
+    known = token_set.counted[:, 1 : half + 1].all(1)
+    targets = token_set.targets.transpose(0, 2, 1)[known]
+    rows = evenly_spaced(len(targets), len(token_set.tokens) * _ROWS if arch.depformer_dim >= 512 else _FRAMES)
     targets = targets[rows]
     walk.counts["agent"] += len(targets)
     states = {variant: x[known][rows] for variant, x in hidden.items()}
@@ -247,7 +253,7 @@ def _audio(walk: Walk, hidden: dict[Variant | None, Floats]) -> None:
     own = walk.variants("depformer", "linears", "depformer_emb", "depformer_text_emb")
     variants = [variant for variant in [*states, *own] if variant]
     if not len(targets):  # in these sequences the agent's tokens are not known
-        walk.bar.update((1 + len(variants)) * len(places(arch, "depformer")))
+        walk.bar.update((1 + len(variants)) * len(blocks_of(arch, "depformer")))
         return
     expected = [_expected(logits) for logits in _steps(walk, [None], states, targets)[None]]
     some = max(1, walk.nbytes // (2 * len(targets) * half * (arch.depformer_dim + arch.card) * 4))
@@ -270,7 +276,7 @@ def _steps(
         model, state = walk.altered(inner[variant]), states.get(variant, states[None])
         streams[variant] = np.stack([model.step_input(step, state, targets[:, step]) for step in range(half)], 1)
     walk.kept.clear()
-    for place in places(arch, "depformer"):
+    for place in blocks_of(arch, "depformer"):
         for variant, x in streams.items():
             streams[variant] = _block(walk, walk.altered(inner[variant]), place, x)
         walk.kept.clear()
@@ -284,11 +290,13 @@ def _errors(source: Source, members: Sequence[tuple[str, int | None]]) -> dict[t
     """Return the relative squared error of some rows of a part, by bits and group size."""
     read = source_weights(source.checkpoint)
     weights = [read(name, step) for name, step in members]
-    some = [np.ascontiguousarray(weight[spread(len(weight), _ROWS)].float().numpy()) for weight in weights]
+    some = [np.ascontiguousarray(weight[evenly_spaced(len(weight), _ROWS)].float().numpy()) for weight in weights]
     found = settings_of(weight.shape[1] for weight in some)
     for bits, size in found:
-        form = Affine(bits, size, "lsq")
-        made = [quantized(name, weight, form, _STORAGE) for (name, _), weight in zip(members, some, strict=True)]
+        quantization = QuantizationConfig(bits, size, "lsq")
+        made = [
+            quantized(name, weight, quantization, _STORAGE) for (name, _), weight in zip(members, some, strict=True)
+        ]
         norm = sum(one.squared_norm for one in made)
         found[bits, size] = sum(one.squared_error for one in made) / norm if norm else 0.0
     return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..convert.bundle.quantized_store import Part
-from ..model.blocks import POSITIONS, Place
+from ..model.blocks import POSITIONS, Block
 from ..model.forward import Floats
 from ..model.reference import TorchModel
 from ..quant.gptq import Moments
@@ -44,7 +44,7 @@ def moments_of(inputs: tuple[Floats, Floats], device: str) -> Moments:
 
 
 def block_moments(
-    original: TorchModel, quantized: TorchModel, place: Place, parts: list[Part], streams: tuple[Floats, Floats]
+    original: TorchModel, quantized: TorchModel, place: Block, parts: list[Part], streams: tuple[Floats, Floats]
 ) -> dict[Part, Moments]:
     """Return the moments of what a block's matrices read; streams: what the block reads in both models."""
     sums: dict[Part, _Sums] = {}
@@ -60,7 +60,7 @@ def block_moments(
     return {part: found.moments() for part, found in sums.items()}
 
 
-def _caught(model: TorchModel, place: Place, parts: list[Part], x: Floats) -> dict[Part, Tensor]:
+def _caught(model: TorchModel, place: Block, parts: list[Part], x: Floats) -> dict[Part, Tensor]:
     """Return the inputs ``[rows, columns]`` of matrices while a block is computed, as far as it must be."""
     caught: dict[Part, Tensor] = {}
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..convert.bundle.quantized_store import Part, Solution
+from ..convert.bundle.quantized_store import Part, QuantizedStore
 from ..convert.tensorfile import DTYPES
 from ..model.reference import Weights
-from ..quant.affine import Affine, Quantized, unpack
+from ..quant.affine import QuantizationConfig, Quantized, unpack
 from ..quant.gptq import assemble
 
 CODES, SIDES = 1e-2, 1e-3  # learning rates: in codes, and relative to a scale
@@ -19,10 +19,10 @@ _TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TrainableMatrix:
     """A matrix under way. codes: floats ``[rows, groups, group_size]``. scales, biases: relative, from 0 on."""
 
-    form: Affine
+    quantization: QuantizationConfig
     dtype: str
     first: tuple[Tensor, Tensor]
     codes: Tensor
@@ -37,7 +37,7 @@ class Tuned:
 
     def rounded(self) -> Tensor:
         """Return codes as they will be stored."""
-        top = (1 << self.form.bits) - 1
+        top = (1 << self.quantization.bits) - 1
         inside = self.codes.clamp(-0.49, top + 0.49)
         return _as_if(inside, inside.round().clamp(0, top))
 
@@ -51,7 +51,7 @@ class Tuned:
         scale, bias = self.sides()
         codes = self.rounded().flatten(1).to(torch.uint8)
         wide = weight.to(scale.device, torch.float32)
-        return assemble(wide, codes, scale, bias, self.form, DTYPES[self.dtype])
+        return assemble(wide, codes, scale, bias, self.quantization, DTYPES[self.dtype])
 
 
 def _as_if(moved: Tensor, value: Tensor) -> Tensor:
@@ -59,17 +59,19 @@ def _as_if(moved: Tensor, value: Tensor) -> Tensor:
     return moved + (value - moved).detach()
 
 
-def begin(part: Part, form: Affine, dtype: str, solution: Solution, device: str, codes_too: bool = True) -> Tuned:
+def begin(
+    part: Part, quantization: QuantizationConfig, dtype: str, store: QuantizedStore, device: str, codes_too: bool = True
+) -> TrainableMatrix:
     """Return a solved matrix, ready to be moved: its scales and biases, and its codes as well or not."""
-    held = solution.read(part, 0, solution.rows(part), np.dtype(np.float32))
-    codes = torch.from_numpy(unpack(held.weight, form.bits)).float().to(device)
+    held = store.read(part, 0, store.rows(part), np.dtype(np.float32))
+    codes = torch.from_numpy(unpack(held.weight, quantization.bits)).float().to(device)
     scale, bias = (torch.from_numpy(side.astype(np.float32)).to(device) for side in (held.scales, held.biases))
     moved = (torch.zeros_like(scale, requires_grad=True), torch.zeros_like(bias, requires_grad=True))
-    grouped = codes.reshape(len(codes), -1, form.group_size).requires_grad_(codes_too)
-    return Tuned(form, dtype, (scale, bias), grouped, *moved)
+    grouped = codes.reshape(len(codes), -1, quantization.group_size).requires_grad_(codes_too)
+    return TrainableMatrix(quantization, dtype, (scale, bias), grouped, *moved)
 
 
-def adam_for(tuned: Mapping[Part, Tuned]) -> torch.optim.Adam:
+def adam_for(tuned: Mapping[Part, TrainableMatrix]) -> torch.optim.Adam:
     """Return what moves them: sides, then codes where they are moved."""
     sides = [side for one in tuned.values() for side in (one.scales, one.biases)]
     codes = [one.codes for one in tuned.values() if one.codes.requires_grad]
@@ -101,7 +103,7 @@ def take_step(adam: torch.optim.Adam, loss: Tensor) -> bool:
     return True
 
 
-def weights_of(tuned: Mapping[Part, Tuned], rest: Weights) -> Weights:
+def weights_of(tuned: Mapping[Part, TrainableMatrix], rest: Weights) -> Weights:
     """Return a way to read matrices, those under way as they are now."""
 
     def read(name: str, step: int | None) -> Tensor:

@@ -29,7 +29,7 @@ from ..model.forward import Floats, Tokens
 from ..model.prompt import prompt_tokens
 from ..model.reference import TorchModel, kept_by, reference_of, rows_of
 from ..model.session import PAUSE, Frame, sessions, system_prompt
-from ..model.tokens import SPOKEN, spread
+from ..model.tokens import SELF_GENERATED, evenly_spaced
 from .dataset import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, write
 
 # What conversations are about. The prompt that a verification reads is not among them.
@@ -47,12 +47,12 @@ _VERSION = 1  # of how they are made
 Beginning = tuple[Voice, Sequence[int] | None]  # a voice, and the tokens of a text prompt
 
 
-def spoken(
+def self_generated(
     source: Source,
     path: Path,
     sessions_wanted: int | None = None,
     quiet: bool = False,
-    prints: Mapping[str, Fingerprint] | None = None,
+    fingerprints: Mapping[str, Fingerprint] | None = None,
 ) -> Path:
     """Return a file of sessions that a source speaks itself, made if there is none of this source.
 
@@ -60,7 +60,7 @@ def spoken(
     """
     adapter = source.adapter and source.adapter["sha256"]
     decisive = [
-        (prints or fingerprint(source, quiet))[WEIGHTS].sha256,
+        (fingerprints or fingerprint(source, quiet))[WEIGHTS].sha256,
         adapter,
         sessions_wanted,
         CALIBRATION_FRAMES,
@@ -75,7 +75,7 @@ def spoken(
         raise UserError(f"{path}: is not of this source: move it away, or give it as --calibration if it is meant")
     tokens = speak(source, CALIBRATION_FRAMES, sessions_wanted, quiet)
     source.check_unchanged("sampled")
-    write(tokens, path, {"kind": SPOKEN, "mark": mark})
+    write(tokens, path, {"kind": SELF_GENERATED, "mark": mark})
     return path
 
 
@@ -85,7 +85,7 @@ def speak(source: Source, frames: int, sessions_wanted: int | None = None, quiet
     texts = [prompt_tokens(source.location.folder / TOKENIZER, a, text) for text in PROMPTS]
     count = sessions_wanted or CALIBRATION_SESSIONS
     begun = [(voice, text) for text in texts for voice in source.voices]
-    wanted: list[Beginning] = [begun[index] for index in spread(len(begun), (count + 1) // 2)]
+    wanted: list[Beginning] = [begun[index] for index in evenly_spaced(len(begun), (count + 1) // 2)]
     wanted += [(_nobody(a), None)] * (count - len(wanted))
     wanted.sort(key=_lengths)
     made: list[Tokens] = []
@@ -108,9 +108,9 @@ def _lengths(pair: Beginning) -> tuple[int, int]:
 def _nobody(architecture: Architecture) -> Voice:
     """Return a voice of no frames, whose ring holds the initial tokens."""
     a = architecture
-    ring = np.full((1, 1 + a.n_q, max(a.delays) + 2), a.card, np.int64)
-    ring[:, 0] = a.text_card
-    return Voice("", np.zeros((0, 1, 1, a.dim), np.float32), ring)
+    kv_cache = np.full((1, 1 + a.n_q, max(a.delays) + 2), a.card, np.int64)
+    kv_cache[:, 0] = a.text_card
+    return Voice("", np.zeros((0, 1, 1, a.dim), np.float32), kv_cache)
 
 
 def _model(source: Source) -> TorchModel:

@@ -12,7 +12,7 @@ from ..convert.errors import UserError
 from ..convert.regular_files import read_json
 from ..convert.source.architecture import Architecture
 from ..convert.source.tensors import COMPONENTS, Role, roles
-from ..quant.affine import BITS, GROUP_SIZES, Affine
+from ..quant.affine import BITS, GROUP_SIZES, QuantizationConfig
 
 STREAMS = ("text", "agent")
 _VERSION = 1
@@ -44,7 +44,7 @@ class Sensitivities:
     stands for the source and the material.
     """
 
-    material: dict[str, Any]
+    token_set: dict[str, Any]
     mark: str = ""
     costs: dict[Part, dict[int, dict[str, float]]] = field(default_factory=dict)
     errors: dict[Part, dict[tuple[int, int], float]] = field(default_factory=dict)
@@ -52,20 +52,20 @@ class Sensitivities:
     @property
     def measured_on(self) -> str:
         """How much of which material was read, in words."""
-        used, there = self.material["sequences"], self.material.get("available")
+        used, there = self.token_set["sequences"], self.token_set.get("available")
         count = f"{used} of {there}" if there else f"{used}"
-        return f"{count} sequence{'s' if (there or used) > 1 else ''} of {self.material['frames']} frames"
+        return f"{count} sequence{'s' if (there or used) > 1 else ''} of {self.token_set['frames']} frames"
 
-    def cost(self, part: Part, form: Affine | None) -> dict[str, float] | None:
+    def cost(self, part: Part, quantization: QuantizationConfig | None) -> dict[str, float] | None:
         """Return what a part's setting costs each stream; None where its rows are not divided by the group size."""
-        if form is None or part not in self.costs:
+        if quantization is None or part not in self.costs:
             return dict.fromkeys(STREAMS, 0.0)
         errors = self.errors[part]
-        if (form.bits, form.group_size) not in errors:
+        if (quantization.bits, quantization.group_size) not in errors:
             return None
-        measured = errors[form.bits, usual_group(errors)]
-        grown = errors[form.bits, form.group_size] / measured if measured else 1.0
-        return {stream: grown * value for stream, value in self.costs[part][form.bits].items()}
+        measured = errors[quantization.bits, usual_group(errors)]
+        grown = errors[quantization.bits, quantization.group_size] / measured if measured else 1.0
+        return {stream: grown * value for stream, value in self.costs[part][quantization.bits].items()}
 
 
 def usual_group(errors: Mapping[tuple[int, int], float]) -> int:
@@ -116,7 +116,7 @@ def write(found: Sensitivities, path: Path) -> None:
         }
         for part, costs in found.costs.items()
     ]
-    said = {"sensitivities": _VERSION, "mark": found.mark, "material": found.material, "parts": parts}
+    said = {"sensitivities": _VERSION, "mark": found.mark, "material": found.token_set, "parts": parts}
     write_durably(path, json.dumps(said, indent=1) + "\n")
 
 
@@ -128,7 +128,7 @@ def read(path: Path) -> Sensitivities:
         if held["sensitivities"] != _VERSION:
             raise wrong
         found = Sensitivities(dict(held["material"]), str(held["mark"]))
-        amounts = [found.material["sequences"], found.material["frames"], found.material.get("available", 1)]
+        amounts = [found.token_set["sequences"], found.token_set["frames"], found.token_set.get("available", 1)]
         if not all(type(amount) is int and amount > 0 for amount in amounts):
             raise wrong
         for entry in held["parts"]:

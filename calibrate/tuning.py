@@ -22,16 +22,16 @@ from torch.nn.functional import kl_div, log_softmax
 from tqdm import tqdm
 
 from ..convert.bundle.output_tensor import Output
-from ..convert.bundle.quantized_store import Part, Solution, forms_of
+from ..convert.bundle.quantized_store import Part, QuantizedStore, quantizations_of
 from ..convert.progress import bar
 from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.forward import Tokens
 from ..model.reference import TorchModel, kept_by, reference_of, rows_of, source_weights
-from ..model.tokens import Material
-from ..quant.affine import SOLVED
-from .layerwise import REFINED, quantized_weights
-from .parameters import Tuned, adam_for, begin, set_rate, take_step, weights_of
+from ..model.tokens import TokenSet
+from ..quant.affine import DATA_DRIVEN
+from .layerwise import FINE_TUNED, quantized_weights
+from .parameters import TrainableMatrix, adam_for, begin, set_rate, take_step, weights_of
 
 _BATCH = 16  # sequences of a step
 _DRAWN = 0.3  # of the frames, whose tokens are drawn anew
@@ -55,31 +55,37 @@ class Schedule:
     on_step: Callable[[int, float], None] | None = None
 
 
-def refine(
+def fine_tune(
     source: Source,
     outputs: list[Output],
-    material: Material,
-    solution: Solution,
+    token_set: TokenSet,
+    store: QuantizedStore,
     schedule: Schedule,
     quiet: bool = False,
 ) -> None:
     """Tune what was solved, and leave it in ``solution``; resumes from the last state that a killed run wrote."""
-    if any(file == REFINED for file in solution.files.values()):
+    if any(file == FINE_TUNED for file in store.files.values()):
         return
     device = devices.device()
-    forms = {part: form for part, form in forms_of(outputs).items() if form[0].method in SOLVED}
+    quantizations = {
+        part: quantization
+        for part, quantization in quantizations_of(outputs).items()
+        if quantization[0].method in DATA_DRIVEN
+    }
     read = source_weights(source.checkpoint)
-    tuned = {part: begin(part, *form, solution, device, schedule.codes) for part, form in forms.items()}
+    tuned = {
+        part: begin(part, *quantization, store, device, schedule.codes) for part, quantization in quantizations.items()
+    }
     original = reference_of(source.checkpoint, device=device)
     held = kept_by({}, original.weights, device)
     original = replace(original, weights=held, rows=rows_of(held))
-    rest = kept_by({}, quantized_weights(source, forms_of(outputs), solution), device)
+    rest = kept_by({}, quantized_weights(source, quantizations_of(outputs), store), device)
     made = replace(original, weights=weights_of(tuned, rest), rows=rows_of(rest))
     with bar("refining", schedule.steps, "step", quiet) as progress:
-        _tune(original, made, tuned, material, schedule, solution.folder / _STATE, progress)
+        _tune(original, made, tuned, token_set, schedule, store.folder / _STATE, progress)
     with torch.inference_mode():
-        solution.add(
-            REFINED.removesuffix(".safetensors"), {part: one.finished(read(*part)) for part, one in tuned.items()}
+        store.add(
+            FINE_TUNED.removesuffix(".safetensors"), {part: one.finished(read(*part)) for part, one in tuned.items()}
         )
 
 
@@ -89,15 +95,19 @@ def reach(outputs: list[Output], memory: int | None = None) -> str | None:
     memory: bytes of it, None for what the device has.
     """
     there = devices.memory() if memory is None else memory
-    weights = sum(math.prod(output.shape) for output in outputs if output.form and output.form.method in SOLVED)
+    weights = sum(
+        math.prod(output.shape)
+        for output in outputs
+        if output.quantization and output.quantization.method in DATA_DRIVEN
+    )
     return next((what for what, nbytes in _BYTES.items() if weights * nbytes < 0.8 * there), None)
 
 
 def _tune(
     original: TorchModel,
     made: TorchModel,
-    tuned: Mapping[Part, Tuned],
-    material: Material,
+    tuned: Mapping[Part, TrainableMatrix],
+    token_set: TokenSet,
     schedule: Schedule,
     state: Path,
     progress: "tqdm[Any]",
@@ -111,8 +121,8 @@ def _tune(
     for step in range(done, steps):
         set_rate(adam, step, steps, _WARM_UP)
         random = np.random.default_rng(step)  # so that a resumed run draws what it would have drawn
-        chosen = random.choice(len(material.tokens), min(_BATCH, len(material.tokens)), replace=False)
-        batch = _drawn(original, material, chosen, random)
+        chosen = random.choice(len(token_set.tokens), min(_BATCH, len(token_set.tokens)), replace=False)
+        batch = _drawn(original, token_set, chosen, random)
         loss, taken = math.nan, False
         if batch:
             found = divergence(original, made, batch, again)
@@ -139,12 +149,12 @@ class Batch:
     counted: Tensor
 
 
-def _drawn(original: TorchModel, material: Material, chosen: Any, random: np.random.Generator) -> Batch | None:
+def _drawn(original: TorchModel, token_set: TokenSet, chosen: Any, random: np.random.Generator) -> Batch | None:
     """Return sequences in which text and agent say, in some frames, what the original might have said there.
 
     None where the original's predictions are not finite.
     """
-    tokens, targets, counted = (part[chosen] for part in (material.tokens, material.targets, material.counted))
+    tokens, targets, counted = (part[chosen] for part in (token_set.tokens, token_set.targets, token_set.counted))
     half = original.architecture.n_q // 2
     with torch.no_grad():
         text, audio = original.logits(tokens, targets, half)

@@ -4,12 +4,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.errors import UserError
-from ..quant.affine import Affine, Quantized, quantize
+from ..quant.affine import QuantizationConfig, Quantized, quantize
 
 
-def quantized(name: str, matrix: NDArray[np.float32], form: Affine, storage: np.dtype[np.generic]) -> Quantized:
+def quantized(
+    name: str, matrix: NDArray[np.float32], quantization: QuantizationConfig, storage: np.dtype[np.generic]
+) -> Quantized:
     """Quantize a matrix ``[rows, columns]``; raises UserError, which names it, for weights that are too far apart."""
     try:
-        return quantize(matrix, form, storage)
+        return quantize(matrix, quantization, storage)
     except ValueError as error:
-        raise UserError(f"{name} at {form.label}: {error}: give a recipe that keeps it float") from None
+        raise UserError(f"{name} at {quantization.label}: {error}: give a recipe that keeps it float") from None

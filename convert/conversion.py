@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .bundle.destination import check_output, disk_errors, make_place, named, solution_folder
+from .bundle.destination import check_output, disk_errors, make_place, named, store_folder
 from .bundle.manifest import fingerprint as plan_fingerprint
 from .bundle.manifest import make_manifest
 from .bundle.plan import Inventory, Plan, PlannedFile, inventory_of_7b, make_plan, voice_specs
-from .bundle.quantized_store import Solution, Solver
+from .bundle.quantized_store import LayerwiseQuantizer, QuantizedStore
 from .bundle.readback import check_hash, check_tensors
 from .bundle.recipe import DTYPES, Recipe, to_toml
 from .bundle.workspace import Workspace, clear_leftovers
@@ -46,7 +46,7 @@ def inventory(source: Source) -> Inventory:
         sizes={name: (source.location.folder / name).stat().st_size for name in FILES},
         voices=voices,
         others=tuple(source.others),
-        filled=tuple(sorted(source.checkpoint.filled.items())),
+        copied_steps=tuple(sorted(source.checkpoint.copied_steps.items())),
     )
 
 
@@ -66,7 +66,7 @@ def open_merged(
         return source
     with ExitStack() as stack:
         stack.callback(source.close)
-        if source.checkpoint.filled:
+        if source.checkpoint.copied_steps:
             raise UserError("an adapter and filled depformer steps do not go together: it was trained on other weights")
         opened = open_adapter(adapter, source.architecture, quiet)
         stack.pop_all()
@@ -129,8 +129,8 @@ def convert(
     force: bool = False,
     workers: int | None = None,
     quiet: bool = False,
-    solver: Solver | None = None,
-    prints: Mapping[str, Fingerprint] | None = None,
+    quantizer: LayerwiseQuantizer | None = None,
+    fingerprints: Mapping[str, Fingerprint] | None = None,
 ) -> Conversion:
     """Make a bundle at ``output`` and read it back; resumes from what a killed run left there.
 
@@ -142,10 +142,10 @@ def convert(
     workers, output = workers or cores(), named(output)
     present = check_output(output, force)
     if present is None:
-        make_place(plan, output, solver is not None)
-    prints = prints or fingerprint(source, quiet)
-    solved = solver.record if solver else None
-    mark = plan_fingerprint(plan, source, prints, solved)
+        make_place(plan, output, quantizer is not None)
+    fingerprints = fingerprints or fingerprint(source, quiet)
+    solved = quantizer.record if quantizer else None
+    mark = plan_fingerprint(plan, source, fingerprints, solved)
     if present is not None:
         if present["fingerprint"] != mark:
             raise _other_bundle(output)
@@ -153,26 +153,26 @@ def convert(
         clear_leftovers(output)
         return Conversion(output, present, 0)
     with disk_errors(output), closing(Workspace(output, mark, force)) as workspace:
-        with _solution(solver, output, mark) as solution:
-            made = _make_files(workspace, source, plan, prints, workers, quiet, solution)
+        with _store(quantizer, output, mark) as store:
+            made = _make_files(workspace, source, plan, fingerprints, workers, quiet, store)
         source.check_unchanged("converted")
-        manifest = make_manifest(plan, source, prints, workspace.files, solved)
+        manifest = make_manifest(plan, source, fingerprints, workspace.files, solved)
         check_output(output, force)  # once more: another run may have ended meanwhile
         workspace.publish(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", replaces=force)
-        if solver:
-            shutil.rmtree(solution_folder(output), ignore_errors=True)
+        if quantizer:
+            shutil.rmtree(store_folder(output), ignore_errors=True)
     return Conversion(output, manifest, made)
 
 
 def check_same(
-    present: dict[str, Any], output: Path, prints: Mapping[str, Fingerprint], recipe: Recipe | None = None
+    present: dict[str, Any], output: Path, fingerprints: Mapping[str, Fingerprint], recipe: Recipe | None = None
 ) -> None:
     """Raise UserError for a finished bundle that is surely of another source or recipe, before hours are spent.
 
     recipe: None where it is not known yet.
     """
     files = {name: record["sha256"] for name, record in present["source"]["files"].items()}
-    same = files == {name: one.sha256 for name, one in prints.items()}
+    same = files == {name: one.sha256 for name, one in fingerprints.items()}
     if not same or (recipe and present["recipe"].get("text") != to_toml(recipe)):
         raise _other_bundle(output)
 
@@ -185,24 +185,24 @@ def _other_bundle(output: Path) -> UserError:
 
 
 @contextmanager
-def _solution(solver: Solver | None, output: Path, mark: str) -> Iterator[Solution | None]:
+def _store(quantizer: LayerwiseQuantizer | None, output: Path, mark: str) -> Iterator[QuantizedStore | None]:
     """Solve what is not solved yet; the solution stays until the bundle is whole."""
-    if solver is None:
+    if quantizer is None:
         yield None
         return
-    with Solution(solution_folder(output), mark) as solution:
-        solver.solve(solution)
-        yield solution
+    with QuantizedStore(store_folder(output), mark) as store:
+        quantizer.solve(store)
+        yield store
 
 
 def _make_files(
     workspace: Workspace,
     source: Source,
     plan: Plan,
-    prints: Mapping[str, Fingerprint],
+    fingerprints: Mapping[str, Fingerprint],
     workers: int,
     quiet: bool,
-    solution: Solution | None,
+    store: QuantizedStore | None,
 ) -> int:
     """Write every file that the workspace does not hold yet; return how many.
 
@@ -223,11 +223,11 @@ def _make_files(
             temporary = workspace.temporary(file.name)
             tensors: list[dict[str, Any]] = []
             if file.outputs:
-                sha256, tensors = write_tensors(temporary, file, source.checkpoint, workers, bar, solution)
+                sha256, tensors = write_tensors(temporary, file, source.checkpoint, workers, bar, store)
             elif file.voice:
                 sha256, tensors = write_voice(temporary, voices[file.voice], specs_of(plan, file), bar)
             elif file.copy:
-                sha256 = write_copy(temporary, source.location.folder / file.copy, prints[file.copy].sha256, bar)
+                sha256 = write_copy(temporary, source.location.folder / file.copy, fingerprints[file.copy].sha256, bar)
             else:
                 sha256 = write_text(temporary, file.text, bar)
             workspace.rename(file.name)

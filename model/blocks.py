@@ -9,11 +9,11 @@ from ..convert.source.architecture import Architecture
 
 POSITIONS = 2048  # frames that go through a block at a time
 STEP_ROWS = 512  # rows of depformer steps that do: 16 positions each
-PARTS = ("attention", "mlp")
+SUBLAYERS = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
-class Place:
+class Block:
     """One block of a transformer. component: temporal or depformer. part: attention or mlp."""
 
     component: str
@@ -34,7 +34,7 @@ class Place:
         return f"{self.component} layer {self.layer} {self.part}"
 
 
-def places(architecture: Architecture, component: str) -> list[Place]:
+def blocks_of(architecture: Architecture, component: str) -> list[Block]:
     """Return a component's blocks, first to last."""
     layers = architecture.num_layers if component == "temporal" else architecture.depformer_num_layers
-    return [Place(component, layer, part) for layer in range(layers) for part in PARTS]
+    return [Block(component, layer, part) for layer in range(layers) for part in SUBLAYERS]

@@ -5,12 +5,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import Place
+from .blocks import Block
 
 EPSILON = 1e-8  # of RMSNorm
 Floats = NDArray[np.float32]
 Tokens = NDArray[np.int32]
-Memory = dict[Place, Any]  # keys and values of what came before, by attention block; each model's own
+KVCache = dict[Block, Any]  # keys and values of what came before, by attention block; each model's own
 
 
 class Model(Protocol):
@@ -26,7 +26,7 @@ class Model(Protocol):
         vectors: ``[batch, frames, dim]``, added as they are: the embeddings of a voice.
         """
 
-    def block(self, place: Place, x: Floats, memory: Memory | None = None, first: int = 0) -> tuple[Floats, Floats]:
+    def block(self, place: Block, x: Floats, memory: KVCache | None = None, first: int = 0) -> tuple[Floats, Floats]:
         """Return what a block computes, and the stream ``x`` with it added.
 
         x: ``[batch, frames, dim]`` in the temporal transformer, ``[rows, steps, depformer_dim]`` in the depformer.

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.bundle.reader import Layout
-from ..quant.affine import Affine, Quantized, dequantize
-from .matmul import Products, Shape, shares
+from ..quant.affine import QuantizationConfig, Quantized, dequantize
+from .matmul import QuantizedMatmul, Shape, shares
 from .mlx_device import device_name, on_gpu
 from .mlx_weights import Matrix, Packing
 
@@ -42,49 +42,49 @@ def shapes_of(layout: Layout, scales: str, activations: str, streams: int) -> li
     """
     found = set()
     for output in layout.every():
-        if output.form and output.role.kind == "linear":
+        if output.quantization and output.role.kind == "linear":
             height = (output.rows[1] - output.rows[0]) // output.parts
             sizes = {part.stop - part.start for part in shares(height, streams)} - {0}
-            setting = (output.shape[-1], output.form.bits, output.form.group_size, scales, activations)
+            setting = (output.shape[-1], output.quantization.bits, output.quantization.group_size, scales, activations)
             found |= {Shape(size, *setting) for size in sizes}
     return sorted(found)
 
 
 def check(
-    shapes: Iterable[Shape], products: Products | None = None, advance: Callable[[], object] = lambda: None
-) -> tuple[list[dict[str, Any]], Products]:
+    shapes: Iterable[Shape], matmul: QuantizedMatmul | None = None, advance: Callable[[], object] = lambda: None
+) -> tuple[list[dict[str, Any]], QuantizedMatmul]:
     """Multiply random weights of these shapes on the present device, for one row of input, a few and many.
 
     products: what multiplies, MLX's own on this device for None. advance: called after each shape. Returns a row for
     each test (docs/verification.md), and products in which what was wrong is replaced by dequantizing and multiplying.
     The rows tell whether that was wrong as well: ``failures``.
     """
-    products = products or products_here()
+    matmul = matmul or default_matmul()
     found = []
     for shape in shapes:
-        found += _try(shape, products)
+        found += _try(shape, matmul)
         advance()
-    return found, replace(products, replaced=replacing(found))
+    return found, replace(matmul, replaced=replacing(found))
 
 
-def products_here() -> Products:
+def default_matmul() -> QuantizedMatmul:
     """Return MLX's own products on the present device."""
-    return Products(padded=on_gpu())
+    return QuantizedMatmul(padded=on_gpu())
 
 
-def _try(shape: Shape, products: Products) -> list[dict[str, Any]]:
+def _try(shape: Shape, matmul: QuantizedMatmul) -> list[dict[str, Any]]:
     """Return the rows of one shape."""
     random = np.random.Generator(np.random.PCG64(7))
     matrix, plain = _weight(shape, random)
     dtype = DTYPES[shape.activations]
-    inputs = mx.array(random.standard_normal((max(products.tried), shape.columns), np.float32)).astype(dtype)
+    inputs = mx.array(random.standard_normal((max(matmul.tried), shape.columns), np.float32)).astype(dtype)
     few = np.array(inputs.astype(mx.float32)).astype(np.float64) @ plain.T.astype(np.float64)
     found = []
-    for rows in products.tried:
+    for rows in matmul.tried:
         x, expected = inputs[:rows], few[:rows]
-        row = judged(shape, rows, _error(products(x, matrix), expected), None)
+        row = judged(shape, rows, _error(matmul(x, matrix), expected), None)
         if not row["relative_l2"] <= row["bound"]:
-            row = judged(shape, rows, row["relative_l2"], _error(products.dequantized(x, matrix), expected))
+            row = judged(shape, rows, row["relative_l2"], _error(matmul.dequantized(x, matrix), expected))
         found.append(row)
     return found
 
@@ -121,15 +121,15 @@ def replacing(rows: Iterable[Mapping[str, Any]]) -> frozenset[tuple[Shape, int]]
 
 def _weight(shape: Shape, random: np.random.Generator) -> tuple[Matrix, NDArray[np.float32]]:
     """Return a packed weight of a shape, and what the first rows of it, which come again and again, stand for."""
-    form, height = Affine(shape.bits, shape.group_size), min(shape.rows, _PERIOD)
+    quantization, height = QuantizationConfig(shape.bits, shape.group_size), min(shape.rows, _PERIOD)
     codes = random.integers(0, 1 << 32, (height, shape.columns * shape.bits // 32), np.uint32)
     scales = random.uniform(0.5, 1.5, (height, shape.columns // shape.group_size)).astype(np.float32)
     biases = scales * random.uniform(-1.1, -0.9, scales.shape).astype(np.float32) * ((1 << shape.bits) - 1) / 2
     sides = [mx.array(side.astype(np.float32)).astype(DTYPES[shape.scales]) for side in (scales, biases)]
     exact = [np.array(side.astype(mx.float32)) for side in sides]
-    plain = dequantize(Quantized(codes, exact[0], exact[1], 0.0, 0.0, 0, 0), form)
+    plain = dequantize(Quantized(codes, exact[0], exact[1], 0.0, 0.0, 0, 0), quantization)
     again = mx.array(np.arange(shape.rows) % height)
-    return Matrix(mx.array(codes), Packing(sides[0], sides[1], form)).take(again), plain
+    return Matrix(mx.array(codes), Packing(sides[0], sides[1], quantization)).take(again), plain
 
 
 def _error(product: mx.array, expected: NDArray[np.float64]) -> float:

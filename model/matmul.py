@@ -34,7 +34,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Products:
+class QuantizedMatmul:
     """How weights are multiplied.
 
     replaced: shapes that ``packed`` computes wrongly, each with the rows of input (one of ``tried``) for which it does.
@@ -71,8 +71,8 @@ class Products:
             packing.scales,
             packing.biases,
             transpose=True,
-            group_size=packing.form.group_size,
-            bits=packing.form.bits,
+            group_size=packing.quantization.group_size,
+            bits=packing.quantization.bits,
             stream=stream,
         ).astype(x.dtype, stream=stream)
         return found[:rows] if more else found
@@ -81,9 +81,9 @@ class Products:
         """Return the same product without a packed kernel: the weight is dequantized, in float32, and multiplied."""
         return (self.plain or _dequantized)(x, matrix, stream)
 
-    def worked_around(self) -> list[str]:
+    def workarounds(self) -> list[str]:
         """Return what is replaced, a line for each shape."""
-        return worked_around(
+        return workarounds(
             asdict(shape) | {"positions": rows, "replaced": True} for shape, rows in sorted(self.replaced)
         )
 
@@ -102,9 +102,9 @@ def shape_of(matrix: Matrix, activations: mx.Dtype) -> Shape:
     packing = matrix.packing
     if packing is None:
         raise ValueError("the matrix is not packed")
-    form, (rows, groups) = packing.form, packing.scales.shape
+    quantization, (rows, groups) = packing.quantization, packing.scales.shape
     dtypes = name_of(packing.scales.dtype), name_of(activations)
-    return Shape(rows, groups * form.group_size, form.bits, form.group_size, *dtypes)
+    return Shape(rows, groups * quantization.group_size, quantization.bits, quantization.group_size, *dtypes)
 
 
 def name_of(dtype: mx.Dtype) -> str:
@@ -117,7 +117,7 @@ def shares(height: int, parts: int) -> Iterator[slice]:
     return (slice(first, last) for first, last in pairwise(height * part // parts for part in range(parts + 1)))
 
 
-def worked_around(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def workarounds(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the kernels that were replaced, a line for each shape; raises ValueError for rows of another kind."""
     found: dict[str, list[int]] = {}
     for row in rows:

@@ -9,10 +9,10 @@ import numpy as np
 
 from ..convert.bundle.reader import Bundle
 from ..convert.source.architecture import Architecture
-from .blocks import Place
-from .forward import EPSILON, Floats, Memory, Tokens
-from .kernel_test import DTYPES, products_here
-from .matmul import Products, shares
+from .blocks import Block
+from .forward import EPSILON, Floats, KVCache, Tokens
+from .kernel_test import DTYPES, default_matmul
+from .matmul import QuantizedMatmul, shares
 from .mlx_device import on_gpu, streams
 from .mlx_weights import Matrix, joined, read_by_name, read_matrix
 
@@ -34,7 +34,7 @@ class MlxModel:
     context: int
     steps_seen: int
     streams: tuple[mx.Stream, ...]
-    products: Products = field(default_factory=products_here)
+    matmul: QuantizedMatmul = field(default_factory=default_matmul)
 
     def embed(self, tokens: Tokens, vectors: Floats | None = None) -> Floats:
         """Sum the embeddings of all streams."""
@@ -43,7 +43,7 @@ class MlxModel:
             total = total + self._look_up(f"emb.{stream - 1}.weight", tokens[:, stream])
         return _out(total if vectors is None else total + self._in(vectors))
 
-    def block(self, place: Place, x: Floats, memory: Memory | None = None, first: int = 0) -> tuple[Floats, Floats]:
+    def block(self, place: Block, x: Floats, memory: KVCache | None = None, first: int = 0) -> tuple[Floats, Floats]:
         """Compute one attention or MLP."""
         stream = self._in(x)
         steps = range(first, first + x.shape[1]) if place.component == "depformer" else None
@@ -84,7 +84,7 @@ class MlxModel:
         flat = x.reshape(-1, x.shape[-1])
         height = matrix.weight.shape[0]
         among = zip(shares(height, len(self.streams)), self.streams, strict=True)
-        parts = [self.products(flat, matrix.take(rows), stream) for rows, stream in among]
+        parts = [self.matmul(flat, matrix.take(rows), stream) for rows, stream in among]
         result = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         mx.eval(result)  # so that no more than this matrix is held
         return result.reshape(*x.shape[:-1], height)
@@ -97,7 +97,9 @@ class MlxModel:
         scale = mx.rsqrt(EPSILON + wide.square().mean(-1, keepdims=True))
         return (wide * (alpha * scale)).astype(x.dtype)
 
-    def _attention(self, place: Place, x: mx.array, memory: Memory | None, first: int, steps: range | None) -> mx.array:
+    def _attention(
+        self, place: Block, x: mx.array, memory: KVCache | None, first: int, steps: range | None
+    ) -> mx.array:
         """Attend from each frame or depformer step to those before it and itself."""
         batch, length, dim = x.shape
         packed, joined = f"{place.prefix}.self_attn.in_proj_weight", f"{place.prefix}.self_attn.out_proj.weight"
@@ -128,7 +130,7 @@ class MlxModel:
         )
         return self._each(joined, attended.transpose(0, 2, 1, 3).reshape(batch, length, dim), steps)
 
-    def _mlp(self, place: Place, x: mx.array, steps: range | None) -> mx.array:
+    def _mlp(self, place: Block, x: mx.array, steps: range | None) -> mx.array:
         """Apply SwiGLU; a depformer step has its own."""
         gating = f"{place.prefix}.gating"
         x = self._norm(f"{place.prefix}.norm2.alpha", x, steps)
@@ -158,7 +160,7 @@ def arithmetic_of(asked: str | None, dtype: str) -> str:
     return dtype if asked == "bundle" else asked
 
 
-def model_of(bundle: Bundle, dtype: str = "float32", products: Products | None = None) -> MlxModel:
+def model_of(bundle: Bundle, dtype: str = "float32", matmul: QuantizedMatmul | None = None) -> MlxModel:
     """Return the model over an open bundle, on the present device; it attends as far as the bundle's config.json says.
 
     products: how packed weights are multiplied, as MLX does for None.
@@ -166,13 +168,13 @@ def model_of(bundle: Bundle, dtype: str = "float32", products: Products | None =
 
     def lookup(name: str, tokens: Tokens) -> Matrix:
         output = bundle.output(name)
-        ids, places = np.unique(tokens, return_inverse=True)
+        ids, blocks_of = np.unique(tokens, return_inverse=True)
         rows = [read_matrix(bundle, output, int(row), int(row) + 1) for row in ids]
-        where = mx.array(places.reshape(-1).astype(np.int32))
+        where = mx.array(blocks_of.reshape(-1).astype(np.int32))
         return joined(rows).take(where)
 
     context, steps_seen = bundle.reach()
-    how = products or products_here()
+    how = matmul or default_matmul()
     return MlxModel(
         bundle.architecture, partial(read_by_name, bundle), lookup, DTYPES[dtype], context, steps_seen, streams(), how
     )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..convert.bundle.output_tensor import Output
 from ..convert.bundle.reader import Bundle
-from ..quant.affine import BFLOAT16, Affine
+from ..quant.affine import BFLOAT16, QuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Packing:
 
     scales: mx.array
     biases: mx.array
-    form: Affine
+    quantization: QuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,18 @@ class Matrix:
         where: Any = stream
         if self.packing is None:
             return self.weight.astype(mx.float32, stream=where)
-        form = self.packing.form
+        quantization = self.packing.quantization
         scales, biases = (side.astype(mx.float32, stream=where) for side in (self.packing.scales, self.packing.biases))
-        return mx.dequantize(self.weight, scales, biases, group_size=form.group_size, bits=form.bits, stream=where)
+        return mx.dequantize(
+            self.weight, scales, biases, group_size=quantization.group_size, bits=quantization.bits, stream=where
+        )
 
     def take(self, rows: slice | mx.array) -> "Matrix":
         """Return some of its rows."""
         packing = self.packing
         if packing is None:
             return Matrix(self.weight[rows])
-        return Matrix(self.weight[rows], Packing(packing.scales[rows], packing.biases[rows], packing.form))
+        return Matrix(self.weight[rows], Packing(packing.scales[rows], packing.biases[rows], packing.quantization))
 
 
 def joined(parts: Sequence[Matrix]) -> Matrix:
@@ -53,7 +55,7 @@ def joined(parts: Sequence[Matrix]) -> Matrix:
     if not packings:
         return Matrix(weight)
     scales, biases = (mx.concatenate([getattr(packing, side) for packing in packings]) for side in ("scales", "biases"))
-    return Matrix(weight, Packing(scales, biases, packings[0].form))
+    return Matrix(weight, Packing(scales, biases, packings[0].quantization))
 
 
 def to_mlx(array: NDArray[Any]) -> mx.array:
@@ -71,7 +73,7 @@ def read_by_name(bundle: Bundle, name: str, step: int | None = None) -> Matrix:
 def read_matrix(bundle: Bundle, output: Output, first: int, last: int) -> Matrix:
     """Read rows of an output."""
     weight, *sides = map(to_mlx, bundle.read(output, first, last))
-    if output.form is None:
+    if output.quantization is None:
         return Matrix(weight)
     scales, biases = sides
-    return Matrix(weight, Packing(scales, biases, output.form))
+    return Matrix(weight, Packing(scales, biases, output.quantization))

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ..convert.source.architecture import Architecture
 from ..convert.source.checkpoint import Checkpoint
 from ..quant.affine import BFLOAT16
-from .blocks import Place, places
-from .forward import EPSILON, Floats, Memory, Tokens
+from .blocks import Block, blocks_of
+from .forward import EPSILON, Floats, KVCache, Tokens
 
 Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
 Seen = Callable[[str, int | None, Tensor], None]  # name and step of a matrix, and its input [..., columns]
@@ -61,13 +61,13 @@ class TorchModel:
             raise ValueError("no stream to embed")
         return self._out(total if vectors is None else total + self._in(vectors))
 
-    def block(self, place: Place, x: Floats, memory: Memory | None = None, first: int = 0) -> tuple[Floats, Floats]:
+    def block(self, place: Block, x: Floats, memory: KVCache | None = None, first: int = 0) -> tuple[Floats, Floats]:
         """Compute one attention or MLP."""
         stream = self._in(x)
         added = self.added(place, stream, memory, first)
         return self._out(added), self._out(stream + added)
 
-    def added(self, place: Place, x: Tensor, memory: Memory | None = None, first: int = 0) -> Tensor:
+    def added(self, place: Block, x: Tensor, memory: KVCache | None = None, first: int = 0) -> Tensor:
         """Return what a block computes, as ``block`` does, on tensors that stay where they are."""
         steps = range(first, first + x.shape[1]) if place.component == "depformer" else None
         if place.part == "attention":
@@ -104,19 +104,19 @@ class TorchModel:
         way back, rather than hold what is between them.
         """
 
-        def added(place: Place, x: Tensor) -> Tensor:
+        def added(place: Block, x: Tensor) -> Tensor:
             return checkpoint(self.added, place, x, use_reentrant=False) if again else self.added(place, x)
 
         count = self.architecture.steps if steps is None else steps
         x = self._in(self.embed(tokens))
-        for place in places(self.architecture, "temporal"):
+        for place in blocks_of(self.architecture, "temporal"):
             x = x + added(place, x)
         hidden = self._norm(self._alpha("out_norm.alpha", None), x)
         text = self._linear("text_linear.weight", None, hidden)
         rows = hidden.flatten(0, 1)
         known = targets.transpose(0, 2, 1).reshape(len(rows), -1)
         x = torch.stack([self._step_input(step, rows, known[:, step]) for step in range(count)], 1)
-        for place in places(self.architecture, "depformer"):
+        for place in blocks_of(self.architecture, "depformer"):
             x = x + added(place, x)
         audio = torch.stack([self._linear(f"linears.{step}.weight", None, x[:, step]) for step in range(count)], 1)
         return text, audio.reshape(*hidden.shape[:2], count, -1)
@@ -149,7 +149,7 @@ class TorchModel:
         wide = x.float()
         return (wide * (alpha * torch.rsqrt(EPSILON + wide.square().mean(-1, keepdim=True)))).to(x.dtype)
 
-    def _attention(self, place: Place, x: Tensor, memory: Memory | None, first: int, steps: range | None) -> Tensor:
+    def _attention(self, place: Block, x: Tensor, memory: KVCache | None, first: int, steps: range | None) -> Tensor:
         """Attend from each frame or depformer step to those before it and itself."""
         batch, length, dim = x.shape
         packed, joined = f"{place.prefix}.self_attn.in_proj_weight", f"{place.prefix}.self_attn.out_proj.weight"
@@ -169,7 +169,7 @@ class TorchModel:
         attended = _attend(q, k, v, (distance >= 0) & (distance < reach))
         return self._each(joined, attended.transpose(1, 2).reshape(batch, length, dim), steps)
 
-    def _mlp(self, place: Place, x: Tensor, steps: range | None) -> Tensor:
+    def _mlp(self, place: Block, x: Tensor, steps: range | None) -> Tensor:
         """Apply SwiGLU; a depformer step has its own."""
         norm, gating = f"{place.prefix}.norm2.alpha", f"{place.prefix}.gating"
         x = self._norm(self._alphas(norm, steps), x)
@@ -249,9 +249,9 @@ def source_rows(checkpoint: Checkpoint) -> Rows:
     """Return a way to read rows of a checkpoint's embedding tables."""
 
     def read(name: str, tokens: Tokens) -> Tensor:
-        ids, places = np.unique(tokens, return_inverse=True)
+        ids, blocks_of = np.unique(tokens, return_inverse=True)
         table = to_torch(np.concatenate([checkpoint.read(name, int(row), int(row) + 1) for row in ids]))
-        return table[torch.from_numpy(places.reshape(tokens.shape))]
+        return table[torch.from_numpy(blocks_of.reshape(tokens.shape))]
 
     return read
 

@@ -12,8 +12,8 @@ import numpy as np
 from ..convert.errors import UserError
 from ..convert.source.architecture import Architecture
 from ..convert.source.voices import Voice
-from .blocks import places
-from .forward import Floats, Memory, Model, Tokens
+from .blocks import blocks_of
+from .forward import Floats, KVCache, Model, Tokens
 
 SILENCE = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)  # the codec's tokens for no sound, as the reference has them
 SINE = (430, 1268, 381, 1611, 1095, 1495, 56, 472)  # for the tone that stands for the user during prompts
@@ -52,16 +52,16 @@ class Columns:
 
     def __post_init__(self) -> None:
         """Take the voice's ring over: its columns around the next step, all of them given."""
-        ring = self.voice.cache[0]
+        kv_cache = self.voice.cache[0]
         longest = max(self.architecture.delays)
-        if ring.shape[1] < longest + 2:
+        if kv_cache.shape[1] < longest + 2:
             raise UserError(
-                f"voice {self.voice.name}: holds {ring.shape[1]} columns of tokens, where the model's delays need "
+                f"voice {self.voice.name}: holds {kv_cache.shape[1]} columns of tokens, where the model's delays need "
                 f"{longest + 2}: it belongs to another one"
             )
         self.next = len(self.voice.embeddings) + 1  # the first step completes column 1
         for column in range(self.next - 1, self.next + longest):
-            self.held[column] = ring[:, column % ring.shape[1]].astype(np.int32)
+            self.held[column] = kv_cache[:, column % kv_cache.shape[1]].astype(np.int32)
             late = (stream for stream, delay in enumerate(self.architecture.delays) if column - self.next < delay)
             self.given[column] = set(late)
 
@@ -92,7 +92,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Step:
+class SessionStep:
     """What a step of the session gave.
 
     tokens: the newest complete frame, ``[streams]``. text_logits: ``[text_card]``. audio_logits: ``[steps, card]``.
@@ -114,17 +114,17 @@ def prompt_columns(architecture: Architecture, voice: Voice, frames: Sequence[Fr
     return np.stack(read, 1), np.stack(completed, 1)
 
 
-def greedy(model: Model, architecture: Architecture, voice: Voice, frames: Sequence[Frame]) -> Iterator[Step]:
+def greedy(model: Model, architecture: Architecture, voice: Voice, frames: Sequence[Frame]) -> Iterator[SessionStep]:
     """Run a session and yield its steps over ``frames``, the likeliest token taken wherever none is given.
 
     For what the reference does while streaming, the model must see one frame and one step less than its context (its
     ring masks the oldest key).
     """
-    for steps in sessions(model, architecture, [voice], [[frame] for frame in frames], likeliest):
+    for steps in sessions(model, architecture, [voice], [[frame] for frame in frames], top1):
         yield steps[0]
 
 
-def likeliest(logits: Floats, stream: int) -> Tokens:
+def top1(logits: Floats, stream: int) -> Tokens:
     """Return the likeliest token of each row ``[rows, vocabulary]``, of whatever stream."""
     del stream
     tokens: Tokens = logits.argmax(-1).astype(np.int32)
@@ -137,13 +137,13 @@ def sessions(
     voices: Sequence[Voice],
     frames: Iterable[Sequence[Frame]],
     choose: Callable[[Floats, int], Tokens],
-) -> Iterator[list[Step]]:
+) -> Iterator[list[SessionStep]]:
     """Run sessions side by side, of voices of one length; yield the step of each, frame by frame.
 
     frames: the next frame of every session. choose: takes logits ``[sessions, vocabulary]`` and the stream, and returns
     tokens for where none is given. The voices go through the temporal transformer in one pass, then each frame in one.
     """
-    memory: Memory = {}
+    memory: KVCache = {}
     vectors = np.stack([voice.embeddings.reshape(-1, architecture.dim).astype(np.float32) for voice in voices])
     if vectors.shape[1]:
         nothing = np.full((len(voices), 1 + architecture.n_q, vectors.shape[1]), -1, np.int32)
@@ -157,11 +157,11 @@ def sessions(
         text = model.text_logits(hidden)
         _complete(targets, given, 0, choose(text, 0))
         audio = _steps(model, architecture, hidden, targets, given, choose)
-        yield [Step(one.advance(), text[index], audio[index]) for index, one in enumerate(columns)]
+        yield [SessionStep(one.advance(), text[index], audio[index]) for index, one in enumerate(columns)]
 
 
-def _temporal(model: Model, architecture: Architecture, x: Floats, memory: Memory, first: int) -> Floats:
-    for place in places(architecture, "temporal"):
+def _temporal(model: Model, architecture: Architecture, x: Floats, memory: KVCache, first: int) -> Floats:
+    for place in blocks_of(architecture, "temporal"):
         _, x = model.block(place, x, memory, first)
     return x
 
@@ -182,12 +182,12 @@ def _steps(
     choose: Callable[[Floats, int], Tokens],
 ) -> Floats:
     """Run the depformer's steps for one frame and complete its columns; return logits ``[sessions, steps, card]``."""
-    memory: Memory = {}
+    memory: KVCache = {}
     logits = []
     for step in range(architecture.steps):
         previous = np.array([target[step] for target in targets], np.int32)
         x = model.step_input(step, hidden, previous)[:, None]
-        for place in places(architecture, "depformer"):
+        for place in blocks_of(architecture, "depformer"):
             _, x = model.block(place, x, memory, step)
         logits.append(model.audio_logits(step, x[:, 0]))
         _complete(targets, given, step + 1, choose(logits[-1], step + 1))

@@ -16,7 +16,7 @@ from ..convert.tensorfile import TensorFile
 from .forward import Floats, Tokens
 from .session import prompt_columns, system_prompt
 
-SPOKEN = "sessions that the model spoke itself"
+SELF_GENERATED = "sessions that the model spoke itself"
 DEFAULT_SEQUENCES = 3  # of the system prompt: voices
 DEFAULT_FRAMES = 96  # of the system prompt, whose text takes about 25 of them
 _LARGEST = 1 << 30  # bytes of a token file
@@ -24,7 +24,7 @@ _MOST_FRAMES = 4096  # of a sequence: attention holds a square of them for each 
 
 
 @dataclass(frozen=True)
-class Material:
+class TokenSet:
     """Sequences for a teacher-forced comparison; everything but ``undelayed`` is delayed, as the model reads it.
 
     tokens: ``[sequences, streams, frames]``, what is read. targets: the same shape, what comes next (which the
@@ -42,12 +42,12 @@ class Material:
     scored: bool = True
     undelayed: Tokens | None = None
 
-    def chosen(self, sequences: NDArray[np.int64]) -> "Material":
+    def chosen(self, sequences: NDArray[np.int64]) -> "TokenSet":
         """Return some of its sequences."""
         tokens, targets, counted = self.tokens[sequences], self.targets[sequences], self.counted[sequences]
         voices = tuple(self.voices[index] for index in sequences) if self.voices else ()
         undelayed = None if self.undelayed is None else self.undelayed[sequences]
-        return Material(self.description, tokens, targets, counted, voices, self.scored, undelayed)
+        return TokenSet(self.description, tokens, targets, counted, voices, self.scored, undelayed)
 
     def vectors(self, voices: Sequence[Voice], dim: int) -> Floats | None:
         """Return the embeddings of its voices, as a bundle or source holds them, in place: ``[seq., frames, dim]``."""
@@ -61,29 +61,29 @@ class Material:
         return found
 
 
-def spread(count: int, most: int) -> NDArray[np.int64]:
+def evenly_spaced(count: int, most: int) -> NDArray[np.int64]:
     """Return so many of ``count``, at most, evenly spread."""
     fitting = min(count, most)
     return np.arange(fitting) * count // fitting
 
 
-def checked(material: Material, architecture: Architecture) -> Material:
+def checked(token_set: TokenSet, architecture: Architecture) -> TokenSet:
     """Return material that tells all limited figures; raises UserError for what is too long, or says too little."""
-    frames = material.tokens.shape[2]
+    frames = token_set.tokens.shape[2]
     if frames > _MOST_FRAMES:
         raise UserError(
             f"sequences of {frames} frames: at most {_MOST_FRAMES} go through a block at once: use --frames"
         )
-    agent = material.counted[:, 1 : 1 + architecture.n_q // 2]
-    if not agent.any(axis=(0, 2)).all() or not material.counted[:, 0].any():
+    agent = token_set.counted[:, 1 : 1 + architecture.n_q // 2]
+    if not agent.any(axis=(0, 2)).all() or not token_set.counted[:, 0].any():
         raise UserError(
             f"{frames} frames tell nothing of some of the agent's codebooks: give more --frames (a voice takes up the "
             "first ones), or tokens in which the agent speaks"
         )
-    return material
+    return token_set
 
 
-def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[str, Any]) -> Material:
+def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[str, Any]) -> TokenSet:
     """Make material of tokens ``[sequences, streams, frames]`` as heard: delays are applied, initial tokens put first.
 
     A prediction counts where the token that it is for is one of the sequence's own.
@@ -97,19 +97,19 @@ def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[st
         counted[:, stream, :delay] = False
     targets = columns[:, :, 1:]
     known = counted & (targets >= 0)
-    return checked(Material(description, columns[:, :, :-1], targets, known, undelayed=tokens), architecture)
+    return checked(TokenSet(description, columns[:, :, :-1], targets, known, undelayed=tokens), architecture)
 
 
-def read_tokens(path: Path, architecture: Architecture, sequences: int | None, frames: int | None) -> Material:
+def read_tokens(path: Path, architecture: Architecture, sequences: int | None, frames: int | None) -> TokenSet:
     """Read a token file as material; see ``held_tokens``."""
-    tokens = held_tokens(path, architecture)[:sequences, :, :frames]
+    tokens = read_token_file(path, architecture)[:sequences, :, :frames]
     shape = {"sequences": tokens.shape[0], "frames": tokens.shape[2]}
     with closing(TensorFile(path)) as file:
-        kind = SPOKEN if file.metadata.get("kind") == SPOKEN else "tokens"
+        kind = SELF_GENERATED if file.metadata.get("kind") == SELF_GENERATED else "tokens"
     return from_tokens(tokens, architecture, {"kind": kind, "file": printable(path.name)} | shape)
 
 
-def held_tokens(path: Path, architecture: Architecture) -> Tokens:
+def read_token_file(path: Path, architecture: Architecture) -> Tokens:
     """Return ``tokens`` ``[N, streams, T]`` of a safetensors file, as heard; raises UserError for another model's."""
     if path.is_file() and path.stat().st_size > _LARGEST:
         raise UserError(f"{path}: over 1 GiB, which no file of tokens is")
@@ -141,7 +141,7 @@ def from_system_prompt(
     text: Sequence[int],
     frames: int | None,
     description: dict[str, Any],
-) -> Material:
+) -> TokenSet:
     """Make material of how every conversation begins: a voice, silence, the text prompt, silence; a sequence a voice.
 
     Text predictions count everywhere, audio from the voice's end on: before, what the model said is not known. All
@@ -161,4 +161,4 @@ def from_system_prompt(
         targets[number, :, begin:] = completed[:, : max(length - begin, 0)]
         counted[number, :, begin:] = True
     shown = {"sequences": len(names), "frames": length, "voices": list(names)}
-    return checked(Material(description | shown, tokens, targets, counted, tuple(names), scored=False), architecture)
+    return checked(TokenSet(description | shown, tokens, targets, counted, tuple(names), scored=False), architecture)

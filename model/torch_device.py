@@ -12,9 +12,9 @@ from torch import Tensor
 from ..convert.errors import reason
 from ..convert.source.architecture import Architecture
 from ..convert.source.tensors import roles
-from ..quant.affine import Affine
-from ..quant.gptq import Moments, solve
-from .blocks import places
+from ..quant.affine import QuantizationConfig
+from ..quant.gptq import Moments, gptq
+from .blocks import blocks_of
 from .reference import TorchModel
 
 _WITHIN = 1e-3  # relative L2 from the CPU: float32 in any order stays far below it, and a broken kernel far above
@@ -63,7 +63,7 @@ def one_block(where: str) -> dict[str, Tensor]:
     """Compute attention and MLP of a small layer on a device, second moments of the result, and GPTQ with them."""
     a = Architecture(dim=64, num_heads=2, num_layers=1, text_card=32, card=32, depformer_dim=32, depformer_num_heads=1)
     random = torch.Generator().manual_seed(7)
-    first = places(a, "temporal")
+    first = blocks_of(a, "temporal")
     known = {
         name: torch.randn(role.shape[0] if role.kind == "linear" else 1, role.shape[-1], generator=random) / 8
         for name, role in roles(a).items()
@@ -75,10 +75,10 @@ def one_block(where: str) -> dict[str, Tensor]:
         _, x = model.block(place, x)
     inputs = torch.from_numpy(np.ascontiguousarray(x.reshape(-1, a.dim))).to(where)
     second = inputs.T @ inputs
-    made = solve(
+    made = gptq(
         known["transformer.layers.0.self_attn.out_proj.weight"],
         Moments(second, second),
-        Affine(4, 32),
+        QuantizationConfig(4, 32),
         np.dtype(np.float32),
     )
     error = torch.tensor([made.squared_error / made.squared_norm])

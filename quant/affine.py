@@ -14,7 +14,7 @@ from . import kernels
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 METHODS = ("lsq", "rtn", "gptq")
-SOLVED = ("gptq",)  # those that need more than the weights
+DATA_DRIVEN = ("gptq",)  # those that need more than the weights
 DEFAULT_METHOD = "lsq"
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -24,7 +24,7 @@ _STORAGE = {BFLOAT16: kernels.BFLOAT16, FLOAT16: kernels.FLOAT16, FLOAT32: kerne
 
 
 @dataclass(frozen=True)
-class Affine:
+class QuantizationConfig:
     """How a tensor is quantized.
 
     bits: width of a code. group_size: weights that share one scale and bias. method: ``rtn`` (the grid and rounding
@@ -88,7 +88,9 @@ def relative_rmse(squared_error: float, squared_norm: float) -> float:
     return float(np.sqrt(squared_error / squared_norm)) if squared_norm else float(squared_error > 0)
 
 
-def quantize(weight: NDArray[np.generic], form: Affine, storage: np.dtype[np.generic] | None = None) -> Quantized:
+def quantize(
+    weight: NDArray[np.generic], quantization: QuantizationConfig, storage: np.dtype[np.generic] | None = None
+) -> Quantized:
     """Quantize a matrix ``[rows, columns]`` of bfloat16, float16 or float32.
 
     Scales and biases are stored as ``storage``, by default the dtype of the weights. With method ``rtn`` every word,
@@ -98,34 +100,34 @@ def quantize(weight: NDArray[np.generic], form: Affine, storage: np.dtype[np.gen
     does not divide, and weights that are not finite or whose group spans more than float32 holds.
     """
     storage = weight.dtype if storage is None else np.dtype(storage)
-    problems = form.problems()
-    if form.method in SOLVED:
-        problems.append(f"{form.method} needs more than the weights")
+    problems = quantization.problems()
+    if quantization.method in DATA_DRIVEN:
+        problems.append(f"{quantization.method} needs more than the weights")
     if weight.ndim != 2:
         problems.append(f"the weights have shape {list(weight.shape)}: give a matrix")
-    elif weight.shape[1] % form.group_size:
-        problems.append(f"rows of {weight.shape[1]} weights are not divided by groups of {form.group_size}")
+    elif weight.shape[1] % quantization.group_size:
+        problems.append(f"rows of {weight.shape[1]} weights are not divided by groups of {quantization.group_size}")
     if weight.dtype not in _STORAGE or storage not in _STORAGE:
         problems.append(f"dtypes are {weight.dtype} and {storage}: use bfloat16, float16 or float32")
     if problems:
         raise ValueError("; ".join(problems))
     rows, columns = weight.shape
-    groups = rows * columns // form.group_size
+    groups = rows * columns // quantization.group_size
     if weight.dtype == BFLOAT16:
         words: NDArray[np.generic] = np.ascontiguousarray(weight).view(np.uint16)
         shift = 16
     else:
         words, shift = np.ascontiguousarray(weight, dtype=np.float32).view(np.uint32), 0
-    packed = np.empty((groups, form.group_size * form.bits // 8), np.uint8)
+    packed = np.empty((groups, quantization.group_size * quantization.bits // 8), np.uint8)
     scales, biases = np.empty(groups, np.float32), np.empty(groups, np.float32)
     statistics = np.zeros(kernels.STATISTICS, np.float64)
     kernels.quantize_groups(
-        words.reshape(groups, form.group_size),
+        words.reshape(groups, quantization.group_size),
         shift,
-        form.bits,
+        quantization.bits,
         _STORAGE[storage],
-        form.method == "lsq",
-        np.float32(kernels.clip_step(form.bits)),
+        quantization.method == "lsq",
+        np.float32(kernels.clip_step(quantization.bits)),
         packed,
         scales,
         biases,
@@ -151,8 +153,8 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     rows, columns = codes.shape
     packed = np.empty((rows, columns * bits // 8), np.uint8)
     for some in _some_rows(rows, columns):
-        places = np.unpackbits(codes[some, :, None], axis=-1, count=bits, bitorder="little")
-        packed[some] = np.packbits(places.reshape(len(places), -1), axis=-1, bitorder="little")
+        blocks_of = np.unpackbits(codes[some, :, None], axis=-1, count=bits, bitorder="little")
+        packed[some] = np.packbits(blocks_of.reshape(len(blocks_of), -1), axis=-1, bitorder="little")
     return packed.view("<u4")
 
 
@@ -162,8 +164,8 @@ def unpack(weight: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     codes = np.empty((rows, columns), np.uint8)
     for some in _some_rows(rows, columns):
         stream = np.unpackbits(np.ascontiguousarray(weight[some]).view(np.uint8), axis=-1, bitorder="little")
-        places = stream.reshape(len(stream), columns, bits)
-        codes[some] = np.packbits(places, axis=-1, bitorder="little")[..., 0]
+        blocks_of = stream.reshape(len(stream), columns, bits)
+        codes[some] = np.packbits(blocks_of, axis=-1, bitorder="little")[..., 0]
     return codes
 
 
@@ -173,9 +175,13 @@ def _some_rows(rows: int, columns: int) -> list[slice]:
     return [slice(first, first + height) for first in range(0, rows, height)]
 
 
-def dequantize(quantized: Quantized, form: Affine) -> NDArray[np.float32]:
+def dequantize(quantized: Quantized, quantization: QuantizationConfig) -> NDArray[np.float32]:
     """Return the weights ``[rows, columns]`` that a quantized matrix stands for, in float32."""
-    wide = unpack(quantized.weight, form.bits).astype(np.float32).reshape(*quantized.scales.shape, form.group_size)
+    wide = (
+        unpack(quantized.weight, quantization.bits)
+        .astype(np.float32)
+        .reshape(*quantized.scales.shape, quantization.group_size)
+    )
     wide *= quantized.scales.astype(np.float32)[..., None]
     wide += quantized.biases.astype(np.float32)[..., None]
     return np.asarray(wide.reshape(len(quantized.weight), -1))

@@ -11,7 +11,7 @@ STATES = 1 << 17  # sizes that are told apart at most
 
 
 @dataclass(frozen=True)
-class Choice:
+class Option:
     """One setting of one part: its bytes, and what it costs."""
 
     nbytes: int
@@ -19,7 +19,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Allocation:
+class Selection:
     """A choice for each part, by index. bound: no allocation within the budget costs less."""
 
     chosen: list[int]
@@ -28,7 +28,7 @@ class Allocation:
     bound: float
 
 
-def allocate(parts: Sequence[Sequence[Choice]], budget: int, states: int = STATES) -> Allocation:
+def allocate_bits(parts: Sequence[Sequence[Option]], budget: int, states: int = STATES) -> Selection:
     """Choose one setting for each part (a multiple-choice knapsack), by dynamic programming over their bytes.
 
     Sizes are told apart by the greatest common divisor of their differences; where that makes more than ``states``, by
@@ -55,7 +55,7 @@ def allocate(parts: Sequence[Sequence[Choice]], budget: int, states: int = STATE
             break
     cost = math.fsum(choice.cost for choice in found)
     bound = cost if exact else min(cost, _dual(parts, budget))
-    return Allocation(chosen, sum(choice.nbytes for choice in found), cost, bound)
+    return Selection(chosen, sum(choice.nbytes for choice in found), cost, bound)
 
 
 def _rounded(nbytes: int, unit: int) -> int:
@@ -72,7 +72,7 @@ def _chosen(taken: NDArray[np.uint8], steps: Sequence[Sequence[int]], place: int
     return chosen[::-1]
 
 
-def _unit(parts: Sequence[Sequence[Choice]], smallest: Sequence[int], free: int, states: int) -> tuple[int, bool]:
+def _unit(parts: Sequence[Sequence[Option]], smallest: Sequence[int], free: int, states: int) -> tuple[int, bool]:
     """Return the bytes by which sizes are told apart, and whether no size is rounded for it."""
     apart = (choice.nbytes - least for part, least in zip(parts, smallest, strict=True) for choice in part)
     common = math.gcd(*apart) or 1
@@ -81,7 +81,7 @@ def _unit(parts: Sequence[Sequence[Choice]], smallest: Sequence[int], free: int,
 
 
 def _extend(
-    best: NDArray[np.float64], part: Sequence[Choice], steps: Sequence[int], taken: NDArray[np.uint8]
+    best: NDArray[np.float64], part: Sequence[Option], steps: Sequence[int], taken: NDArray[np.uint8]
 ) -> NDArray[np.float64]:
     """Return the least cost at each size with one part more; ``taken`` becomes the choice that has it."""
     found = np.full(len(best), np.inf)
@@ -94,7 +94,7 @@ def _extend(
     return found
 
 
-def _dual(parts: Sequence[Sequence[Choice]], budget: int) -> float:
+def _dual(parts: Sequence[Sequence[Option]], budget: int) -> float:
     """Return the largest lower bound that a price on bytes proves: the Lagrangian dual, which is concave."""
 
     def value(price: float) -> tuple[float, int]:

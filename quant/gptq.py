@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .affine import Affine, Quantized, pack, quantize
+from .affine import QuantizationConfig, Quantized, pack, quantize
 
 DAMPING = 0.01  # of the mean second moment, added to each
 STEPS = (0.1, 1.0, 10.0)  # more damping, tried in turn where a factorization fails
@@ -46,7 +46,9 @@ class Outcome:
     reason: str = ""
 
 
-def solve_robustly(weight: Tensor, moments: Moments, form: Affine, storage: np.dtype[np.generic]) -> Outcome:
+def gptq_with_retries(
+    weight: Tensor, moments: Moments, quantization: QuantizationConfig, storage: np.dtype[np.generic]
+) -> Outcome:
     """Quantize as ``solve`` does; with more damping where that fails, by the weights alone where nothing helps.
 
     Raises ValueError for weights that cannot be quantized at all.
@@ -54,18 +56,22 @@ def solve_robustly(weight: Tensor, moments: Moments, form: Affine, storage: np.d
     reason = ""
     for damping in (DAMPING, *STEPS):
         try:
-            return Outcome(solve(weight, moments, form, storage, damping), damping, reason)
+            return Outcome(gptq(weight, moments, quantization, storage, damping), damping, reason)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             reason = "the second moments are not positive definite"
         except ValueError as error:
             reason = str(error)
             break
     array = np.ascontiguousarray(weight.float().cpu().numpy())
-    return Outcome(quantize(array, replace(form, method=FALLBACK), storage), None, reason)
+    return Outcome(quantize(array, replace(quantization, method=FALLBACK), storage), None, reason)
 
 
-def solve(
-    weight: Tensor, moments: Moments, form: Affine, storage: np.dtype[np.generic], share: float = DAMPING
+def gptq(
+    weight: Tensor,
+    moments: Moments,
+    quantization: QuantizationConfig,
+    storage: np.dtype[np.generic],
+    share: float = DAMPING,
 ) -> Quantized:
     """Quantize a matrix ``[rows, columns]`` so that ``Ŵ x̂`` comes as near to ``W x`` as it can.
 
@@ -85,8 +91,8 @@ def solve(
     del factor
     errors = on_either(partial(torch.linalg.cholesky, upper=True), inverse)
     del inverse
-    codes, scales, biases = _round(goal, errors, form, storage)
-    return assemble(wide, codes, scales, biases, form, storage)
+    codes, scales, biases = _round(goal, errors, quantization, storage)
+    return assemble(wide, codes, scales, biases, quantization, storage)
 
 
 def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
@@ -108,21 +114,23 @@ def _factor(second: Tensor, damping: Tensor) -> Tensor:
     return factor
 
 
-def _round(goal: Tensor, errors: Tensor, form: Affine, storage: np.dtype[np.generic]) -> tuple[Tensor, Tensor, Tensor]:
+def _round(
+    goal: Tensor, errors: Tensor, quantization: QuantizationConfig, storage: np.dtype[np.generic]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Round column by column; return codes, scales and biases, ``[rows, ...]``.
 
     goal: ``[columns, rows]``, overwritten. errors: the upper Cholesky factor of the inverse moments. Each group's grid
     is the least-squares one of what its weights have become when its turn comes.
     """
     columns, rows = goal.shape
-    size, top = form.group_size, (1 << form.bits) - 1
+    size, top = quantization.group_size, (1 << quantization.bits) - 1
     codes = torch.empty((columns, rows), dtype=torch.uint8, device=goal.device)
     scales = torch.empty((columns // size, rows), dtype=goal.dtype, device=goal.device)
     biases = torch.empty_like(scales)
     with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="ppx-grid") as pool:
         for first in range(0, columns, size):
             group = goal[first : first + size]
-            scale, bias = grid(group.T, form, storage, pool)
+            scale, bias = grid(group.T, quantization, storage, pool)
             lost = torch.empty_like(group)
             for index in range(size):
                 column = first + index
@@ -136,10 +144,12 @@ def _round(goal: Tensor, errors: Tensor, form: Affine, storage: np.dtype[np.gene
     return codes.T.contiguous(), scales.T.contiguous(), biases.T.contiguous()
 
 
-def grid(group: Tensor, form: Affine, storage: np.dtype[np.generic], pool: Executor) -> tuple[Tensor, Tensor]:
+def grid(
+    group: Tensor, quantization: QuantizationConfig, storage: np.dtype[np.generic], pool: Executor
+) -> tuple[Tensor, Tensor]:
     """Return scale and bias of each row of a group ``[rows, group_size]``: least squares, as they are stored."""
     array = np.ascontiguousarray(group.float().cpu().numpy())
-    plain = Affine(form.bits, form.group_size, "lsq")
+    plain = QuantizationConfig(quantization.bits, quantization.group_size, "lsq")
     pieces = [array[first : first + _ROWS] for first in range(0, len(array), _ROWS)]
     made = list(pool.map(lambda piece: quantize(piece, plain, storage), pieces))
     sides = zip(*((one.scales, one.biases) for one in made), strict=True)
@@ -155,7 +165,12 @@ def _double(values: Tensor) -> Tensor:
 
 
 def assemble(
-    weight: Tensor, codes: Tensor, scales: Tensor, biases: Tensor, form: Affine, storage: np.dtype[np.generic]
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    quantization: QuantizationConfig,
+    storage: np.dtype[np.generic],
 ) -> Quantized:
     """Return codes, scales and biases ``[rows, ...]`` as a quantized matrix, with what it lost of ``weight``.
 
@@ -165,4 +180,4 @@ def assemble(
     lost = weight.to(back.device) - back.flatten(1)
     error, norm = (float(_double(values).square().sum()) for values in (lost, weight))
     scale, bias = (side.float().cpu().numpy().astype(storage) for side in (scales, biases))
-    return Quantized(pack(codes.cpu().numpy(), form.bits), scale, bias, error, norm, 0, 0)
+    return Quantized(pack(codes.cpu().numpy(), quantization.bits), scale, bias, error, norm, 0, 0)

@@ -19,7 +19,7 @@ from ..convert.parallel import cores
 from ..convert.progress import long_step
 from ..convert.source.architecture import read_config
 from ..convert.source.mimi import FRAME, RATE
-from ..model.matmul import Products
+from ..model.matmul import QuantizedMatmul
 from ..model.mlx_device import on_gpu, streams
 from ..model.mlx_model import arithmetic_of
 from ..model.session import PAUSE, system_prompt
@@ -43,7 +43,7 @@ def measure(
     codec: Path | None,
     progress: "tqdm[Any]",
     silent: bool = False,
-    products: Products | None = None,
+    matmul: QuantizedMatmul | None = None,
 ) -> dict[str, Any]:
     """Speak so many frames with a bundle; return what ``ppx-bench`` prints. Times in seconds.
 
@@ -58,7 +58,7 @@ def measure(
         voice = bundle.voices()[0]
     loaded = time.perf_counter() - began
     began = time.perf_counter()
-    model = on_tested_kernels(model, silent, products)
+    model = on_tested_kernels(model, silent, matmul)
     testing = time.perf_counter() - began
     random = np.random.default_rng(0)
     a = model.architecture
@@ -73,7 +73,7 @@ def measure(
     took = []
     for number, user in enumerate(heard):
         began = time.perf_counter()
-        conversation.hear(user)
+        conversation.step(user)
         took.append(time.perf_counter() - began)
         progress.update(number >= _WARM_UP)
     share = _parts(conversation, heard[_WARM_UP:])
@@ -89,7 +89,7 @@ def measure(
         "first_frame": took[0],
         "load": loaded,
         "kernel_test": testing,
-        "worked_around": model.products.worked_around(),
+        "worked_around": model.matmul.workarounds(),
         "prefill": {"seconds": prefill, "frames": len(voice.embeddings) + len(prompt)},
         "parts": share,
         "bytes_a_frame": read,
@@ -128,8 +128,8 @@ def _codec_parts(path: Path, codebooks: int, frames: int) -> dict[str, float]:
 
 def _remembered(conversation: Conversation) -> int:
     """Return the bytes of keys and values that a frame reads."""
-    ring = conversation.ring
-    return sum(array.nbytes for array in (*ring.keys, *ring.values))
+    kv_cache = conversation.kv_cache
+    return sum(array.nbytes for array in (*kv_cache.keys, *kv_cache.values))
 
 
 def bandwidth() -> float:

@@ -39,52 +39,54 @@ class Conversation:
         streams = 1 + self.runtime.architecture.n_q
         columns = np.stack(read, 1) if read else np.empty((streams, 0), np.int32)
         vectors = self.voice.embeddings.reshape(-1, self.runtime.architecture.dim).astype(np.float32)
-        self.ring = self.runtime.prefill(columns, vectors)
+        self.kv_cache = self.runtime.prefill(columns, vectors)
         self._key = mx.random.key(self.seed)
         self._temporal, self._depformer = self.runtime.temporal(), self.runtime.depformer(self.sampling)
 
-    def hear(self, user: Sequence[int] | Tokens) -> tuple[int, Tokens]:
+    def step(self, user: Sequence[int] | Tokens) -> tuple[int, Tokens]:
         """Take the user's tokens of a frame; return what is said in it: a text token, and the newest whole agent frame.
 
         The agent's codebooks ``[codebooks]`` lie one frame back: the later ones follow the first with that delay.
         """
-        column, given = self._heard(user)
-        hidden = self._understand(column)
-        return self._say(hidden, given)
+        column, given = self._input_columns(user)
+        hidden = self._temporal_step(column)
+        return self._depformer_step(hidden, given)
 
     def timed(self, user: Sequence[int] | Tokens) -> dict[str, float]:
         """Do the same in two evaluations; return the seconds of each transformer."""
-        column, given = self._heard(user)
+        column, given = self._input_columns(user)
         began = time.perf_counter()
-        hidden = self._understand(column)
-        mx.eval(hidden, self.text_logits, self.ring.keys, self.ring.values)
+        hidden = self._temporal_step(column)
+        mx.eval(hidden, self.text_logits, self.kv_cache.keys, self.kv_cache.values)
         between = time.perf_counter()
-        self._say(hidden, given)
+        self._depformer_step(hidden, given)
         return {"temporal": between - began, "depformer": time.perf_counter() - between}
 
-    def _heard(self, user: Sequence[int] | Tokens) -> tuple[Tokens, list[int]]:
+    def _input_columns(self, user: Sequence[int] | Tokens) -> tuple[Tokens, list[int]]:
         """Return the column to read, and what is given of the one to complete, UNKNOWN where nothing is."""
         self.column, target, held = self._columns.give(Frame(user=[int(token) for token in user]))
         self._target = target
         streams = range(1 + len(self.runtime.steps))
         return self.column, [int(target[stream]) if stream in held else UNKNOWN for stream in streams]
 
-    def _understand(self, column: Tokens) -> mx.array:
+    def _temporal_step(self, column: Tokens) -> mx.array:
         """Let the temporal transformer go on by a frame; return its output, which is still to be computed."""
-        ring = self.ring
-        ring.grow()
-        number = mx.array(ring.frames)
+        kv_cache = self.kv_cache
+        kv_cache.grow()
+        number = mx.array(kv_cache.frames)
         hidden: mx.array
-        hidden, self.text_logits, keys, values = self._temporal(mx.array(column), number, ring.keys, ring.values)
-        ring.keys, ring.values = keys, values  # the old ones can be written over: nothing else holds them
-        ring.frames += 1
+        hidden, self.text_logits, keys, values = self._temporal(
+            mx.array(column), number, kv_cache.keys, kv_cache.values
+        )
+        kv_cache.keys, kv_cache.values = keys, values  # the old ones can be written over: nothing else holds them
+        kv_cache.frames += 1
         return hidden
 
-    def _say(self, hidden: mx.array, given: list[int]) -> tuple[int, Tokens]:
+    def _depformer_step(self, hidden: mx.array, given: list[int]) -> tuple[int, Tokens]:
         """Let the depformer complete the column, in one evaluation with what is still to be computed."""
         self._key, key = mx.random.split(self._key)
         said, self.audio_logits = self._depformer(hidden, self.text_logits, mx.array(given, mx.int32), key)
-        mx.eval(said, self.ring.keys, self.ring.values, self._key)
+        mx.eval(said, self.kv_cache.keys, self.kv_cache.values, self._key)
         self.said = np.array(said)
         self._target[: len(given)] = self.said
         return int(self.said[0]), self._columns.advance()[1 : 1 + self.half]

@@ -17,7 +17,7 @@ from ..convert.cache_folder import cache_folder
 from ..convert.errors import CheckFailed
 from ..convert.progress import long_step
 from ..model import kernel_test
-from ..model.matmul import Products, Shape, shape_of
+from ..model.matmul import QuantizedMatmul, Shape, shape_of
 from ..model.mlx_device import device_name, on_gpu
 from .language_model import Linear, Runtime
 
@@ -27,7 +27,7 @@ _LONG = 1 << 26  # weights from which on a test takes long enough to be announce
 Measured = dict[Shape, list[dict[str, Any]]]
 
 
-def on_tested_kernels(runtime: Runtime, silent: bool = False, products: Products | None = None) -> Runtime:
+def on_tested_kernels(runtime: Runtime, silent: bool = False, matmul: QuantizedMatmul | None = None) -> Runtime:
     """Return a model that multiplies rightly: kernels that MLX computes wrongly on this device are worked around.
 
     What is not in the cache is tested now, which is announced unless silent. products: what multiplies, MLX's own for
@@ -42,7 +42,7 @@ def on_tested_kernels(runtime: Runtime, silent: bool = False, products: Products
         long = on_gpu() or sum(shape.rows * shape.columns for shape in missing) >= _LONG
         label = "MLX compiles its kernels, and they are tested" if on_gpu() else "testing MLX's kernels"
         with long_step(label, len(missing), "shape", silent or not long) as progress:
-            rows, _ = kernel_test.check(missing, products, progress.update)
+            rows, _ = kernel_test.check(missing, matmul, progress.update)
         if wrong := kernel_test.failures(rows):
             raise CheckFailed(kernel_test.complaint(wrong[0]))
         for row in rows:
@@ -50,7 +50,7 @@ def on_tested_kernels(runtime: Runtime, silent: bool = False, products: Products
         with suppress(OSError):  # a cache that cannot be written costs time, and nothing else
             write(file, read(file) | known)
     found = kernel_test.replacing(row for rows in known.values() for row in rows)
-    whole: Runtime = with_products(runtime, replace(products or kernel_test.products_here(), replaced=found))
+    whole: Runtime = with_matmul(runtime, replace(matmul or kernel_test.default_matmul(), replaced=found))
     return whole
 
 
@@ -66,15 +66,15 @@ def linears(value: Any) -> Iterator[Linear]:
             yield from linears(getattr(value, field.name))
 
 
-def with_products(value: Any, products: Products) -> Any:
+def with_matmul(value: Any, matmul: QuantizedMatmul) -> Any:
     """Return a model, or a part of it, whose matrices multiply in a given way."""
     if isinstance(value, Linear):
-        return replace(value, products=products)
+        return replace(value, matmul=matmul)
     if isinstance(value, tuple):
-        return tuple(with_products(part, products) for part in value)
+        return tuple(with_matmul(part, matmul) for part in value)
     if is_dataclass(value) and not isinstance(value, type) and any(linears(value)):
         held = {field.name: getattr(value, field.name) for field in fields(value)}
-        return replace(value, **{name: with_products(part, products) for name, part in held.items()})
+        return replace(value, **{name: with_matmul(part, matmul) for name, part in held.items()})
     return value
 
 
@@ -107,7 +107,7 @@ def read(file: Path) -> Measured:
     whole = [
         shape
         for shape, rows in found.items()
-        if tuple(row["positions"] for row in rows) == kernel_test.products_here().tried
+        if tuple(row["positions"] for row in rows) == kernel_test.default_matmul().tried
     ]
     return {shape: found[shape] for shape in whole if not kernel_test.failures(found[shape])}
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 
 @dataclass
-class Ring:
+class RotatingKVCache:
     """Keys and values ``[1, heads, room, width]`` of each temporal layer; frame n lies at ``n % room``.
 
     room grows up to ``reach``, the frames that are attended to; from then on the oldest is overwritten.

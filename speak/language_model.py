@@ -11,11 +11,11 @@ import mlx.core as mx
 
 from ..convert.source.architecture import Architecture
 from ..model.forward import EPSILON, Floats, Tokens
-from ..model.matmul import Products
+from ..model.matmul import QuantizedMatmul
 from ..model.mlx_device import on_gpu
 from ..model.mlx_weights import Matrix
 from ..model.session import UNKNOWN
-from .kv_cache import Ring
+from .kv_cache import RotatingKVCache
 from .sampling import Sampling, draw
 
 _FIRST_ROOM = 256  # frames that a ring holds before it grows
@@ -27,12 +27,12 @@ class Linear:
     """A matrix in memory, in the dtype of activations, its rows shared out over streams, and how it is multiplied."""
 
     parts: tuple[tuple[Matrix, mx.Stream | None], ...]
-    products: Products = field(default_factory=Products)
+    matmul: QuantizedMatmul = field(default_factory=QuantizedMatmul)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x @ matrix.T`` for ``x [..., columns]``."""
         flat = x.reshape(-1, x.shape[-1])
-        found = [self.products(flat, matrix, stream) for matrix, stream in self.parts]
+        found = [self.matmul(flat, matrix, stream) for matrix, stream in self.parts]
         result = found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
         return result.reshape(*x.shape[:-1], -1)
 
@@ -83,13 +83,13 @@ class Table:
     def __call__(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
         """Sum the embeddings of ``tokens [streams, frames]``; -1 adds nothing. Returns ``[frames, dim]``."""
         held = tokens[mx.array(list(self.first))]
-        places = mx.maximum(held, 0) + mx.array(list(self.first.values()))[:, None]
-        found = self.rows.take(places.reshape(-1)).float32().astype(dtype).reshape(*held.shape, -1)
+        blocks_of = mx.maximum(held, 0) + mx.array(list(self.first.values()))[:, None]
+        found = self.rows.take(blocks_of.reshape(-1)).float32().astype(dtype).reshape(*held.shape, -1)
         return mx.where((held >= 0)[..., None], found, mx.zeros_like(found)).sum(0)
 
 
 @dataclass(frozen=True)
-class Step:
+class DepformerStep:
     """One depformer step: the hidden state's projection, the previous token's embeddings, layers and head."""
 
     project: Linear
@@ -121,13 +121,13 @@ class Runtime:
     layers: tuple[Layer, ...]
     out_norm: mx.array
     text_head: Linear
-    steps: tuple[Step, ...]
+    steps: tuple[DepformerStep, ...]
     projections: Linear | None = None
 
     @property
-    def products(self) -> Products:
+    def matmul(self) -> QuantizedMatmul:
         """How its packed weights are multiplied."""
-        return self.text_head.products
+        return self.text_head.matmul
 
     @property
     def weights(self) -> dict[str, int]:
@@ -145,7 +145,7 @@ class Runtime:
         found = [table(tokens, self.dtype) for table in self.tables]
         return sum(found[1:], start=found[0])
 
-    def prefill(self, columns: Tokens, vectors: Floats | None = None) -> Ring:
+    def prefill(self, columns: Tokens, vectors: Floats | None = None) -> RotatingKVCache:
         """Go through what is given, many frames at a time; return what later frames attend to.
 
         vectors: of a voice, ``[frames, dim]``, before the first column. columns: ``[streams, frames]``.
@@ -178,7 +178,7 @@ class Runtime:
             found.append((k[:, :, -self.reach :], v[:, :, -self.reach :]))
         return found
 
-    def _ring(self, kept: list[tuple[mx.array, mx.array]], frames: int) -> Ring:
+    def _ring(self, kept: list[tuple[mx.array, mx.array]], frames: int) -> RotatingKVCache:
         room = min(self.reach, max(_FIRST_ROOM, 2 * frames))
         held = []
         for side in range(2):
@@ -189,7 +189,7 @@ class Runtime:
                 rows.append(mx.roll(mx.concatenate([part, empty], axis=2), max(frames - room, 0) % room, 2))
             held.append(rows)
         mx.eval(held)
-        return Ring(held[0], held[1], self.reach, frames)
+        return RotatingKVCache(held[0], held[1], self.reach, frames)
 
     def _turned(self, x: mx.array, first: int | mx.array) -> mx.array:
         return mx.fast.rope(
@@ -282,7 +282,7 @@ class Runtime:
             return [step.project(hidden) for step in self.steps]
         return list(mx.split(self.projections(hidden), len(self.steps), axis=-1))
 
-    def _previous(self, step: Step, token: mx.array) -> mx.array:
+    def _previous(self, step: DepformerStep, token: mx.array) -> mx.array:
         """Look the last token up, ``[1, 1, dim]``; -1 adds nothing."""
         found = step.table.take(mx.maximum(token, 0)[None]).float32().astype(self.dtype)[None]
         return mx.where(token >= 0, found, mx.zeros_like(found))

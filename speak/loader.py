@@ -8,12 +8,12 @@ import numpy as np
 
 from ..convert.bundle.reader import Bundle
 from ..convert.source.tensors import COMPONENTS
-from ..model.blocks import Place, places
+from ..model.blocks import Block, blocks_of
 from ..model.kernel_test import DTYPES
 from ..model.matmul import shares
 from ..model.mlx_device import on_gpu, streams
 from ..model.mlx_weights import Matrix, Packing, joined, read_by_name
-from .language_model import Layer, Linear, Runtime, Step, Table
+from .language_model import DepformerStep, Layer, Linear, Runtime, Table
 
 _SHARED = 1 << 18  # weights from which on a CPU's processors share a matrix: smaller ones cost more to hand out
 
@@ -42,7 +42,7 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
     def norm(name: str, step: int | None = None) -> mx.array:
         return read_by_name(bundle, name, step).weight.reshape(-1).astype(kind)
 
-    def layer(place: Place, step: int | None = None) -> Layer:
+    def layer(place: Block, step: int | None = None) -> Layer:
         prefix, gating = place.prefix, f"{place.prefix}.gating" + ("" if step is None else f".{step}")
         return Layer(
             norm(f"{prefix}.norm1.alpha", step),
@@ -54,13 +54,15 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
         )
 
     steps, few = [], on_gpu() if few is None else few
-    temporal, depformer = ([place for place in places(a, name) if place.part == "mlp"] for name in COMPONENTS[:2])
+    temporal, depformer = ([place for place in blocks_of(a, name) if place.part == "mlp"] for name in COMPONENTS[:2])
     for step in range(min(a.steps, a.n_q // 2)):
         table = read_by_name(bundle, f"depformer_emb.{step - 1}.weight" if step else "depformer_text_emb.weight")
         if few:  # one look-up in place of codes', scales' and biases'
             table = _owned(Matrix(table.float32().astype(kind)))
         layers = tuple(layer(place, step) for place in depformer)
-        steps.append(Step(linear(f"depformer_in.{step}.weight"), table, layers, linear(f"linears.{step}.weight")))
+        steps.append(
+            DepformerStep(linear(f"depformer_in.{step}.weight"), table, layers, linear(f"linears.{step}.weight"))
+        )
     return Runtime(
         a,
         kind,
@@ -74,10 +76,10 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
     )
 
 
-def _projections(steps: Sequence[Step]) -> Linear | None:
+def _projections(steps: Sequence[DepformerStep]) -> Linear | None:
     """Join the steps' projections of the hidden state, if they are quantized alike."""
     parts = [part for step in steps for part, _ in step.project.parts]
-    if len({part.packing and part.packing.form for part in parts}) > 1:
+    if len({part.packing and part.packing.quantization for part in parts}) > 1:
         return None
     return Linear(((_owned(joined(parts)), None),))
 
@@ -89,7 +91,7 @@ def _tables(bundle: Bundle) -> tuple[Table, ...]:
     }
     by_form: dict[Any, list[int]] = {}
     for stream, name in names.items():
-        by_form.setdefault(bundle.output(name).form, []).append(stream)
+        by_form.setdefault(bundle.output(name).quantization, []).append(stream)
     found = []
     for held in by_form.values():
         parts = [read_by_name(bundle, names[stream]) for stream in held]
@@ -104,7 +106,7 @@ def _cast(matrix: Matrix, dtype: mx.Dtype) -> Matrix:
     if packing is None:
         return _owned(Matrix(matrix.weight.astype(dtype)))
     scales, biases = packing.scales.astype(dtype), packing.biases.astype(dtype)
-    return _owned(Matrix(matrix.weight, Packing(scales, biases, packing.form)))
+    return _owned(Matrix(matrix.weight, Packing(scales, biases, packing.quantization)))
 
 
 def _owned(matrix: Matrix) -> Matrix:
@@ -116,4 +118,4 @@ def _owned(matrix: Matrix) -> Matrix:
         return Matrix(weight)
     scales, biases = mx.contiguous(packing.scales), mx.contiguous(packing.biases)
     mx.eval(weight, scales, biases)
-    return Matrix(weight, Packing(scales, biases, packing.form))
+    return Matrix(weight, Packing(scales, biases, packing.quantization))

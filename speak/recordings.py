@@ -10,12 +10,12 @@ from ..convert.source.mimi import FRAME
 from ..convert.source.source import Source
 from ..model.forward import Tokens
 from ..model.session import SILENCE
-from ..model.tokens import Material, from_tokens
+from ..model.tokens import TokenSet, from_tokens
 from . import audio_files
 from .codec import Codec
 
 
-def read_audio(path: Path, source: Source, frames: int | None) -> Material:
+def read_audio(path: Path, source: Source, frames: int | None) -> TokenSet:
     """Read a recording as material; see ``recorded``."""
     tokens = recorded(path, source, frames)
     shape = {"sequences": 1, "frames": tokens.shape[2]}

@@ -14,7 +14,7 @@ from ..convert.progress import long_step
 from ..convert.source.architecture import read_config
 from ..convert.source.tokenizer import open_tokenizer
 from ..model.forward import Floats, Tokens
-from ..model.matmul import Products
+from ..model.matmul import QuantizedMatmul
 from ..model.mlx_device import on_gpu
 from ..model.mlx_model import arithmetic_of
 from ..model.prompt import PROMPT, VOICE, prompt_tokens
@@ -27,7 +27,7 @@ from .sampling import Sampling, sampling_of
 
 
 @dataclass(frozen=True)
-class Scene:
+class SpeakOptions:
     """Who speaks, and how. sampling, codec: None for the bundle's. arithmetic: of activations; None for what suits."""
 
     voice: str = VOICE
@@ -39,7 +39,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Said:
+class OutputFrame:
     """What comes of a frame. text: a piece of a word or nothing. agent: tokens ``[codebooks]``. samples: of a frame."""
 
     text: str
@@ -54,19 +54,21 @@ class Speaker:
     conversation: Conversation
     codec: Codec
     words: "Words"
-    folded: bool = False
+    wrapped: bool = False
 
-    def answer(self, question: Iterable[Floats]) -> Iterator[Said]:
+    def answer(self, question: Iterable[Floats]) -> Iterator[OutputFrame]:
         """Hear frames of samples ``[FRAME]``, and yield what is said in each of them."""
         card = self.conversation.runtime.architecture.card
         for frame in question:
             heard = self.codec.encode(frame)
-            self.folded |= bool((heard >= card).any())
-            token, agent = self.conversation.hear(heard % card)
-            yield Said(self.words.piece(token), agent, self.codec.decode(agent))
+            self.wrapped |= bool((heard >= card).any())
+            token, agent = self.conversation.step(heard % card)
+            yield OutputFrame(self.words.piece(token), agent, self.codec.decode(agent))
 
 
-def open_speaker(folder: Path, scene: Scene, silent: bool = False, products: Products | None = None) -> Speaker:
+def open_speaker(
+    folder: Path, options: SpeakOptions, silent: bool = False, matmul: QuantizedMatmul | None = None
+) -> Speaker:
     """Open a bundle, and go through its prompts; raises UserError for what it lacks, or has no room for.
 
     silent: not to announce what takes long. products: how MLX multiplies by packed weights, as it does here for None.
@@ -74,24 +76,24 @@ def open_speaker(folder: Path, scene: Scene, silent: bool = False, products: Pro
     """
     with closing(open_bundle(folder)) as bundle:
         layout = bundle.layout
-        codec = Codec(scene.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
+        codec = Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
         if layout.architecture.steps < layout.architecture.n_q // 2:
             raise UserError(f"{folder}: its depformer lacks steps of the agent's: it cannot speak")
         voices = {voice.name: voice for voice in bundle.voices()}
-        if scene.voice not in voices:
-            raise UserError(f"--voice {scene.voice}: not in this bundle: it holds {', '.join(voices)}")
+        if options.voice not in voices:
+            raise UserError(f"--voice {options.voice}: not in this bundle: it holds {', '.join(voices)}")
         tokenizer = folder / layout.target.copies[TOKENIZER]
-        text = prompt_tokens(tokenizer, layout.architecture, scene.prompt)
+        text = prompt_tokens(tokenizer, layout.architecture, options.prompt)
         prompt = system_prompt(layout.architecture, text)
         reach = loader.reach_of(bundle)
         if len(prompt) >= reach:
             most = max(reach - 1 - (len(prompt) - len(text)), 0)
             raise UserError(f"--prompt has {len(text)} tokens: this model remembers at most {most}: shorten it")
-        model = loader.load(bundle, arithmetic_of(scene.arithmetic, bundle.manifest["dtype"]))
-    model = on_tested_kernels(model, silent, products)
-    sampling = scene.sampling or sampling_of(read_config(folder / CONFIG))
+        model = loader.load(bundle, arithmetic_of(options.arithmetic, bundle.manifest["dtype"]))
+    model = on_tested_kernels(model, silent, matmul)
+    sampling = options.sampling or sampling_of(read_config(folder / CONFIG))
     with long_step("MLX compiles what a conversation needs", 1, "step", silent or not on_gpu()):
-        conversation = Conversation(model, voices[scene.voice], prompt, sampling, scene.seed)
+        conversation = Conversation(model, voices[options.voice], prompt, sampling, options.seed)
     return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ppx.convert.file_names import CODEC
 from ppx.convert.source import demo
-from ppx.quant.affine import BFLOAT16, FLOAT32, Affine, quantize
+from ppx.quant.affine import BFLOAT16, FLOAT32, QuantizationConfig, quantize
 from ppx.quant.casting import count_non_finite
 from program_server import Programs
 from stopping import Moment
@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         for dtype in (FLOAT32, BFLOAT16):
             weights = np.ones((1, 64), dtype)
-            quantize(weights, Affine(4, 64), FLOAT32)
+            quantize(weights, QuantizationConfig(4, 64), FLOAT32)
             count_non_finite(weights)
 
 

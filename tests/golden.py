@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from ppx.convert.source.architecture import Architecture
 from ppx.convert.source.source import Source
-from ppx.model.blocks import places
+from ppx.model.blocks import blocks_of
 from ppx.model.forward import Floats, Model, Tokens
 from ppx.model.mlx_model import MlxModel
 from ppx.model.reference import TorchModel
-from ppx.model.session import Frame, Step, greedy, system_prompt
+from ppx.model.session import Frame, SessionStep, greedy, system_prompt
 from safetensors.torch import load_file
 
 Streaming = TypeVar("Streaming", TorchModel, MlxModel)
@@ -23,7 +23,7 @@ def recorded(model: Model, architecture: Architecture, tokens: Tokens) -> dict[s
     """Everything that the golden files hold, computed by a model."""
     x = model.embed(tokens)
     found = {"temporal.embed": x}
-    for place in places(architecture, "temporal"):
+    for place in blocks_of(architecture, "temporal"):
         added, x = model.block(place, x)
         if place.layer == 0:
             found[f"temporal.layers.0.{ {'attention': 'self_attn', 'mlp': 'gating'}[place.part] }"] = added
@@ -35,7 +35,7 @@ def recorded(model: Model, architecture: Architecture, tokens: Tokens) -> dict[s
     found |= {"temporal.out_norm": hidden, "text_logits": model.text_logits(rows).reshape(batch, frames, -1)}
     steps = architecture.steps
     x = np.stack([model.step_input(step, rows, tokens[:, step].reshape(-1)) for step in range(steps)], 1)
-    for place in places(architecture, "depformer"):
+    for place in blocks_of(architecture, "depformer"):
         _, x = model.block(place, x)
         if place.part == "mlp":
             found[f"depformer.layers.{place.layer}"] = x.reshape(batch, frames, steps, -1)
@@ -57,7 +57,7 @@ def streaming(model: Streaming) -> Streaming:
     return replace(model, context=model.context - 1, steps_seen=model.steps_seen - 1)
 
 
-def session(source: Source, model: Streaming, pico: Path) -> tuple[list[Step], dict[str, torch.Tensor]]:
+def session(source: Source, model: Streaming, pico: Path) -> tuple[list[SessionStep], dict[str, torch.Tensor]]:
     """The steps of the golden session's user phase, and the golden session."""
     golden = load_file(pico / "golden" / "generate_greedy.safetensors")
     prompt = system_prompt(source.architecture, golden["text_prompt"].tolist())
@@ -69,7 +69,7 @@ def session(source: Source, model: Streaming, pico: Path) -> tuple[list[Step], d
     return steps[len(prompt) :], golden
 
 
-def assert_same_session(steps: Sequence[Step], golden: Mapping[str, torch.Tensor], tolerance: float) -> None:
+def assert_same_session(steps: Sequence[SessionStep], golden: Mapping[str, torch.Tensor], tolerance: float) -> None:
     np.testing.assert_array_equal(np.stack([step.tokens for step in steps]), golden["tokens"].numpy())
     for name in ("text_logits", "audio_logits"):
         apart = np.abs(np.stack([getattr(step, name) for step in steps]) - golden[name].numpy()).max()

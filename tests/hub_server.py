@@ -63,7 +63,7 @@ class Server(ThreadingHTTPServer):
         self.log: list[tuple[str, str, int, str | None]] = []
         self.faults: list[tuple[str, Fault]] = []
         self.tokens = {"hf_writer": True, "hf_reader": False}
-        self.strangers: list[str] = []  # tokens that a host saw that is not the Hub
+        self.untracked_files: list[str] = []  # tokens that a host saw that is not the Hub
         self.extra: list[dict[str, object]] = []  # entries that listings name besides
 
     @property
@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         if not match:
             return False
         if match[1]:
-            self.server.strangers += [self.token] if self.token else []
+            self.server.untracked_files += [self.token] if self.token else []
             return False
         held = self.server.repositories.get(match[2])
         if not held or self.refusal(held) or not held.knows(match[3]):

@@ -15,12 +15,12 @@ from ..convert.bundle.reader import Bundle
 from ..convert.parallel import cores
 from ..convert.source.source import Source
 from ..convert.source.voices import Voice
-from ..model.blocks import Place, places
+from ..model.blocks import Block, blocks_of
 from ..model.forward import Floats, Model, Tokens
-from ..model.matmul import Products
+from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import MlxModel, model_of
 from ..model.reference import TorchModel, reference_of
-from ..model.tokens import Material
+from ..model.tokens import TokenSet
 from . import weights
 from .metrics import Predictions, difference, mean_of
 
@@ -50,7 +50,7 @@ class Walk:
     reference: TorchModel
     noise: TorchModel
     bundle: MlxModel
-    material: Material
+    token_set: TokenSet
     measured: Measured
     pool: ThreadPoolExecutor
     bar: "tqdm[Any]"
@@ -78,7 +78,7 @@ class Walk:
         """Return the checkpoint's bytes that an output stands for."""
         return 2 * (output.rows[1] - output.rows[0]) * output.shape[-1]
 
-    def block(self, place: Place, streams: dict[str, Floats]) -> dict[str, Floats]:
+    def block(self, place: Block, streams: dict[str, Floats]) -> dict[str, Floats]:
         """Go through one block with all models; note how far apart they are."""
         names = [name for name in self.stored.layout.outputs if _belongs(name, place)]
         kept = {name: self.look_at(name, keep=True) for name in names}
@@ -97,7 +97,7 @@ class Walk:
         return after_all
 
 
-def _block(model: Model, place: Place, x: Floats) -> tuple[Floats, Floats]:
+def _block(model: Model, place: Block, x: Floats) -> tuple[Floats, Floats]:
     """Go through a block piece by piece."""
     parts = [model.block(place, x[rows]) for rows in place.pieces(x)]
     if len(parts) == 1:
@@ -105,13 +105,13 @@ def _block(model: Model, place: Place, x: Floats) -> tuple[Floats, Floats]:
     return np.concatenate([added for added, _ in parts]), np.concatenate([after for _, after in parts])
 
 
-def _belongs(name: str, place: Place) -> bool:
+def _belongs(name: str, place: Block) -> bool:
     """Tell whether a tensor of the checkpoint is read by a block."""
     parts = ("norm1", "self_attn") if place.part == "attention" else ("norm2", "gating")
     return any(name.startswith(f"{place.prefix}.{part}.") for part in parts)
 
 
-def _rows(place: Place, added: Floats, once: dict[str, Floats], after: dict[str, Floats]) -> list[dict[str, Any]]:
+def _rows(place: Block, added: Floats, once: dict[str, Floats], after: dict[str, Floats]) -> list[dict[str, Any]]:
     """Return a block's row, or one for each depformer step."""
     steps = range(added.shape[1]) if place.component == "depformer" else (None,)
     found = []
@@ -128,12 +128,12 @@ def _rows(place: Place, added: Floats, once: dict[str, Floats], after: dict[str,
 def compare(
     source: Source,
     stored: Bundle,
-    material: Material,
+    token_set: TokenSet,
     voices: Sequence[Voice],
     bar: "tqdm[Any]",
     arithmetic: str = "float32",
     device: str = "cpu",
-    products: Products | None = None,
+    matmul: QuantizedMatmul | None = None,
 ) -> Measured:
     """Take a bundle and its checkpoint through material; return all that was measured.
 
@@ -142,9 +142,9 @@ def compare(
     advances by the checkpoint's bytes. Raises UserError for files that break off.
     """
     noise = reference_of(source.checkpoint, _TORCH[stored.manifest["dtype"]], device)
-    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, products)
+    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, matmul)
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx") as pool, torch.inference_mode():
-        walk = Walk(source, stored, reference, noise, bundle, material, Measured(), pool, bar)
+        walk = Walk(source, stored, reference, noise, bundle, token_set, Measured(), pool, bar)
         hidden = _temporal(walk, voices)
         _text(walk, hidden)
         _audio(walk, hidden)
@@ -153,15 +153,15 @@ def compare(
 
 def _temporal(walk: Walk, voices: Sequence[Voice]) -> dict[str, Floats]:
     """Go through the temporal transformer; return its normalized output, ``[sequences, frames, dim]`` of each model."""
-    arch, material = walk.source.architecture, walk.material
+    arch, token_set = walk.source.architecture, walk.token_set
     for name, held in walk.stored.layout.outputs.items():
         if held[0].role.component == "embeddings":
             walk.look_at(name)
-    vectors = {name: material.vectors(walk.source.voices, arch.dim) for name in ("reference", "noise")}
-    vectors["bundle"] = material.vectors(voices, arch.dim)
-    streams = {name: model.embed(material.tokens, vectors[name]) for name, model in walk.models.items()}
+    vectors = {name: token_set.vectors(walk.source.voices, arch.dim) for name in ("reference", "noise")}
+    vectors["bundle"] = token_set.vectors(voices, arch.dim)
+    streams = {name: model.embed(token_set.tokens, vectors[name]) for name, model in walk.models.items()}
     walk.measured.activations += _edge("embeddings", streams)
-    for place in places(arch, "temporal"):
+    for place in blocks_of(arch, "temporal"):
         streams = walk.block(place, streams)
     walk.look_at("out_norm.alpha")
     streams = {name: model.out_norm(streams[name]) for name, model in walk.models.items()}
@@ -181,20 +181,20 @@ def _edge(name: str, streams: dict[str, Floats], step: int | None = None) -> lis
 
 def _text(walk: Walk, hidden: dict[str, Floats]) -> None:
     """Compare text predictions."""
-    material = walk.material
+    token_set = walk.token_set
     walk.look_at("text_linear.weight")
     heads: dict[str, Callable[[Floats], Floats]] = {name: model.text_logits for name, model in walk.models.items()}
-    chosen = material.counted[:, 0]
+    chosen = token_set.counted[:, 0]
     states = {name: array[chosen] for name, array in hidden.items()}
-    targets = material.targets[:, 0][chosen] if material.scored else None
+    targets = token_set.targets[:, 0][chosen] if token_set.scored else None
     found = _predict(heads, states, targets, np.nonzero(chosen)[0], walk.source.architecture.text_card)
     walk.measured.predictions["text"] = found
 
 
 def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
     """Go through the depformer and compare its predictions, codebook by codebook."""
-    arch, material = walk.source.architecture, walk.material
-    counted, targets = material.counted[:, 1 : arch.steps + 1], material.targets
+    arch, token_set = walk.source.architecture, walk.token_set
+    counted, targets = token_set.counted[:, 1 : arch.steps + 1], token_set.targets
     chosen = counted.any(1)  # frames where some codebook counts
     measured = walk.measured
     known, sequences = targets.transpose(0, 2, 1)[chosen], np.nonzero(chosen)[0]
@@ -205,7 +205,7 @@ def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
         for name, model in walk.models.items():
             streams[name][:, step] = model.step_input(step, states[name], known[:, step])
         measured.activations += _edge("input", {name: array[:, step] for name, array in streams.items()}, step)
-    for place in places(arch, "depformer"):
+    for place in blocks_of(arch, "depformer"):
         streams = walk.block(place, streams)
     of_steps = counted.transpose(0, 2, 1)[chosen]
     for step in range(arch.steps):
@@ -213,7 +213,7 @@ def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
         rows = of_steps[:, step]
         heads = {name: _head(model, step) for name, model in walk.models.items()}
         states = {name: np.ascontiguousarray(array[rows, step]) for name, array in streams.items()}
-        tokens = known[rows, step + 1] if material.scored else None
+        tokens = known[rows, step + 1] if token_set.scored else None
         measured.predictions[f"codebook_{step}"] = _predict(heads, states, tokens, sequences[rows], arch.card)
     half = arch.n_q // 2
     of = [measured.predictions[f"codebook_{step}"] for step in range(arch.steps)]

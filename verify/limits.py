@@ -40,8 +40,12 @@ _STANDS_OUT = 3.0  # times what is usual for its kind: the lower quartile, since
 
 def limits_of(manifest: Mapping[str, Any], outputs: Iterable[Output], agent_steps: int) -> dict[str, float]:
     """Return a bundle's limits: its recipe's, and defaults for the coarsest bits among what a conversation uses."""
-    forms = [output.form for output in outputs if output.form and (output.step is None or output.step < agent_steps)]
-    bits = min((form.bits for form in forms), default=16)
+    quantizations = [
+        output.quantization
+        for output in outputs
+        if output.quantization and (output.step is None or output.step < agent_steps)
+    ]
+    bits = min((quantization.bits for quantization in quantizations), default=16)
     limits = dict(zip(FIGURES, DEFAULTS[bits], strict=True))
     try:
         parity = tomllib.loads(manifest["recipe"]["text"]).get("parity", {})

@@ -10,7 +10,7 @@ RECOGNIZERS = (EMBEDDED, "faster-whisper", "mlx-whisper")
 
 
 @dataclass(frozen=True)
-class Request:
+class VerifyOptions:
     """How to verify. tokens, audio: files to read instead of the system prompt. rollout: frames of a greedy session.
 
     sequences, frames: at most so many of each; None for all, or as many as are usual for the system prompt.

@@ -12,11 +12,11 @@ from ..convert.bundle.reader import Bundle
 from ..convert.source.architecture import Architecture
 from ..convert.source.source import Source
 from ..convert.source.voices import Voice
-from ..model.matmul import Products
+from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import model_of
 from ..model.reference import reference_of
 from ..model.session import SILENCE, Frame, greedy, system_prompt
-from ..model.tokens import Material
+from ..model.tokens import TokenSet
 
 _KEPT = 2 << 30  # bytes: a checkpoint up to this size is kept in memory, a larger one is read again for every frame
 
@@ -30,7 +30,7 @@ class Script:
     user: Sequence[Sequence[int]]
 
 
-def script(source: Source, material: Material, prompt: Sequence[int], frames: int) -> Script:
+def script(source: Source, token_set: TokenSet, prompt: Sequence[int], frames: int) -> Script:
     """Return the script of a session of so many frames with the material's first voice and its first user.
 
     The user is silent where the material has no token (-1), and after its end.
@@ -38,10 +38,10 @@ def script(source: Source, material: Material, prompt: Sequence[int], frames: in
     half, card = source.architecture.n_q // 2, source.architecture.card
     silence = np.array([token % card for token in SILENCE[:half]])
     user = np.tile(silence, (frames, 1))
-    if material.undelayed is not None:
-        recorded = material.undelayed[0, 1 + half :, :frames].T
+    if token_set.undelayed is not None:
+        recorded = token_set.undelayed[0, 1 + half :, :frames].T
         user[: len(recorded)] = np.where(recorded < 0, silence, recorded)
-    voice = material.voices[0] if material.voices else source.voices[0].name
+    voice = token_set.voices[0] if token_set.voices else source.voices[0].name
     return Script(voice, prompt, user.tolist())
 
 
@@ -57,21 +57,21 @@ def run(
     bar: "tqdm[Any]",
     arithmetic: str = "float32",
     device: str = "cpu",
-    products: Products | None = None,
+    matmul: QuantizedMatmul | None = None,
 ) -> dict[str, Any]:
     """Run a session on both; return where the agent's text and codebooks part, and how many tokens agree a frame."""
-    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, products)
+    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, matmul)
     if source.checkpoint.file.path.stat().st_size <= _KEPT:
         reference = replace(reference, weights=cache(reference.weights))
         bundle = replace(bundle, read=cache(bundle.read))
     frames = frames_of(source.architecture, played)
-    spoken = []
+    self_generated = []
     for model, voices in ((reference, source.voices), (bundle, stored.voices())):
         # while it streams, the reference's ring of keys hides the oldest one
         streaming = replace(model, context=model.context - 1, steps_seen=model.steps_seen - 1)
         voice = next(voice for voice in voices if voice.name == played.voice)
-        spoken.append(_agent(streaming, source, voice, frames, len(played.user), bar))
-    same = spoken[0] == spoken[1]
+        self_generated.append(_agent(streaming, source, voice, frames, len(played.user), bar))
+    same = self_generated[0] == self_generated[1]
     parted = np.argwhere(~same)
     first = None
     if len(parted):

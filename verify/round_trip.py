@@ -21,7 +21,7 @@ from ..convert.source.mimi import FRAME, RATE
 from ..model.forward import Floats, Tokens
 from ..speak import audio_files
 from ..speak.codec import Codec
-from ..speak.speaker import Scene, open_speaker, text_of
+from ..speak.speaker import SpeakOptions, open_speaker, text_of
 from . import recognizer
 from .limits import failure
 from .options import EMBEDDED
@@ -43,7 +43,9 @@ _LOOP = 25  # frames: 2 seconds
 _SHOWN = 30  # seconds of sound in a report
 
 
-def run(bundle: Path, question: Path, scene: Scene, listener: str = EMBEDDED, quiet: bool = False) -> dict[str, Any]:
+def run(
+    bundle: Path, question: Path, options: SpeakOptions, listener: str = EMBEDDED, quiet: bool = False
+) -> dict[str, Any]:
     """Let a bundle answer a recording, and judge the answer; return what a report says of it (docs/verification.md).
 
     Raises UserError for what cannot be read or loaded.
@@ -53,7 +55,7 @@ def run(bundle: Path, question: Path, scene: Scene, listener: str = EMBEDDED, qu
         if count > audio_files.LONGEST * RATE:
             raise UserError(f"{question}: longer than an hour: cut it")
         asked = np.concatenate(list(frames))
-    speaker = open_speaker(bundle, scene)
+    speaker = open_speaker(bundle, options)
     with bar("speaking", len(asked) // FRAME, "frame", quiet) as progress:
         said = []
         for one in speaker.answer(asked.reshape(-1, FRAME)):
@@ -66,7 +68,7 @@ def run(bundle: Path, question: Path, scene: Scene, listener: str = EMBEDDED, qu
     found = {
         "question": {"file": printable(question.name), "seconds": count / RATE} | floor,
         "answer": judged(answer, tokens, text, transcribe),
-        "scene": {"voice": scene.voice, "prompt": scene.prompt, "seed": scene.seed, "folded": speaker.folded},
+        "scene": {"voice": options.voice, "prompt": options.prompt, "seed": options.seed, "folded": speaker.wrapped},
         "recognizer": listener,
         "limits": LIMITS | {"floor": _FLOOR},
         "audio": {"question": _embedded(asked[:count]), "answer": _embedded(answer)},

@@ -188,15 +188,15 @@ def voice_problems(bundle: Bundle, voices: list[Voice]) -> list[str]:
     except UserError as error:
         return error.problems
     found = [f"voice {name}: not in the source" for name in sorted(held.keys() - {voice.name for voice in voices})]
-    form = bundle.layout.target.voice_cache
+    quantization = bundle.layout.target.voice_cache
     dtype = NUMPY_DTYPES[DTYPES[bundle.manifest["dtype"]]]
     for voice in voices:
         other = held.get(voice.name)
         if other is None:
             found.append(f"voice {voice.name}: missing")
             continue
-        expected = cast(voice.embeddings, dtype).array if form else voice.embeddings
-        cache = voice.cache.astype(NUMPY_DTYPES[form]) if form else voice.cache
+        expected = cast(voice.embeddings, dtype).array if quantization else voice.embeddings
+        cache = voice.cache.astype(NUMPY_DTYPES[quantization]) if quantization else voice.cache
         for what, mine, theirs in (("embeddings", expected, other.embeddings), ("cache", cache, other.cache)):
             if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
                 shown = [f"{array.dtype} {list(array.shape)}" for array in (theirs, mine)]

@@ -20,19 +20,19 @@ from ..convert.source.source import Source
 from ..convert.source.tensors import roles
 from ..model import kernel_test
 from ..model import torch_device as devices
-from ..model.matmul import Products
+from ..model.matmul import QuantizedMatmul
 from ..model.mlx_device import computing_on, on_gpu, streams
 from ..model.prompt import PROMPT, prompt_tokens
 from ..model.session import PAUSE
-from ..model.tokens import DEFAULT_FRAMES, DEFAULT_SEQUENCES, Material, from_system_prompt, read_tokens
+from ..model.tokens import DEFAULT_FRAMES, DEFAULT_SEQUENCES, TokenSet, from_system_prompt, read_tokens
 from . import limits, rollout, structure
 from .comparison import Measured, compare
-from .options import Request
+from .options import VerifyOptions
 
 LIBRARIES = ("mlx", "numpy", "torch")
 
 
-def material_of(source: Source, request: Request) -> Material:
+def token_set_of(source: Source, request: VerifyOptions) -> TokenSet:
     """Return what a request asks to read."""
     a, folder = source.architecture, source.location.folder
     if request.tokens:
@@ -57,11 +57,11 @@ def _spread(names: Sequence[str], count: int) -> list[str]:
 def verify(
     source: Source,
     folder: Path,
-    request: Request,
+    request: VerifyOptions,
     command: str,
     quiet: bool = False,
     same_source: bool = False,
-    products: Products | None = None,
+    matmul: QuantizedMatmul | None = None,
 ) -> dict[str, Any]:
     """Compare a bundle with its source; return the report (docs/verification.md).
 
@@ -70,23 +70,23 @@ def verify(
     be compared: no bundle, another source, tokens of another model.
     """
     with computing_on(request.device):
-        return _verify(source, folder, request, command, quiet, same_source, products)
+        return _verify(source, folder, request, command, quiet, same_source, matmul)
 
 
 def _verify(
     source: Source,
     folder: Path,
-    request: Request,
+    request: VerifyOptions,
     command: str,
     quiet: bool,
     same_source: bool,
-    products: Products | None,
+    matmul: QuantizedMatmul | None,
 ) -> dict[str, Any]:
     began = time.time()
     manifest, layout = layout_of(folder)
     if not same_source:
         _check_origin(source, manifest, quiet)
-    material = material_of(source, request)
+    token_set = token_set_of(source, request)
     total = sum(record["size"] for record in manifest["files"].values())
     with byte_bar("hashing bundle", total, quiet) as progress:
         problems, readable = structure.problems(folder, manifest, layout, source, progress)
@@ -94,14 +94,14 @@ def _verify(
     half = source.architecture.n_q // 2
     held_to = limits.limits_of(manifest, layout.every(), half)
     arithmetic = manifest["dtype"] if request.arithmetic == "bundle" else "float32"
-    tests, products = _kernels(layout, manifest["dtype"], arithmetic, products, quiet)
+    tests, matmul = _kernels(layout, manifest["dtype"], arithmetic, matmul, quiet)
     report: dict[str, Any] = {
         "verdict": {},
         "limits": held_to,
         "looser_limits": limits.looser(held_to, manifest, layout.every(), half),
         "bundle": _identity(folder, manifest, total),
         "source": {key: manifest["source"][key] for key in ("id", "revision", "files")},
-        "material": material.description,
+        "material": token_set.description,
         "arithmetic": arithmetic,
         "structure": {"problems": problems, "files": len(manifest["files"]), "tensors": _count(layout)},
         "kernels": tests,
@@ -115,7 +115,7 @@ def _verify(
     }
     if readable:
         with closing(Bundle(folder, manifest, layout)) as stored:
-            _measure(report, source, stored, material, request, products, quiet)
+            _measure(report, source, stored, token_set, request, matmul, quiet)
     if report["predictions"] and arithmetic != "float32":
         report["limits"] = limits.with_noise(held_to, report["predictions"])
     report["verdict"] = _verdict(report, manifest, half)
@@ -125,22 +125,22 @@ def _verify(
 
 
 def _kernels(
-    layout: Layout, dtype: str, arithmetic: str, products: Products | None, quiet: bool
-) -> tuple[list[dict[str, Any]], Products]:
+    layout: Layout, dtype: str, arithmetic: str, matmul: QuantizedMatmul | None, quiet: bool
+) -> tuple[list[dict[str, Any]], QuantizedMatmul]:
     """Test the kernels that a bundle needs; return the report's rows, and products that work around what is wrong."""
     shapes = kernel_test.shapes_of(layout, dtype, arithmetic, len(streams()))
     label = "compiling and testing kernels" if on_gpu() else "testing kernels"
     with long_step(label, len(shapes), "shape", quiet and not on_gpu()) as progress:
-        return kernel_test.check(shapes, products, progress.update)
+        return kernel_test.check(shapes, matmul, progress.update)
 
 
 def _measure(
     report: dict[str, Any],
     source: Source,
     stored: Bundle,
-    material: Material,
-    request: Request,
-    products: Products,
+    token_set: TokenSet,
+    request: VerifyOptions,
+    matmul: QuantizedMatmul,
     quiet: bool,
 ) -> None:
     """Fill in what only a bundle tells that can be read."""
@@ -150,28 +150,28 @@ def _measure(
     size = sum(2 * role.shape[0] * role.shape[-1] for role in roles(source.architecture).values())
     with byte_bar("comparing", size, quiet) as progress:
         where = _torch_device(request)
-        found: Measured = compare(source, stored, material, voices, progress, report["arithmetic"], where, products)
+        found: Measured = compare(source, stored, token_set, voices, progress, report["arithmetic"], where, matmul)
     report["weights"], report["activations"] = found.weights, found.activations
     report["predictions"] = found.predictions
     if request.rollout and not wrong:  # a session begins with a voice
-        report["rollout"] = _roll(source, stored, material, request, report["arithmetic"], products, quiet)
+        report["rollout"] = _roll(source, stored, token_set, request, report["arithmetic"], matmul, quiet)
 
 
 def _roll(
     source: Source,
     stored: Bundle,
-    material: Material,
-    request: Request,
+    token_set: TokenSet,
+    request: VerifyOptions,
     arithmetic: str,
-    products: Products,
+    matmul: QuantizedMatmul,
     quiet: bool,
 ) -> dict[str, Any]:
     a = source.architecture
     text = prompt_tokens(source.location.folder / TOKENIZER, a, PROMPT)
-    played = rollout.script(source, material, text, request.rollout)
+    played = rollout.script(source, token_set, text, request.rollout)
     total = 2 * (len(text) + 2 * PAUSE + request.rollout)
     with bar("speaking", total, "frame", quiet) as progress:
-        return rollout.run(source, stored, played, progress, arithmetic, _torch_device(request), products)
+        return rollout.run(source, stored, played, progress, arithmetic, _torch_device(request), matmul)
 
 
 def _verdict(report: dict[str, Any], manifest: dict[str, Any], agent_steps: int) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _count(layout: Layout) -> int:
     return sum(len(output.specs()) for output in layout.every())
 
 
-def _ran_on(request: Request) -> dict[str, Any]:
+def _ran_on(request: VerifyOptions) -> dict[str, Any]:
     return {
         "system": platform.system(),
         "machine": platform.machine(),
@@ -225,7 +225,7 @@ def _ran_on(request: Request) -> dict[str, Any]:
     }
 
 
-def _torch_device(request: Request) -> str:
+def _torch_device(request: VerifyOptions) -> str:
     return "cpu" if request.device == "cpu" else devices.device()
 
 

@@ -26,7 +26,7 @@ _PACKED = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
-class Piece:
+class Region:
     """Rows of an output that are measured for themselves: a depformer step's, or the q, k or v of a packed matrix."""
 
     output: Output
@@ -57,7 +57,7 @@ class Sums:
             self.max_abs, self.at = other.max_abs, other.at
 
 
-def pieces(output: Output) -> Iterator[Piece]:
+def pieces(output: Output) -> Iterator[Region]:
     """Cut an output into what is measured for itself."""
     height = (output.rows[1] - output.rows[0]) // output.parts
     names: tuple[str | None, ...] = _PACKED if output.role.module == "self_attn.in_proj" else (None,)
@@ -65,7 +65,7 @@ def pieces(output: Output) -> Iterator[Piece]:
         step = index if output.parts > 1 else output.step
         for place, name in enumerate(names):
             first = index * height + place * height // len(names)
-            yield Piece(output, first, first + height // len(names), step, name)
+            yield Region(output, first, first + height // len(names), step, name)
 
 
 def compare(
@@ -127,18 +127,18 @@ def _float32(array: NDArray[Any]) -> Floats:
 
 def _clipped(weights: Floats, packing: Packing) -> int:
     """Count weights that lie more than half a step outside of the range that the codes of their group reach."""
-    form = packing.form
+    quantization = packing.quantization
     step, start = (np.array(side.astype(mx.float32, stream=mx.cpu)) for side in (packing.scales, packing.biases))
-    end = start + step * ((1 << form.bits) - 1)
+    end = start + step * ((1 << quantization.bits) - 1)
     slack = np.abs(step) / 2
     low, high = np.minimum(start, end) - slack, np.maximum(start, end) + slack
-    groups = weights.reshape(len(weights), -1, form.group_size)
+    groups = weights.reshape(len(weights), -1, quantization.group_size)
     wide = (groups.min(-1) < low) | (groups.max(-1) > high)  # most groups reach far enough: look closer at the others
     beyond = (groups[wide] < low[wide][:, None]) | (groups[wide] > high[wide][:, None])
     return int(np.count_nonzero(beyond))
 
 
-def _row(piece: Piece, found: Sums, bundle: Bundle) -> dict[str, Any]:
+def _row(piece: Region, found: Sums, bundle: Bundle) -> dict[str, Any]:
     output = piece.output
     count = (piece.last - piece.first) * output.shape[-1]
     role = output.role
@@ -151,8 +151,8 @@ def _row(piece: Piece, found: Sums, bundle: Bundle) -> dict[str, Any]:
         "layer": role.layer,
         "step": piece.step,
         "part": piece.part,
-        "bits": output.form.bits if output.form else None,
-        "group_size": output.form.group_size if output.form else None,
+        "bits": output.quantization.bits if output.quantization else None,
+        "group_size": output.quantization.group_size if output.quantization else None,
         "bits_per_weight": 8 * output.nbytes / math.prod(output.shape),
         "parameters": count,
         "relative_rmse": root_ratio(found.error, found.norm),
@@ -160,8 +160,8 @@ def _row(piece: Piece, found: Sums, bundle: Bundle) -> dict[str, Any]:
         "cosine": found.along / math.sqrt(found.norm * found.length) if found.norm * found.length > 0 else None,
         "max_abs": found.max_abs,
         "max_abs_at": list(found.at),
-        "clipped": found.clipped / count if output.form else None,
-        "unequal": None if output.form else found.unequal,
+        "clipped": found.clipped / count if output.quantization else None,
+        "unequal": None if output.quantization else found.unequal,
         "squared_error": found.error,
         "squared_norm": found.norm,
     }

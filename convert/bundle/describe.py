@@ -19,7 +19,7 @@ def groups(plan: Plan) -> list[dict[str, Any]]:
     found: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     for file in plan.files:
         for output in file.outputs:
-            fate = output.form.label if output.form else f"kept, {plan.recipe.dtype}"
+            fate = output.quantization.label if output.quantization else f"kept, {plan.recipe.dtype}"
             key = (file.name, output.role.component, output.role.module, fate)
             names = ("file", "component", "module", "fate")
             entry = found.setdefault(
@@ -42,7 +42,7 @@ def summary(plan: Plan, workers: int) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "dtype": plan.recipe.dtype,
         "tensors": groups(plan),
-        "filled": dict(plan.inventory.filled),
+        "filled": dict(plan.inventory.copied_steps),
         "dropped": plan.dropped,
         "files": {file.name: file.nbytes for file in plan.files},
         "total_bytes": plan.nbytes,
@@ -78,7 +78,7 @@ def text(plan: Plan, workers: int) -> str:
         for file in plan.files
         if file.copy or file.text
     ]
-    lines += [f"{name}: filled from {origin}" for name, origin in plan.inventory.filled]
+    lines += [f"{name}: filled from {origin}" for name, origin in plan.inventory.copied_steps]
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.dropped.items():
         reasons.setdefault(reason, []).append(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .manifest import read_manifest, strangers
+from .manifest import read_manifest, untracked_files
 from .plan import Plan
 
 
@@ -36,7 +36,7 @@ def check_output(output: Path, force: bool = False) -> dict[str, Any] | None:
     manifest = read_manifest(output)
     if manifest is None and any(output.iterdir()):
         raise UserError(f"{output}: holds files that are no bundle: choose another --output, or empty it")
-    if manifest and force and (others := strangers(output, manifest)):
+    if manifest and force and (others := untracked_files(output, manifest)):
         raise UserError(f"{output}: holds files that are not of its bundle ({', '.join(others)}): move them first")
     if manifest is None or force:
         _check_writable(output)
@@ -66,7 +66,7 @@ def make_place(plan: Plan, output: Path, solved: bool) -> None:
     """
     make_parent(output)
     with disk_errors(output):
-        folders = (output.with_name(f"{output.name}.partial"), solution_folder(output))
+        folders = (output.with_name(f"{output.name}.partial"), store_folder(output))
         there = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
         free = shutil.disk_usage(output.parent).free
         needed = plan.free_disk + (plan.nbytes if solved else 0)
@@ -85,7 +85,7 @@ def enter_again(output: Path) -> None:
         os.chdir(output)
 
 
-def solution_folder(output: Path) -> Path:
+def store_folder(output: Path) -> Path:
     """Return where quantized weights are kept until a bundle is whole."""
     return output.with_name(f"{output.name}.solution.partial")
 

@@ -20,7 +20,7 @@ ORDER = (*MODEL, "codec", "voices", "other")
 
 
 @dataclass(frozen=True)
-class Held:
+class StoredTensor:
     """One stored tensor. parameters: the weights that it stands for; scales and biases stand for none."""
 
     file: str
@@ -42,7 +42,7 @@ class Contents:
 
     folder: Path
     kind: str
-    tensors: list[Held]
+    tensors: list[StoredTensor]
     files: dict[str, int]
     missing: list[str]
     voices: list[str]
@@ -72,7 +72,7 @@ class Contents:
         return said
 
 
-def _row(name: str, tensors: list[Held]) -> dict[str, Any]:
+def _row(name: str, tensors: list[StoredTensor]) -> dict[str, Any]:
     parameters, nbytes = sum(held.parameters for held in tensors), sum(held.nbytes for held in tensors)
     return {
         "component": name,
@@ -127,14 +127,14 @@ def _known(manifest: dict[str, Any]) -> Known:
     return found
 
 
-def _held(folder: Path, file: str, known: Known) -> Iterator[Held]:
+def _held(folder: Path, file: str, known: Known) -> Iterator[StoredTensor]:
     """Yield the tensors of a file."""
     place = {CODEC: "codec", SWIFT_CODEC: "codec"}.get(file) or ("voices" if file.startswith("voices") else "other")
     with closing(TensorFile(folder / file)) as opened:
         for name, spec in opened.specs.items():
             component, parameters = known.get((file, name), (place, None))
             count = spec.parameters if parameters is None else parameters
-            yield Held(file, name, spec.dtype, spec.shape, component, count, spec.nbytes)
+            yield StoredTensor(file, name, spec.dtype, spec.shape, component, count, spec.nbytes)
         if opened.unknown:
             dtypes = sorted({*opened.unknown.values()} - DTYPES.keys())
             raise UserError(f"{folder / file}: holds tensors of dtype {', '.join(dtypes)}, which no runtime here loads")

@@ -7,13 +7,13 @@ from tqdm import tqdm
 
 from ..file_names import MANIFEST
 from ..source.scan import hash_file
-from .manifest import files_of, strangers
+from .manifest import files_of, untracked_files
 
 
 def differences(folder: Path, manifest: dict[str, Any], bar: "tqdm[Any]") -> list[str]:
     """Hash every file of a bundle and return what is not as its manifest says, one sentence each."""
     sizes = files_of(folder)
-    found = [f"{name}: not named in {MANIFEST}" for name in strangers(folder, manifest)]
+    found = [f"{name}: not named in {MANIFEST}" for name in untracked_files(folder, manifest)]
     for name, record in manifest["files"].items():
         if name not in sizes:
             found.append(f"{name}: missing")

@@ -27,7 +27,7 @@ _LARGEST = 64 << 20  # bytes; that of the 7B model has 300 thousand
 
 
 def fingerprint(
-    plan: Plan, source: Source, prints: Mapping[str, Fingerprint], solved: Mapping[str, Any] | None = None
+    plan: Plan, source: Source, fingerprints: Mapping[str, Fingerprint], solved: Mapping[str, Any] | None = None
 ) -> str:
     """Return what stands for everything that decides a bundle: toolkit, libraries, source, recipe and plan.
 
@@ -38,13 +38,13 @@ def fingerprint(
         "toolkit": version(TOOLKIT),
         "libraries": {name: version(name) for name in _LIBRARIES},
         "revision": location.revision,
-        "licence": location.licence and asdict(location.licence),
-        "source": {name: found.sha256 for name, found in prints.items()},
+        "licence": location.license and asdict(location.license),
+        "source": {name: found.sha256 for name, found in fingerprints.items()},
         "adapter": source.adapter,
         "calibration": solved,
         "recipe": to_toml(plan.recipe),
         "identity": plan.inventory.identity,
-        "filled": plan.inventory.filled,
+        "filled": plan.inventory.copied_steps,
         "files": [(file.name, file.nbytes, file.text) for file in plan.files],
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -53,7 +53,7 @@ def fingerprint(
 def make_manifest(
     plan: Plan,
     source: Source,
-    prints: Mapping[str, Fingerprint],
+    fingerprints: Mapping[str, Fingerprint],
     records: Mapping[str, Mapping[str, Any]],
     solved: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -65,15 +65,15 @@ def make_manifest(
     tensors = [{"file": file.name, **entry} for file in plan.files for entry in records[file.name].get("tensors", ())]
     return {
         "manifest_version": VERSION,
-        "fingerprint": fingerprint(plan, source, prints, solved),
+        "fingerprint": fingerprint(plan, source, fingerprints, solved),
         "toolkit": {"name": TOOLKIT, "version": version(TOOLKIT)},
         "libraries": {name: version(name) for name in _LIBRARIES},
         "source": {
             "id": plan.inventory.identity,
             "revision": location.revision,
-            "files": {name: asdict(found) for name, found in prints.items()},
-            "filled": dict(plan.inventory.filled),
-            "license": location.licence and asdict(location.licence),
+            "files": {name: asdict(found) for name, found in fingerprints.items()},
+            "filled": dict(plan.inventory.copied_steps),
+            "license": location.license and asdict(location.license),
             "adapter": source.adapter,
         },
         "calibration": solved,
@@ -146,7 +146,7 @@ def _inside(folder: Path, name: str) -> bool:
     return name.isprintable() and (folder / name).resolve().is_relative_to(folder.resolve())
 
 
-def strangers(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def untracked_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Return files in a bundle's folder that neither its manifest names nor this toolkit adds to a bundle."""
     return [name for name in files_of(folder) if name not in manifest["files"] and not _added(name)]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ...quant.affine import Affine
+from ...quant.affine import QuantizationConfig
 from ..file_names import CODEC, TOKENIZER
 from ..source.architecture import Architecture, to_config
 from ..source.tensors import Role, roles
@@ -48,16 +48,20 @@ def _slice(role: Role, step: int, steps: int) -> Output:
 
 def runtime_split(outputs: Sequence[Output]) -> dict[str, list[Output]]:
     """Return the one file that moshi_mlx looks for, named after its quantization."""
-    return {RUNTIME_FORMS[_setting(next(output.form for output in outputs if output.role.kind != "norm"))]: [*outputs]}
+    return {
+        RUNTIME_FORMS[_setting(next(output.quantization for output in outputs if output.role.kind != "norm"))]: [
+            *outputs
+        ]
+    }
 
 
-def _setting(form: Affine | None) -> tuple[int, int] | None:
-    return (form.bits, form.group_size) if form else None
+def _setting(quantization: QuantizationConfig | None) -> tuple[int, int] | None:
+    return (quantization.bits, quantization.group_size) if quantization else None
 
 
 def runtime_problems(architecture: Architecture, outputs: Sequence[Output]) -> list[str]:
     """Return what of a quantization or size moshi_mlx and personaplex-mlx cannot load."""
-    settings = {_setting(output.form) for output in outputs if output.role.kind != "norm"}
+    settings = {_setting(output.quantization) for output in outputs if output.role.kind != "norm"}
     found = []
     if len(settings) > 1 or not settings <= set(RUNTIME_FORMS):
         listed = ", ".join(sorted(f"{s[0]} bit group {s[1]}" if s else "16 bit" for s in settings))
@@ -107,7 +111,7 @@ def sharded_config(
 ) -> dict[str, Any]:
     """Return a Moshi config with mlx_lm's ``quantization``: the commonest setting, and every module that differs."""
     weights = [output for output in outputs if output.role.kind != "norm"]
-    settings = [_setting(output.form) for output in weights]
+    settings = [_setting(output.quantization) for output in weights]
     quantized = [setting for setting in settings if setting]
     config = _config(architecture, base_model) | {"voices": voices}
     if not quantized:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ...quant.affine import Affine
+from ...quant.affine import QuantizationConfig
 from ..source.tensors import Role
 from ..tensorfile import Spec
 
@@ -22,7 +22,7 @@ class Output:
     shape: tuple[int, ...]
     step: int | None = None
     dtype: str = "BF16"
-    form: Affine | None = None
+    quantization: QuantizationConfig | None = None
 
     @property
     def parts(self) -> int:
@@ -36,13 +36,13 @@ class Output:
 
     def specs(self) -> list[Spec]:
         """Return what the output puts into its file, in order: the weight, then its scales and biases."""
-        if self.form is None:
+        if self.quantization is None:
             return [Spec(self.name, self.dtype, self.shape)]
         rows, columns = self.shape
         stem = self.name.removesuffix("weight")
-        sides = (rows, columns // self.form.group_size)
+        sides = (rows, columns // self.quantization.group_size)
         return [
-            Spec(self.name, "U32", (rows, columns * self.form.bits // 32)),
+            Spec(self.name, "U32", (rows, columns * self.quantization.bits // 32)),
             Spec(f"{stem}scales", self.dtype, sides),
             Spec(f"{stem}biases", self.dtype, sides),
         ]

@@ -39,7 +39,7 @@ class Inventory:
     sizes: dict[str, int]
     voices: dict[str, tuple[int, int]]
     others: tuple[str, ...] = ()
-    filled: tuple[tuple[str, str], ...] = ()
+    copied_steps: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def make_plan(inventory: Inventory, recipe: Recipe) -> Plan:
     dtype = DTYPES[recipe.dtype]
     inventory, unused = _trimmed(inventory, recipe.depformer_steps)
     outputs = [
-        replace(output, dtype=dtype, form=recipe.form(output.role, output.step))
+        replace(output, dtype=dtype, quantization=recipe.quantization(output.role, output.step))
         for output in target.layout(inventory.architecture)
     ]
     refuse(target.problems(inventory.architecture, outputs) + _problems(recipe, outputs))
@@ -150,8 +150,8 @@ def _trimmed(inventory: Inventory, steps: int | None) -> tuple[Inventory, dict[s
             unused[name] = why
         elif few[name].shape != role.shape:
             unused[f"{name} rows {few[name].shape[0]}-{role.shape[0] - 1}"] = why
-    filled = tuple(pair for pair in inventory.filled if pair[0] in few)
-    return replace(inventory, architecture=replace(full, steps=steps), filled=filled), unused
+    copied_steps = tuple(pair for pair in inventory.copied_steps if pair[0] in few)
+    return replace(inventory, architecture=replace(full, steps=steps), copied_steps=copied_steps), unused
 
 
 def _problems(recipe: Recipe, outputs: Sequence[Output]) -> list[str]:
@@ -167,9 +167,9 @@ def _problems(recipe: Recipe, outputs: Sequence[Output]) -> list[str]:
             problems.append(f"recipe {recipe.name}: a rule{where} {why}: correct it")
         left -= matched
     uneven = Counter(
-        (output.role.component, output.role.module, output.shape[-1], output.form.group_size)
+        (output.role.component, output.role.module, output.shape[-1], output.quantization.group_size)
         for output in outputs
-        if output.form and output.shape[-1] % output.form.group_size
+        if output.quantization and output.shape[-1] % output.quantization.group_size
     )
     for (component, module, columns, size), count in uneven.items():
         allowed = [str(smaller) for smaller in (64, 32) if columns % smaller == 0 and smaller < size]

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ...quant.affine import Affine, Quantized, dequantize
+from ...quant.affine import QuantizationConfig, Quantized, dequantize
 from ..tensorfile import Spec, TensorFile, TensorWriter
 from .output_tensor import Output
 from .workspace import write_durably
@@ -21,7 +21,7 @@ _INDEX = "solution.json"
 _DTYPES = {"weight": "U32", "scales": "F32", "biases": "F32"}
 
 
-class Solution:
+class QuantizedStore:
     """A folder of solved matrices, for one conversion only; a context manager.
 
     mark: what stands for all that decides them; a folder of another mark is begun anew. adjusted: what had to be done
@@ -98,12 +98,12 @@ class Solution:
 
     def make(self, output: Output, first: int, array: NDArray[Any], storage: np.dtype[Any]) -> Quantized:
         """Return rows of an output, from ``first`` on; array: the same rows of the source, to tell what was lost."""
-        if output.form is None:
+        if output.quantization is None:
             raise ValueError(f"{output.name} stays float")
         part, row = divmod(output.rows[0] + first, _height(output))
         made = self.read((output.role.name, part), row, row + len(array), storage)
         wide = array.astype(np.float32)
-        lost = wide - dequantize(made, output.form)
+        lost = wide - dequantize(made, output.quantization)
         error, norm = (float(np.square(values, dtype=np.float64).sum()) for values in (lost, wide))
         return Quantized(made.weight, made.scales, made.biases, error, norm, 0, 0)
 
@@ -135,23 +135,23 @@ def _arrays(solved: Mapping[Part, Quantized]) -> Iterator[tuple[str, NDArray[Any
 
 
 @dataclass(frozen=True)
-class Solver:
+class LayerwiseQuantizer:
     """What quantizes matrices that need more than themselves. record: what the manifest says of it.
 
     solve: fills a solution; it may be one that an earlier run began.
     """
 
     record: dict[str, Any]
-    solve: Callable[[Solution], None]
+    solve: Callable[[QuantizedStore], None]
 
 
-def forms_of(outputs: list[Output]) -> dict[Part, tuple[Affine, str]]:
+def quantizations_of(outputs: list[Output]) -> dict[Part, tuple[QuantizationConfig, str]]:
     """Return how each part of each source tensor is quantized, and the dtype of its scales and biases."""
-    found: dict[Part, tuple[Affine, str]] = {}
+    found: dict[Part, tuple[QuantizationConfig, str]] = {}
     for output in outputs:
-        if output.form:
+        if output.quantization:
             for part in range(output.rows[0] // _height(output), output.rows[1] // _height(output)):
-                found[output.role.name, part] = (output.form, output.dtype)
+                found[output.role.name, part] = (output.quantization, output.dtype)
     return found
 
 

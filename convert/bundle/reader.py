@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ...quant.affine import Affine
+from ...quant.affine import QuantizationConfig
 from ..errors import UserError, refuse
 from ..file_names import CONFIG, VOICES
 from ..source.architecture import Architecture, read_config
@@ -58,7 +58,7 @@ def layout_of(folder: Path) -> tuple[dict[str, Any], Layout]:
     entries = {(entry["source"], entry["outputs"][0]): entry for entry in manifest["tensors"] if "outputs" in entry}
     architecture = architecture_of(manifest)
     outputs = [
-        replace(output, dtype=dtype, form=_form(entries.get((output.role.name, output.name), {})))
+        replace(output, dtype=dtype, quantization=_quantization(entries.get((output.role.name, output.name), {})))
         for output in target.layout(architecture)
     ]
     names = target.split(outputs)
@@ -69,13 +69,13 @@ def layout_of(folder: Path) -> tuple[dict[str, Any], Layout]:
     return manifest, Layout(target, architecture, by_source, files)
 
 
-def _form(entry: dict[str, Any]) -> Affine | None:
+def _quantization(entry: dict[str, Any]) -> QuantizationConfig | None:
     if "bits" not in entry:
         return None
-    form = Affine(entry["bits"], entry["group_size"])
-    if form.problems():
-        raise UserError(f"manifest.json: {entry['outputs'][0]}: {'; '.join(form.problems())}")
-    return form
+    quantization = QuantizationConfig(entry["bits"], entry["group_size"])
+    if quantization.problems():
+        raise UserError(f"manifest.json: {entry['outputs'][0]}: {'; '.join(quantization.problems())}")
+    return quantization
 
 
 class Bundle:

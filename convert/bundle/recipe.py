@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from ...quant.affine import SOLVED, Affine
+from ...quant.affine import DATA_DRIVEN, QuantizationConfig
 from ..source.tensors import Role
 
 LIMITS = ("text_kl", "codebook0_kl", "agent_kl", "agent_top1")  # the figures of a verification that a recipe may limit
@@ -20,7 +20,7 @@ class Rule:
     steps are inclusive ranges.
     """
 
-    form: Affine | None
+    quantization: QuantizationConfig | None
     components: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     layers: tuple[tuple[int, int], ...] = ()
@@ -59,28 +59,37 @@ class Recipe:
     original: str = ""
     depformer_steps: int | None = None
 
-    def form(self, role: Role, step: int | None) -> Affine | None:
+    def quantization(self, role: Role, step: int | None) -> QuantizationConfig | None:
         """Return how an output is quantized, None if it stays float; norms always do.
 
         A table of embeddings has no inputs to go by: it takes ``lsq`` where its rule says ``gptq``.
         """
         if role.kind == "norm":
             return None
-        found = next((rule.form for rule in self.rules if rule.matches(role, step)), None)
-        return replace(found, method="lsq") if found and found.method in SOLVED and role.kind == "embedding" else found
+        found = next((rule.quantization for rule in self.rules if rule.matches(role, step)), None)
+        return (
+            replace(found, method="lsq")
+            if found and found.method in DATA_DRIVEN and role.kind == "embedding"
+            else found
+        )
 
     def with_method(self, method: str) -> "Recipe":
         """Return the recipe with another quantizer in every rule that quantizes."""
-        rules = (replace(rule, form=rule.form and replace(rule.form, method=method)) for rule in self.rules)
+        rules = (
+            replace(rule, quantization=rule.quantization and replace(rule.quantization, method=method))
+            for rule in self.rules
+        )
         return replace(self, rules=tuple(rules))
 
 
-def uniform(form: Affine | None, target: str, dtype: str, components: tuple[str, ...]) -> Recipe:
+def uniform(quantization: QuantizationConfig | None, target: str, dtype: str, components: tuple[str, ...]) -> Recipe:
     """Return the recipe that quantizes whole components alike, or nothing."""
-    if form is None:
+    if quantization is None:
         return Recipe("float", target, dtype, description="nothing is quantized")
-    name = f"{form.bits}bit-g{form.group_size}"
-    return Recipe(name, target, dtype, (Rule(form, components),), f"{form.label}: {', '.join(components)}")
+    name = f"{quantization.bits}bit-g{quantization.group_size}"
+    return Recipe(
+        name, target, dtype, (Rule(quantization, components),), f"{quantization.label}: {', '.join(components)}"
+    )
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -101,11 +110,11 @@ def to_toml(recipe: Recipe) -> str:
             for key, ranges in (("layers", rule.layers), ("steps", rule.steps))
             if ranges
         ]
-        if rule.form is None:
+        if rule.quantization is None:
             lines.append("keep = true")
         else:
-            lines += [f"bits = {rule.form.bits}", f"group_size = {rule.form.group_size}"]
-            lines.append(f'method = "{rule.form.method}"')
+            lines += [f"bits = {rule.quantization.bits}", f"group_size = {rule.quantization.group_size}"]
+            lines.append(f'method = "{rule.quantization.method}"')
     if recipe.parity:
         lines += ["", "[parity]"] + [f"{key} = {value}" for key, value in recipe.parity.items()]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...quant.affine import DEFAULT_METHOD, Affine
+from ...quant.affine import DEFAULT_METHOD, QuantizationConfig
 from ..errors import UserError, check_name, refuse
 from ..regular_files import read_regular
 from ..source.tensors import COMPONENTS
@@ -90,7 +90,7 @@ def _rule(data: dict[str, Any], number: int, line: int, wrong: Wrong) -> Rule:
         if component not in COMPONENTS:
             wrong("components", f"unknown component {component!r}: use {', '.join(COMPONENTS)}", number)
     keep = data.get("keep", False)
-    form = None
+    quantization = None
     if keep is True:
         for key in ("bits", "group_size", "method"):
             if key in data:
@@ -101,11 +101,13 @@ def _rule(data: dict[str, Any], number: int, line: int, wrong: Wrong) -> Rule:
         for key in ("bits", "group_size"):
             if key not in data:
                 wrong("", f"a rule has no {key}: add it, or keep = true", number)
-        form = Affine(data.get("bits", 4), data.get("group_size", 64), data.get("method", DEFAULT_METHOD))
-        for problem in form.problems():
+        quantization = QuantizationConfig(
+            data.get("bits", 4), data.get("group_size", 64), data.get("method", DEFAULT_METHOD)
+        )
+        for problem in quantization.problems():
             wrong(problem.split()[0], problem, number)
     layers, steps = (_ranges(data, key, number, wrong) for key in ("layers", "steps"))
-    return Rule(form, components, _names(data, "modules", number, wrong), layers, steps, line)
+    return Rule(quantization, components, _names(data, "modules", number, wrong), layers, steps, line)
 
 
 def _names(data: dict[str, Any], key: str, number: int, wrong: Wrong) -> tuple[str, ...]:

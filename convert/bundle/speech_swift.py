@@ -43,21 +43,21 @@ def problems(architecture: Architecture, outputs: Sequence[Output]) -> list[str]
             "the targets moshi-mlx and mlx load fewer"
         )
     linears = [output for output in outputs if output.role.kind == "linear"]
-    settings = sorted({(o.form.bits, o.form.group_size) for o in outputs if o.form})
+    settings = sorted({(o.quantization.bits, o.quantization.group_size) for o in outputs if o.quantization})
     if len(settings) > 1:
         listed = ", ".join(f"{bits} bit group {size}" for bits, size in settings)
         found.append(f"speech-swift loads one setting for all quantized layers, not {listed}: choose one of them")
     for component in ("embeddings", "heads"):
-        if any(output.form for output in outputs if output.role.component == component):
+        if any(output.quantization for output in outputs if output.role.component == component):
             found.append(f"speech-swift loads {component} as floats: keep them (quantize temporal and depformer only)")
     quantized = {}
     for component in FILES:
-        forms = [output.form is not None for output in linears if output.role.component == component]
-        quantized[component] = any(forms)
-        if any(forms) and not all(forms):
+        quantizations = [output.quantization is not None for output in linears if output.role.component == component]
+        quantized[component] = any(quantizations)
+        if any(quantizations) and not all(quantizations):
             found.append(
                 f"speech-swift loads all linear layers of the {component} quantized or none: "
-                f"the recipe quantizes {sum(forms)} of {len(forms)}; the target mlx can mix"
+                f"the recipe quantizes {sum(quantizations)} of {len(quantizations)}; the target mlx can mix"
             )
     if quantized["depformer"] and not quantized["temporal"]:
         found.append("speech-swift loads a quantized depformer only beside a quantized temporal: quantize both")
@@ -67,8 +67,8 @@ def problems(architecture: Architecture, outputs: Sequence[Output]) -> list[str]
 def config(architecture: Architecture, outputs: Sequence[Output], base_model: str, voices: list[str]) -> dict[str, Any]:
     """Return config.json as the Swift library reads it."""
     a = architecture
-    forms = {output.role.component: output.form for output in outputs if output.form}
-    form = next(iter(forms.values()), None)
+    quantizations = {output.role.component: output.quantization for output in outputs if output.quantization}
+    quantization = next(iter(quantizations.values()), None)
     return {
         "model_type": "personaplex",
         "version": "1.0",
@@ -107,9 +107,9 @@ def config(architecture: Architecture, outputs: Sequence[Output], base_model: st
         "sampling": dict(SAMPLING),
         "delays": list(a.delays),
         "quantization": {
-            "bits": form.bits if form else 16,
-            "group_size": form.group_size if form else 64,
-            "quantized_components": [name for name in FILES if name in forms],
+            "bits": quantization.bits if quantization else 16,
+            "group_size": quantization.group_size if quantization else 64,
+            "quantized_components": [name for name in FILES if name in quantizations],
         },
         "voices": voices,
     }

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ...quant.affine import SOLVED, Quantized, quantize, relative_rmse
+from ...quant.affine import DATA_DRIVEN, Quantized, quantize, relative_rmse
 from ...quant.casting import Cast, cast
 from ..errors import UserError
 from ..parallel import in_order
@@ -19,11 +19,11 @@ from ..source.voices import Voice
 from ..tensorfile import DTYPES, HashingFile, Spec, TensorWriter
 from .output_tensor import Output
 from .plan import BLOCK_WEIGHTS, METADATA, PlannedFile
-from .quantized_store import Solution
+from .quantized_store import QuantizedStore
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Rows ``first`` to ``last`` of an output, all of one depformer step where several are stacked."""
 
     output: Output
@@ -33,7 +33,7 @@ class Block:
 
 
 @dataclass
-class Loss:
+class ErrorStats:
     """What an output lost, summed over its blocks and kept for each stacked step apart."""
 
     squared_error: NDArray[np.float64]
@@ -58,12 +58,12 @@ class Loss:
             "rows": list(output.rows),
             "outputs": [spec.name for spec in output.specs()],
         }
-        if output.form:
+        if output.quantization:
             total = relative_rmse(float(self.squared_error.sum()), float(self.squared_norm.sum()))
             entry |= {
-                "bits": output.form.bits,
-                "group_size": output.form.group_size,
-                "method": output.form.method,
+                "bits": output.quantization.bits,
+                "group_size": output.quantization.group_size,
+                "method": output.quantization.method,
                 "relative_rmse": _rounded(total),
             }
             if output.parts > 1:
@@ -78,7 +78,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def blocks(outputs: tuple[Output, ...]) -> Iterator[Block]:
+def blocks(outputs: tuple[Output, ...]) -> Iterator[RowBlock]:
     """Cut outputs into blocks of about BLOCK_WEIGHTS weights; how does not depend on the machine."""
     for output in outputs:
         rows = output.rows[1] - output.rows[0]
@@ -86,21 +86,21 @@ def blocks(outputs: tuple[Output, ...]) -> Iterator[Block]:
         step = max(1, BLOCK_WEIGHTS // output.shape[-1])
         for part in range(output.parts):
             for first in range(part * height, (part + 1) * height, step):
-                yield Block(output, part, first, min(first + step, (part + 1) * height))
+                yield RowBlock(output, part, first, min(first + step, (part + 1) * height))
 
 
-def _make(checkpoint: Checkpoint, block: Block, solution: Solution | None) -> Quantized | Cast:
+def _make(checkpoint: Checkpoint, block: RowBlock, store: QuantizedStore | None) -> Quantized | Cast:
     """Read a block and quantize or cast it, or take what was solved for it."""
     output, start = block.output, block.output.rows[0]
     array = checkpoint.read(output.role.name, start + block.first, start + block.last, once=True)
-    if output.form is None:
+    if output.quantization is None:
         return cast(array, DTYPES[output.dtype])
-    if output.form.method in SOLVED:
-        if solution is None:
+    if output.quantization.method in DATA_DRIVEN:
+        if store is None:
             raise ValueError(f"{output.role.name} was not solved")
-        return solution.make(output, block.first, array, DTYPES[output.dtype])
+        return store.make(output, block.first, array, DTYPES[output.dtype])
     try:
-        return quantize(array, output.form, DTYPES[output.dtype])
+        return quantize(array, output.quantization, DTYPES[output.dtype])
     except ValueError as error:
         raise UserError(
             f"{output.role.name}: {error}: did the source change meanwhile? Run the command again"
@@ -113,7 +113,7 @@ def write_tensors(
     checkpoint: Checkpoint,
     workers: int,
     bar: "tqdm[Any]",
-    solution: Solution | None = None,
+    store: QuantizedStore | None = None,
 ) -> tuple[str, list[dict[str, Any]]]:
     """Write a file of tensors; return its sha256 and the manifest's entry for each output.
 
@@ -123,7 +123,7 @@ def write_tensors(
     entries = []
     bar.update(writer.header_bytes)
     try:
-        made = in_order(lambda block: (block, _make(checkpoint, block, solution)), blocks(file.outputs), workers)
+        made = in_order(lambda block: (block, _make(checkpoint, block, store)), blocks(file.outputs), workers)
         loss = _no_loss(file.outputs[0])
         for block, result in made:
             output = block.output
@@ -134,7 +134,7 @@ def write_tensors(
                 for spec, side in zip(output.specs()[1:], zip(*loss.sides, strict=True), strict=True):
                     bar.update(writer.append(spec.name, np.concatenate(side)))
                 checksums = [f"{writer.checksums[spec.name]:08x}" for spec in output.specs()]
-                adjusted = solution.adjustments(output) if solution and output.form else []
+                adjusted = store.adjustments(output) if store and output.quantization else []
                 entries.append(
                     loss.record(output) | ({"adjusted": adjusted} if adjusted else {}) | {"crc32": checksums}
                 )
@@ -144,8 +144,8 @@ def write_tensors(
         writer.close()
 
 
-def _no_loss(output: Output) -> Loss:
-    return Loss(np.zeros(output.parts), np.zeros(output.parts))
+def _no_loss(output: Output) -> ErrorStats:
+    return ErrorStats(np.zeros(output.parts), np.zeros(output.parts))
 
 
 def write_voice(path: Path, voice: Voice, specs: list[Spec], bar: "tqdm[Any]") -> tuple[str, list[dict[str, Any]]]:

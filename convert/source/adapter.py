@@ -28,7 +28,7 @@ _LARGEST_CONFIG = 1 << 20
 
 
 @dataclass(frozen=True)
-class Piece:
+class LoraPair:
     """What is added to rows of a tensor. first, rows: where. a, b: matrices, and their rows from which on it is.
 
     Of a it is ``[rank, in]``, of b ``[rows, rank]``.
@@ -50,7 +50,7 @@ class Adapter:
     rank: int
     scaling: float
     file: TensorFile
-    pieces: dict[str, tuple[Piece, ...]]
+    pieces: dict[str, tuple[LoraPair, ...]]
 
     def merged(self, name: str, first: int, weights: NDArray[Any]) -> NDArray[Any]:
         """Return rows of a tensor, from ``first`` on, with what the adapter adds to them, as float32.
@@ -150,7 +150,7 @@ def _settings(path: Path) -> tuple[int, float]:
     return rank, float(scaling)
 
 
-def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str, tuple[Piece, ...]]:
+def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str, tuple[LoraPair, ...]]:
     """Give every pair of matrices its rows in the checkpoint; raises UserError with all that do not fit."""
     known = roles(architecture)
     problems = [f"{name}: stands there twice" for name in file.doubled]
@@ -161,7 +161,7 @@ def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str,
             problems.append(f"{name}: not a matrix of a LoRA (its names end in lora_A.weight and lora_B.weight)")
         else:
             stems.setdefault(match["stem"], set()).add(match["side"])
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[LoraPair]] = {}
     for stem, sides in stems.items():
         place = _place(stem, known)
         if place is None:
@@ -181,7 +181,7 @@ def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str,
             problems.append(f"{stem}: another matrix of the adapter is for the same rows")
         height = rows // whole
         pieces.setdefault(name, []).extend(
-            Piece(first + step * height, height, (a, step * rank), (b, step * height)) for step in range(whole)
+            LoraPair(first + step * height, height, (a, step * rank), (b, step * height)) for step in range(whole)
         )
     if not stems and not problems:
         problems.append("holds no matrices")

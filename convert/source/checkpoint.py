@@ -20,7 +20,7 @@ ZEROS = "zeros"
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorRows:
     """Rows 0 to ``rows`` of a tensor in the file, or rows of zeros where ``tensor`` is ZEROS."""
 
     tensor: str
@@ -33,7 +33,7 @@ class Tensor:
 
     role: Role
     spec: Spec
-    parts: tuple[Part, ...]
+    parts: tuple[TensorRows, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Checkpoint:
     file: TensorFile
     architecture: Architecture
     tensors: dict[str, Tensor]
-    filled: dict[str, str]
+    copied_steps: dict[str, str]
     merge: Callable[[str, int, NDArray[Any]], NDArray[Any]] | None = None
     merged: frozenset[str] = frozenset()
     merge_file: TensorFile | None = None
@@ -88,8 +88,8 @@ class Checkpoint:
             name: replace(self.tensors[name], role=role, spec=replace(self.tensors[name].spec, shape=role.shape))
             for name, role in roles(architecture).items()
         }
-        filled = {name: origin for name, origin in self.filled.items() if name in tensors}
-        return replace(self, architecture=architecture, tensors=tensors, filled=filled)
+        copied_steps = {name: origin for name, origin in self.copied_steps.items() if name in tensors}
+        return replace(self, architecture=architecture, tensors=tensors, copied_steps=copied_steps)
 
     def read(self, name: str, first: int, last: int, once: bool = False) -> NDArray[Any]:
         """Return rows ``first`` to ``last`` of a tensor seen as a matrix, in the dtype that its ``spec`` names."""
@@ -148,7 +148,8 @@ def _claim(file: TensorFile, expected: dict[str, Role]) -> dict[str, Tensor]:
         problems.insert(0, f"{where} (config.json's, or PersonaPlex-7B's where it gives no dim)")
     refuse(problems)
     return {
-        name: Tensor(role, file.specs[name], (Part(name, file.specs[name].rows),)) for name, role in expected.items()
+        name: Tensor(role, file.specs[name], (TensorRows(name, file.specs[name].rows),))
+        for name, role in expected.items()
     }
 
 
@@ -158,7 +159,7 @@ def _fill(few: dict[str, Tensor], expected: dict[str, Role]) -> tuple[dict[str, 
     The reference copies index i to i + 8. Embedding 7 (of step 8) has no counterpart among the 7 that base Moshi
     holds; the reference leaves it as it was initialized, we write zeros.
     """
-    tensors, filled = {}, {}
+    tensors, copied_steps = {}, {}
     for name, role in expected.items():
         if name in few and few[name].role.stacked == role.stacked:
             tensors[name] = few[name]
@@ -166,12 +167,12 @@ def _fill(few: dict[str, Tensor], expected: dict[str, Role]) -> tuple[dict[str, 
         if name in few:
             origin = few[name]
             parts = origin.parts * (role.stacked // origin.role.stacked)
-            filled[name] = f"{name}: its {MOSHI_STEPS} steps, twice"
+            copied_steps[name] = f"{name}: its {MOSHI_STEPS} steps, twice"
         else:
             index = r"(gating|linears|depformer_in|depformer_emb)\.(\d+)\."
             copied = re.sub(index, lambda match: f"{match[1]}.{int(match[2]) - MOSHI_STEPS}.", name)
             origin = few.get(copied, few["depformer_emb.0.weight"])
-            parts = (Part(copied if copied in few else ZEROS, origin.spec.rows),)
-            filled[name] = parts[0].tensor
+            parts = (TensorRows(copied if copied in few else ZEROS, origin.spec.rows),)
+            copied_steps[name] = parts[0].tensor
         tensors[name] = Tensor(role, Spec(name, origin.spec.dtype, role.shape), parts)
-    return tensors, filled
+    return tensors, copied_steps

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from ..errors import CheckFailed, UserError, refuse
 from ..progress import byte_bar
-from .hub_client import TRIES, asked_wait, git_blob, is_passing, patiently, silent_client, told
+from .hub_client import TRIES, asked_wait, git_blob, is_transient, silent_client, translate_errors, with_retries
 
 _PATIENCE = 60.0  # seconds without a byte
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # names a file in the cache
@@ -59,7 +59,7 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskBudget:
     """Where the bundle will stand, and its bytes for each byte that is downloaded: both must fit on the disk."""
 
     folder: Path
@@ -85,19 +85,19 @@ def download(
     revision: str | None,
     files: Sequence[str],
     optional: Sequence[str] = (),
-    room: Room | None = None,
+    room: DiskBudget | None = None,
     quiet: bool = False,
 ) -> tuple[Path, str]:
     """Download files of a model repository into the Hub's cache; return their folder and the commit.
 
     optional: files that are taken where they are there. What is in the cache is not fetched again. Raises UserError,
-    one line for what the user can do (accept a licence, give a token, mend the id or the network, free some disk), and
+    one line for what the user can do (accept a license, give a token, mend the id or the network, free some disk), and
     CheckFailed for a file whose hash is not the Hub's.
     """
-    with silent_client(), told(repository, revision):
+    with silent_client(), translate_errors(repository, revision):
         api = HfApi()
         try:
-            resolved = patiently(lambda: api.resolve_revision(repository, revision=revision))
+            resolved = with_retries(lambda: api.resolve_revision(repository, revision=revision))
         except (RevisionResolutionError, RepositoryNotFoundError, HfHubHTTPError) as error:
             if not isinstance(error, RevisionNotFoundError) and (found := cached(repository, revision, files)):
                 return found
@@ -135,7 +135,7 @@ def hub_sha256(path: Path) -> str | None:
 def _listed(api: HfApi, repository: str, commit: str, names: Sequence[str]) -> dict[str, Remote]:
     """Return those files of a commit that are asked for; what else a stranger's listing names is passed over."""
     found = {}
-    for entry in patiently(lambda: list(api.list_repo_tree(repository, revision=commit))):
+    for entry in with_retries(lambda: list(api.list_repo_tree(repository, revision=commit))):
         if isinstance(entry, RepoFile) and entry.path in names:
             file = Remote(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id or "")
             if not _HASH.fullmatch(file.hash):
@@ -145,7 +145,7 @@ def _listed(api: HfApi, repository: str, commit: str, names: Sequence[str]) -> d
     return found
 
 
-def _check_room(store: Path, missing: Sequence[Remote], room: Room | None) -> None:
+def _check_room(store: Path, missing: Sequence[Remote], room: DiskBudget | None) -> None:
     """Raise UserError if what is missing, and the bundle that is made of it, do not fit on their disks."""
     size = sum(file.size for file in missing)
     begun = [store / "blobs" / name for file in missing for name in (file.hash, file.part)]
@@ -203,7 +203,7 @@ def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
             _append(url, part, size, bar)
         except (httpx2.TransportError, HfHubHTTPError) as error:
             if isinstance(error, HfHubHTTPError):
-                if not is_passing(error):
+                if not is_transient(error):
                     raise
                 asked = asked_wait(error)
                 wait = wait if asked is None else asked

@@ -41,7 +41,7 @@ def git_blob(size: int) -> "hashlib._Hash":
     return hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
 
 
-def patiently(call: Callable[[], R]) -> R:
+def with_retries(call: Callable[[], R]) -> R:
     """Return what a call to the Hub returns; where it is busy or broken, waits as long as it asks for and tries again.
 
     Raises what the call raises last.
@@ -51,7 +51,7 @@ def patiently(call: Callable[[], R]) -> R:
             return call()
         except (HfHubHTTPError, RevisionResolutionError) as error:
             cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
-            if not isinstance(cause, HfHubHTTPError) or not is_passing(cause):
+            if not isinstance(cause, HfHubHTTPError) or not is_transient(cause):
                 raise
             asked = asked_wait(cause)
             time.sleep(0.5 * 2**waited if asked is None else asked)
@@ -67,7 +67,7 @@ def asked_wait(error: HfHubHTTPError) -> float | None:
     return None if seconds is None else min(float(seconds), _LONGEST_WAIT)
 
 
-def is_passing(error: HfHubHTTPError) -> bool:
+def is_transient(error: HfHubHTTPError) -> bool:
     """Tell whether an answer may be another one in a moment."""
     return error.response.status_code == 429 or error.response.status_code >= 500
 
@@ -89,7 +89,7 @@ def silent_client(bars: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def told(repository: str, revision: str | None, doing: str = "the download") -> Iterator[None]:
+def translate_errors(repository: str, revision: str | None, doing: str = "the download") -> Iterator[None]:
     """Turn what can go wrong at the Hub into one line each."""
     page = f"{constants.ENDPOINT}/{repository}"
     again = "try again, what is done is kept"
@@ -103,7 +103,7 @@ def told(repository: str, revision: str | None, doing: str = "the download") -> 
             if get_token() is None
             else "with the account that the token is of, and see that the token may read gated repositories"
         )
-        raise UserError(f"{repository}: gated. Accept its licence at {page}, {how}") from None
+        raise UserError(f"{repository}: gated. Accept its license at {page}, {how}") from None
     except RevisionNotFoundError:
         raise UserError(f"{repository}: has no revision {revision!r}: see {page}/commits/main") from None
     except RepositoryNotFoundError:
@@ -135,7 +135,7 @@ def _unreached(repository: str, cause: BaseException | None, again: str) -> str:
                 f"{repository}: the token may not do this{why}: reading gated repositories and writing are permissions "
                 f"of their own, see {constants.ENDPOINT}/settings/tokens"
             )
-        return f"{repository}: the Hub answered {status}{why}" + (f": {again}" if is_passing(cause) else "")
+        return f"{repository}: the Hub answered {status}{why}" + (f": {again}" if is_transient(cause) else "")
     offline = constants.HF_HUB_OFFLINE or isinstance(cause, OfflineModeIsEnabled)
     hint = "HF_HUB_OFFLINE is set" if offline else "check the network"
     return f"{repository}: no folder here, not in the Hub's cache, and {constants.ENDPOINT} was not reached: {hint}"

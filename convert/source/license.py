@@ -1,4 +1,4 @@
-"""The licence that a source comes with, as its model card states it."""
+"""The license that a source comes with, as its model card states it."""
 
 import re
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ _NON_COMMERCIAL = ("-nc", "noncommercial", "non-commercial", "non commercial", "
 
 
 @dataclass(frozen=True)
-class Licence:
-    """A licence in the Hub's terms. name, link: of one that the Hub has no id for (``other``)."""
+class License:
+    """A license in the Hub's terms. name, link: of one that the Hub has no id for (``other``)."""
 
     license: str
     license_name: str | None = None
@@ -38,17 +38,17 @@ class Licence:
         return "nvidia-open-model" in self.title.lower().replace(" ", "-")
 
 
-NVIDIA = Licence(
+NVIDIA = License(
     "other",
     "nvidia-open-model-license",
     "https://www.nvidia.com/en-us/agreements/enterprise-software/nvidia-open-model-license/",
 )
-OWN = Licence("mit")  # of the demo, which the toolkit makes itself
-UNKNOWN = Licence("unknown")
+OWN = License("mit")  # of the demo, which the toolkit makes itself
+UNKNOWN = License("unknown")
 
 
-def licence_of(folder: Path) -> Licence | None:
-    """Return the licence that the card in a source's folder states, None if there is no card or it states none."""
+def license_of(folder: Path) -> License | None:
+    """Return the license that the card in a source's folder states, None if there is no card or it states none."""
     try:
         if not (folder / CARD).is_file() or (folder / CARD).stat().st_size > _LONGEST:
             return None
@@ -58,12 +58,12 @@ def licence_of(folder: Path) -> Licence | None:
     return from_json(data)
 
 
-def from_json(data: object) -> Licence | None:
-    """Return a licence from a card's or a manifest's fields, None where they hold none that can be printed."""
+def from_json(data: object) -> License | None:
+    """Return a license from a card's or a manifest's fields, None where they hold none that can be printed."""
     if not isinstance(data, dict):
         return None
     keys = ("license", "license_name", "license_link")
     values = [data.get(key) for key in keys]
     plain = [v if isinstance(v, str) and 0 < len(v) <= 300 and v.isprintable() else None for v in values]
     link = plain[2] if plain[2] and _LINK.fullmatch(plain[2]) else None
-    return Licence(plain[0], plain[1], link) if plain[0] else None
+    return License(plain[0], plain[1], link) if plain[0] else None

@@ -14,7 +14,7 @@ from ..tensorfile import TensorFile
 from . import demo, hub
 from .architecture import Architecture, impossible, read_config, sizes_of
 from .checkpoint import Checkpoint, open_checkpoint
-from .license import NVIDIA, OWN, Licence, licence_of
+from .license import NVIDIA, OWN, License, license_of
 from .scan import Fingerprint, hash_file, scan_tensors
 from .tokenizer import open_tokenizer
 from .voices import Voice, read_voices
@@ -32,10 +32,10 @@ class Location:
     revision: str | None = None
 
     @property
-    def licence(self) -> Licence | None:
-        """The licence that the source's card states; of the demo and of PersonaPlex itself also without one."""
+    def license(self) -> License | None:
+        """The license that the source's card states; of the demo and of PersonaPlex itself also without one."""
         known = {DEFAULT: NVIDIA, **dict.fromkeys(demo.SIZES, OWN)}
-        return licence_of(self.folder) or known.get(self.identity)
+        return license_of(self.folder) or known.get(self.identity)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class Source:
         return sum((self.location.folder / name).stat().st_size for name in FILES)
 
 
-def locate(source: str, revision: str | None = None, quiet: bool = False, room: hub.Room | None = None) -> Location:
+def locate(
+    source: str, revision: str | None = None, quiet: bool = False, room: hub.DiskBudget | None = None
+) -> Location:
     """Find a source: a folder, a Hub id such as ``nvidia/personaplex-7b-v1``, ``demo`` or ``demo:7b``.
 
     Downloads what is not in the Hub's cache; makes the demo. room: where the bundle will stand, to see before a
@@ -188,13 +190,13 @@ def fingerprint(source: Source, quiet: bool = False) -> dict[str, Fingerprint]:
         found, bad = scan_tensors(source.checkpoint.file, bar)
         with closing(TensorFile(source.location.folder / CODEC)) as codec:
             of_codec, bad_codec = scan_tensors(codec, bar)
-        prints = {WEIGHTS: found, CODEC: of_codec} | {
+        fingerprints = {WEIGHTS: found, CODEC: of_codec} | {
             name: hash_file(source.location.folder / name, bar) for name in FILES if name not in (WEIGHTS, CODEC)
         }
     wrong = [
         f"{path}: its sha256 is not the one that the Hub gave: damaged in the cache: delete {path.resolve()}"
         for path in (source.location.folder / name for name in FILES)
-        if (expected := hub.hub_sha256(path)) and prints[path.name].sha256 != expected
+        if (expected := hub.hub_sha256(path)) and fingerprints[path.name].sha256 != expected
     ]
     refuse(_listed(bad) + [f"{CODEC}: {problem}" for problem in _listed(bad_codec)] + wrong)
-    return prints
+    return fingerprints

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ...calibrate import size_budget
-from ...calibrate.allocation import Wanted
+from ...calibrate.allocation import AllocationRequest
 from ...convert.bundle.targets import TARGETS
 from ...convert.errors import UserError
 from ...convert.source import source
@@ -82,15 +82,15 @@ def allocate(
     quiet = console.quiet(as_json)
     consumer = TARGETS[str(target or DEFAULT_TARGET)]
     named = (str(dtype or consumer.dtype), str(method or DEFAULT_METHOD))
-    wanted = Wanted(budget, consumer.name, *named, depformer_steps, tuple(keep or ()))
+    wanted = AllocationRequest(budget, consumer.name, *named, depformer_steps, tuple(keep or ()))
     file = sensitivity or output.with_suffix(".sensitivity.json")
     for path in (None if file.exists() else file, plot):
         if path:
             console.check_folder(path)
     with source.open_source(source.locate(where, quiet=quiet)) as opened:
-        prints = source.fingerprint(opened, quiet)
-        heard = size_budget.conversations(opened, prints, tokens, output.with_suffix(""), quiet)
-        found = size_budget.allotted(opened, prints, wanted, heard, file, output, quiet)
+        fingerprints = source.fingerprint(opened, quiet)
+        heard = size_budget.conversations(opened, fingerprints, tokens, output.with_suffix(""), quiet)
+        found = size_budget.allocation(opened, fingerprints, wanted, heard, file, output, quiet)
     if plot:
         size_budget.draw(found, file, plot)
     console.show(json.dumps(size_budget.said(found), indent=1) if as_json else size_budget.text(found))

@@ -10,7 +10,7 @@ import typer
 from ...calibrate.dataset import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 from ...convert.errors import UserError
 from ...convert.source import source
-from ...model.tokens import SPOKEN
+from ...model.tokens import SELF_GENERATED
 from . import console
 
 EXAMPLES = """\b
@@ -64,7 +64,7 @@ def calibrate(
             gathered = dataset.gather(opened, tokens or [], audio or [], frames)
         else:
             gathered = self_generated.speak(opened, frames, sessions, console.quiet(as_json))
-            metadata = {"kind": SPOKEN}
+            metadata = {"kind": SELF_GENERATED}
         found = dataset.statistics(gathered, opened)
     dataset.write(gathered, output, metadata)
     console.show(json.dumps(found | {"file": str(output)}, indent=1) if as_json else _text(found, output))

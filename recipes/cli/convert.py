@@ -10,21 +10,21 @@ from typing import Annotated, Any
 import typer
 
 from ...calibrate import size_budget
-from ...calibrate.allocation import Budget, Wanted
+from ...calibrate.allocation import AllocationRequest, Budget
 from ...convert import conversion
 from ...convert.bundle import describe, destination
 from ...convert.bundle.plan import Plan, inventory_of_7b, make_plan
-from ...convert.bundle.quantized_store import Solver
+from ...convert.bundle.quantized_store import LayerwiseQuantizer
 from ...convert.bundle.recipe import Recipe, uniform
 from ...convert.bundle.targets import DEFAULT, TARGETS
 from ...convert.errors import UserError, printable
 from ...convert.parallel import cores
 from ...convert.source import adapter as adapters
 from ...convert.source import source
-from ...convert.source.hub import Room
+from ...convert.source.hub import DiskBudget
 from ...convert.source.source import Source
-from ...quant.affine import DEFAULT_METHOD, SOLVED, Affine
-from ...verify.options import Request
+from ...quant.affine import DATA_DRIVEN, DEFAULT_METHOD, QuantizationConfig
+from ...verify.options import VerifyOptions
 from ...verify.publish import gate
 from .. import shipped
 from . import allocate, console, dry_plan, reporting
@@ -92,7 +92,7 @@ def convert(
         Path | None,
         typer.Option(help="Tokens [N, streams, T] for --method gptq.  [default: the model speaks some itself]"),
     ] = None,
-    refine: Annotated[
+    fine_tune: Annotated[
         int, typer.Option(min=0, metavar="STEPS", help="Tune codes, scales and biases together; 600 are usual.")
     ] = 0,
     publish_to: Annotated[
@@ -139,27 +139,29 @@ def convert(
     location = source.locate(where, revision, quiet, _room(where, chosen, folder))
     with ExitStack() as stack:
         if budget:
-            wanted = Wanted(budget, chosen.target, chosen.dtype, str(method or DEFAULT_METHOD), chosen.depformer_steps)
+            wanted = AllocationRequest(
+                budget, chosen.target, chosen.dtype, str(method or DEFAULT_METHOD), chosen.depformer_steps
+            )
             opened = stack.enter_context(conversion.open_merged(location, adapter, fill_depformer_steps, True, quiet))
             destination.make_parent(folder)
-            prints = source.fingerprint(opened, quiet)
+            fingerprints = source.fingerprint(opened, quiet)
             if present:
-                conversion.check_same(present, folder, prints)
-            allotted = size_budget.beside(opened, prints, wanted, calibration, folder, quiet)
-            console.say(size_budget.text(allotted)) if as_json else console.show(size_budget.text(allotted))
-            chosen = allotted.recipe
+                conversion.check_same(present, folder, fingerprints)
+            allocation = size_budget.beside(opened, fingerprints, wanted, calibration, folder, quiet)
+            console.say(size_budget.text(allocation)) if as_json else console.show(size_budget.text(allocation))
+            chosen = allocation.recipe
             opened, plan = conversion.planned(opened, chosen)
         else:
             opened, plan = conversion.prepare(location, chosen, fill_depformer_steps, True, quiet, adapter)
             stack.enter_context(opened)
-            prints = source.fingerprint(opened, quiet)
+            fingerprints = source.fingerprint(opened, quiet)
         if present:
-            conversion.check_same(present, folder, prints, plan.recipe)
+            conversion.check_same(present, folder, fingerprints, plan.recipe)
         else:
-            destination.make_place(plan, folder, _is_solved(plan))
-        solver = _solver(opened, prints, plan, folder, calibration, refine, budget is not None, quiet)
+            destination.make_place(plan, folder, _needs_data(plan))
+        quantizer = _solver(opened, fingerprints, plan, folder, calibration, fine_tune, budget is not None, quiet)
         done = conversion.convert(
-            opened, plan, folder, force=force, workers=jobs, quiet=quiet, solver=solver, prints=prints
+            opened, plan, folder, force=force, workers=jobs, quiet=quiet, quantizer=quantizer, fingerprints=fingerprints
         )
         destination.enter_again(done.folder)
         if not as_json:
@@ -168,7 +170,7 @@ def convert(
     reporting.leave_card(found, done.folder)
     _say_verdict(done, found, as_json)
     if publish_to:
-        published = gate.publish(done.folder, publish_to, gate.Wish(private=private), quiet)
+        published = gate.publish(done.folder, publish_to, gate.PublishOptions(private=private), quiet)
         console.say(published.line) if as_json else console.show(published.line)
 
 
@@ -200,40 +202,40 @@ def _check_at_hand(repository: str | None, adapter: str | None, calibration: Pat
         raise UserError(f"{calibration}: no such file: give tokens, or leave --calibration out")
 
 
-def _is_solved(plan: Plan) -> bool:
-    return any(output.form and output.form.method in SOLVED for output in plan.outputs)
+def _needs_data(plan: Plan) -> bool:
+    return any(output.quantization and output.quantization.method in DATA_DRIVEN for output in plan.outputs)
 
 
 def _solver(
     opened: Source,
-    prints: size_budget.Prints,
+    fingerprints: size_budget.Prints,
     plan: Plan,
     folder: Path,
     tokens: Path | None,
     steps: int,
-    allotted: bool,
+    allocation: bool,
     quiet: bool,
-) -> Solver | None:
+) -> LayerwiseQuantizer | None:
     """Return what solves what the plan wants solved; importing PyTorch takes seconds that others need not wait."""
-    if not _is_solved(plan):
-        if steps or (tokens and not allotted):
+    if not _needs_data(plan):
+        if steps or (tokens and not allocation):
             raise UserError("--calibration and --refine are for --method gptq: leave them out, or choose that method")
         return None
     from ...calibrate import dataset
 
-    heard = size_budget.conversations(opened, prints, tokens, folder, quiet)
-    found = dataset.solver_of(opened, plan, heard, steps, quiet)
+    heard = size_budget.conversations(opened, fingerprints, tokens, folder, quiet)
+    found = dataset.quantizer_of(opened, plan, heard, steps, quiet)
     if dataset.is_scarce(found.record, opened):
         console.say("calibration material is scarce: recorded conversations (--calibration) make a better bundle")
     return found
 
 
-def _room(where: str, recipe: Recipe, output: Path) -> Room | None:
+def _room(where: str, recipe: Recipe, output: Path) -> DiskBudget | None:
     """Return what a bundle will take on the disk, for each byte of a source that is still to be downloaded."""
     if not source.is_hub_id(where):
         return None
     plan = make_plan(inventory_of_7b(source.DEFAULT), recipe)
-    return Room(output, plan.free_disk / sum(plan.inventory.sizes.values()))
+    return DiskBudget(output, plan.free_disk / sum(plan.inventory.sizes.values()))
 
 
 def _say_verdict(done: conversion.Conversion, found: dict[str, Any] | None, as_json: bool) -> None:
@@ -252,7 +254,7 @@ def _verify(opened: Source, folder: Path, adapter: str | None, quiet: bool) -> d
     identity = opened.location.identity
     merged = ["--adapter", adapters.named(adapter)] if adapter else []
     command = printable(shlex.join(["ppx-verify", folder.resolve().name, "--reference", identity, *merged]))
-    return reporting.leave_report(opened, folder, Request(), command, quiet, same_source=True)
+    return reporting.leave_report(opened, folder, VerifyOptions(), command, quiet, same_source=True)
 
 
 def _recipe(
@@ -279,10 +281,14 @@ def _recipe(
         return Recipe(budget.name, consumer.name, dtype or consumer.dtype)
     if bits is not None or no_quantize:
         consumer = TARGETS[target or DEFAULT]
-        form = None if bits is None else Affine(bits, group_size or DEFAULT_GROUP_SIZE, method or DEFAULT_METHOD)
-        if form and form.problems():
-            raise UserError([f"--{problem.replace('_', '-', 1)}" for problem in form.problems()])
-        return uniform(form, consumer.name, dtype or consumer.dtype, consumer.uniform)
+        quantization = (
+            None
+            if bits is None
+            else QuantizationConfig(bits, group_size or DEFAULT_GROUP_SIZE, method or DEFAULT_METHOD)
+        )
+        if quantization and quantization.problems():
+            raise UserError([f"--{problem.replace('_', '-', 1)}" for problem in quantization.problems()])
+        return uniform(quantization, consumer.name, dtype or consumer.dtype, consumer.uniform)
     loaded = shipped.load(name or DEFAULT_RECIPE, target)
     loaded = loaded.with_method(method) if method else loaded
     return replace(loaded, dtype=dtype or loaded.dtype)

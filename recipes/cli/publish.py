@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ...convert.bundle.describe import size
-from ...verify.publish.gate import Ready, Wish, publish, ready
+from ...verify.publish.gate import PublishOptions, UploadPlan, publish, ready
 from . import console
 
 EXAMPLES = """\b
@@ -49,7 +49,7 @@ def publish_bundle(
     report and card name. Ends with the page's address; a second run with nothing new changes nothing.
     """
     quiet = console.quiet(as_json)
-    wish = Wish(private, create_pr, revision, force)
+    wish = PublishOptions(private, create_pr, revision, force)
     if dry_run:
         _show(ready(bundle, repository, force, quiet), wish, as_json)
         return
@@ -58,7 +58,7 @@ def publish_bundle(
     console.show(json.dumps(said, indent=1) if as_json else done.line)
 
 
-def _show(found: Ready, wish: Wish, as_json: bool) -> None:
+def _show(found: UploadPlan, wish: PublishOptions, as_json: bool) -> None:
     """Print what a dry run finds."""
     seen = "private" if wish.private else "public, or as the repository is"
     where = "a pull request" if wish.create_pr else wish.revision or "main"

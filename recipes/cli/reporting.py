@@ -11,9 +11,9 @@ from ...convert.bundle.manifest import read_manifest
 from ...convert.bundle.workspace import write_durably
 from ...convert.errors import CheckFailed, UserError
 from ...convert.source.source import Source
-from ...model.matmul import worked_around
+from ...model.matmul import workarounds
 from ...verify import report as reports
-from ...verify.options import Request
+from ...verify.options import VerifyOptions
 from ...verify.publish import card
 
 _SAID = 3  # reasons that are printed; the report has them all
@@ -25,7 +25,7 @@ def _check_writable(bundle: Path) -> None:
 
 
 def leave_report(
-    source: Source, bundle: Path, asked: Request, command: str, quiet: bool, same_source: bool = False
+    source: Source, bundle: Path, asked: VerifyOptions, command: str, quiet: bool, same_source: bool = False
 ) -> dict[str, Any]:
     """Verify a bundle, write its report beside it, and return it."""
     _check_writable(bundle)
@@ -64,11 +64,11 @@ def add_round_trip(
 ) -> dict[str, Any]:
     """Let a bundle answer a recording, add what comes of it to its report, and write that again."""
     from ...model.mlx_device import computing_on
-    from ...speak.speaker import Scene
+    from ...speak.speaker import SpeakOptions
     from ...verify import round_trip
 
     with computing_on(device):
-        heard = round_trip.run(bundle, question, Scene(codec=codec), listener, quiet)
+        heard = round_trip.run(bundle, question, SpeakOptions(codec=codec), listener, quiet)
     failures = [one for one in found["verdict"]["failures"] if one["check"] != round_trip.CHECK]
     failures += heard.pop("failures")
     verdict = {"passed": not failures, "failures": failures}
@@ -97,18 +97,18 @@ def leave_card(found: Mapping[str, Any] | None, bundle: Path) -> None:
 def text(found: Mapping[str, Any], bundle: Path) -> str:
     """Return what a verification prints for people."""
     verdict = "passes" if found["verdict"]["passed"] else "fails"
-    material = found["material"]
+    token_set = found["material"]
     page = bundle / reports.FOLDER / reports.HTML
-    sequences = f"{material['sequences']} sequence{'s' if material['sequences'] > 1 else ''}"
+    sequences = f"{token_set['sequences']} sequence{'s' if token_set['sequences'] > 1 else ''}"
     if not found["predictions"]:
         return f"{bundle} {verdict}: nothing was computed, it could not be read\nreport: {page}"
-    lines = [f"{bundle} {verdict} the comparison: {sequences} of {material['frames']} frames, {material['kind']}"]
+    lines = [f"{bundle} {verdict} the comparison: {sequences} of {token_set['frames']} frames, {token_set['kind']}"]
     lines.append(f"{'':<41}{'bundle':>8}  {'limit':>8}  {'noise floor':>11}")
     for row in reports.figures(found):
         bound = f"{row['sign']} {reports.short(row['bound'])}"
         values = f"{reports.short(row['bundle']):>8}  {bound:>8}  {reports.short(row['noise']):>11}"
         lines.append(f"{row['name']:<41}{values}{'' if row['passed'] else '  fails'}")
-    if replaced := worked_around(found["kernels"]):
+    if replaced := workarounds(found["kernels"]):
         mlx = f"MLX {found['ran_on']['libraries']['mlx']} on {found['ran_on']['device']['mlx']}"
         lines.append(
             f"{mlx} computes quantized_matmul wrongly; dequantized and multiplied instead: {'; '.join(replaced)}"

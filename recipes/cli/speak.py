@@ -23,7 +23,7 @@ from . import console
 from .choices import ArithmeticName, DeviceName
 
 if TYPE_CHECKING:
-    from ...speak.speaker import Scene, Speaker
+    from ...speak.speaker import Speaker, SpeakOptions
 
 EXAMPLES = """\b
 Examples:
@@ -89,19 +89,19 @@ def speak(
         console.check_new(output, ".wav", force)
     from ...model.mlx_device import computing_on  # imports mlx: a second that --help does not need
     from ...speak.sampling import GREEDY, sampling_of
-    from ...speak.speaker import Scene
+    from ...speak.speaker import SpeakOptions
 
     with computing_on(device and str(device)):
         manifest_of(bundle)  # what is no bundle is told first
         sampling = GREEDY if greedy else replace(sampling_of(read_config(bundle / CONFIG)), **asked)
-        scene = Scene(voice, prompt, sampling, seed, arithmetic and str(arithmetic), codec)
+        options = SpeakOptions(voice, prompt, sampling, seed, arithmetic and str(arithmetic), codec)
         if question is None or output is None:
-            _talk(bundle, scene)
+            _talk(bundle, options)
         else:
-            _answer(bundle, scene, question, output, as_json)
+            _answer(bundle, options, question, output, as_json)
 
 
-def _answer(bundle: Path, scene: "Scene", question: Path, output: Path, as_json: bool) -> None:
+def _answer(bundle: Path, options: "SpeakOptions", question: Path, output: Path, as_json: bool) -> None:
     """Answer a recording."""
     from ...speak import audio_files
     from ...speak.speaker import open_speaker, text_of
@@ -109,7 +109,7 @@ def _answer(bundle: Path, scene: "Scene", question: Path, output: Path, as_json:
     words: list[str] = []
     shown = not as_json and sys.stdout.isatty()  # words show how far it is
     with audio_files.reading(question) as (count, frames):  # what cannot be read is told before a model is loaded
-        speaker = open_speaker(bundle, scene, as_json)
+        speaker = open_speaker(bundle, options, as_json)
         _say_what_is_worked_around(speaker)
         began = time.perf_counter()
         with (
@@ -123,27 +123,27 @@ def _answer(bundle: Path, scene: "Scene", question: Path, output: Path, as_json:
                 if not as_json:
                     typer.echo(said.text, nl=False)
     took = time.perf_counter() - began
-    if speaker.folded:
+    if speaker.wrapped:
         console.say(
             f"this model knows {speaker.conversation.runtime.architecture.card} of the codec's tokens: the question's "
             "were taken modulo that"
         )
     seconds = count / RATE
     if as_json:
-        found = {"output": str(output), "seconds": seconds, "text": text_of(words), "voice": scene.voice}
-        console.show(json.dumps(found | {"seed": scene.seed, "took": round(took, 3)}, ensure_ascii=False))
+        found = {"output": str(output), "seconds": seconds, "text": text_of(words), "voice": options.voice}
+        console.show(json.dumps(found | {"seed": options.seed, "took": round(took, 3)}, ensure_ascii=False))
     else:
         typer.echo()
         console.say(f"{output}: {seconds:.1f} s of sound, made in {took:.1f} s ({took / seconds:.2f} times real time)")
 
 
-def _talk(bundle: Path, scene: "Scene") -> None:
+def _talk(bundle: Path, options: "SpeakOptions") -> None:
     """Talk through the machine's own devices until interrupted."""
     from ...speak import microphone
     from ...speak.speaker import open_speaker
 
     microphone.check()
-    speaker = open_speaker(bundle, scene)
+    speaker = open_speaker(bundle, options)
     _say_what_is_worked_around(speaker)
     for _ in speaker.answer([np.zeros(FRAME, np.float32)] * 2):  # a moment of silence, in which functions are compiled
         pass
@@ -156,7 +156,7 @@ def _talk(bundle: Path, scene: "Scene") -> None:
 
 
 def _say_what_is_worked_around(speaker: "Speaker") -> None:
-    for line in speaker.conversation.runtime.products.worked_around():
+    for line in speaker.conversation.runtime.matmul.workarounds():
         console.say(f"MLX computes quantized_matmul wrongly here; worked around: {line}")
 
 

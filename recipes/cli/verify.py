@@ -17,7 +17,7 @@ from ...convert.source import adapter as adapters
 from ...convert.source import demo, source
 from ...model.mlx_device import ARITHMETICS
 from ...verify import compare_reports
-from ...verify.options import EMBEDDED, Request
+from ...verify.options import EMBEDDED, VerifyOptions
 from . import console, reporting
 from .choices import ArithmeticName, DeviceName, RecognizerName
 
@@ -100,7 +100,7 @@ def verify_bundle(
     elif recognizer or codec:
         raise UserError("--recognizer and --codec are for --round-trip: give a recording to answer")
     quiet = console.quiet(as_json)
-    asked = Request(
+    asked = VerifyOptions(
         tokens, audio, sequences, frames, rollout, str(arithmetic or ARITHMETICS[0]), device and str(device)
     )
     manifest = manifest_of(bundle)
@@ -115,7 +115,12 @@ def verify_bundle(
 
 
 def _compare(
-    bundle: Path, manifest: Mapping[str, Any], reference: str | None, adapter: str | None, asked: Request, quiet: bool
+    bundle: Path,
+    manifest: Mapping[str, Any],
+    reference: str | None,
+    adapter: str | None,
+    asked: VerifyOptions,
+    quiet: bool,
 ) -> dict[str, Any]:
     """Compare a bundle with its checkpoint; leave the report, and return it."""
     made_from = manifest["source"]
@@ -156,7 +161,7 @@ def _check_adapter(opened: source.Source, made_from: Mapping[str, Any]) -> None:
         raise UserError(f"{used['id']}: not the adapter that was merged ({recorded['id']}): give that one as --adapter")
 
 
-def _command(bundle: Path, reference: str | None, adapter: str | None, asked: Request) -> str:
+def _command(bundle: Path, reference: str | None, adapter: str | None, asked: VerifyOptions) -> str:
     """Return the command that runs a verification again; folders are named without what is above them."""
     words = ["ppx-verify", bundle.resolve().name]
     if reference:

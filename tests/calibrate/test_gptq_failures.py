@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import torch
 from ppx.calibrate import self_generated
-from ppx.calibrate.dataset import solver_of
+from ppx.calibrate.dataset import quantizer_of
 from ppx.calibrate.layerwise import quantized_rows
 from ppx.calibrate.parameters import take_step
 from ppx.convert import conversion
 from ppx.convert.bundle.plan import make_plan
-from ppx.convert.bundle.quantized_store import Solution, forms_of
+from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ppx.convert.bundle.recipe import uniform
 from ppx.convert.errors import UserError
 from ppx.convert.source.source import locate, open_source
-from ppx.quant.affine import Affine
+from ppx.quant.affine import QuantizationConfig
 from safetensors.numpy import load_file, save_file
 
-FORM = Affine(4, 64, "gptq")
+FORM = QuantizationConfig(4, 64, "gptq")
 BROKEN = "transformer.layers.1.gating.linear_in.weight"
 AFTER = "transformer.layers.1.gating.linear_out.weight"
 STACKED = "depformer.layers.0.self_attn.in_proj_weight"  # of all depformer steps
@@ -43,28 +43,28 @@ def test_a_model_that_overflows_is_converted_and_what_was_done_is_told(overflowi
     plan = make_plan(
         conversion.inventory(overflowing), uniform(FORM, "speech-swift", "float16", ("temporal", "depformer"))
     )
-    weights = sum(output.shape[0] * output.shape[1] for output in plan.outputs if output.form)
-    solver = solver_of(overflowing, plan, tmp_path / "tokens.safetensors", 2, quiet=True, memory=20 * weights)
+    weights = sum(output.shape[0] * output.shape[1] for output in plan.outputs if output.quantization)
+    quantizer = quantizer_of(overflowing, plan, tmp_path / "tokens.safetensors", 2, quiet=True, memory=20 * weights)
     adjusted = {}
 
-    def solve(solution):
-        solver.solve(solution)
-        adjusted.update(solution.adjusted)
-        with Solution(solution.folder, solution.mark) as resumed:
+    def solve(store):
+        quantizer.solve(store)
+        adjusted.update(store.adjusted)
+        with QuantizedStore(store.folder, store.mark) as resumed:
             assert resumed.adjusted == adjusted
 
-    watched = type(solver)(solver.record, solve)
-    conversion.convert(overflowing, plan, tmp_path / "out", quiet=True, solver=watched)
+    watched = type(quantizer)(quantizer.record, solve)
+    conversion.convert(overflowing, plan, tmp_path / "out", quiet=True, quantizer=watched)
 
     said = capsys.readouterr().err.splitlines()
-    told = f"{AFTER}: moments are not finite: quantized by its weights alone (lsq)"
-    assert told in said
+    translate_errors = f"{AFTER}: moments are not finite: quantized by its weights alone (lsq)"
+    assert translate_errors in said
     assert f"{STACKED} step 0: moments are not finite: quantized by its weights alone (lsq)" in said
     assert "fine-tuning: 2 of 2 steps were skipped: predictions or gradients are not finite" in said
     assert (AFTER, 0) in adjusted
     assert (BROKEN, 0) not in adjusted  # its own inputs are sound
     assert {name for name, _ in adjusted} > {STACKED, "depformer_in.15.weight"}
-    assert len(adjusted) < len(forms_of(plan.outputs))
+    assert len(adjusted) < len(quantizations_of(plan.outputs))
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     entries = {entry["source"]: entry for entry in manifest["tensors"] if "source" in entry}
     reason = {"method": "lsq", "reason": "moments are not finite"}

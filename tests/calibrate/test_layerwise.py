@@ -13,23 +13,23 @@ import numpy as np
 import pytest
 import torch
 from ppx.calibrate import layerwise, tuning
-from ppx.calibrate.dataset import solver_of
+from ppx.calibrate.dataset import quantizer_of
 from ppx.calibrate.layerwise import BlockTuning
 from ppx.calibrate.tuning import Schedule
 from ppx.convert import conversion
 from ppx.convert.bundle.plan import Plan, make_plan
-from ppx.convert.bundle.quantized_store import Solution, forms_of
+from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ppx.convert.bundle.recipe import uniform
 from ppx.convert.source.source import Source, locate, open_source
-from ppx.model.blocks import places
+from ppx.model.blocks import blocks_of
 from ppx.model.reference import reference_of, source_weights
-from ppx.model.tokens import Material, read_tokens
-from ppx.quant.affine import Affine, dequantize
-from ppx.quant.gptq import Moments, solve
+from ppx.model.tokens import TokenSet, read_tokens
+from ppx.quant.affine import QuantizationConfig, dequantize
+from ppx.quant.gptq import Moments, gptq
 from safetensors.numpy import load_file, save_file
 from stopping import Moment
 
-FORM = Affine(4, 64, "gptq")
+FORM = QuantizationConfig(4, 64, "gptq")
 LAYER = "transformer.layers.0.self_attn.out_proj.weight"
 
 
@@ -54,21 +54,21 @@ def opened(pico):
 
 
 @pytest.fixture
-def solution_at():
+def store_at():
     """Opens solutions, and closes them at a test's end."""
     with ExitStack() as stack:
-        yield lambda folder, mark: stack.enter_context(Solution(folder, mark))
+        yield lambda folder, mark: stack.enter_context(QuantizedStore(folder, mark))
 
 
 @pytest.fixture(scope="module")
 def solved(opened, few, tmp_path_factory):
     """The folder of a solution of all blocks, not refined; tests copy it."""
     source, plan = opened
-    with Solution(tmp_path_factory.mktemp("solved") / "solution", "mark") as solution:
-        layerwise.solve_model(
-            source, plan.outputs, read_tokens(few, source.architecture, None, None), solution, quiet=True
+    with QuantizedStore(tmp_path_factory.mktemp("solved") / "solution", "mark") as store:
+        layerwise.quantize_model(
+            source, plan.outputs, read_tokens(few, source.architecture, None, None), store, quiet=True
         )
-    return solution.folder
+    return store.folder
 
 
 def bundles(program: Callable[..., object], pico: Path, folder: Path, few: Path, **more: object) -> dict[str, bytes]:
@@ -114,15 +114,15 @@ def test_every_target_takes_it(target, program, pico, few, tmp_path):
     divergences(program, "out", pico, tmp_path, 4, 60)  # which fails if it cannot be loaded, or does not pass
 
 
-def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path, solution_at):
+def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path, store_at):
     """Against the block run at once: the first output projection, after the quantized input projection."""
     source, plan = opened
-    material = read_tokens(few, source.architecture, 3, 40)
-    solution = solution_at(tmp_path / "solution", "mark")
-    layerwise.solve_model(source, plan.outputs, material, solution, quiet=True)
+    token_set = read_tokens(few, source.architecture, 3, 40)
+    store = store_at(tmp_path / "solution", "mark")
+    layerwise.quantize_model(source, plan.outputs, token_set, store, quiet=True)
     first, second = "transformer.layers.0.self_attn.in_proj_weight", "transformer.layers.0.self_attn.out_proj.weight"
     read, storage = source_weights(source.checkpoint), np.dtype(np.float16)
-    stored = solution.read((first, 0), 0, solution.rows((first, 0)), storage)
+    stored = store.read((first, 0), 0, store.rows((first, 0)), storage)
     seen = []
 
     def keep(name, _, x):
@@ -135,23 +135,23 @@ def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path, solut
     with torch.inference_mode():
         for weights in (read, quantized):
             model = replace(reference_of(source.checkpoint), weights=weights, seen=keep)
-            model.block(places(source.architecture, "temporal")[0], model.embed(material.tokens))
-        expected = solve(read(second, None), Moments(seen[1].T @ seen[1], seen[0].T @ seen[1]), FORM, storage)
-    found = solution.read((second, 0), 0, solution.rows((second, 0)), storage)
+            model.block(blocks_of(source.architecture, "temporal")[0], model.embed(token_set.tokens))
+        expected = gptq(read(second, None), Moments(seen[1].T @ seen[1], seen[0].T @ seen[1]), FORM, storage)
+    found = store.read((second, 0), 0, store.rows((second, 0)), storage)
     same = (found.weight == expected.weight).mean()
     assert same > 0.99  # sums of other pieces differ in their last bits
 
 
-def test_every_part_is_solved_once(opened, few, solved, tmp_path, solution_at):
+def test_every_part_is_solved_once(opened, few, solved, tmp_path, store_at):
     source, plan = opened
-    solution = solution_at(shutil.copytree(solved, tmp_path / "solution"), "mark")
-    assert solution.files.keys() == forms_of(plan.outputs).keys()
-    blocks = set(solution.files.values())
+    store = store_at(shutil.copytree(solved, tmp_path / "solution"), "mark")
+    assert store.files.keys() == quantizations_of(plan.outputs).keys()
+    blocks = set(store.files.values())
     before = {name: (tmp_path / "solution" / name).stat().st_mtime_ns for name in blocks}
-    again = solution_at(tmp_path / "solution", "mark")
-    solver_of(source, plan, few, quiet=True).solve(again)
+    again = store_at(tmp_path / "solution", "mark")
+    quantizer_of(source, plan, few, quiet=True).solve(again)
     assert before == {name: (tmp_path / "solution" / name).stat().st_mtime_ns for name in blocks}
-    assert solution_at(tmp_path / "solution", "another").files == {}
+    assert store_at(tmp_path / "solution", "another").files == {}
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, tmp_path):
@@ -172,23 +172,23 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, t
     assert not solved.exists()
 
 
-def loss_of(source: Source, plan: Plan, material: Material, solution: Solution) -> float:
+def loss_of(source: Source, plan: Plan, token_set: TokenSet, store: QuantizedStore) -> float:
     """The divergence that refining makes small, on its material as it is."""
     original = reference_of(source.checkpoint)
-    weights = layerwise.quantized_weights(source, forms_of(plan.outputs), solution)
-    batch = tuning.Batch(material.tokens, material.targets, torch.from_numpy(material.counted))
+    weights = layerwise.quantized_weights(source, quantizations_of(plan.outputs), store)
+    batch = tuning.Batch(token_set.tokens, token_set.targets, torch.from_numpy(token_set.counted))
     with torch.no_grad():
         return tuning.divergence(original, replace(original, weights=weights), batch).item()
 
 
-def test_refining_brings_predictions_nearer_and_resumes(opened, few, solved, tmp_path, solution_at):
+def test_refining_brings_predictions_nearer_and_resumes(opened, few, solved, tmp_path, store_at):
     source, plan = opened
-    material = read_tokens(few, source.architecture, None, None)
+    token_set = read_tokens(few, source.architecture, None, None)
     folders = [shutil.copytree(solved, tmp_path / name) for name in ("whole", "broken")]
-    solutions = [solution_at(folder, "mark") for folder in folders]
+    stores = [store_at(folder, "mark") for folder in folders]
     losses: dict[int, float] = {}
     broken: dict[int, float] = {}
-    before = loss_of(source, plan, material, solutions[0])
+    before = loss_of(source, plan, token_set, stores[0])
 
     def cut_off(step: int, loss: float) -> None:
         broken[step] = loss
@@ -196,69 +196,69 @@ def test_refining_brings_predictions_nearer_and_resumes(opened, few, solved, tmp
             raise KeyboardInterrupt
 
     whole = Schedule(8, on_step=losses.__setitem__)
-    tuning.refine(source, plan.outputs, material, solutions[0], whole, quiet=True)
+    tuning.fine_tune(source, plan.outputs, token_set, stores[0], whole, quiet=True)
     assert list(losses) == list(range(8))
     # On the calibration set itself, not on the few sequences that a step draws: 0.95 to 0.96 over vector widths.
-    assert loss_of(source, plan, material, solutions[0]) < 0.99 * before
+    assert loss_of(source, plan, token_set, stores[0]) < 0.99 * before
 
     schedule = Schedule(8, state_seconds=0.0, on_step=cut_off)
     with pytest.raises(KeyboardInterrupt):
-        tuning.refine(source, plan.outputs, material, solutions[1], schedule, quiet=True)
+        tuning.fine_tune(source, plan.outputs, token_set, stores[1], schedule, quiet=True)
     assert list(broken) == [0, 1, 2, 3, 4]
     rest: dict[int, float] = {}
-    tuning.refine(source, plan.outputs, material, solutions[1], Schedule(8, on_step=rest.__setitem__), quiet=True)
+    tuning.fine_tune(source, plan.outputs, token_set, stores[1], Schedule(8, on_step=rest.__setitem__), quiet=True)
     assert list(rest) == [5, 6, 7]
-    for part in forms_of(plan.outputs):
-        made = [solution.read(part, 0, solution.rows(part), np.dtype(np.float32)) for solution in solutions]
+    for part in quantizations_of(plan.outputs):
+        made = [store.read(part, 0, store.rows(part), np.dtype(np.float32)) for store in stores]
         assert (made[0].weight == made[1].weight).mean() > 0.999
         assert np.allclose(made[0].scales, made[1].scales, rtol=1e-3)
 
 
-def test_scales_come_out_in_their_storage_dtype(opened, few, solved, tmp_path, solution_at):
+def test_scales_come_out_in_their_storage_dtype(opened, few, solved, tmp_path, store_at):
     source, plan = opened
-    solution = solution_at(shutil.copytree(solved, tmp_path / "solution"), "mark")
-    solver_of(source, plan, few, steps=2, quiet=True).solve(solution)
-    for part in forms_of(plan.outputs):
-        made = solution.read(part, 0, solution.rows(part), np.dtype(np.float32))
+    store = store_at(shutil.copytree(solved, tmp_path / "solution"), "mark")
+    quantizer_of(source, plan, few, steps=2, quiet=True).solve(store)
+    for part in quantizations_of(plan.outputs):
+        made = store.read(part, 0, store.rows(part), np.dtype(np.float32))
         for side in (made.scales, made.biases):
             assert (side == side.astype(np.float16).astype(np.float32)).all()
 
 
-def test_what_is_tuned_is_what_fits(opened, few, solved, tmp_path, solution_at):
+def test_what_is_tuned_is_what_fits(opened, few, solved, tmp_path, store_at):
     """All at once; or blocks, then scales and biases; or blocks alone. Each is nearer than what was only solved."""
     source, plan = opened
     assert tuning.reach(plan.outputs) == "codes"
-    material = read_tokens(few, source.architecture, None, None)
-    weights = sum(output.shape[0] * output.shape[1] for output in plan.outputs if output.form)
-    solutions, records = {"solved": solution_at(solved, "mark")}, {}
+    token_set = read_tokens(few, source.architecture, None, None)
+    weights = sum(output.shape[0] * output.shape[1] for output in plan.outputs if output.quantization)
+    stores, records = {"solved": store_at(solved, "mark")}, {}
     for what, memory in (("blocks", weights), ("sides", 20 * weights)):  # bytes; codes as well take 36 per weight
-        solver = solver_of(source, plan, few, steps=10, quiet=True, memory=memory)
+        quantizer = quantizer_of(source, plan, few, steps=10, quiet=True, memory=memory)
         if what == "sides":  # whose blocks are tuned in the same way
             shutil.copytree(tmp_path / "blocks", tmp_path / "sides")
-        solutions[what], records[what] = solution_at(tmp_path / what, "mark"), solver.record
-        solver.solve(solutions[what])
+        stores[what], records[what] = store_at(tmp_path / what, "mark"), quantizer.record
+        quantizer.solve(stores[what])
     assert records["blocks"]["refined"] == "codes, scales and biases, block by block"
     assert "then scales and biases together" in records["sides"]["refined"]
-    loss = {what: loss_of(source, plan, material, solution) for what, solution in solutions.items()}
+    loss = {what: loss_of(source, plan, token_set, store) for what, store in stores.items()}
     # 4 % to 7 % apart each, which vector widths change by 1 %.
     assert loss["sides"] < loss["blocks"] < loss["solved"]
-    same, moved, tuned = 0, 0, set(solutions["blocks"].files.values())
-    for part in forms_of(plan.outputs):
-        made = {what: one.read(part, 0, one.rows(part), np.dtype(np.float32)) for what, one in solutions.items()}
+    same, moved, tuned = 0, 0, set(stores["blocks"].files.values())
+    for part in quantizations_of(plan.outputs):
+        made = {what: one.read(part, 0, one.rows(part), np.dtype(np.float32)) for what, one in stores.items()}
         assert (made["sides"].weight == made["blocks"].weight).all()  # the codes
         moved += int((made["sides"].scales != made["blocks"].scales).any())
         same += int((made["solved"].weight == made["blocks"].weight).all())
-    assert same < 0.5 * len(forms_of(plan.outputs))
-    assert moved > 0.5 * len(forms_of(plan.outputs))  # not those of the user's steps
+    assert same < 0.5 * len(quantizations_of(plan.outputs))
+    assert moved > 0.5 * len(quantizations_of(plan.outputs))  # not those of the user's steps
     assert {name for name in tuned if "layers" in name} == {
         name for name in tuned if name.endswith(".tuned.safetensors")
     }
 
 
-def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path, solution_at):
+def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path, store_at):
     source, plan = opened
-    material = read_tokens(few, source.architecture, 4, 40)
-    solution = solution_at(tmp_path / "solution", "mark")
+    token_set = read_tokens(few, source.architecture, 4, 40)
+    store = store_at(tmp_path / "solution", "mark")
     blocks: list[str] = []
 
     def cut_off(place):
@@ -267,10 +267,10 @@ def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path, solution_at):
         blocks.append(str(place))
 
     with pytest.raises(KeyboardInterrupt):
-        layerwise.solve_model(source, plan.outputs, material, solution, BlockTuning(2, cut_off), quiet=True)
+        layerwise.quantize_model(source, plan.outputs, token_set, store, BlockTuning(2, cut_off), quiet=True)
     tuning = BlockTuning(2, lambda place: blocks.append(str(place)))
-    layerwise.solve_model(
-        source, plan.outputs, material, solution_at(tmp_path / "solution", "mark"), tuning, quiet=True
+    layerwise.quantize_model(
+        source, plan.outputs, token_set, store_at(tmp_path / "solution", "mark"), tuning, quiet=True
     )
     layers = source.architecture.num_layers + source.architecture.depformer_num_layers
     assert len(blocks) == len(set(blocks)) == 2 * layers

@@ -16,8 +16,8 @@ from ppx.model import torch_device as devices
 from ppx.model.forward import Floats, Tokens
 from ppx.model.prompt import PROMPT
 from ppx.model.reference import TorchModel, kept_by, reference_of, rows_of
-from ppx.model.session import Frame, greedy, likeliest, sessions, system_prompt
-from ppx.model.tokens import SPOKEN, from_tokens, read_tokens
+from ppx.model.session import Frame, greedy, sessions, system_prompt, top1
+from ppx.model.tokens import SELF_GENERATED, from_tokens, read_tokens
 from safetensors.numpy import load_file
 
 
@@ -44,7 +44,7 @@ def test_sessions_side_by_side_are_those_one_by_one(source):
         [*system_prompt(a, [7 + index, 8, 9]), *(Frame(user=list(user)) for user in users[index])] for index in range(2)
     ]
     with torch.inference_mode():
-        together = list(sessions(model, a, voices, zip(*scripts, strict=True), likeliest))
+        together = list(sessions(model, a, voices, zip(*scripts, strict=True), top1))
         for index, voice in enumerate(voices):
             for both, alone in zip(together, greedy(model, a, voice, scripts[index]), strict=True):
                 assert (both[index].tokens == alone.tokens).all()
@@ -55,15 +55,15 @@ def test_sessions_side_by_side_are_those_one_by_one(source):
 def loss(source: Source, tokens: Tokens) -> Floats:
     """Negative log-likelihood of all streams of sessions, as the model reads them."""
     a = source.architecture
-    material = from_tokens(tokens, a, {})
+    token_set = from_tokens(tokens, a, {})
     with torch.inference_mode():
-        text, audio = held_model(source).logits(material.tokens, material.targets)
+        text, audio = held_model(source).logits(token_set.tokens, token_set.targets)
     losses = []
     for stream in range(1 + a.n_q):
         logits = audio[:, :, stream - 1] if stream else text
-        target = torch.from_numpy(material.targets[:, stream].astype(np.int64)).clamp(0, logits.shape[-1] - 1)
+        target = torch.from_numpy(token_set.targets[:, stream].astype(np.int64)).clamp(0, logits.shape[-1] - 1)
         found = -logits.log_softmax(-1).gather(-1, target[..., None])[..., 0]
-        losses.append(float(found[torch.from_numpy(material.counted[:, stream])].mean()))
+        losses.append(float(found[torch.from_numpy(token_set.counted[:, stream])].mean()))
     return np.array(losses)
 
 
@@ -104,20 +104,20 @@ def test_prompts_are_others_than_those_of_a_verification():
 def test_a_file_of_them_is_made_once_and_not_taken_for_another(source, pico, tmp_path, monkeypatch):
     path = tmp_path / "x.spoken.safetensors"
     monkeypatch.setattr(self_generated, "CALIBRATION_FRAMES", 5)
-    self_generated.spoken(source, path, 2, quiet=True)
+    self_generated.self_generated(source, path, 2, quiet=True)
     assert load_file(path)["tokens"].shape == (2, 17, 5)
-    assert read_tokens(path, source.architecture, None, None).description["kind"] == SPOKEN
+    assert read_tokens(path, source.architecture, None, None).description["kind"] == SELF_GENERATED
     monkeypatch.setattr(self_generated, "speak", lambda *_: 1 / 0)
-    assert self_generated.spoken(source, path, 2, quiet=True) == path
+    assert self_generated.self_generated(source, path, 2, quiet=True) == path
     shutil.copy(pico / "calibration_tokens.safetensors", path)
     with pytest.raises(UserError, match="is not of this source"):
-        self_generated.spoken(source, path, 2, quiet=True)
+        self_generated.self_generated(source, path, 2, quiet=True)
 
 
 def test_the_programs_speak_where_nothing_is_given(program, pico, tmp_path):
-    spoken = ("ppx-calibrate", pico, "--sessions", "3", "--frames", "20", "-o", "own.safetensors")
-    done = program(*spoken, cwd=tmp_path)
+    self_generated = ("ppx-calibrate", pico, "--sessions", "3", "--frames", "20", "-o", "own.safetensors")
+    done = program(*self_generated, cwd=tmp_path)
     assert done.stdout.startswith("own.safetensors: 3 sequences, 60 frames")
     convert = ("ppx-convert", pico, "--method", "gptq", "--bits", "3", "-o", "out", "--calibration", "own.safetensors")
     program(*convert, cwd=tmp_path)
-    assert SPOKEN in (tmp_path / "out" / "README.md").read_text()
+    assert SELF_GENERATED in (tmp_path / "out" / "README.md").read_text()

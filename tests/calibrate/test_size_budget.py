@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from ppx.calibrate import measurement, sensitivity, weight_only
-from ppx.calibrate.allocation import Budget, Wanted, allot, size_of
+from ppx.calibrate.allocation import AllocationRequest, Budget, allocate, size_of
 from ppx.calibrate.sensitivity import Part
 from ppx.convert import conversion
 from ppx.convert.bundle.plan import make_plan
@@ -23,8 +23,8 @@ from ppx.convert.source.source import Source, locate, open_source
 from ppx.convert.source.tensors import COMPONENTS, roles
 from ppx.model.forward import Tokens
 from ppx.model.reference import reference_of
-from ppx.model.tokens import Material, read_tokens
-from ppx.quant.affine import BITS, Affine, dequantize, quantize
+from ppx.model.tokens import TokenSet, read_tokens
+from ppx.quant.affine import BITS, QuantizationConfig, dequantize, quantize
 from ppx.recipes import shipped
 from safetensors.numpy import load_file, save_file
 
@@ -60,12 +60,12 @@ def measured(pico, few, held):
 
 def rounded(values: torch.Tensor, bits: int) -> torch.Tensor:
     flat = np.ascontiguousarray(values.float().numpy().reshape(-1, values.shape[-1]))
-    form = Affine(bits, 64, "lsq")
-    return torch.from_numpy(dequantize(quantize(flat, form, SCALES), form)).reshape(values.shape)
+    quantization = QuantizationConfig(bits, 64, "lsq")
+    return torch.from_numpy(dequantize(quantize(flat, quantization, SCALES), quantization)).reshape(values.shape)
 
 
 def predictions(
-    source: Source, material: Material, altered: Callable[[str, int | None], bool] | None = None, bits: int = 0
+    source: Source, token_set: TokenSet, altered: Callable[[str, int | None], bool] | None = None, bits: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the whole model, run at once; altered: tells of a tensor and step if it is quantized."""
     model = reference_of(source.checkpoint)
@@ -82,7 +82,7 @@ def predictions(
     both = Altered()
     with torch.inference_mode():
         text, audio = replace(model, weights=both.weights, rows=both.rows).logits(
-            material.tokens, material.targets, source.architecture.n_q // 2
+            token_set.tokens, token_set.targets, source.architecture.n_q // 2
         )
     return text.double().log_softmax(-1), audio.double().log_softmax(-1)
 
@@ -115,13 +115,13 @@ def divergence(reference: torch.Tensor, other: torch.Tensor, counted: NDArray[np
     ids=lambda value: "altered" if callable(value) else str(value),
 )
 def test_a_part_costs_what_the_whole_model_loses_by_it(part, bits, altered, measured):
-    source, material, found = measured
+    source, token_set, found = measured
     half = source.architecture.n_q // 2
-    heard = material.counted[:, 1 : half + 1].all(1)
-    text, audio = predictions(source, material)
-    other_text, other_audio = predictions(source, material, altered, bits)
+    heard = token_set.counted[:, 1 : half + 1].all(1)
+    text, audio = predictions(source, token_set)
+    other_text, other_audio = predictions(source, token_set, altered, bits)
     cost = found.costs[part][bits]
-    assert cost["text"] == pytest.approx(divergence(text, other_text, material.counted[:, 0]), rel=1e-3, abs=1e-7)
+    assert cost["text"] == pytest.approx(divergence(text, other_text, token_set.counted[:, 0]), rel=1e-3, abs=1e-7)
     agent = [divergence(audio[:, :, step], other_audio[:, :, step], heard) for step in range(half)]
     assert cost["agent"] == pytest.approx(np.mean(agent), rel=1e-3, abs=1e-7)
     assert sum(cost.values()) > 1e-4
@@ -152,10 +152,10 @@ def test_several_passes_measure_what_one_does(measured, monkeypatch):
         return bars[-1]
 
     monkeypatch.setattr(measurement, "bar", shown)
-    source, material, once = measured
-    two = 2 * material.tokens.shape[2] * source.architecture.dim * 4
+    source, token_set, once = measured
+    two = 2 * token_set.tokens.shape[2] * source.architecture.dim * 4
     memory = two * (1 + sum(part.component != "depformer" for part in once.costs))
-    apart = measurement.measure(source, material, "mark", quiet=True, bits=[3], sequences=6, memory=memory)
+    apart = measurement.measure(source, token_set, "mark", quiet=True, bits=[3], sequences=6, memory=memory)
     assert apart.measured_on == "6 of 6 sequences of 60 frames"
     assert [(one.count, one.ended) for one in bars] == [(one.total, 1) for one in bars] != []
     assert apart.errors == once.errors
@@ -165,32 +165,32 @@ def test_several_passes_measure_what_one_does(measured, monkeypatch):
 
 def test_a_part_whose_predictions_are_not_finite_is_named(measured, monkeypatch):
     """It would be the cheapest of all: max(0.0, nan) is 0.0."""
-    source, material, _ = measured
+    source, token_set, _ = measured
     head = source.checkpoint.tensors["text_linear.weight"].role.shape
 
-    def broken(weight, form, storage):
-        made = quantize(weight, form, storage)
+    def broken(weight, quantization, storage):
+        made = quantize(weight, quantization, storage)
         return replace(made, scales=np.full_like(made.scales, np.nan)) if weight.shape == head else made
 
     monkeypatch.setattr(weight_only, "quantize", broken)
     with pytest.raises(UserError, match="heads text_linear at 2 bit: the text's predictions are not finite"):
-        measurement.measure(source, material.chosen(np.array([0])), "mark", quiet=True, bits=[2])
+        measurement.measure(source, token_set.chosen(np.array([0])), "mark", quiet=True, bits=[2])
 
 
 def test_sequences_that_tell_nothing_of_the_agent_are_refused(measured):
     """Everything would cost it nothing."""
-    source, material, _ = measured
-    counted = material.counted.copy()
+    source, token_set, _ = measured
+    counted = token_set.counted.copy()
     counted[:, 3] = False
     with pytest.raises(UserError, match="the 1 sequences that were measured on hold no tokens of agent"):
         measurement.measure(
-            source, replace(material.chosen(np.array([0])), counted=counted[:1]), "mark", True, bits=[2]
+            source, replace(token_set.chosen(np.array([0])), counted=counted[:1]), "mark", True, bits=[2]
         )
 
 
 def test_weights_that_cannot_be_quantized_are_named(measured):
     """Their inputs are always zero, so that the original is sound."""
-    source, material, _ = measured
+    source, token_set, _ = measured
     gating, norm = "transformer.layers.0.gating.linear_in.weight", "transformer.layers.0.norm2.alpha"
 
     def altered(name, _, weights):
@@ -200,7 +200,7 @@ def test_weights_that_cannot_be_quantized_are_named(measured):
 
     checkpoint = source.checkpoint.with_adapter(altered, [gating, norm], source.checkpoint.file)
     with pytest.raises(UserError, match=f"{gating} at 2 bit .*too far apart"):
-        measurement.measure(replace(source, checkpoint=checkpoint), material, "mark", quiet=True, bits=[2])
+        measurement.measure(replace(source, checkpoint=checkpoint), token_set, "mark", quiet=True, bits=[2])
 
 
 def test_every_tensor_that_the_agent_depends_on_is_in_a_part(measured):
@@ -221,11 +221,13 @@ def test_every_tensor_that_the_agent_depends_on_is_in_a_part(measured):
 def test_other_group_sizes_cost_as_their_errors_grow(measured):
     found = measured[2]
     part = Part("temporal", "self_attn.*", layer=0)
-    small, usual, large = (found.cost(part, Affine(4, size, "lsq"))["agent"] for size in (32, 64, 128))
+    small, usual, large = (found.cost(part, QuantizationConfig(4, size, "lsq"))["agent"] for size in (32, 64, 128))
     assert small < usual < large
     assert usual == found.costs[part][4]["agent"]
     assert found.cost(part, None) == {"text": 0.0, "agent": 0.0}
-    assert found.cost(Part("temporal", "gating.*", layer=0), Affine(4, 128, "lsq")) is None  # does not divide its rows
+    assert (
+        found.cost(Part("temporal", "gating.*", layer=0), QuantizationConfig(4, 128, "lsq")) is None
+    )  # does not divide its rows
 
 
 def test_a_file_of_them_comes_back_as_it_was(measured, tmp_path):
@@ -251,8 +253,8 @@ def test_a_file_of_them_comes_back_as_it_was(measured, tmp_path):
 def test_a_recipe_is_within_its_budget_and_beats_uniform_ones(budget, measured):
     source, _, found = measured
     inventory = conversion.inventory(source)
-    wanted = Wanted(budget, "mlx", "float16", "lsq", 8)
-    mixed = allot(inventory, wanted, found)
+    wanted = AllocationRequest(budget, "mlx", "float16", "lsq", 8)
+    mixed = allocate(inventory, wanted, found)
     plan = make_plan(inventory, mixed.recipe)
     assert plan.nbytes == mixed.nbytes
     used = plan.nbytes if budget.nbytes else plan.bits_per_weight
@@ -262,14 +264,17 @@ def test_a_recipe_is_within_its_budget_and_beats_uniform_ones(budget, measured):
     total = sum(mixed.expected.values())
     assert mixed.bound is not None
     assert 0.98 * total < mixed.bound <= total * (1 + 1e-9)  # the same sum in another order
-    settings = {(output.form.bits, output.form.group_size) if output.form else None for output in plan.outputs}
+    settings = {
+        (output.quantization.bits, output.quantization.group_size) if output.quantization else None
+        for output in plan.outputs
+    }
     assert len(settings) > 3
     compared = 0
     for bits, group_size in filter(None, settings):
-        form = Affine(bits, group_size, "lsq")
-        everything = {part: found.cost(part, form) for part in found.costs}
+        quantization = QuantizationConfig(bits, group_size, "lsq")
+        everything = {part: found.cost(part, quantization) for part in found.costs}
         if None not in everything.values():
-            alike = make_plan(inventory, uniform(form, "mlx", "float16", COMPONENTS))
+            alike = make_plan(inventory, uniform(quantization, "mlx", "float16", COMPONENTS))
             if (alike.nbytes if budget.nbytes else alike.bits_per_weight) <= limit:
                 assert total < sum(sum(cost.values()) for cost in everything.values())
                 compared += 1
@@ -279,14 +284,16 @@ def test_a_recipe_is_within_its_budget_and_beats_uniform_ones(budget, measured):
 def test_what_is_kept_is_kept_and_the_users_steps_get_least(measured):
     source, _, found = measured
     inventory = conversion.inventory(source)
-    kept = allot(inventory, Wanted(Budget(None, 7.0), "mlx", "float16", "lsq", None, ("embeddings", "heads")), found)
-    for part, form in kept.settings.items():
+    kept = allocate(
+        inventory, AllocationRequest(Budget(None, 7.0), "mlx", "float16", "lsq", None, ("embeddings", "heads")), found
+    )
+    for part, quantization in kept.settings.items():
         if part.component in ("embeddings", "heads"):
-            assert form is None
+            assert quantization is None
         elif part.step is not None and part.step >= 8:
-            assert form is not None
-            assert form.bits == 2
-    assert max(form.bits for form in kept.settings.values() if form) > 4
+            assert quantization is not None
+            assert quantization.bits == 2
+    assert max(quantization.bits for quantization in kept.settings.values() if quantization) > 4
 
 
 def test_targets_of_one_setting_get_the_best_that_they_load(measured):
@@ -294,8 +301,13 @@ def test_targets_of_one_setting_get_the_best_that_they_load(measured):
     inventory = conversion.inventory(source)
 
     def chosen(target, bits_per_weight):
-        recipe = allot(inventory, Wanted(Budget(None, bits_per_weight), target, "float16", "lsq"), found).recipe
-        return [(rule.form and (rule.form.bits, rule.form.group_size), rule.components) for rule in recipe.rules]
+        recipe = allocate(
+            inventory, AllocationRequest(Budget(None, bits_per_weight), target, "float16", "lsq"), found
+        ).recipe
+        return [
+            (rule.quantization and (rule.quantization.bits, rule.quantization.group_size), rule.components)
+            for rule in recipe.rules
+        ]
 
     everything = ("temporal", "depformer", "embeddings", "heads")
     assert chosen("moshi-mlx", 6) == [((4, 32), everything)]
@@ -322,7 +334,7 @@ def test_what_the_smallest_bundle_fits_into_is_met(measured):
     inventory = conversion.inventory(source)
 
     def within(budget):
-        return allot(inventory, Wanted(budget, "mlx", "float16", "lsq"), found).nbytes
+        return allocate(inventory, AllocationRequest(budget, "mlx", "float16", "lsq"), found).nbytes
 
     with pytest.raises(UserError, match="is larger") as caught:
         within(Budget(1000))

@@ -108,10 +108,10 @@ def test_an_adapter_that_changes_meanwhile_is_noticed(pico, adapter, tmp_path):
     location, recipe = locate(str(pico)), shipped.load("4bit")
     source, plan = conversion.prepare(location, recipe, quiet=True, adapter=str(adapter))
     with source:
-        prints = fingerprint(source, quiet=True)
+        fingerprints = fingerprint(source, quiet=True)
         write(adapter, matrices(pico) | {"linears.11.lora_A.weight": torch.zeros(RANK, 64).bfloat16()}, None)
         with pytest.raises(UserError, match=r"lora\.safetensors: changed while it was converted"):
-            conversion.convert(source, plan, tmp_path / "out", quiet=True, prints=prints)
+            conversion.convert(source, plan, tmp_path / "out", quiet=True, fingerprints=fingerprints)
     assert not (tmp_path / "out").exists()
 
 

@@ -40,9 +40,9 @@ def work(pico, monkeypatch, tmp_path):
         done.append("sampled")
         return tokens
 
-    def measure(opened, material, mark, _):
+    def measure(opened, token_set, mark, _):
         done.append("measured")
-        found = Sensitivities({"sequences": len(material.tokens), "frames": 20}, mark)
+        found = Sensitivities({"sequences": len(token_set.tokens), "frames": 20}, mark)
         members = members_of(opened.architecture)
         for part, tensors in members.items():
             columns = [opened.checkpoint.tensors[name].role.shape[-1] for name, _ in tensors]

@@ -68,8 +68,8 @@ def test_values_that_are_not_finite_are_all_named(pico_copy):
 
 def test_fingerprints_are_those_of_the_files(pico):
     with open_source(locate(str(pico))) as source:
-        prints = fingerprint(source)
-    for name, found in prints.items():
+        fingerprints = fingerprint(source)
+    for name, found in fingerprints.items():
         data = (pico / name).read_bytes()
         assert (found.size, found.sha256) == (len(data), hashlib.sha256(data).hexdigest())
 
@@ -124,10 +124,10 @@ def test_eight_steps_are_refused_unless_filling_is_asked_for(pico_copy, program,
     np.testing.assert_array_equal(bits(across), bits(whole[500:530]))
 
     program("ppx-convert", pico_copy, "--fill-depformer-steps", "-o", "out", cwd=tmp_path)
-    filled = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["filled"]
-    assert filled["linears.11.weight"] == "linears.3.weight"
-    assert filled["depformer_emb.7.weight"] == "zeros"
-    assert filled["depformer.layers.0.self_attn.in_proj_weight"].endswith("its 8 steps, twice")
+    copied_steps = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["filled"]
+    assert copied_steps["linears.11.weight"] == "linears.3.weight"
+    assert copied_steps["depformer_emb.7.weight"] == "zeros"
+    assert copied_steps["depformer.layers.0.self_attn.in_proj_weight"].endswith("its 8 steps, twice")
     adapter = ("--adapter", pico_copy / "model.safetensors")
     done = program("ppx-convert", pico_copy, "--fill-depformer-steps", *adapter, cwd=tmp_path, status=2)
     assert "an adapter and filled depformer steps do not go together" in done.stderr

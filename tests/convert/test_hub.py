@@ -123,19 +123,19 @@ def test_a_process_killed_in_the_middle_loses_nothing_that_was_written(convert, 
     assert sum(fetched(hub).values()) == sum(sizes(hub).values()) - seen
 
 
-def test_a_gated_repository_says_which_licence_and_token(convert, hub, tmp_path):
+def test_a_gated_repository_says_which_license_and_token(convert, hub, tmp_path):
     hub.repositories[REPOSITORY].gated = True
     done = convert(REPOSITORY, "-o", "out", status=2)
     page = f"{hub.address}/{REPOSITORY}"
-    assert f"gated. Accept its licence at {page}, then log in with `hf auth login`" in done.stderr
+    assert f"gated. Accept its license at {page}, then log in with `hf auth login`" in done.stderr
     assert "HF_TOKEN" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     done = convert(REPOSITORY, "-o", "out", status=2, HF_TOKEN="hf_stranger")
-    assert f"gated. Accept its licence at {page}, with the account that the token is of" in done.stderr
+    assert f"gated. Accept its license at {page}, with the account that the token is of" in done.stderr
     done = convert(REPOSITORY, "-o", "out", HF_TOKEN="hf_reader")
     written = [path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert not any(b"hf_reader" in data for data in [*written, done.stdout.encode(), done.stderr.encode()])
-    assert hub.strangers == []  # the host that large files come from is told no token
+    assert hub.untracked_files == []  # the host that large files come from is told no token
 
 
 @pytest.mark.parametrize(

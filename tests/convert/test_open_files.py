@@ -11,7 +11,7 @@ from ppx.convert.errors import UserError
 from ppx.convert.file_names import CODEC, WEIGHTS
 from ppx.convert.source.source import locate, open_source
 from ppx.convert.tensorfile import TensorFile
-from ppx.quant.affine import Affine
+from ppx.quant.affine import QuantizationConfig
 from ppx.recipes.cli import calibrate, convert, verify
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
@@ -65,7 +65,7 @@ def test_what_cannot_be_opened_or_planned_is_closed(pico, pico_copy, tmp_path):
     with pytest.raises(UserError, match="where rank 3 makes it"):
         conversion.open_merged(location, adapter(tmp_path, 3), quiet=True)
     with pytest.raises(UserError, match="groups of 128"):
-        conversion.prepare(location, uniform(Affine(4, 128), "mlx", "bfloat16", ("temporal",)))
+        conversion.prepare(location, uniform(QuantizationConfig(4, 128), "mlx", "bfloat16", ("temporal",)))
     assert open_below(pico, tmp_path) == []
 
 

@@ -6,7 +6,7 @@ from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from ppx.convert.bundle.recipe import LIMITS, Recipe, Rule, to_toml, uniform
 from ppx.convert.bundle.targets import TARGETS
 from ppx.convert.errors import UserError
-from ppx.quant.affine import Affine
+from ppx.quant.affine import QuantizationConfig
 from ppx.recipes import shipped
 
 SEVEN_B = inventory_of_7b("x/y")
@@ -35,11 +35,13 @@ def test_a_recipe_survives_the_way_to_toml_and_back(name):
 
 def test_the_first_rule_that_matches_decides():
     plan = make_plan(SEVEN_B, shipped.load("mixed"))
-    bits = {output.path: output.form.bits for output in plan.outputs if output.form}
+    bits = {output.path: output.quantization.bits for output in plan.outputs if output.quantization}
     assert bits["transformer.layers.0.self_attn.in_proj"] == 6
     assert bits["transformer.layers.1.self_attn.in_proj"] == 5
     assert bits["depformer.slices.7.transformer.layers.3.gating.linear_in"] == 6
-    assert {output.form and output.form.bits for output in plan.outputs if output.role.kind == "embedding"} == {5}
+    assert {
+        output.quantization and output.quantization.bits for output in plan.outputs if output.role.kind == "embedding"
+    } == {5}
     assert not any(path.startswith("depformer.slices.8.") for path in bits)
 
 
@@ -108,20 +110,28 @@ def test_what_is_no_toml_says_where():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (uniform(Affine(4, 64), "moshi-mlx", "bfloat16", TARGETS["moshi-mlx"].uniform), "moshi-q4, moshi-q8 or bf16"),
-        (uniform(Affine(4, 32), "moshi-mlx", "bfloat16", ("temporal",)), "every linear and embedding"),
-        (uniform(Affine(4, 64), "speech-swift", "float16", ("temporal", "heads")), "loads heads as floats"),
-        (uniform(Affine(4, 64), "speech-swift", "float16", ("depformer",)), "quantize both"),
         (
-            Recipe("r", "speech-swift", "float16", (Rule(Affine(6, 64), layers=((0, 3),)), Rule(Affine(4, 64)))),
+            uniform(QuantizationConfig(4, 64), "moshi-mlx", "bfloat16", TARGETS["moshi-mlx"].uniform),
+            "moshi-q4, moshi-q8 or bf16",
+        ),
+        (uniform(QuantizationConfig(4, 32), "moshi-mlx", "bfloat16", ("temporal",)), "every linear and embedding"),
+        (uniform(QuantizationConfig(4, 64), "speech-swift", "float16", ("temporal", "heads")), "loads heads as floats"),
+        (uniform(QuantizationConfig(4, 64), "speech-swift", "float16", ("depformer",)), "quantize both"),
+        (
+            Recipe(
+                "r",
+                "speech-swift",
+                "float16",
+                (Rule(QuantizationConfig(6, 64), layers=((0, 3),)), Rule(QuantizationConfig(4, 64))),
+            ),
             "one setting for all quantized layers, not 4 bit group 64, 6 bit group 64",
         ),
         (
-            Recipe("r", "speech-swift", "float16", (Rule(Affine(4, 64), ("temporal",), layers=((0, 3),)),)),
+            Recipe("r", "speech-swift", "float16", (Rule(QuantizationConfig(4, 64), ("temporal",), layers=((0, 3),)),)),
             "all linear layers of the temporal quantized or none",
         ),
         (
-            Recipe("r", "mlx", "float16", (Rule(Affine(4, 64), layers=((40, 50),), line=7),)),
+            Recipe("r", "mlx", "float16", (Rule(QuantizationConfig(4, 64), layers=((40, 50),), line=7),)),
             r"a rule \(line 7\) matches no tensor",
         ),
     ],
@@ -138,7 +148,7 @@ def test_rows_that_a_group_does_not_divide_are_all_named(pico):
     with open_source(locate(str(pico))) as source:
         plain = inventory(source)
     with pytest.raises(UserError) as caught:
-        make_plan(plain, uniform(Affine(4, 128), "mlx", "bfloat16", ("temporal", "depformer")))
+        make_plan(plain, uniform(QuantizationConfig(4, 128), "mlx", "bfloat16", ("temporal", "depformer")))
     said = "\n".join(caught.value.problems)
     assert "temporal gating.linear_out: rows of 704 weights are not divided by groups of 128 (2 tensors)" in said
     assert "use group size 64 or 32" in said

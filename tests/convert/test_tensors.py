@@ -12,7 +12,7 @@ from ppx.convert.errors import UserError
 from ppx.convert.source.architecture import Architecture, from_config, read_config, to_config
 from ppx.convert.source.tensors import COMPONENTS, roles
 from ppx.convert.tensorfile import TensorFile
-from ppx.quant.affine import Affine
+from ppx.quant.affine import QuantizationConfig
 from ppx.recipes import shipped
 
 LONG = {"U32": "uint32", "BF16": "bfloat16", "F16": "float16"}
@@ -61,7 +61,7 @@ def test_moshi_mlx_layout_at_full_size(recipe, name, layout):
 def test_mlx_layout_at_full_size(layout):
     """The names and shapes that moshi_mlx knows, in shards, with the same setting for all."""
     components = ("temporal", "depformer", "embeddings", "heads")
-    plan = make_plan(inventory_of_7b("x/y"), uniform(Affine(8, 64), "mlx", "bfloat16", components))
+    plan = make_plan(inventory_of_7b("x/y"), uniform(QuantizationConfig(8, 64), "mlx", "bfloat16", components))
     shards = [file for file in plan.files if file.outputs]
     assert [file.name for file in shards] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     assert max(file.nbytes for file in shards) < 5.01 * 2**30

@@ -17,10 +17,10 @@ from ppx.convert.regular_files import check_regular, open_regular, read_json, re
 from ppx.convert.schema import TEXT, Each, Maybe, mismatch, number, whole
 from ppx.convert.source import adapter
 from ppx.convert.source.architecture import from_config, read_config
-from ppx.convert.source.license import licence_of
+from ppx.convert.source.license import license_of
 from ppx.convert.source.source import fingerprint, locate, open_source
 from ppx.convert.tensorfile import TensorFile
-from ppx.model.tokens import held_tokens
+from ppx.model.tokens import read_token_file
 from ppx.recipes import shipped
 from ppx.recipes.cli import console
 from ppx.speak import audio_files
@@ -50,7 +50,7 @@ def strange(tmp_path):
         lambda path, _: read_config(path),
         lambda path, _: sensitivity.read(path),
         lambda path, _: report.read(path),
-        lambda path, a: held_tokens(path, a),
+        lambda path, a: read_token_file(path, a),
         lambda path, a: adapter.open_adapter(str(path), a, quiet=True),
         lambda path, _: TensorFile(path),
     ],
@@ -83,9 +83,9 @@ def test_a_file_that_cannot_be_mapped_ends_in_a_line(tmp_path):
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def test_a_card_that_is_a_pipe_states_no_licence(tmp_path):
+def test_a_card_that_is_a_pipe_states_no_license(tmp_path):
     os.mkfifo(tmp_path / "README.md")
-    assert licence_of(tmp_path) is None
+    assert license_of(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "\x1b[2Jpico"])
@@ -220,7 +220,7 @@ def edit(path, change):
         (lambda m: m["architecture"].update(num_heads=3), "architecture: num_heads is 3"),
         (lambda m: m["architecture"].update(delays=[99] * 17), "architecture: delays"),
         (lambda m: m.update(toolkit={}), "toolkit.name is missing"),
-        (lambda m: m["source"].update(filled={"a\x1b": "b"}), "source.filled has the name"),
+        (lambda m: m["source"].update(copied_steps={"a\x1b": "b"}), "source.filled has the name"),
         (lambda m: m.pop("tensors"), "tensors is not a list"),
     ],
 )

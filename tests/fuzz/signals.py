@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from server import Command, begin, preload, wait
 
 PLAIN = Command("convert", ("pico", "--recipe", "4bit", "--no-verify", "-o", "out"))
-SOLVED = Command(
+DATA_DRIVEN = Command(
     "convert", (*PLAIN.arguments, "--method", "gptq", "--calibration", "tokens.safetensors", "--refine", "12")
 )
 STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -103,7 +103,7 @@ def main() -> None:
         tempfile.tempdir = None
         preload()
         whole, lasts = {}, {}
-        for command in (PLAIN, SOLVED):
+        for command in (PLAIN, DATA_DRIVEN):
             folder = folder_for(base, work)
             began = time.monotonic()
             child, _ = begin(command, folder, (folder, cache))
@@ -112,7 +112,7 @@ def main() -> None:
             print(f"uninterrupted: {lasts[command]:.1f} s", flush=True)
         for number in STATUS:
             for run in range(options.each):
-                command = (PLAIN, SOLVED)[run % 2]
+                command = (PLAIN, DATA_DRIVEN)[run % 2]
                 moment = random.uniform(0, lasts[command])
                 folder = folder_for(base, work)
                 wrong, was_stopped = problem(command, folder, number, moment, whole[command], cache)

@@ -15,7 +15,7 @@ from ppx.convert.errors import CheckFailed
 from ppx.convert.progress import bar
 from ppx.convert.source.source import locate, open_source
 from ppx.model import kernel_test, mlx_device
-from ppx.model.matmul import TRIED_TILES, Products, Shape, shape_of
+from ppx.model.matmul import TRIED_TILES, QuantizedMatmul, Shape, shape_of
 from ppx.model.session import SILENCE, system_prompt
 from ppx.quant.affine import BITS, GROUP_SIZES
 from ppx.speak import kernel_cache, loader
@@ -23,12 +23,12 @@ from ppx.speak.generation import Conversation
 from ppx.speak.sampling import GREEDY
 from ppx.verify import report as reports
 from ppx.verify import rollout
-from ppx.verify.options import Request
+from ppx.verify.options import VerifyOptions
 from ppx.verify.publish import card
 from ppx.verify.verification import verify
 
 SWIFT = ("--recipe", "4bit")
-QUICK = Request(sequences=1, frames=30, device="cpu")
+QUICK = VerifyOptions(sequences=1, frames=30, device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +81,10 @@ def test_this_mlx_is_within_what_rounding_explains():
     shares = []
     for dtype in kernel_test.DTYPES:
         shapes = [Shape(96, 384, bits, size, dtype, dtype) for bits in BITS for size in GROUP_SIZES]
-        rows, products = kernel_test.check(shapes)
+        rows, matmul = kernel_test.check(shapes)
         assert len(rows) == 3 * len(shapes)
         assert [row["positions"] for row in rows[:3]] == [1, 4, 8]
-        assert not products.replaced
+        assert not matmul.replaced
         shares += [row["relative_l2"] / row["bound"] for row in rows]
     assert 0 < max(shares) < 0.8
 
@@ -106,16 +106,16 @@ def test_an_error_at_one_edge_of_a_weight_is_seen(rows, columns):
         found = mx.quantized_matmul(x, weight, scales, biases, **settings)
         return mx.where(mx.arange(rows) < rows - 1, found, 0)
 
-    found, _ = kernel_test.check([Shape(rows, columns, 4, 32, "bfloat16", "bfloat16")], Products(packed=edge))
+    found, _ = kernel_test.check([Shape(rows, columns, 4, 32, "bfloat16", "bfloat16")], QuantizedMatmul(packed=edge))
     assert [row["replaced"] for row in found] == [True] * 3
 
 
 def test_only_the_shape_and_the_rows_of_input_that_are_wrong_are_replaced():
     shapes = [Shape(96, columns, 4, 32, "float32", "float32") for columns in (64, 128)]
     broken = Broken((96, 64))
-    rows, products = kernel_test.check(shapes, Products(packed=broken))
-    assert products.replaced == {(shapes[0], 4), (shapes[0], 8)}
-    assert products.worked_around() == ["96x64, 4 bit group 32, float32, 4, 8 rows of input"]
+    rows, matmul = kernel_test.check(shapes, QuantizedMatmul(packed=broken))
+    assert matmul.replaced == {(shapes[0], 4), (shapes[0], 8)}
+    assert matmul.workarounds() == ["96x64, 4 bit group 32, float32, 4, 8 rows of input"]
     assert [row["replaced"] for row in rows] == [False, True, True, False, False, False]
     assert not kernel_test.failures(rows)
     random = np.random.default_rng(0)
@@ -124,12 +124,12 @@ def test_only_the_shape_and_the_rows_of_input_that_are_wrong_are_replaced():
         for count in (1, 2, 5, 30):
             x = mx.array(random.standard_normal((count, shape.columns), np.float32))
             expected = np.array(x @ matrix.float32().T)
-            np.testing.assert_allclose(np.array(products(x, matrix)), expected, atol=1e-4)
+            np.testing.assert_allclose(np.array(matmul(x, matrix)), expected, atol=1e-4)
 
 
 def test_rows_of_input_are_filled_up_to_what_was_tested():
     broken, shape = Broken((0, 0)), Shape(32, 64, 4, 32, "float32", "float32")
-    padded, random = Products(padded=True, packed=broken), np.random.default_rng(0)
+    padded, random = QuantizedMatmul(padded=True, packed=broken), np.random.default_rng(0)
     assert padded.tried == TRIED_TILES == (1, 64, 1088)
     assert [padded.tried_as(count) for count in (1, 2, 64, 65, 1088, 5000)] == [1, 64, 64, 1088, 1088, 1088]
     matrix, _ = kernel_test._weight(shape, random)
@@ -155,7 +155,7 @@ def share(opened):
 def test_a_verification_works_around_a_kernel_and_says_so(bundle, source, share):
     folder, broken = bundle(*SWIFT), Broken(share, fewest=1)
     right = verify(source, folder, QUICK, "", quiet=True)
-    found = verify(source, folder, QUICK, "", quiet=True, products=Products(packed=broken))
+    found = verify(source, folder, QUICK, "", quiet=True, matmul=QuantizedMatmul(packed=broken))
     assert found["verdict"] == {"passed": True, "failures": []}
     assert {(row["rows"], row["columns"]) for row in found["kernels"] if row["replaced"]} == {share}
     assert [rows for rows, size in broken.calls if size == share] == [1, 4, 8]  # in the test alone
@@ -172,14 +172,14 @@ def test_a_verification_works_around_a_kernel_and_says_so(bundle, source, share)
 
 def test_a_rollout_works_around_a_kernel(opened, source, share):
     broken = Broken(share, fewest=1)
-    _, products = kernel_test.check(
+    _, matmul = kernel_test.check(
         kernel_test.shapes_of(opened.layout, opened.manifest["dtype"], "float32", len(mlx_device.streams())),
-        Products(packed=broken),
+        QuantizedMatmul(packed=broken),
     )
     silence = [token % source.architecture.card for token in SILENCE[: source.architecture.n_q // 2]]
     played = rollout.Script(source.voices[0].name, [5], [silence])
     with bar("", 0, "frame", quiet=True) as progress:
-        found = rollout.run(source, opened, played, progress, products=products)
+        found = rollout.run(source, opened, played, progress, matmul=matmul)
     assert len(found["agreement"]) == 1
     assert [rows for rows, size in broken.calls if size == share] == [1, 4, 8]  # in the test alone
 
@@ -193,32 +193,32 @@ def no_cache(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("no_cache")
 def test_with_nothing_to_work_around_with_mlx_is_blamed_and_not_the_bundle(bundle, source, share, size, model):
-    hopeless = Products(packed=Broken(share), plain=wrong_product)
-    found = verify(source, bundle(*SWIFT), QUICK, "", quiet=True, products=hopeless)["verdict"]["failures"]
+    hopeless = QuantizedMatmul(packed=Broken(share), plain=wrong_product)
+    found = verify(source, bundle(*SWIFT), QUICK, "", quiet=True, matmul=hopeless)["verdict"]["failures"]
     assert {failure["check"] for failure in found} == {"kernels"}
     for words in ("MLX ", "computes wrongly on this device (cpu ", "the bundle may be sound", f"{share[0]}x{share[1]}"):
         assert words in found[0]["message"]
     with pytest.raises(CheckFailed, match="the bundle may be sound"):
-        kernel_cache.on_tested_kernels(model, products=replace(hopeless, packed=Broken(size)))
+        kernel_cache.on_tested_kernels(model, matmul=replace(hopeless, packed=Broken(size)))
 
 
-def spoken(model, voice):
+def self_generated(model, voice):
     session = Conversation(model, voice, system_prompt(model.architecture, [5, 9]), GREEDY)
     users = np.random.default_rng(1).integers(0, model.architecture.card, (6, 8))
-    return [(text, *agent.tolist()) for text, agent in map(session.hear, users)]
+    return [(text, *agent.tolist()) for text, agent in map(session.step, users)]
 
 
 def test_a_conversation_works_around_a_kernel(opened, model, size, no_cache):
     voice = opened.voices()[0]
-    expected = spoken(model, voice)
+    expected = self_generated(model, voice)
     for fewest in (1, 2):
-        broken = Products(packed=Broken(size, fewest))
+        broken = QuantizedMatmul(packed=Broken(size, fewest))
         shutil.rmtree(no_cache, ignore_errors=True)
-        mended = kernel_cache.on_tested_kernels(model, products=broken)
-        assert {shape.rows for shape, _ in mended.products.replaced} == {size[0]}
-        assert spoken(mended, voice) == expected
-        wrong = kernel_cache.with_products(model, broken)
-        assert spoken(wrong, voice) != expected
+        mended = kernel_cache.on_tested_kernels(model, matmul=broken)
+        assert {shape.rows for shape, _ in mended.matmul.replaced} == {size[0]}
+        assert self_generated(mended, voice) == expected
+        wrong = kernel_cache.with_matmul(model, broken)
+        assert self_generated(wrong, voice) != expected
 
 
 def test_a_test_costs_once_and_no_cache_is_trusted_blindly(model, size, no_cache):
@@ -226,7 +226,7 @@ def test_a_test_costs_once_and_no_cache_is_trusted_blindly(model, size, no_cache
 
     def tested():
         before = len(broken.calls)
-        found = kernel_cache.on_tested_kernels(model, products=Products(packed=broken)).products.replaced
+        found = kernel_cache.on_tested_kernels(model, matmul=QuantizedMatmul(packed=broken)).matmul.replaced
         return found, len(broken.calls) - before
 
     replaced, calls = tested()

@@ -12,8 +12,8 @@ import torch
 from golden import assert_near, assert_same_session, recorded, session
 from ppx.convert.bundle.reader import Bundle, layout_of
 from ppx.convert.source.source import locate, open_source
-from ppx.model.blocks import places
-from ppx.model.forward import Memory, Tokens
+from ppx.model.blocks import blocks_of
+from ppx.model.forward import KVCache, Tokens
 from ppx.model.mlx_model import model_of
 from ppx.model.mlx_weights import read_by_name
 from ppx.model.reference import TorchModel, to_torch
@@ -68,7 +68,7 @@ def test_packed_weights_compute_what_their_values_compute(target, bundle, pico):
     golden = load_file(pico / "golden" / "forward_float32.safetensors")
     tokens = golden["tokens"].numpy()
     with opened(bundle(*QUANTIZED[target])) as held:
-        assert any(output.form for output in held.layout.every())
+        assert any(output.quantization for output in held.layout.every())
         a = held.architecture
 
         def weights(name: str, step: int | None) -> torch.Tensor:
@@ -89,10 +89,10 @@ def test_frames_in_one_pass_and_one_by_one(bundle, pico):
     tokens = load_file(pico / "golden" / "forward_float32.safetensors")["tokens"].numpy()
     with opened(bundle(*QUANTIZED["speech-swift"])) as held:
         model = model_of(held)
-        memory: Memory = {}
+        memory: KVCache = {}
         whole = model.embed(tokens)
         pieces = [whole[:, first : first + 1] for first in range(whole.shape[1])]
-        for place in places(held.architecture, "temporal"):
+        for place in blocks_of(held.architecture, "temporal"):
             _, whole = model.block(place, whole)
             pieces = [model.block(place, piece, memory, first)[1] for first, piece in enumerate(pieces)]
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5 * np.abs(whole).max())
@@ -115,6 +115,6 @@ def test_it_attends_as_far_as_the_bundles_config_says(target, bundle, tmp_path):
         x = np.random.default_rng(0).standard_normal((1, 20, held.architecture.dim), np.float32)
         other = x.copy()
         other[:, 4] += 1
-        place = places(held.architecture, "temporal")[0]
+        place = blocks_of(held.architecture, "temporal")[0]
         differs = (model.block(place, other)[1] != model.block(place, x)[1]).any(axis=(0, 2))
     assert differs.tolist() == [4 <= frame < 13 for frame in range(20)]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from golden import assert_near, assert_same_session, recorded, session
 from ppx.convert.source.source import Source, locate, open_source
-from ppx.model.blocks import places
-from ppx.model.forward import Memory
+from ppx.model.blocks import blocks_of
+from ppx.model.forward import KVCache
 from ppx.model.reference import reference_of
 from safetensors.torch import load_file
 
@@ -51,13 +51,13 @@ def test_frames_in_one_pass_and_one_by_one(source, pico):
         load_file(pico / "golden" / "forward_float32.safetensors")["tokens"],
     )
     x = model.embed(tokens.numpy())
-    memory: Memory = {}
+    memory: KVCache = {}
     whole, pieces = x, []
-    for place in places(source.architecture, "temporal"):
+    for place in blocks_of(source.architecture, "temporal"):
         _, whole = model.block(place, whole)
     for first, last in ((0, 5), (5, 6), (6, 20), (20, x.shape[1])):
         part = x[:, first:last]
-        for place in places(source.architecture, "temporal"):
+        for place in blocks_of(source.architecture, "temporal"):
             _, part = model.block(place, part, memory, first)
         pieces.append(part)
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5 * np.abs(whole).max())
@@ -65,7 +65,7 @@ def test_frames_in_one_pass_and_one_by_one(source, pico):
 
 def test_steps_of_the_depformer_see_all_before_them_and_none_after(source):
     model, a = reference_of(source.checkpoint), source.architecture
-    place = places(a, "depformer")[0]
+    place = blocks_of(a, "depformer")[0]
     x = np.random.default_rng(0).standard_normal((2, a.steps, a.depformer_dim), np.float32)
     _, before = model.block(place, x)
     for changed in (0, 7, a.steps - 1):

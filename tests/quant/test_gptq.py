@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from ppx.quant import gptq
-from ppx.quant.affine import Affine, Quantized, dequantize, pack, quantize, unpack
-from ppx.quant.gptq import Moments, solve, solve_robustly
+from ppx.quant.affine import QuantizationConfig, Quantized, dequantize, pack, quantize, unpack
+from ppx.quant.gptq import Moments, gptq_with_retries
 from torch import Tensor
 
 STORAGE = np.dtype(np.float32)
@@ -30,8 +30,8 @@ def moments(x: Tensor, seen: Tensor) -> Moments:
     return Moments(seen.T @ seen, x.T @ seen)
 
 
-def output_error(weight: Tensor, x: Tensor, seen: Tensor, made: Quantized, form: Affine) -> float:
-    back = torch.from_numpy(dequantize(made, form)).double()
+def output_error(weight: Tensor, x: Tensor, seen: Tensor, made: Quantized, quantization: QuantizationConfig) -> float:
+    back = torch.from_numpy(dequantize(made, quantization)).double()
     return float((x @ weight.T - seen @ back.T).square().sum())
 
 
@@ -45,39 +45,39 @@ def test_packing_is_the_inverse_of_unpacking(bits, columns):
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_it_keeps_outputs_better_than_least_squares_on_weights(bits, group_size):
-    form = Affine(bits, group_size, "gptq")
+    quantization = QuantizationConfig(bits, group_size, "gptq")
     for seed in range(3):
         weight, x, seen = layer(seed)
-        made = solve(weight, moments(x, seen), form, STORAGE)
-        plain = quantize(weight.float().numpy(), Affine(bits, group_size, "lsq"), STORAGE)
-        bound = output_error(weight, x, seen, plain, form)
-        unavoidable = float((x @ weight.T - seen @ torch.linalg.lstsq(seen, x @ weight.T).solution).square().sum())
-        assert output_error(weight, x, seen, made, form) - unavoidable < 0.75 * (bound - unavoidable)
+        made = gptq.gptq(weight, moments(x, seen), quantization, STORAGE)
+        plain = quantize(weight.float().numpy(), QuantizationConfig(bits, group_size, "lsq"), STORAGE)
+        bound = output_error(weight, x, seen, plain, quantization)
+        unavoidable = float((x @ weight.T - seen @ torch.linalg.lstsq(seen, x @ weight.T).store).square().sum())
+        assert output_error(weight, x, seen, made, quantization) - unavoidable < 0.75 * (bound - unavoidable)
 
 
 def test_it_rounds_as_the_textbook_does():
     """The same steps without Cholesky factors: round a column, then solve for all that follow, from scratch."""
     weight, x, _ = layer(5, rows=4, columns=64)
-    form, top = Affine(3, 32, "gptq"), 7
+    quantization, top = QuantizationConfig(3, 32, "gptq"), 7
     second = x.T @ x
     damped = second + gptq.DAMPING * second.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     now, codes = weight.clone(), np.zeros((4, 64), np.uint8)
     for column in range(64):
         if column % 32 == 0:
-            scale, bias = gptq.grid(now[:, column : column + 32], form, STORAGE, ThreadPoolExecutor(1))
+            scale, bias = gptq.grid(now[:, column : column + 32], quantization, STORAGE, ThreadPoolExecutor(1))
         code = ((now[:, column] - bias) / scale).round().clamp(0, top)
         codes[:, column] = code
         lost = now[:, column] - (code * scale + bias)
         rest = damped[column:, column:]
         inverse = torch.linalg.inv(rest)
         now[:, column:] -= torch.outer(lost / inverse[0, 0], inverse[0])
-    made = solve(weight, Moments(second, second), form, STORAGE)
+    made = gptq.gptq(weight, Moments(second, second), quantization, STORAGE)
     assert (unpack(made.weight, 3) == codes).all()
 
 
 def test_it_comes_near_the_best_of_all_codes():
     """On 8 columns of 2 bits, with the grid that it chose, all 65536 choices can be tried."""
-    form = Affine(2, 32, "gptq")
+    quantization = QuantizationConfig(2, 32, "gptq")
     worst = []
     for seed in range(24):
         random = torch.Generator().manual_seed(seed)
@@ -86,14 +86,14 @@ def test_it_comes_near_the_best_of_all_codes():
         seen = torch.cat([x, 1e-3 * torch.randn(64, 24, generator=random, dtype=torch.float64)], 1)
         weight = torch.zeros(1, 32, dtype=torch.float64)
         weight[0, :8] = torch.randn(8, generator=random, dtype=torch.float64)
-        made = solve(weight, Moments(seen.T @ seen, seen.T @ seen), form, STORAGE)
+        made = gptq.gptq(weight, Moments(seen.T @ seen, seen.T @ seen), quantization, STORAGE)
         scale, bias = float(made.scales[0, 0]), float(made.biases[0, 0])
         choices = torch.tensor(list(itertools.product(range(4), repeat=8)), dtype=torch.float64) * scale + bias
         lost = (choices - weight[:, :8]) @ x.T
         best = float(lost.square().sum(1).min())
         rounded = ((weight[:, :8] - bias) / scale).round().clamp(0, 3) * scale + bias
         plain = float(((rounded - weight[:, :8]) @ x.T).square().sum())
-        mine = float(((torch.from_numpy(dequantize(made, form)).double() - weight)[:, :8] @ x.T).square().sum())
+        mine = float(((torch.from_numpy(dequantize(made, quantization)).double() - weight)[:, :8] @ x.T).square().sum())
         worst.append((mine / best, plain / best))
     mine, plain = np.array(worst).T
     assert np.median(mine) < 1.5
@@ -102,39 +102,39 @@ def test_it_comes_near_the_best_of_all_codes():
 
 
 def test_it_makes_up_for_what_the_layers_before_lost():
-    form = Affine(4, 64, "gptq")
+    quantization = QuantizationConfig(4, 64, "gptq")
     weight, x, seen = layer(1, drift=0.3)
-    aware = solve(weight, moments(x, seen), form, STORAGE)
-    blind = solve(weight, Moments(seen.T @ seen, seen.T @ seen), form, STORAGE)
-    assert output_error(weight, x, seen, aware, form) < 0.9 * output_error(weight, x, seen, blind, form)
+    aware = gptq.gptq(weight, moments(x, seen), quantization, STORAGE)
+    blind = gptq.gptq(weight, Moments(seen.T @ seen, seen.T @ seen), quantization, STORAGE)
+    assert output_error(weight, x, seen, aware, quantization) < 0.9 * output_error(weight, x, seen, blind, quantization)
 
 
 def test_an_input_that_never_comes_and_a_weight_that_is_zero():
-    form = Affine(4, 32, "gptq")
+    quantization = QuantizationConfig(4, 32, "gptq")
     nothing = torch.zeros(64, 64)
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    plain = quantize(weight.numpy(), Affine(4, 32, "lsq"), STORAGE)
-    made = solve(weight, Moments(nothing, nothing), form, STORAGE)
+    plain = quantize(weight.numpy(), QuantizationConfig(4, 32, "lsq"), STORAGE)
+    made = gptq.gptq(weight, Moments(nothing, nothing), quantization, STORAGE)
     assert made.relative_rmse == pytest.approx(plain.relative_rmse, rel=1e-3)
-    made = solve(torch.zeros(8, 64), Moments(torch.eye(64), torch.eye(64)), form, STORAGE)
-    assert not dequantize(made, form).any()
+    made = gptq.gptq(torch.zeros(8, 64), Moments(torch.eye(64), torch.eye(64)), quantization, STORAGE)
+    assert not dequantize(made, quantization).any()
     assert made.relative_rmse == 0
     with pytest.raises(ValueError, match="not finite"):
-        solve(weight, Moments(torch.full((64, 64), torch.nan), nothing), form, STORAGE)
+        gptq.gptq(weight, Moments(torch.full((64, 64), torch.nan), nothing), quantization, STORAGE)
 
 
 def test_damping_is_raised_until_the_moments_can_be_factored():
-    form = Affine(4, 32, "gptq")
+    quantization = QuantizationConfig(4, 32, "gptq")
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     second = torch.eye(64, dtype=torch.float64)
     second[5, 5] = -0.5  # as sums in few bits may leave it
     with pytest.raises(RuntimeError, match="not positive-definite"):
-        solve(weight, Moments(second, second), form, STORAGE)
-    found = solve_robustly(weight, Moments(second, second), form, STORAGE)
+        gptq.gptq(weight, Moments(second, second), quantization, STORAGE)
+    found = gptq_with_retries(weight, Moments(second, second), quantization, STORAGE)
     assert found.damping == 1.0
     assert found.reason == "the second moments are not positive definite"
-    assert (found.made.weight == solve(weight, Moments(second, second), form, STORAGE, 1.0).weight).all()
-    sound = solve_robustly(weight, Moments(second.abs(), second.abs()), form, STORAGE)
+    assert (found.made.weight == gptq.gptq(weight, Moments(second, second), quantization, STORAGE, 1.0).weight).all()
+    sound = gptq_with_retries(weight, Moments(second.abs(), second.abs()), quantization, STORAGE)
     assert (sound.damping, sound.reason) == (gptq.DAMPING, "")
 
 
@@ -149,12 +149,12 @@ def test_damping_is_raised_until_the_moments_can_be_factored():
     ids=["negative", "nan", "infinite", "overflow"],
 )
 def test_what_cannot_be_solved_is_quantized_by_its_weights(second, cross, reason):
-    form = Affine(4, 32, "gptq")
+    quantization = QuantizationConfig(4, 32, "gptq")
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    found = solve_robustly(weight, Moments(second, cross), form, STORAGE)
+    found = gptq_with_retries(weight, Moments(second, cross), quantization, STORAGE)
     assert found.damping is None
     assert reason in found.reason
-    plain = quantize(weight.numpy(), Affine(4, 32, "lsq"), STORAGE)
+    plain = quantize(weight.numpy(), QuantizationConfig(4, 32, "lsq"), STORAGE)
     assert (found.made.weight == plain.weight).all()
     assert (found.made.scales == plain.scales).all()
     assert found.made.relative_rmse == plain.relative_rmse
@@ -166,8 +166,8 @@ def test_scales_are_what_their_dtype_holds(storage):
 
     dtype = np.dtype(ml_dtypes.bfloat16 if storage == "bfloat16" else np.float16)
     weight, x, seen = layer(2)
-    form = Affine(4, 64, "gptq")
-    made = solve(weight.float(), moments(x.float(), seen.float()), form, dtype)
+    quantization = QuantizationConfig(4, 64, "gptq")
+    made = gptq.gptq(weight.float(), moments(x.float(), seen.float()), quantization, dtype)
     assert made.scales.dtype == made.biases.dtype == dtype
-    back = dequantize(made, form)
+    back = dequantize(made, quantization)
     assert made.squared_error == pytest.approx(float(np.square(weight.numpy() - back).sum()), rel=1e-5)

@@ -237,7 +237,7 @@ def test_help_has_examples_and_no_option_without_a_word(name, program, tmp_path)
 def test_the_example_of_the_recipes_page_is_a_recipe():
     text = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(), re.DOTALL)[0]
     plan = make_plan(inventory_of_7b("x/y"), recipe_file.parse(text, "example", "example"))
-    methods = {(output.form.bits, output.form.method) for output in plan.outputs if output.form}
+    methods = {(output.quantization.bits, output.quantization.method) for output in plan.outputs if output.quantization}
     assert methods == {(6, "lsq"), (4, "rtn")}
 
 

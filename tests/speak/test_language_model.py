@@ -66,7 +66,7 @@ def test_a_greedy_session_is_the_references(opened, golden, target):
     session = Conversation(model, voices["NATF2"], prompt, GREEDY)
     assert len(voices["NATF2"].embeddings) + len(prompt) > model.reach  # its ring has wrapped around
     for frame, user in enumerate(golden["user_tokens"]):
-        text, agent = session.hear(user)
+        text, agent = session.step(user)
         if frame:  # the text is of this frame, the newest whole frame of the agent is the one before
             assert golden["tokens"][frame][1:9].tolist() == agent.tolist()
         for found, name in ((session.text_logits, "text_logits"), (session.audio_logits, "audio_logits")):
@@ -89,7 +89,7 @@ def test_a_quantized_session_is_that_of_the_model_that_is_verified(bundle, opene
     session = Conversation(model, voices["NATF2"], prompt, GREEDY)
     assert len(model.steps) == 8
     for user, step in zip(heard, expected, strict=True):
-        text, agent = session.hear(user)
+        text, agent = session.step(user)
         assert agent.tolist() == step.tokens[1:9].tolist()
         np.testing.assert_allclose(np.array(session.text_logits), step.text_logits, atol=2e-4)
         np.testing.assert_allclose(np.array(session.audio_logits), step.audio_logits[:8], atol=2e-4)
@@ -122,12 +122,14 @@ def test_a_ring_that_grows_and_wraps_around_forgets_only_what_is_too_old(opened,
     random = np.random.default_rng(0)
     columns = random.integers(0, model.architecture.card, (17, 40)).astype(np.int32)
     monkeypatch.setattr(language_model, "_FIRST_ROOM", 4)
-    ring, step, rooms, found = model.prefill(columns[:, :0]), model.temporal(), set(), []
+    kv_cache, step, rooms, found = model.prefill(columns[:, :0]), model.temporal(), set(), []
     for column in columns.T:
-        ring.grow()
-        rooms.add(ring.room)
-        hidden, _, ring.keys, ring.values = step(mx.array(column), mx.array(ring.frames), ring.keys, ring.values)
-        ring.frames += 1
+        kv_cache.grow()
+        rooms.add(kv_cache.room)
+        hidden, _, kv_cache.keys, kv_cache.values = step(
+            mx.array(column), mx.array(kv_cache.frames), kv_cache.keys, kv_cache.values
+        )
+        kv_cache.frames += 1
         found.append(np.array(hidden[0, 0]))
     assert rooms == {4, 8, 15}
     whole = mx.array(columns)
@@ -142,15 +144,15 @@ def test_a_ring_that_grows_and_wraps_around_forgets_only_what_is_too_old(opened,
     np.testing.assert_allclose(np.stack(found), expected, atol=2e-4)
 
 
-def spoken(model, voices, users, sampling, seed):
+def self_generated(model, voices, users, sampling, seed):
     session = Conversation(model, voices["NATF0"], system_prompt(model.architecture, [5]), sampling, seed)
-    return [(text, *agent.tolist()) for text, agent in map(session.hear, users)]
+    return [(text, *agent.tolist()) for text, agent in map(session.step, users)]
 
 
 def test_a_seed_tells_what_is_drawn(opened):
     model, voices = opened(*QUANTIZED["speech-swift"])
     users = np.random.default_rng(1).integers(0, model.architecture.card, (12, 8))
-    first, again, other = (spoken(model, voices, users, Sampling(), seed) for seed in (1, 1, 2))
+    first, again, other = (self_generated(model, voices, users, Sampling(), seed) for seed in (1, 1, 2))
     assert first == again
     assert first != other
     assert len({frame[1] for frame in first}) > 1
@@ -211,7 +213,7 @@ def test_the_gpus_way_says_the_same(bundle, opened, golden, kind):
     for model, sliced in ((plain, False), (few, True)):
         session = Conversation(model, voices["NATF2"], prompt, Sampling(), seed=3)
         session._temporal = model.temporal(sliced)
-        said.append([(text, *agent.tolist()) for text, agent in map(session.hear, golden["user_tokens"][:12])])
+        said.append([(text, *agent.tolist()) for text, agent in map(session.step, golden["user_tokens"][:12])])
     assert said[0] == said[1]
 
 
@@ -221,11 +223,13 @@ def test_the_gpus_way_forgets_only_what_is_too_old(opened, monkeypatch):
     monkeypatch.setattr(language_model, "_FIRST_ROOM", 4)
     found = []
     for sliced in (False, True):
-        ring, step, states = model.prefill(columns[:, :0]), model.temporal(sliced), []
+        kv_cache, step, states = model.prefill(columns[:, :0]), model.temporal(sliced), []
         for column in columns.T:
-            ring.grow()
-            hidden, _, ring.keys, ring.values = step(mx.array(column), mx.array(ring.frames), ring.keys, ring.values)
-            ring.frames += 1
+            kv_cache.grow()
+            hidden, _, kv_cache.keys, kv_cache.values = step(
+                mx.array(column), mx.array(kv_cache.frames), kv_cache.keys, kv_cache.values
+            )
+            kv_cache.frames += 1
             states.append(np.array(hidden[0, 0]))
         found.append(np.stack(states))
     np.testing.assert_allclose(found[1], found[0], atol=2e-4)

@@ -45,10 +45,10 @@ def encoded(source: Source, samples: Floats) -> NDArray[Any]:
 def test_one_channel_is_the_user_and_the_agent_is_silent(source, tmp_path):
     samples = tone(1.0, RATE)
     soundfile.write(tmp_path / "mono.wav", samples, RATE, subtype="FLOAT")
-    material = read_audio(tmp_path / "mono.wav", source, None)
-    assert material.description == {"kind": "audio", "file": "mono.wav", "sequences": 1, "frames": 12}
+    token_set = read_audio(tmp_path / "mono.wav", source, None)
+    assert token_set.description == {"kind": "audio", "file": "mono.wav", "sequences": 1, "frames": 12}
     expected = encoded(source, samples[: 12 * FRAME])
-    targets = material.targets[0]
+    targets = token_set.targets[0]
     np.testing.assert_array_equal(targets[9], expected[0])  # codebook 0 has no delay
     np.testing.assert_array_equal(targets[10:, 1:], expected[1:, :-1])
     assert (targets[0] == source.architecture.text_padding).all()
@@ -60,14 +60,14 @@ def test_two_channels_are_agent_and_user_at_any_rate(source, tmp_path):
     rate = 16000
     samples = np.stack([tone(0.8, rate, 150), tone(0.8, rate, 330)], 1)
     soundfile.write(tmp_path / "stereo.wav", samples, rate)
-    material = read_audio(tmp_path / "stereo.wav", source, 5)
-    assert material.tokens.shape == (1, 17, 5)
+    token_set = read_audio(tmp_path / "stereo.wav", source, 5)
+    assert token_set.tokens.shape == (1, 17, 5)
     alone = []
     for channel in (0, 1):
         soundfile.write(tmp_path / "one.wav", samples[:, channel], rate)
         alone.append(read_audio(tmp_path / "one.wav", source, 5).targets[0, 9:])
-    np.testing.assert_array_equal(material.targets[0, 1:9], alone[0])
-    np.testing.assert_array_equal(material.targets[0, 9:], alone[1])
+    np.testing.assert_array_equal(token_set.targets[0, 1:9], alone[0])
+    np.testing.assert_array_equal(token_set.targets[0, 9:], alone[1])
     assert (alone[0] != alone[1]).any()
 
 

@@ -24,7 +24,7 @@ from ppx.recipes.cli import reporting, speak, verify
 from ppx.recipes.cli.bench import text as bench_text
 from ppx.speak import audio_files, microphone
 from ppx.speak.sampling import GREEDY
-from ppx.speak.speaker import Scene, Words, open_speaker, text_of
+from ppx.speak.speaker import SpeakOptions, Words, open_speaker, text_of
 from ppx.verify import recognizer, round_trip
 from ppx.verify import report as reports
 from ppx.verify.options import RECOGNIZERS
@@ -82,7 +82,7 @@ def test_bundles_of_all_targets_answer(program, demos, codec, tmp_path, target, 
 
 def test_a_voice_a_prompt_a_seed_and_temperatures_change_the_answer(demos, codec):
     question = np.random.default_rng(2).standard_normal((4, FRAME)).astype(np.float32) * 0.1
-    usual = Scene(codec=codec, prompt="Be brief.")
+    usual = SpeakOptions(codec=codec, prompt="Be brief.")
     others = (replace(usual, voice="NATM1"), replace(usual, prompt="Be long."), replace(usual, seed=5))
     scenes = (usual, *others, replace(usual, sampling=GREEDY))
     answers = set()

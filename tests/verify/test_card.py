@@ -16,8 +16,8 @@ from hub_server import running
 from huggingface_hub import ModelCard
 from ppx.convert.bundle import moshi_mlx
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
-from ppx.convert.source.license import NVIDIA, Licence, from_json, licence_of
-from ppx.model.tokens import SPOKEN
+from ppx.convert.source.license import NVIDIA, License, from_json, license_of
+from ppx.model.tokens import SELF_GENERATED
 from ppx.recipes import shipped
 from ppx.recipes.cli import convert
 from ppx.verify import report as reports
@@ -92,10 +92,10 @@ def test_a_fine_tune_that_is_not_for_commerce_says_so(made):
     assert "**Not for commercial use:**" not in rendered(made)[0].text
 
 
-def test_a_source_without_a_licence(made):
+def test_a_source_without_a_license(made):
     found, notice = rendered(made, id="my-folder", revision=None, license=None)
     assert found.data["license"] == "unknown"
-    assert "The source names no licence. Ask its authors before you use it." in found.text
+    assert "The source names no license. Ask its authors before you use it." in found.text
     assert found.data.get("base_model") is None
     assert "base_model_relation" not in found.data.to_dict()
     assert "unknown" in notice
@@ -108,7 +108,7 @@ def test_the_demo_says_that_it_is_one(made):
     assert "NVIDIA" not in notice
 
 
-def test_another_licence_is_not_called_nvidias(made):
+def test_another_license_is_not_called_nvidias(made):
     found, notice = rendered(made, id="kyutai/moshiko", license={"license": "cc-by-4.0"})
     assert "NVIDIA" not in notice + found.text
     assert "Derived from Moshi by Kyutai" in notice
@@ -157,7 +157,7 @@ def test_the_command_makes_the_same_bundle_again(made, program, pico, tmp_path):
 def test_a_bundle_of_an_earlier_version_has_a_card(made):
     manifest, report = copy.deepcopy(made)
     del manifest["calibration"], manifest["source"]["adapter"], manifest["source"]["license"]
-    assert "The source names no licence." in card.files(manifest, report)["README.md"]
+    assert "The source names no license." in card.files(manifest, report)["README.md"]
 
 
 def test_what_it_was_quantized_by(made):
@@ -173,7 +173,13 @@ def test_what_it_was_quantized_by(made):
 def test_sampled_calibration_is_sampled_again(made):
     """Nobody else has the file, which a conversion without --calibration makes."""
     manifest, report = copy.deepcopy(made)
-    record = {"kind": SPOKEN, "file": "out.spoken.safetensors", "sequences": 108, "frames": 250, "sha256": "ab" * 32}
+    record = {
+        "kind": SELF_GENERATED,
+        "file": "out.spoken.safetensors",
+        "sequences": 108,
+        "frames": 250,
+        "sha256": "ab" * 32,
+    }
     manifest["calibration"] = record | {"refined_steps": 600}
     text = card.files(manifest, report)["README.md"]
     assert "out.spoken.safetensors" not in text
@@ -193,11 +199,13 @@ def test_the_bits_of_mixed_are_those_of_most_weights():
     weights: collections.Counter[int] = collections.Counter()
     entries = []
     for output in plan.outputs:
-        if output.form:
-            tensors[output.form.bits] += 1
-            weights[output.form.bits] += math.prod(output.shape)
+        if output.quantization:
+            tensors[output.quantization.bits] += 1
+            weights[output.quantization.bits] += math.prod(output.shape)
             names = [spec.name for spec in output.specs()]
-            entries.append({"source": output.role.name, "rows": output.rows, "outputs": names} | vars(output.form))
+            entries.append(
+                {"source": output.role.name, "rows": output.rows, "outputs": names} | vars(output.quantization)
+            )
     assert tensors.most_common(1)[0][0] == 6
     assert weights.most_common(1)[0][0] == 5
     architecture = dataclasses.asdict(plan.inventory.architecture)
@@ -267,30 +275,30 @@ def test_strangers_strings_command_neither_yaml_nor_markdown(made):
 
 
 @pytest.mark.parametrize(
-    ("text", "licence"),
+    ("text", "expected"),
     [
-        ("---\nlicense: apache-2.0\n---\n# x", Licence("apache-2.0")),
-        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n", Licence("other", "own", "LICENSE")),
+        ("---\nlicense: apache-2.0\n---\n# x", License("apache-2.0")),
+        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n", License("other", "own", "LICENSE")),
         ("# no front matter", None),
         ("---\nlicense: [a, b]\n---\n", None),
         ("---\nlicense: {{{\n---\n", None),
         ("---\n- a\n---\n", None),
         ("---\nlicense: !!python/object/apply:os.system ['false']\n---\n", None),
-        ("---\nlicense: 'a\\u202eb'\n---\n", Licence("a\\u202eb")),
+        ("---\nlicense: 'a\\u202eb'\n---\n", License("a\\u202eb")),
         ('---\nlicense: "a\\u202eb"\n---\n', None),
         ("---\nlicense: " + "x" * 400 + "\n---\n", None),
         (None, None),
     ],
 )
-def test_licences_of_source_cards(text, licence, tmp_path):
+def test_licenses_of_source_cards(text, expected, tmp_path):
     if text is not None:
         (tmp_path / "README.md").write_text(text)
-    assert licence_of(tmp_path) == licence
+    assert license_of(tmp_path) == expected
 
 
-def test_licences_that_forbid_commerce():
-    assert Licence("cc-by-nc-sa-4.0").non_commercial
-    assert Licence("other", "Foo Non-Commercial License").non_commercial
-    assert not Licence("cc-by-4.0").non_commercial
+def test_licenses_that_forbid_commerce():
+    assert License("cc-by-nc-sa-4.0").non_commercial
+    assert License("other", "Foo Non-Commercial License").non_commercial
+    assert not License("cc-by-4.0").non_commercial
     assert not NVIDIA.non_commercial
     assert from_json([]) is None

@@ -20,8 +20,8 @@ def test_a_rollouts_user_is_delayed_once(pico, tmp_path):
         tokens = np.zeros((1, 17, len(golden["user_tokens"])), np.int32)
         tokens[0, 9:] = golden["user_tokens"].T
         save_file({"tokens": tokens}, tmp_path / "talk.safetensors")
-        material = read_tokens(tmp_path / "talk.safetensors", a, None, None)
-        played = rollout.script(source, material, golden["text_prompt"].tolist(), tokens.shape[2])
+        token_set = read_tokens(tmp_path / "talk.safetensors", a, None, None)
+        played = rollout.script(source, token_set, golden["text_prompt"].tolist(), tokens.shape[2])
         frames = rollout.frames_of(a, played)
         voice = next(voice for voice in source.voices if voice.name == "NATF2")
         steps = list(greedy(streaming(reference_of(source.checkpoint)), a, voice, frames))
@@ -33,8 +33,8 @@ def test_a_rollouts_user_is_silent_where_nothing_is_known(pico, tmp_path):
     tokens[0, 9, 3] = -1
     save_file({"tokens": tokens}, tmp_path / "talk.safetensors")
     with open_source(locate(str(pico))) as source:
-        material = read_tokens(tmp_path / "talk.safetensors", source.architecture, None, None)
-        played = rollout.script(source, material, [], 14)
+        token_set = read_tokens(tmp_path / "talk.safetensors", source.architecture, None, None)
+        played = rollout.script(source, token_set, [], 14)
         silence = [token % source.architecture.card for token in SILENCE]
     tokens[0, 9, 3] = silence[0]
     assert played.user == [*tokens[0, 9:].T.tolist(), silence, silence]

@@ -19,11 +19,11 @@ from ppx.convert.errors import UserError
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.convert.tensorfile import TensorFile
 from ppx.verify.limits import prediction_failures
-from ppx.verify.options import Request
+from ppx.verify.options import VerifyOptions
 from ppx.verify.verification import verify
 
 UNEVEN = str(Path(__file__).parent.parent / "data" / "uneven.toml")
-QUICK = Request(sequences=1, frames=40, device="cpu")
+QUICK = VerifyOptions(sequences=1, frames=40, device="cpu")
 SWIFT = ("--recipe", "4bit")
 
 
@@ -320,8 +320,8 @@ def min_max(weights: NDArray[Any], bits: int, size: int) -> dict[str, NDArray[An
     low, high = groups.min(-1), groups.max(-1)
     steps = np.maximum((high - low) / (2**bits - 1), 1e-7).astype(np.float16)
     codes = np.clip(np.rint((groups - low[..., None]) / steps[..., None]), 0, 2**bits - 1).astype(np.uint32)
-    places = 32 // bits
-    words = codes.reshape(len(weights), -1, places) << (bits * np.arange(places, dtype=np.uint32))
+    blocks_of = 32 // bits
+    words = codes.reshape(len(weights), -1, blocks_of) << (bits * np.arange(blocks_of, dtype=np.uint32))
     return {"weight": words.sum(-1, dtype=np.uint32), "scales": steps, "biases": low.astype(np.float16)}
 
 

@@ -334,9 +334,9 @@ def test_tokens_are_delayed_and_begin_with_initial_ones(pico):
     with open_source(locate(str(pico))) as source:
         a = source.architecture
     held = load_file(pico / "heldout_tokens.safetensors")["tokens"][:1, :, :20].astype(np.int32)
-    material = read_tokens(pico / "heldout_tokens.safetensors", a, 1, 20)
-    assert (material.tokens[0, :, 0] == [a.text_card] + [a.card] * 16).all()
-    np.testing.assert_array_equal(material.tokens[0, :, 1:], material.targets[0, :, :-1])
+    token_set = read_tokens(pico / "heldout_tokens.safetensors", a, 1, 20)
+    assert (token_set.tokens[0, :, 0] == [a.text_card] + [a.card] * 16).all()
+    np.testing.assert_array_equal(token_set.tokens[0, :, 1:], token_set.targets[0, :, :-1])
     for stream, delay in enumerate(a.delays):
-        np.testing.assert_array_equal(material.targets[0, stream, delay:], held[0, stream, : 20 - delay])
-        assert material.counted[0, stream].tolist() == [False] * delay + [True] * (20 - delay)
+        np.testing.assert_array_equal(token_set.targets[0, stream, delay:], held[0, stream, : 20 - delay])
+        assert token_set.counted[0, stream].tolist() == [False] * delay + [True] * (20 - delay)

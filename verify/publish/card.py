@@ -12,11 +12,11 @@ from ...calibrate.dataset import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 from ...convert.bundle.describe import size
 from ...convert.bundle.manifest import TOOLKIT, architecture_of
 from ...convert.source import demo
-from ...convert.source.license import UNKNOWN, Licence, from_json
+from ...convert.source.license import UNKNOWN, License, from_json
 from ...convert.source.source import is_hub_id
 from ...convert.source.tensors import roles
-from ...model.matmul import worked_around
-from ...model.tokens import SPOKEN
+from ...model.matmul import workarounds
+from ...model.tokens import SELF_GENERATED
 from .. import report as reports
 
 README, NOTICE = "README.md", "NOTICE"
@@ -38,31 +38,31 @@ def files(
     unsaid: dict[str, Any] = {"adapter": None, "filled": {}}  # by bundles of earlier versions
     source = unsaid | dict(manifest["source"])
     manifest = {"calibration": None} | dict(manifest) | {"source": source}
-    licence = from_json(manifest["source"].get("license")) or UNKNOWN
-    data = metadata(manifest, licence)
+    source_license = from_json(manifest["source"].get("license")) or UNKNOWN
+    data = metadata(manifest, source_license)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)  # noqa: S701  (Markdown)
     environment.filters |= {"size": size, "short": reports.short, "plain": _plain, "code": _code}
     text = environment.from_string((resources(__package__) / "templates" / "card.md").read_text("utf-8")).render(
         manifest=manifest,
         report=report,
         figures=reports.figures(report) if report else [],
-        replaced=worked_around(report["kernels"]) if report else [],
+        replaced=workarounds(report["kernels"]) if report else [],
         repository=repository,
         objections=objections,
-        licence=licence,
+        license=source_license,
         bits=bits_of(manifest),
         total=sum(record["size"] for record in manifest["files"].values()),
         command=command(manifest),
         resampled=resampled(manifest["calibration"] or {}),
-        made_up=_is_made_up(manifest),
-        notice=NVIDIA_NOTICE if licence.of_nvidia else "",
-        kyutai="" if _is_made_up(manifest) else KYUTAI_NOTICE,
+        made_up=_is_random(manifest),
+        notice=NVIDIA_NOTICE if source_license.of_nvidia else "",
+        kyutai="" if _is_random(manifest) else KYUTAI_NOTICE,
         linked=is_on_hub(manifest),
     )
-    return {README: f"---\n{data.to_yaml()}\n---\n\n{text}\n", NOTICE: _notice(manifest, licence)}
+    return {README: f"---\n{data.to_yaml()}\n---\n\n{text}\n", NOTICE: _notice(manifest, source_license)}
 
 
-def metadata(manifest: Mapping[str, Any], licence: Licence) -> ModelCardData:
+def metadata(manifest: Mapping[str, Any], source_license: License) -> ModelCardData:
     """Return what the Hub reads of a card."""
     base = [manifest["source"]["id"]] if is_on_hub(manifest) else []
     adapter = manifest["source"].get("adapter")
@@ -73,9 +73,9 @@ def metadata(manifest: Mapping[str, Any], licence: Licence) -> ModelCardData:
     related: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
     return ModelCardData(
         language="en",
-        license=licence.license,
-        license_name=licence.license_name,
-        license_link=licence.license_link,
+        license=source_license.license,
+        license_name=source_license.license_name,
+        license_link=source_license.license_link,
         library_name="mlx",
         pipeline_tag=PIPELINE,
         tags=tags,
@@ -117,24 +117,23 @@ def command(manifest: Mapping[str, Any]) -> str:
 def resampled(calibration: Mapping[str, Any]) -> bool:
     """Tell whether a conversion without ``--calibration`` makes these tokens itself."""
     size = (calibration.get("sequences"), calibration.get("frames"))
-    return calibration.get("kind") == SPOKEN and size == (CALIBRATION_SESSIONS, CALIBRATION_FRAMES)
+    return calibration.get("kind") == SELF_GENERATED and size == (CALIBRATION_SESSIONS, CALIBRATION_FRAMES)
 
 
-def _is_made_up(manifest: Mapping[str, Any]) -> bool:
+def _is_random(manifest: Mapping[str, Any]) -> bool:
     return manifest["source"]["id"] in demo.SIZES
 
 
-def _notice(manifest: Mapping[str, Any], licence: Licence) -> str:
+def _notice(manifest: Mapping[str, Any], source_license: License) -> str:
     source = manifest["source"]
     at = f" at {source['revision']}" if source["revision"] else ""
     lines = [f"These weights were made from {_plain(source['id'])}{at} by {TOOLKIT}, which changed their format."]
-    lines.append(
-        f"Licence of the source: {licence.title}{f' ({licence.license_link})' if licence.license_link else ''}"
-    )
-    if licence.non_commercial:
+    link = f" ({source_license.license_link})" if source_license.license_link else ""
+    lines.append(f"License of the source: {source_license.title}{link}")
+    if source_license.non_commercial:
         lines.append("Commercial use is not allowed.")
-    lines += [NVIDIA_NOTICE] if licence.of_nvidia else []
-    lines += [] if _is_made_up(manifest) else [KYUTAI_NOTICE]
+    lines += [NVIDIA_NOTICE] if source_license.of_nvidia else []
+    lines += [] if _is_random(manifest) else [KYUTAI_NOTICE]
     return "\n".join(lines) + "\n"
 
 

@@ -19,9 +19,9 @@ from ...convert.file_names import MANIFEST
 from ...convert.progress import byte_bar
 from .. import report as reports
 from . import card
-from .upload import Local, Wish, check_token, upload
+from .upload import Local, PublishOptions, check_token, upload
 
-__all__ = ["Ready", "Wish", "check_name", "check_token", "publish", "ready"]
+__all__ = ["PublishOptions", "UploadPlan", "check_name", "check_token", "publish", "ready"]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _TOKEN = re.compile(rb"(?:hf|api_org)_[A-Za-z0-9]{20,}")
@@ -32,7 +32,7 @@ Private = tuple[bytes | None, bytes | None]  # what of this user must not be in 
 
 
 @dataclass(frozen=True)
-class Ready:
+class UploadPlan:
     """A bundle that may go up. objections: why it should not, where it goes all the same."""
 
     repository: str
@@ -63,7 +63,7 @@ def check_name(repository: str) -> None:
         raise UserError(f"{repository}: not the name of a repository: give USER/NAME")
 
 
-def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = False) -> Ready:
+def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = False) -> UploadPlan:
     """Look at all that would be published, without network.
 
     Raises CheckFailed if the report is missing, failing or of other files and not ``force``, and always if a file holds
@@ -110,10 +110,10 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
             f"{bundle}: not published: {'; '.join(leaks)}: make the bundle or its report again without it"
         )
     message = f"{manifest['recipe']['name']} for {manifest['target']}, made from {manifest['source']['id']}"
-    return Ready(repository, found, written, objections, message)
+    return UploadPlan(repository, found, written, objections, message)
 
 
-def publish(bundle: Path, repository: str, wish: Wish, quiet: bool = False) -> Published:
+def publish(bundle: Path, repository: str, wish: PublishOptions, quiet: bool = False) -> Published:
     """Write the card, upload a bundle's files, and compare what arrived; raises what ``ready`` and ``upload`` raise."""
     found = ready(bundle, repository, wish.force, quiet)
     for name, text in found.card.items():

@@ -14,7 +14,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 
 from ...convert.errors import CheckFailed, UserError
 from ...convert.file_names import CARD, MANIFEST
-from ...convert.source.hub_client import HOW_TO_LOG_IN, git_blob, patiently, silent_client, told
+from ...convert.source.hub_client import HOW_TO_LOG_IN, git_blob, silent_client, translate_errors, with_retries
 
 _ALONE = 1 << 20  # bytes from which a file is sent for itself, so that a break costs no other
 
@@ -39,7 +39,7 @@ class Uploaded:
 
 
 @dataclass(frozen=True)
-class Wish:
+class PublishOptions:
     """How to publish. create_pr: as a pull request. revision: a branch, None for main. force: despite objections.
 
     Raises UserError for a pull request to a branch.
@@ -61,7 +61,9 @@ def check_token(repository: str) -> None:
         raise UserError(f"{repository}: publishing needs a token with write access: {HOW_TO_LOG_IN}")
 
 
-def upload(repository: str, files: Sequence[Local], message: str, wish: Wish, quiet: bool = False) -> Uploaded:
+def upload(
+    repository: str, files: Sequence[Local], message: str, wish: PublishOptions, quiet: bool = False
+) -> Uploaded:
     """Make a repository hold these files, and compare every one of them with what is there then.
 
     Large files go first, one after the other; the Hub does not take again what it has. A single commit then names all
@@ -69,7 +71,7 @@ def upload(repository: str, files: Sequence[Local], message: str, wish: Wish, qu
     repository holds something else afterwards.
     """
     check_token(repository)
-    with silent_client(bars=not quiet), told(repository, wish.revision, "the upload"):
+    with silent_client(bars=not quiet), translate_errors(repository, wish.revision, "the upload"):
         api = HfApi()
         _open_repository(api, repository, wish)
         there = _tree(api, repository, wish.revision)
@@ -88,40 +90,40 @@ def upload(repository: str, files: Sequence[Local], message: str, wish: Wish, qu
     return Uploaded(place, [file.name for file in changed], sorted(there.keys() - names - {".gitattributes"}))
 
 
-def _commit(api: HfApi, repository: str, changed: Sequence[Local], message: str, wish: Wish) -> CommitInfo:
+def _commit(api: HfApi, repository: str, changed: Sequence[Local], message: str, wish: PublishOptions) -> CommitInfo:
     """Send files, and name them all in one commit; the card is shown to the Hub before the first byte."""
     for file in changed:
         if file.name == CARD:
             try:
-                patiently(ModelCard(file.path.read_text("utf-8")).validate)
+                with_retries(ModelCard(file.path.read_text("utf-8")).validate)
             except ValueError as error:
                 raise UserError(f"{repository}: the Hub does not take {file.name}: {error}") from None
     operations = [_operation(file) for file in changed]
     where: dict[str, Any] = {"revision": wish.revision, "create_pr": wish.create_pr}
     for operation in operations:
         if operation.upload_info.size >= _ALONE:
-            patiently(partial(api.preupload_lfs_files, repository, additions=[operation], **where))
+            with_retries(partial(api.preupload_lfs_files, repository, additions=[operation], **where))
     commit = partial(api.create_commit, repository, operations, commit_message=message, **where)
-    done: CommitInfo = commit() if wish.create_pr else patiently(commit)  # a second try might open a second request
+    done: CommitInfo = commit() if wish.create_pr else with_retries(commit)  # a second try might open a second request
     return done
 
 
-def _open_repository(api: HfApi, repository: str, wish: Wish) -> None:
+def _open_repository(api: HfApi, repository: str, wish: PublishOptions) -> None:
     """Make sure that repository and branch are there; raises UserError if all could see what should be private."""
     try:
-        info = patiently(lambda: api.model_info(repository))
+        info = with_retries(lambda: api.model_info(repository))
     except RepositoryNotFoundError:
         if wish.create_pr:
             raise
-        patiently(lambda: api.create_repo(repository, private=wish.private or None, exist_ok=True))
+        with_retries(lambda: api.create_repo(repository, private=wish.private or None, exist_ok=True))
     else:
         if wish.private and info.private is False:
             raise UserError(f"{repository}: is there already, and public: make it private in its settings first")
     if wish.revision:
-        patiently(lambda: api.create_branch(repository, branch=str(wish.revision), exist_ok=True))
+        with_retries(lambda: api.create_branch(repository, branch=str(wish.revision), exist_ok=True))
 
 
-def _check_own(repository: str, there: dict[str, RepoFile], wish: Wish) -> None:
+def _check_own(repository: str, there: dict[str, RepoFile], wish: PublishOptions) -> None:
     """Raise UserError if a repository holds something else than a bundle, which publishing would write over."""
     others = there.keys() - {".gitattributes", CARD}
     if others and MANIFEST not in there and not (wish.create_pr or wish.force):
@@ -132,7 +134,7 @@ def _check_own(repository: str, there: dict[str, RepoFile], wish: Wish) -> None:
 
 
 def _tree(api: HfApi, repository: str, revision: str | None) -> dict[str, RepoFile]:
-    found = patiently(lambda: list(api.list_repo_tree(repository, recursive=True, revision=revision)))
+    found = with_retries(lambda: list(api.list_repo_tree(repository, recursive=True, revision=revision)))
     return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
 
 
