@@ -22,7 +22,6 @@ _REFINED = {  # what a manifest says of what was tuned, by what can be tuned as 
     "sides": "codes, scales and biases block by block, then scales and biases together",
     None: "codes, scales and biases, block by block",
 }
-CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: what a model speaks to be quantized by
 ENOUGH = 4  # frames for each column of the widest matrix, from which on more help little
 
 

@@ -29,8 +29,8 @@ from ..model.forward import Floats, Tokens
 from ..model.prompt import prompt_tokens
 from ..model.reference import TorchModel, kept_by, reference_of, rows_of
 from ..model.session import PAUSE, Frame, sessions, system_prompt
-from ..model.tokens import SELF_GENERATED, evenly_spaced
-from .dataset import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, write
+from ..model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED, evenly_spaced
+from .dataset import write
 
 # What conversations are about. The prompt that a verification reads is not among them.
 PROMPTS = (

@@ -17,6 +17,7 @@ from .forward import Floats, Tokens
 from .session import prompt_columns, system_prompt
 
 SELF_GENERATED = "sessions that the model spoke itself"
+CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: what a model speaks to be quantized by
 DEFAULT_SEQUENCES = 3  # of the system prompt: voices
 DEFAULT_FRAMES = 96  # of the system prompt, whose text takes about 25 of them
 _LARGEST = 1 << 30  # bytes of a token file

@@ -7,10 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ...calibrate.dataset import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 from ...convert.errors import UserError
 from ...convert.source import source
-from ...model.tokens import SELF_GENERATED
+from ...model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED
 from . import console
 
 EXAMPLES = """\b

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = sorted(path for folder in ("convert", "verify", "recipes") for path in (ROOT / folder).glob("*.py"))
+FILES = sorted(path for folder in ("convert", "verify", "recipes") for path in (ROOT / folder).rglob("*.py"))
 PARAMETERS = {
     ("huggingface_hub", "hf_hub_url"): {"repo_id", "filename", "revision"},
     ("huggingface_hub", "snapshot_download"): {"repo_id", "revision", "allow_patterns", "local_files_only"},
@@ -42,16 +42,16 @@ def used() -> dict[tuple[str, str], list[str]]:
 def problem(name: tuple[str, str], users: Sequence[str]) -> str | None:
     """Return what is wrong with a name, None if nothing is."""
     module, path = name
-    translate_errors = f"{module}.{path}, which {', '.join(users)} needs"
+    message = f"{module}.{path}, which {', '.join(users)} needs"
     if any(part.startswith("_") for part in (*module.split("."), *path.split("."))):
-        return f"{translate_errors}: is private"
+        return f"{message}: is private"
     held: Any = importlib.import_module(module)
     for part in path.split("."):
         held = getattr(held, part, None)
     if held is None:
-        return f"{translate_errors}: is not there"
+        return f"{message}: is not there"
     lacking = PARAMETERS[name] - inspect.signature(held).parameters.keys() if name in PARAMETERS else set()
-    return f"{translate_errors}: takes no {', '.join(sorted(lacking))}" if lacking else None
+    return f"{message}: takes no {', '.join(sorted(lacking))}" if lacking else None
 
 
 def test_what_is_used_of_the_client_is_public_and_there():
@@ -61,10 +61,10 @@ def test_what_is_used_of_the_client_is_public_and_there():
 
 
 def test_a_name_that_moved_is_told_with_its_user():
-    translate_errors = problem(("huggingface_hub.utils", "gone"), ["convert/hub.py"])
-    assert translate_errors == "huggingface_hub.utils.gone, which convert/hub.py needs: is not there"
-    translate_errors = problem(("huggingface_hub.utils._http", "get_session"), ["x"])
-    assert translate_errors == "huggingface_hub.utils._http.get_session, which x needs: is private"
+    message = problem(("huggingface_hub.utils", "gone"), ["convert/hub.py"])
+    assert message == "huggingface_hub.utils.gone, which convert/hub.py needs: is not there"
+    message = problem(("huggingface_hub.utils._http", "get_session"), ["x"])
+    assert message == "huggingface_hub.utils._http.get_session, which x needs: is private"
 
 
 def test_the_version_has_a_lower_and_an_upper_bound():

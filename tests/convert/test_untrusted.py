@@ -220,7 +220,7 @@ def edit(path, change):
         (lambda m: m["architecture"].update(num_heads=3), "architecture: num_heads is 3"),
         (lambda m: m["architecture"].update(delays=[99] * 17), "architecture: delays"),
         (lambda m: m.update(toolkit={}), "toolkit.name is missing"),
-        (lambda m: m["source"].update(copied_steps={"a\x1b": "b"}), "source.filled has the name"),
+        (lambda m: m["source"].update(filled={"a\x1b": "b"}), "source.filled has the name"),
         (lambda m: m.pop("tensors"), "tensors is not a list"),
     ],
 )

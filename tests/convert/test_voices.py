@@ -265,10 +265,10 @@ def test_malformed_pax_headers_end_in_a_line(records, tmp_path, architecture):
         read_voices(path, architecture)
 
 
-@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_names_are_read_in_both_formats(quantization, tmp_path, architecture):
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_names_are_read_in_both_formats(tar_format, tmp_path, architecture):
     long = "voices/" + "deep/" * 40
-    with tarfile.open(tmp_path / "v.tgz", "w:gz", format=quantization) as made:
+    with tarfile.open(tmp_path / "v.tgz", "w:gz", format=tar_format) as made:
         for name in PRESETS:
             add(made, f"{long}{name}.pt", voice())
         add(made, f"{long}ürümqi.txt", b"x")

@@ -183,7 +183,7 @@ def test_a_group_that_spans_more_than_float32_holds_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("form", "shape", "message"),
+    ("quantization", "shape", "message"),
     [
         (QuantizationConfig(4, 64), (2, 96), "rows of 96 weights are not divided by groups of 64"),
         (QuantizationConfig(7, 64), (2, 64), "bits is 7: use one of 2, 3, 4, 5, 6, 8"),

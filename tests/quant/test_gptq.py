@@ -51,7 +51,7 @@ def test_it_keeps_outputs_better_than_least_squares_on_weights(bits, group_size)
         made = gptq.gptq(weight, moments(x, seen), quantization, STORAGE)
         plain = quantize(weight.float().numpy(), QuantizationConfig(bits, group_size, "lsq"), STORAGE)
         bound = output_error(weight, x, seen, plain, quantization)
-        unavoidable = float((x @ weight.T - seen @ torch.linalg.lstsq(seen, x @ weight.T).store).square().sum())
+        unavoidable = float((x @ weight.T - seen @ torch.linalg.lstsq(seen, x @ weight.T).solution).square().sum())
         assert output_error(weight, x, seen, made, quantization) - unavoidable < 0.75 * (bound - unavoidable)
 
 

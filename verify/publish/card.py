@@ -8,7 +8,6 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from ...calibrate.dataset import CALIBRATION_FRAMES, CALIBRATION_SESSIONS
 from ...convert.bundle.describe import size
 from ...convert.bundle.manifest import TOOLKIT, architecture_of
 from ...convert.source import demo
@@ -16,7 +15,7 @@ from ...convert.source.license import UNKNOWN, License, from_json
 from ...convert.source.source import is_hub_id
 from ...convert.source.tensors import roles
 from ...model.matmul import workarounds
-from ...model.tokens import SELF_GENERATED
+from ...model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED
 from .. import report as reports
 
 README, NOTICE = "README.md", "NOTICE"
