@@ -108,9 +108,9 @@ def _lengths(pair: Beginning) -> tuple[int, int]:
 def _nobody(architecture: Architecture) -> Voice:
     """Return a voice of no frames, whose ring holds the initial tokens."""
     a = architecture
-    kv_cache = np.full((1, 1 + a.n_q, max(a.delays) + 2), a.card, np.int64)
-    kv_cache[:, 0] = a.text_card
-    return Voice("", np.zeros((0, 1, 1, a.dim), np.float32), kv_cache)
+    cache = np.full((1, 1 + a.n_q, max(a.delays) + 2), a.card, np.int64)
+    cache[:, 0] = a.text_card
+    return Voice("", np.zeros((0, 1, 1, a.dim), np.float32), cache)
 
 
 def _model(source: Source) -> TorchModel:

@@ -168,9 +168,9 @@ def model_of(bundle: Bundle, dtype: str = "float32", matmul: QuantizedMatmul | N
 
     def lookup(name: str, tokens: Tokens) -> Matrix:
         output = bundle.output(name)
-        ids, blocks_of = np.unique(tokens, return_inverse=True)
+        ids, inverse = np.unique(tokens, return_inverse=True)
         rows = [read_matrix(bundle, output, int(row), int(row) + 1) for row in ids]
-        where = mx.array(blocks_of.reshape(-1).astype(np.int32))
+        where = mx.array(inverse.reshape(-1).astype(np.int32))
         return joined(rows).take(where)
 
     context, steps_seen = bundle.reach()

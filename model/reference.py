@@ -249,9 +249,9 @@ def source_rows(checkpoint: Checkpoint) -> Rows:
     """Return a way to read rows of a checkpoint's embedding tables."""
 
     def read(name: str, tokens: Tokens) -> Tensor:
-        ids, blocks_of = np.unique(tokens, return_inverse=True)
+        ids, inverse = np.unique(tokens, return_inverse=True)
         table = to_torch(np.concatenate([checkpoint.read(name, int(row), int(row) + 1) for row in ids]))
-        return table[torch.from_numpy(blocks_of.reshape(tokens.shape))]
+        return table[torch.from_numpy(inverse.reshape(tokens.shape))]
 
     return read
 

@@ -52,16 +52,16 @@ class Columns:
 
     def __post_init__(self) -> None:
         """Take the voice's ring over: its columns around the next step, all of them given."""
-        kv_cache = self.voice.cache[0]
+        cache = self.voice.cache[0]
         longest = max(self.architecture.delays)
-        if kv_cache.shape[1] < longest + 2:
+        if cache.shape[1] < longest + 2:
             raise UserError(
-                f"voice {self.voice.name}: holds {kv_cache.shape[1]} columns of tokens, where the model's delays need "
+                f"voice {self.voice.name}: holds {cache.shape[1]} columns of tokens, where the model's delays need "
                 f"{longest + 2}: it belongs to another one"
             )
         self.next = len(self.voice.embeddings) + 1  # the first step completes column 1
         for column in range(self.next - 1, self.next + longest):
-            self.held[column] = kv_cache[:, column % kv_cache.shape[1]].astype(np.int32)
+            self.held[column] = cache[:, column % cache.shape[1]].astype(np.int32)
             late = (stream for stream, delay in enumerate(self.architecture.delays) if column - self.next < delay)
             self.given[column] = set(late)
 

@@ -153,8 +153,8 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     rows, columns = codes.shape
     packed = np.empty((rows, columns * bits // 8), np.uint8)
     for some in _some_rows(rows, columns):
-        blocks_of = np.unpackbits(codes[some, :, None], axis=-1, count=bits, bitorder="little")
-        packed[some] = np.packbits(blocks_of.reshape(len(blocks_of), -1), axis=-1, bitorder="little")
+        bits_of = np.unpackbits(codes[some, :, None], axis=-1, count=bits, bitorder="little")
+        packed[some] = np.packbits(bits_of.reshape(len(bits_of), -1), axis=-1, bitorder="little")
     return packed.view("<u4")
 
 
@@ -164,8 +164,8 @@ def unpack(weight: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     codes = np.empty((rows, columns), np.uint8)
     for some in _some_rows(rows, columns):
         stream = np.unpackbits(np.ascontiguousarray(weight[some]).view(np.uint8), axis=-1, bitorder="little")
-        blocks_of = stream.reshape(len(stream), columns, bits)
-        codes[some] = np.packbits(blocks_of, axis=-1, bitorder="little")[..., 0]
+        bits_of = stream.reshape(len(stream), columns, bits)
+        codes[some] = np.packbits(bits_of, axis=-1, bitorder="little")[..., 0]
     return codes
 
 

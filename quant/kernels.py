@@ -135,7 +135,7 @@ def _squared_norm(values, terms):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _moments(centered, codes, matmul):
+def _moments(centered, codes, products):
     """Return what least squares needs of centered values and their codes.
 
     (covariance, variance of the codes, mean code), the first two times the group's size: the best scale for these
@@ -143,16 +143,16 @@ def _moments(centered, codes, matmul):
     """
     total, squares = np.int32(0), np.int32(0)
     for j in range(centered.shape[0]):
-        matmul[j] = centered[j] * codes[j]
+        products[j] = centered[j] * codes[j]
         code = np.int32(codes[j])
         total = np.int32(total + code)
         squares = np.int32(squares + np.int32(code * code))
     mean = np.float32(total) / np.float32(centered.shape[0])
-    return _sum(matmul), np.float32(squares) - np.float32(total) * mean, mean
+    return _sum(products), np.float32(squares) - np.float32(total) * mean, mean
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _search(centered, low, extent, top, step, codes, matmul):
+def _search(centered, low, extent, top, step, codes, products):
     """Find how far to clip each end of a centered group's range; return (scale, mean code) of the best grid."""
     best, scale, mean = np.float32(-1), np.float32(extent / top), np.float32(0)
     left, right = np.float32(0), np.float32(0)
@@ -169,7 +169,7 @@ def _search(centered, low, extent, top, step, codes, matmul):
             a = from_left + (move if turn % 4 < 2 else np.float32(0))
             b = from_right + (move if turn % 4 >= 2 else np.float32(0))
         _encode(centered, np.float32((extent - a - b) / top), np.float32(low + a), top, codes)
-        covariance, variance, center = _moments(centered, codes, matmul)
+        covariance, variance, center = _moments(centered, codes, products)
         if variance > 0 and covariance * covariance / variance > best:
             best = covariance * covariance / variance
             left, right, scale, mean = a, b, covariance / variance, center
@@ -194,7 +194,7 @@ def _pack(codes, whole, bits, packed):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _improve(values, low, high, top, storage, step, start, codes, centered, others, matmul, terms):
+def _improve(values, low, high, top, storage, step, start, codes, centered, others, products, terms):
     """Look for a grid with less squared error than ``start``, an (error, scale, bias, exact scale, exact bias).
 
     Returns the same five of the best grid and leaves its codes in ``codes``: least squares for the codes, then codes
@@ -202,12 +202,12 @@ def _improve(values, low, high, top, storage, step, start, codes, centered, othe
     """
     size = values.shape[0]
     for j in range(size):
-        matmul[j] = values[j]
-    middle = np.float32(_sum(matmul) / np.float32(size))
+        products[j] = values[j]
+    middle = np.float32(_sum(products) / np.float32(size))
     for j in range(size):
         centered[j] = values[j] - middle
     extent = max(high - low, EPSILON * top)
-    fitted, mean = _search(centered, low - middle, extent, top, step, others, matmul)
+    fitted, mean = _search(centered, low - middle, extent, top, step, others, products)
     best = start
     for _ in range(PASSES):
         scale = _stored(fitted, storage)
@@ -222,7 +222,7 @@ def _improve(values, low, high, top, storage, step, start, codes, centered, othe
         best = (error, scale, bias, fitted, exact_bias)
         for j in range(size):
             codes[j] = others[j]
-        covariance, variance, mean = _moments(centered, codes, matmul)
+        covariance, variance, mean = _moments(centered, codes, products)
         if not variance > 0:
             break
         fitted = np.float32(covariance / variance)
@@ -245,7 +245,7 @@ def quantize_groups(words, shift, bits, storage, search, step, packed, scales, b
     bits_of = np.empty(size, np.int32)
     values = bits_of.view(np.float32)
     codes, whole = np.empty(size, np.float32), np.empty(size, np.uint8)
-    centered, others, matmul = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    centered, others, products = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
     terms = np.empty(size, np.float64)
     for g in range(groups):
         low, high = _load(words[g], shift, bits_of)
@@ -259,7 +259,7 @@ def quantize_groups(words, shift, bits, storage, search, step, packed, scales, b
         if search and error > 0:
             start = (error, scale, bias, exact_scale, exact_bias)
             error, scale, bias, exact_scale, exact_bias = _improve(
-                values, low, high, top, storage, step, start, codes, centered, others, matmul, terms
+                values, low, high, top, storage, step, start, codes, centered, others, products, terms
             )
         _count_losses(exact_scale, scale, storage, statistics)
         _count_losses(exact_bias, bias, storage, statistics)

@@ -83,8 +83,8 @@ class Table:
     def __call__(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
         """Sum the embeddings of ``tokens [streams, frames]``; -1 adds nothing. Returns ``[frames, dim]``."""
         held = tokens[mx.array(list(self.first))]
-        blocks_of = mx.maximum(held, 0) + mx.array(list(self.first.values()))[:, None]
-        found = self.rows.take(blocks_of.reshape(-1)).float32().astype(dtype).reshape(*held.shape, -1)
+        rows = mx.maximum(held, 0) + mx.array(list(self.first.values()))[:, None]
+        found = self.rows.take(rows.reshape(-1)).float32().astype(dtype).reshape(*held.shape, -1)
         return mx.where((held >= 0)[..., None], found, mx.zeros_like(found)).sum(0)
 
 

@@ -93,10 +93,10 @@ def summarize(
     """
     if not len(kl):
         return {"positions": 0, "kl": None, "top1": None, "loss": None}
-    evenly_spaced = {name: float(np.percentile(kl, share)) for name, share in PERCENTILES.items()}
+    percentiles = {name: float(np.percentile(kl, share)) for name, share in PERCENTILES.items()}
     found: dict[str, Any] = {
         "positions": len(kl),
-        "kl": {"mean": float(kl.mean()), **_error(kl, sequences), **evenly_spaced, "max": float(kl.max())},
+        "kl": {"mean": float(kl.mean()), **_error(kl, sequences), **percentiles, "max": float(kl.max())},
         "top1": {"agreement": float(same.mean()), **_error(same, sequences)},
         "loss": None,
     }

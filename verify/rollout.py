@@ -65,13 +65,13 @@ def run(
         reference = replace(reference, weights=cache(reference.weights))
         bundle = replace(bundle, read=cache(bundle.read))
     frames = frames_of(source.architecture, played)
-    self_generated = []
+    sessions = []
     for model, voices in ((reference, source.voices), (bundle, stored.voices())):
         # while it streams, the reference's ring of keys hides the oldest one
         streaming = replace(model, context=model.context - 1, steps_seen=model.steps_seen - 1)
         voice = next(voice for voice in voices if voice.name == played.voice)
-        self_generated.append(_agent(streaming, source, voice, frames, len(played.user), bar))
-    same = self_generated[0] == self_generated[1]
+        sessions.append(_agent(streaming, source, voice, frames, len(played.user), bar))
+    same = sessions[0] == sessions[1]
     parted = np.argwhere(~same)
     first = None
     if len(parted):

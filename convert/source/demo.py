@@ -136,12 +136,12 @@ def _block(
     values = random.standard_normal((last - first, columns), dtype=np.float32)
     if role.kind == "norm":
         return (1 + 0.1 * values).astype(BFLOAT16)
-    evenly_spaced = np.exp(0.25 * random.standard_normal((last - first, 1), dtype=np.float32))
+    row_scales = np.exp(0.25 * random.standard_normal((last - first, 1), dtype=np.float32))
     scale = np.float32(0.3 if role.kind == "embedding" else columns**-0.5)
     if role.module in ("self_attn.out_proj", "gating.linear_out"):
         depth = architecture.num_layers if role.component == "temporal" else architecture.depformer_num_layers
         scale *= np.float32((2 * depth) ** -0.5)
-    values *= evenly_spaced * scale
+    values *= row_scales * scale
     count = values.size // 8192
     values.reshape(-1)[random.integers(0, values.size, count)] *= 6
     return values.astype(BFLOAT16)
