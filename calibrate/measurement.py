@@ -23,6 +23,7 @@ from ..convert.source.architecture import Architecture
 from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.blocks import SUBLAYERS, Block, blocks_of
+from ..model.divergence import kl_divergence
 from ..model.forward import Floats, Tokens
 from ..model.reference import Rows, TorchModel, kept_by, reference_of, source_weights
 from ..model.tokens import TokenSet, evenly_spaced
@@ -199,9 +200,9 @@ def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
     expected = _expected(walk.model.text_logits(base))
     for variant, x in streams.items():
         if variant:
-            _note(walk, variant, "text", [_divergence(expected, walk.model.text_logits(x[counted]))])
+            _note(walk, variant, "text", [_divergence(walk.model.text_logits(x[counted]), expected)])
     for variant in walk.variants("text_linear"):
-        _note(walk, variant, "text", [_divergence(expected, walk.altered(variant).text_logits(base))])
+        _note(walk, variant, "text", [_divergence(walk.altered(variant).text_logits(base), expected)])
     walk.kept.clear()
     return streams
 
@@ -234,9 +235,9 @@ def _log_probabilities(logits: Floats) -> Tensor:
     return log_softmax(torch.from_numpy(logits), -1)
 
 
-def _divergence(expected: Tensor, logits: Floats) -> float:
-    """Return the Kullback-Leibler divergence of rows of logits from what was expected, summed over the rows."""
-    return float((expected.exp() * (expected - _log_probabilities(logits))).sum(-1).double().sum())
+def _divergence(logits: Floats, expected: Tensor) -> float:
+    """Return the Kullback-Leibler divergence of rows of logits from the expected predictions, summed over the rows."""
+    return float(kl_divergence(_log_probabilities(logits), expected).double().sum())
 
 
 def _audio(walk: Walk, hidden: dict[Variant | None, Floats]) -> None:
@@ -260,7 +261,7 @@ def _audio(walk: Walk, hidden: dict[Variant | None, Floats]) -> None:
     for first in range(0, len(variants), some):
         for variant, logits in _steps(walk, variants[first : first + some], states, targets).items():
             if variant:
-                apart = [_divergence(*pair) for pair in zip(expected, logits, strict=True)]
+                apart = [_divergence(*pair) for pair in zip(logits, expected, strict=True)]
                 _note(walk, variant, "agent", apart)
 
 

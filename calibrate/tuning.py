@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from ..convert.bundle.output_tensor import Output
@@ -26,6 +26,7 @@ from ..convert.bundle.quantized_store import Part, QuantizedStore, quantizations
 from ..convert.progress import bar
 from ..convert.source.source import Source
 from ..model import torch_device as devices
+from ..model.divergence import kl_divergence
 from ..model.forward import Tokens
 from ..model.reference import TorchModel, kept_by, reference_of, rows_of, source_weights
 from ..model.tokens import TokenSet
@@ -125,7 +126,7 @@ def _tune(
         batch = _drawn(original, token_set, chosen, random)
         loss, taken = math.nan, False
         if batch:
-            found = divergence(original, made, batch, again)
+            found = divergence(made, original, batch, again)
             loss, taken = found.item(), take_step(adam, found)
         left_out += not taken
         progress.set_postfix_str(f"KL {loss:.4f}", refresh=False)
@@ -177,24 +178,24 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tokens:
     return tokens
 
 
-def divergence(original: TorchModel, made: TorchModel, batch: Batch, again: bool = False) -> Tensor:
-    """Return what is made small: the text's divergence, plus the mean of the agent's codebooks, in nats per token.
+def divergence(made: TorchModel, original: TorchModel, batch: Batch, again: bool = False) -> Tensor:
+    """Return the loss: the divergence of the text, plus the mean over the agent's codebooks, in nats/token.
 
     again: whether blocks are computed again for their gradients, which takes less memory.
     """
     half = original.architecture.n_q // 2
     with torch.no_grad():
         expected = original.logits(batch.tokens, batch.targets, half)
-    found = made.logits(batch.tokens, batch.targets, half, again)
-    text = _divergence(expected[0], found[0], batch.counted[:, 0])
+    actual = made.logits(batch.tokens, batch.targets, half, again)
+    text = _divergence(actual[0], expected[0], batch.counted[:, 0])
     agent = [
-        _divergence(expected[1][:, :, step], found[1][:, :, step], batch.counted[:, step + 1]) for step in range(half)
+        _divergence(actual[1][:, :, step], expected[1][:, :, step], batch.counted[:, step + 1]) for step in range(half)
     ]
     return text + torch.stack(agent).mean()
 
 
-def _divergence(expected: Tensor, found: Tensor, counted: Tensor) -> Tensor:
-    each = kl_div(log_softmax(found, -1), log_softmax(expected, -1), reduction="none", log_target=True).sum(-1)
+def _divergence(actual: Tensor, expected: Tensor, counted: Tensor) -> Tensor:
+    each = kl_divergence(log_softmax(actual, -1), log_softmax(expected, -1))
     return (each * counted).sum() / counted.sum().clamp(min=1)
 
 

@@ -119,8 +119,8 @@ def _rows(place: Block, added: Floats, once: dict[str, Floats], after: dict[str,
         part = slice(None) if step is None else (slice(None), step)
         row: dict[str, Any] = {"component": place.component, "layer": place.layer, "part": place.part, "step": step}
         for name, prefix in (("bundle", ""), ("noise", "noise_")):
-            row[f"{prefix}local"] = difference(added[part], once[name][part])
-            row[f"{prefix}accumulated"] = difference(after["reference"][part], after[name][part])
+            row[f"{prefix}local"] = difference(once[name][part], added[part])
+            row[f"{prefix}accumulated"] = difference(after[name][part], after["reference"][part])
         found.append(row)
     return found
 
@@ -171,7 +171,7 @@ def _temporal(walk: Walk, voices: Sequence[Voice]) -> dict[str, Floats]:
 
 def _edge(name: str, streams: dict[str, Floats], step: int | None = None) -> list[dict[str, Any]]:
     """Return the row of what stands between blocks: its error is accumulated, it has none of its own."""
-    found = {key: difference(streams["reference"], streams[key]) for key in ("bundle", "noise")}
+    found = {key: difference(streams[key], streams["reference"]) for key in ("bundle", "noise")}
     component = "depformer" if name == "input" else "temporal"
     row = {"component": component, "layer": None, "part": name, "step": step}
     return [
@@ -244,5 +244,5 @@ def _predict(
         reference = heads["reference"](states["reference"][rows])
         for name, predictions in seen.items():
             tokens = None if targets is None else targets[rows]
-            predictions.add(reference, heads[name](states[name][rows]), tokens, sequences[rows])
+            predictions.add(heads[name](states[name][rows]), reference, tokens, sequences[rows])
     return {name: predictions.summary() for name, predictions in seen.items()}

@@ -1,4 +1,4 @@
-"""Figures that say how far two arrays, or two predictions, are apart. Always (reference, other)."""
+"""Figures of how far two arrays, or two predictions, are apart. Always (actual, expected), as in torch.testing."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,21 +8,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..model.divergence import kl_divergence
 from ..model.forward import Floats, Tokens
 
 PERCENTILES = {"median": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
 _BLOCK = 1 << 22  # logits looked at in float64 at a time
 
 
-def difference(reference: Floats, other: Floats) -> dict[str, float]:
+def difference(actual: Floats, expected: Floats) -> dict[str, float]:
     """Return relative L2 error, cosine and the largest absolute difference of two arrays of one shape.
 
-    The relative error is that of ``other``: the norm of the difference over the norm of the reference.
+    The relative error is the norm of the difference over the norm of ``expected``.
     """
-    first, second = reference.reshape(-1), other.reshape(-1)
-    apart = first - second
-    error, norm, length = (float(np.einsum("i,i->", x, x, dtype=np.float64)) for x in (apart, first, second))
-    along = float(np.einsum("i,i->", first, second, dtype=np.float64))
+    actual, expected = actual.reshape(-1), expected.reshape(-1)
+    apart = actual - expected
+    error, norm, length = (float(np.einsum("i,i->", x, x, dtype=np.float64)) for x in (apart, expected, actual))
+    along = float(np.einsum("i,i->", actual, expected, dtype=np.float64))
     return {
         "relative_l2": root_ratio(error, norm),
         "cosine": along / math.sqrt(norm * length) if norm * length > 0 else float(norm == length),
@@ -30,10 +31,10 @@ def difference(reference: Floats, other: Floats) -> dict[str, float]:
     }
 
 
-def root_ratio(squared: float, squared_reference: float) -> float:
+def root_ratio(squared: float, squared_expected: float) -> float:
     """Return the root of a ratio of sums of squares; of nothing to nothing 0, of something to nothing infinity."""
-    if squared_reference > 0:
-        return math.sqrt(squared / squared_reference)
+    if squared_expected > 0:
+        return math.sqrt(squared / squared_expected)
     return math.inf if squared > 0 else squared  # NaN stays NaN
 
 
@@ -41,37 +42,37 @@ def root_ratio(squared: float, squared_reference: float) -> float:
 class Predictions:
     """What was seen of one stream's predictions, position by position.
 
-    kl: Kullback-Leibler divergence of the bundle's distribution from the reference's, in nats. same: whether the
-    likeliest token is the same. loss_reference, loss_other: negative log-likelihood of the token that came, in nats.
-    sequences, scored: the sequence that each position of the former two, and of the latter two, belongs to.
+    kl: Kullback-Leibler divergence from the expected to the actual distribution, in nats. same: whether the top-1
+    tokens are equal. loss_actual, loss_expected: negative log-likelihood of the next token, in nats. sequences,
+    scored: the sequence that each position of the former two, and of the latter two, belongs to.
     """
 
     kl: list[NDArray[np.float64]] = field(default_factory=list)
     same: list[NDArray[np.bool_]] = field(default_factory=list)
-    loss_reference: list[NDArray[np.float64]] = field(default_factory=list)
-    loss_other: list[NDArray[np.float64]] = field(default_factory=list)
+    loss_actual: list[NDArray[np.float64]] = field(default_factory=list)
+    loss_expected: list[NDArray[np.float64]] = field(default_factory=list)
     sequences: list[NDArray[np.int64]] = field(default_factory=list)
     scored: list[NDArray[np.int64]] = field(default_factory=list)
 
-    def add(self, reference: Floats, other: Floats, targets: Tokens | None, sequences: NDArray[np.int64]) -> None:
-        """Look at logits ``[positions, vocabulary]`` of both, and the tokens that came, -1 where none is known."""
+    def add(self, actual: Floats, expected: Floats, targets: Tokens | None, sequences: NDArray[np.int64]) -> None:
+        """Compare logits ``[positions, vocabulary]``; targets: the next tokens, -1 where none is known."""
         self.sequences.append(sequences)
-        height = max(1, _BLOCK // reference.shape[1])
-        for first in range(0, len(reference), height):
+        height = max(1, _BLOCK // expected.shape[1])
+        for first in range(0, len(expected), height):
             rows = slice(first, first + height)
-            p, q = (torch.from_numpy(x[rows]).double().log_softmax(-1) for x in (reference, other))
-            self.kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0).numpy())
-            self.same.append((p.argmax(-1) == q.argmax(-1)).numpy())
+            q, p = (torch.from_numpy(x[rows]).double().log_softmax(-1) for x in (actual, expected))
+            self.kl.append(kl_divergence(q, p).clamp(min=0).numpy())
+            self.same.append((q.argmax(-1) == p.argmax(-1)).numpy())
             if targets is not None:
                 known = targets[rows] >= 0
                 self.scored.append(sequences[rows][known])
                 tokens = torch.from_numpy(targets[rows][known].astype(np.int64))[:, None]
-                for x, losses in ((p, self.loss_reference), (q, self.loss_other)):
+                for x, losses in ((q, self.loss_actual), (p, self.loss_expected)):
                     losses.append(-x[torch.from_numpy(known)].gather(1, tokens)[:, 0].numpy())
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of the stream."""
-        columns = (self.kl, self.same, self.loss_reference, self.loss_other, self.sequences, self.scored)
+        columns = (self.kl, self.same, self.loss_actual, self.loss_expected, self.sequences, self.scored)
         return summarize(*(_joined(parts) for parts in columns))
 
 
@@ -82,8 +83,8 @@ def _joined(parts: list[NDArray[Any]]) -> NDArray[np.float64]:
 def summarize(
     kl: NDArray[np.float64],
     same: NDArray[np.float64],
-    loss_reference: NDArray[np.float64],
-    loss_other: NDArray[np.float64],
+    loss_actual: NDArray[np.float64],
+    loss_expected: NDArray[np.float64],
     sequences: NDArray[np.float64],
     scored: NDArray[np.float64],
 ) -> dict[str, Any]:
@@ -100,12 +101,12 @@ def summarize(
         "top1": {"agreement": float(same.mean()), **_error(same, sequences)},
         "loss": None,
     }
-    if len(loss_reference):
-        change = loss_other - loss_reference
+    if len(loss_expected):
+        change = loss_actual - loss_expected
         found["loss"] = {
             "positions": len(change),
-            "reference": float(loss_reference.mean()),
-            "bundle": float(loss_other.mean()),
+            "reference": float(loss_expected.mean()),
+            "bundle": float(loss_actual.mean()),
             "change": float(change.mean()),
             **_error(change, scored),
             "perplexity_ratio": math.exp(min(float(change.mean()), 700.0)),

@@ -178,7 +178,7 @@ def loss_of(source: Source, plan: Plan, token_set: TokenSet, store: QuantizedSto
     weights = layerwise.quantized_weights(source, quantizations_of(plan.outputs), store)
     batch = tuning.Batch(token_set.tokens, token_set.targets, torch.from_numpy(token_set.counted))
     with torch.no_grad():
-        return tuning.divergence(original, replace(original, weights=weights), batch).item()
+        return tuning.divergence(replace(original, weights=weights), original, batch).item()
 
 
 def test_refining_brings_predictions_nearer_and_resumes(opened, few, solved, tmp_path, store_at):
