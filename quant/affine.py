@@ -29,7 +29,7 @@ class QuantizationConfig:
 
     bits: width of a code. group_size: weights that share one scale and bias. method: ``rtn`` (the grid and rounding
     of ``mx.quantize``), ``lsq`` (least squares and clip search from there) or ``gptq`` (by the layer's inputs, see
-    ``gptq.solve``).
+    ``gptq.gptq``).
     """
 
     bits: int
@@ -38,7 +38,7 @@ class QuantizationConfig:
 
     def problems(self) -> list[str]:
         """Return what is wrong with these settings, one sentence each."""
-        found = []
+        problems = []
         for what, value, allowed in (
             ("bits", self.bits, BITS),
             ("group_size", self.group_size, GROUP_SIZES),
@@ -46,12 +46,12 @@ class QuantizationConfig:
         ):
             right_type = isinstance(value, type(allowed[0])) and not isinstance(value, bool)  # 4.0 == 4, and True == 1
             if not right_type or value not in allowed:
-                found.append(f"{what} is {value!r}: use one of {', '.join(map(str, allowed))}")
-        return found
+                problems.append(f"{what} is {value!r}: use one of {', '.join(map(str, allowed))}")
+        return problems
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of storage a weight, its share of a 16-bit scale and bias included."""
+        """Bits per weight (bpw), with its share of a 16-bit scale and bias."""
         return self.bits + 32 / self.group_size
 
     @property
@@ -62,11 +62,11 @@ class QuantizationConfig:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized matrix and what its quantization lost.
+    """A quantized matrix and its quantization error.
 
     weight: uint32 ``[rows, columns * bits / 32]``. scales, biases: ``[rows, columns / group_size]`` in their storage
-    dtype. squared_error, squared_norm: sums over the matrix. overflowed, flushed: scales and biases too large for
-    the storage dtype (stored as its largest value), or too small (stored as zero).
+    dtype. squared_error, squared_norm: sums over the matrix. overflowed, flushed: scales and biases above the
+    largest value of the storage dtype (stored as that), or below its smallest (stored as zero).
     """
 
     weight: NDArray[np.uint32]
@@ -94,10 +94,10 @@ def quantize(
     """Quantize a matrix ``[rows, columns]`` of bfloat16, float16 or float32.
 
     Scales and biases are stored as ``storage``, by default the dtype of the weights. With method ``rtn`` every word,
-    scale and bias is that of ``mx.quantize`` on the CPU; with ``lsq`` no group has more squared error than with it.
+    scale and bias equals that of ``mx.quantize`` on the CPU; with ``lsq`` no group has a larger squared error.
 
-    Raises ValueError for settings that the format does not have, a dtype that it cannot hold, columns that a group
-    does not divide, and weights that are not finite or whose group spans more than float32 holds.
+    Raises ValueError for unknown settings or dtypes, columns that are not a multiple of the group size, weights that
+    are not finite, and groups whose range overflows float32.
     """
     storage = weight.dtype if storage is None else np.dtype(storage)
     problems = quantization.problems()
@@ -153,8 +153,8 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     rows, columns = codes.shape
     packed = np.empty((rows, columns * bits // 8), np.uint8)
     for some in _some_rows(rows, columns):
-        bits_of = np.unpackbits(codes[some, :, None], axis=-1, count=bits, bitorder="little")
-        packed[some] = np.packbits(bits_of.reshape(len(bits_of), -1), axis=-1, bitorder="little")
+        bit_rows = np.unpackbits(codes[some, :, None], axis=-1, count=bits, bitorder="little")
+        packed[some] = np.packbits(bit_rows.reshape(len(bit_rows), -1), axis=-1, bitorder="little")
     return packed.view("<u4")
 
 
@@ -164,19 +164,19 @@ def unpack(weight: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     codes = np.empty((rows, columns), np.uint8)
     for some in _some_rows(rows, columns):
         stream = np.unpackbits(np.ascontiguousarray(weight[some]).view(np.uint8), axis=-1, bitorder="little")
-        bits_of = stream.reshape(len(stream), columns, bits)
-        codes[some] = np.packbits(bits_of, axis=-1, bitorder="little")[..., 0]
+        bit_rows = stream.reshape(len(stream), columns, bits)
+        codes[some] = np.packbits(bit_rows, axis=-1, bitorder="little")[..., 0]
     return codes
 
 
 def _some_rows(rows: int, columns: int) -> list[slice]:
-    """Cut rows so that what is made of some of them for a moment stays small."""
+    """Split rows into slices whose temporary arrays stay small."""
     height = max(1, (1 << 22) // max(1, columns))
     return [slice(first, first + height) for first in range(0, rows, height)]
 
 
 def dequantize(quantized: Quantized, quantization: QuantizationConfig) -> NDArray[np.float32]:
-    """Return the weights ``[rows, columns]`` that a quantized matrix stands for, in float32."""
+    """Return the float32 weights ``[rows, columns]`` of a quantized matrix."""
     wide = (
         unpack(quantized.weight, quantization.bits)
         .astype(np.float32)

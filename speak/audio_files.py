@@ -13,7 +13,7 @@ from ..convert.source.mimi import FRAME, RATE
 from ..model.forward import Floats
 from .codec import MISSING
 
-LONGEST = 3600  # seconds of a recording that is read as a whole
+LONGEST = 3600  # seconds of a recording that is read into memory
 _LARGEST = 1 << 32  # bytes of a file
 _BLOCK = 1 << 15  # samples read at a time
 
@@ -30,7 +30,7 @@ def _packages() -> tuple[Any, Any]:
 def read(path: Path) -> Floats:
     """Return a file's first two channels at Mimi's rate, ``[channels, samples]``.
 
-    Raises UserError for what cannot be read, and for more than an hour.
+    Raises UserError for unreadable files, and for recordings longer than an hour.
     """
     soundfile, soxr = _packages()
     check_regular(path, _LARGEST)
@@ -39,28 +39,28 @@ def read(path: Path) -> Floats:
             raise UserError(f"{path}: longer than an hour: cut it")
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (OSError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: not audio that can be read ({reason(error)})") from None
+        raise UserError(f"{path}: unreadable audio ({reason(error)})") from None
     if not np.isfinite(samples).all():
-        raise UserError(f"{path}: holds values that are not finite: it is damaged")
+        raise UserError(f"{path}: contains NaN or infinite samples: the file is damaged")
     return np.ascontiguousarray(soxr.resample(samples[:, :2], rate, RATE).T)
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[tuple[int, Iterator[Floats]]]:
-    """Open a file; give its length in samples at Mimi's rate, and its frames ``[FRAME]``, channels mixed into one.
+    """Open a file; yield its length in samples at Mimi's rate, and its frames ``[FRAME]``, downmixed to mono.
 
-    The last frame is filled up with silence. Raises UserError for what cannot be read, or holds nothing.
+    The last frame is padded with silence. Raises UserError for unreadable or empty files.
     """
     soundfile, soxr = _packages()
     check_regular(path, _LARGEST)
     try:
         file = soundfile.SoundFile(path)
     except (OSError, RuntimeError, TypeError) as error:
-        raise UserError(f"{path}: not audio that can be read ({reason(error)})") from None
+        raise UserError(f"{path}: unreadable audio ({reason(error)})") from None
     with file:
         count = round(file.frames * RATE / file.samplerate)
         if not count:
-            raise UserError(f"{path}: holds no sound")
+            raise UserError(f"{path}: the recording is empty")
         yield count, _frames(path, file, soxr, count)
 
 
@@ -73,25 +73,25 @@ def _frames(path: Path, file: Any, soxr: Any, count: int) -> Iterator[Floats]:
         try:
             block = file.read(_BLOCK, dtype="float32", always_2d=True).mean(1)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: breaks off ({reason(error)})") from None
+            raise UserError(f"{path}: truncated ({reason(error)})") from None
         if not np.isfinite(block).all():
-            raise UserError(f"{path}: holds values that are not finite: it is damaged")
+            raise UserError(f"{path}: contains NaN or infinite samples: the file is damaged")
         last = len(block) < _BLOCK
         rest = np.concatenate([rest, resampler.resample_chunk(np.ascontiguousarray(block), last)])
-        if last:  # a resampler may round the length otherwise than we do
+        if last:  # the resampler may round the length differently
             rest = np.pad(rest, (0, FRAME))
         while len(rest) >= FRAME and given < wanted:
             yield rest[:FRAME]
             rest, given = rest[FRAME:], given + 1
     if given < wanted:
-        raise UserError(f"{path}: breaks off after {given * FRAME / RATE:.1f} s: it is damaged")
+        raise UserError(f"{path}: truncated after {given * FRAME / RATE:.1f} s: it is damaged")
 
 
 @contextmanager
 def writing(path: Path, count: int | None) -> Iterator[Callable[[Floats], None]]:
-    """Open a new WAV file, 16 bit mono, to which frames are added; it appears when all are there.
+    """Open a new WAV file, 16 bit mono; yield a function that appends a frame. The file is renamed into place last.
 
-    count: samples after which the rest is dropped, None for no such limit.
+    count: samples to write at most, None for all.
     """
     soundfile, _ = _packages()
     partial = path.with_name(f".{path.name}.partial")
@@ -107,6 +107,6 @@ def writing(path: Path, count: int | None) -> Iterator[Callable[[Floats], None]]
             yield write
         partial.rename(path)
     except soundfile.LibsndfileError as error:
-        raise UserError(f"{path}: cannot be written ({reason(error)})") from None
+        raise UserError(f"{path}: writing failed ({reason(error)})") from None
     finally:
         partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Mimi, the audio codec, through the optional ``rustymimi``, frame by frame as a conversation needs it."""
+"""Mimi, the audio codec, through the optional ``rustymimi``, one frame at a time."""
 
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +16,7 @@ MISSING = "needs more packages: pip install 'ppx-convert[audio]'"
 
 
 class Codec:
-    """An open codec; encoder and decoder each go on from where their last frame ended."""
+    """A streaming codec; encoder and decoder keep their state between frames."""
 
     def __init__(self, path: Path, codebooks: int) -> None:
         """Load a file of Mimi's weights; raises UserError for any other, and without the package."""
@@ -51,7 +51,7 @@ class Codec:
         return np.asarray(samples[0, 0], np.float32)
 
     def encode_whole(self, samples: Floats) -> NDArray[np.int64]:
-        """Return the tokens ``[codebooks, frames]`` of a whole recording ``[samples]``, and begin anew."""
+        """Return the tokens ``[codebooks, frames]`` of a whole recording ``[samples]``, and reset."""
         self.reset()
         try:
             return np.asarray(self._tokenizer.encode(samples[None, None])[0], np.int64)
@@ -64,5 +64,5 @@ class Codec:
         return UserError(f"{self.path}: fails ({reason(error)}): does it belong to this model?")
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Clear the state of encoder and decoder."""
         self._tokenizer.reset()

@@ -1,4 +1,4 @@
-"""Keys and values of the frames that a conversation remembers."""
+"""The rotating KV cache of the temporal transformer."""
 
 from dataclasses import dataclass
 
@@ -7,24 +7,24 @@ import mlx.core as mx
 
 @dataclass
 class RotatingKVCache:
-    """Keys and values ``[1, heads, room, width]`` of each temporal layer; frame n lies at ``n % room``.
+    """Keys and values ``[1, heads, capacity, head_dim]`` of each temporal layer; frame n is stored at ``n % capacity``.
 
-    room grows up to ``reach``, the frames that are attended to; from then on the oldest is overwritten.
+    The capacity grows up to ``context`` frames; from then on the oldest frame is overwritten.
     """
 
     keys: list[mx.array]
     values: list[mx.array]
-    reach: int
+    context: int
     frames: int = 0
 
     @property
-    def room(self) -> int:
-        """Frames that it has room for."""
+    def capacity(self) -> int:
+        """Frames that fit."""
         return int(self.keys[0].shape[2])
 
     def grow(self) -> None:
-        """Make room for one more frame, if there is none and there may be."""
-        if self.frames == self.room < self.reach:
-            more = min(self.room, self.reach - self.room)
+        """Double the capacity, up to the context, if the cache is full."""
+        if self.frames == self.capacity < self.context:
+            more = min(self.capacity, self.context - self.capacity)
             for held in (self.keys, self.values):
                 held[:] = [mx.concatenate([old, mx.zeros_like(old[:, :, :more])], axis=2) for old in held]

@@ -12,33 +12,33 @@ from ..convert.errors import UserError, reason
 from ..convert.source.mimi import FRAME, RATE
 from ..model.forward import Floats
 
-_BEHIND = 3  # frames that wait at most, on either side
+_QUEUE = 3  # frames in each queue, at most
 _MISSING = "--live needs more packages: pip install 'ppx-convert[audio,live]'"
 
 
 @contextmanager
 def devices() -> Iterator[tuple[Iterator[Floats], Callable[[Floats], None]]]:
-    """Open the default devices; give the frames ``[FRAME]`` that are heard, without end, and a way to play some.
+    """Open the default devices; yield an endless iterator of input frames ``[FRAME]`` and a function that plays frames.
 
-    Where a model is too slow, the oldest frames are dropped, so that answers do not come later and later. Raises
-    UserError where there is no device.
+    If the model is too slow, the oldest frames are dropped, so that the delay does not grow. Raises UserError if there
+    is no device.
     """
     sounddevice = _package()
-    heard: deque[Floats] = deque(maxlen=_BEHIND)
-    played: deque[Floats] = deque(maxlen=_BEHIND)
+    recorded: deque[Floats] = deque(maxlen=_QUEUE)
+    played: deque[Floats] = deque(maxlen=_QUEUE)
     arrived = threading.Semaphore(0)
 
     def exchange(taken: Any, given: Any, count: int, when: Any, status: Any) -> None:
         del count, when, status
-        heard.append(np.array(taken[:, 0], np.float32))
+        recorded.append(np.array(taken[:, 0], np.float32))
         arrived.release()
         given[:, 0] = played.popleft() if played else 0
 
     def frames() -> Iterator[Floats]:
         while True:
             arrived.acquire()
-            if heard:  # not one that was dropped
-                yield heard.popleft()
+            if recorded:  # empty if the frame was dropped
+                yield recorded.popleft()
 
     try:
         stream = sounddevice.Stream(samplerate=RATE, blocksize=FRAME, channels=1, dtype="float32", callback=exchange)
@@ -52,7 +52,7 @@ def devices() -> Iterator[tuple[Iterator[Floats], Callable[[Floats], None]]]:
 
 
 def check() -> None:
-    """Raise UserError where there is no microphone or no speaker, before a model is loaded."""
+    """Raise UserError if there is no microphone or no speaker."""
     sounddevice = _package()
     try:
         sounddevice.check_input_settings(channels=1, samplerate=RATE)

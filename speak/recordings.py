@@ -16,17 +16,17 @@ from .codec import Codec
 
 
 def read_audio(path: Path, source: Source, frames: int | None) -> TokenSet:
-    """Read a recording as material; see ``recorded``."""
+    """Read a recording as a token set; see ``recorded``."""
     tokens = recorded(path, source, frames)
     shape = {"sequences": 1, "frames": tokens.shape[2]}
     return from_tokens(tokens, source.architecture, {"kind": "audio", "file": printable(path.name)} | shape)
 
 
 def recorded(path: Path, source: Source, frames: int | None = None) -> Tokens:
-    """Return tokens ``[1, streams, frames]`` of a WAV of any rate, as heard.
+    """Return tokens ``[1, streams, frames]`` of an audio file of any sample rate, without delays.
 
-    Its first channel is the agent, its second the user; of one channel, the user's alone, which is what a silent agent
-    hears. The text stream is padding. Raises UserError for a file that cannot be read, and without the packages.
+    Channel 1 is the agent, channel 2 the user. A mono file is the user, and the agent is silent. The text stream is
+    padding. Raises UserError for unreadable files, and if the optional packages are missing.
     """
     a = source.architecture
     half = a.n_q // 2
@@ -43,5 +43,7 @@ def recorded(path: Path, source: Source, frames: int | None = None) -> Tokens:
     text = np.full((1, length), a.text_padding)
     tokens = np.concatenate([text, *encoded])[None].astype(np.int32)
     if tokens[:, 1:].max() >= a.card:
-        raise UserError(f"{codec.path}: gives tokens that this model does not have: it belongs to another one")
+        raise UserError(
+            f"{codec.path}: returns tokens outside the vocabulary of this model: it is the codec of another one"
+        )
     return tokens

@@ -1,4 +1,4 @@
-"""How a token is chosen from logits."""
+"""Sampling: temperature and top-k."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ import mlx.core as mx
 from ..convert.errors import UserError
 from ..convert.source.architecture import SAMPLING
 
-_HOTTEST = 10
+_MAX_TEMPERATURE = 10
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperatures, 0 for the likeliest token, and how many of the likeliest tokens are drawn from, 0 for all."""
+    """Temperatures (0 for greedy decoding) and top-k (0 for the whole vocabulary)."""
 
     audio_temperature: float = SAMPLING["audio_temp"]
     audio_top_k: int = SAMPLING["audio_top_k"]
@@ -22,10 +22,12 @@ class Sampling:
     text_top_k: int = SAMPLING["text_top_k"]
 
     def __post_init__(self) -> None:
-        """Raise UserError for what is neither."""
+        """Raise UserError for values out of range."""
         for temperature in (self.audio_temperature, self.text_temperature):
-            if type(temperature) not in (int, float) or not 0 <= temperature <= _HOTTEST:
-                raise UserError(f"a temperature is {str(temperature)[:40]}: a number from 0 to {_HOTTEST} is needed")
+            if type(temperature) not in (int, float) or not 0 <= temperature <= _MAX_TEMPERATURE:
+                raise UserError(
+                    f"a temperature is {str(temperature)[:40]}: a number from 0 to {_MAX_TEMPERATURE} is needed"
+                )
         for top_k in (self.audio_top_k, self.text_top_k):
             if type(top_k) is not int or top_k < 0:
                 raise UserError(f"a top-k is {str(top_k)[:40]}: a whole number is needed, 0 for all tokens")
@@ -35,7 +37,7 @@ GREEDY = Sampling(0.0, 0, 0.0, 0)
 
 
 def draw(logits: mx.array, temperature: float, top_k: int, key: mx.array) -> mx.array:
-    """Return a token of ``logits [vocabulary]``, int32."""
+    """Sample a token from ``logits [vocabulary]``, int32."""
     if not temperature:
         return logits.argmax(-1).astype(mx.int32)
     wide = logits.astype(mx.float32)
@@ -46,15 +48,15 @@ def draw(logits: mx.array, temperature: float, top_k: int, key: mx.array) -> mx.
 
 
 def sampling_of(config: Mapping[str, Any]) -> Sampling:
-    """Return the sampling that a config.json asks for, the usual one where it says nothing.
+    """Return the sampling of a config.json, with defaults for missing keys.
 
-    Raises UserError for what is none.
+    Raises UserError for values out of range.
     """
-    held = config.get("sampling", {})
-    if not isinstance(held, dict):
-        raise UserError(f"config.json: sampling is {type(held).__name__}: numbers by name are needed")
-    asked = SAMPLING | held
+    given = config.get("sampling", {})
+    if not isinstance(given, dict):
+        raise UserError(f"config.json: sampling is {type(given).__name__}: a table of numbers is needed")
+    values = SAMPLING | given
     try:
-        return Sampling(asked["audio_temp"], asked["audio_top_k"], asked["text_temp"], asked["text_top_k"])
+        return Sampling(values["audio_temp"], values["audio_top_k"], values["text_temp"], values["text_top_k"])
     except UserError as error:
         raise UserError([f"config.json: sampling: {problem}" for problem in error.problems]) from None

@@ -1,4 +1,4 @@
-"""All that a bundle needs to speak: model, codec, voice, tokenizer; audio in, audio and words out."""
+"""Audio in, audio and text out: a bundle with its model, codec, voice and tokenizer."""
 
 import codecs
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,10 @@ from .sampling import Sampling, sampling_of
 
 @dataclass(frozen=True)
 class SpeakOptions:
-    """Who speaks, and how. sampling, codec: None for the bundle's. arithmetic: of activations; None for what suits."""
+    """Voice, text prompt and sampling.
+
+    sampling, codec: None for the bundle's. arithmetic: dtype of activations, None for the default of the device.
+    """
 
     voice: str = VOICE
     prompt: str = PROMPT
@@ -40,7 +43,7 @@ class SpeakOptions:
 
 @dataclass(frozen=True)
 class OutputFrame:
-    """What comes of a frame. text: a piece of a word or nothing. agent: tokens ``[codebooks]``. samples: of a frame."""
+    """One frame of output. text: a piece of text, often empty. agent: tokens ``[codebooks]``. samples: ``[FRAME]``."""
 
     text: str
     agent: Tokens
@@ -49,7 +52,7 @@ class OutputFrame:
 
 @dataclass
 class Speaker:
-    """A bundle with its prompts behind it, ready to hear. folded: whether it knows fewer tokens than its codec."""
+    """A conversation after its prompts. wrapped: whether input tokens were beyond the model's vocabulary."""
 
     conversation: Conversation
     codec: Codec
@@ -57,28 +60,28 @@ class Speaker:
     wrapped: bool = False
 
     def answer(self, question: Iterable[Floats]) -> Iterator[OutputFrame]:
-        """Hear frames of samples ``[FRAME]``, and yield what is said in each of them."""
+        """Take input frames of samples ``[FRAME]`` and yield an output frame for each."""
         card = self.conversation.runtime.architecture.card
         for frame in question:
-            heard = self.codec.encode(frame)
-            self.wrapped |= bool((heard >= card).any())
-            token, agent = self.conversation.step(heard % card)
+            user = self.codec.encode(frame)
+            self.wrapped |= bool((user >= card).any())
+            token, agent = self.conversation.step(user % card)
             yield OutputFrame(self.words.piece(token), agent, self.codec.decode(agent))
 
 
 def open_speaker(
     folder: Path, options: SpeakOptions, silent: bool = False, matmul: QuantizedMatmul | None = None
 ) -> Speaker:
-    """Open a bundle, and go through its prompts; raises UserError for what it lacks, or has no room for.
+    """Open a bundle and run its prompts; raises UserError if a file is missing or the prompt exceeds the context.
 
-    silent: not to announce what takes long. products: how MLX multiplies by packed weights, as it does here for None.
-    Raises CheckFailed where MLX computes wrongly and nothing works around it.
+    silent: print no progress. matmul: how packed weights are multiplied, None for MLX's own kernels. Raises CheckFailed
+    if an MLX kernel is wrong and has no workaround.
     """
     with closing(open_bundle(folder)) as bundle:
         layout = bundle.layout
         codec = Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
         if layout.architecture.steps < layout.architecture.n_q // 2:
-            raise UserError(f"{folder}: its depformer lacks steps of the agent's: it cannot speak")
+            raise UserError(f"{folder}: the depformer has too few steps for the agent's codebooks")
         voices = {voice.name: voice for voice in bundle.voices()}
         if options.voice not in voices:
             raise UserError(f"--voice {options.voice}: not in this bundle: it holds {', '.join(voices)}")
@@ -98,7 +101,7 @@ def open_speaker(
 
 
 class Words:
-    """Text from tokens, piece by piece."""
+    """Incremental text decoder."""
 
     def __init__(self, tokenizer: Path, padding: int) -> None:
         """Open a sentencepiece model."""
@@ -106,18 +109,23 @@ class Words:
         self._padding, self._decoder = padding, codecs.getincrementaldecoder("utf-8")("replace")
 
     def piece(self, token: int) -> str:
-        """Return what a token adds to the text; bytes of a character wait until it is whole."""
-        held = self._processor
-        if token == self._padding or token >= len(held) or held.is_control(token) or held.is_unknown(token):
+        """Return the text of a token; bytes are held back until their character is complete."""
+        processor = self._processor
+        if (
+            token == self._padding
+            or token >= len(processor)
+            or processor.is_control(token)
+            or processor.is_unknown(token)
+        ):
             return ""
-        piece = str(held.id_to_piece(token))
-        if not held.is_byte(token):
+        piece = str(processor.id_to_piece(token))
+        if not processor.is_byte(token):
             self._decoder.reset()
             return printable(piece.replace("\u2581", " "))
-        found = self._decoder.decode(bytes([int(piece[3:5], 16)]))
-        return " " if found.isspace() else printable(found)
+        text = self._decoder.decode(bytes([int(piece[3:5], 16)]))
+        return " " if text.isspace() else printable(text)
 
 
 def text_of(pieces: Iterable[str]) -> str:
-    """Return pieces as a text."""
+    """Join pieces into one text."""
     return " ".join("".join(pieces).split())

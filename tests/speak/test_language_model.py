@@ -125,7 +125,7 @@ def test_a_ring_that_grows_and_wraps_around_forgets_only_what_is_too_old(opened,
     kv_cache, step, rooms, found = model.prefill(columns[:, :0]), model.temporal(), set(), []
     for column in columns.T:
         kv_cache.grow()
-        rooms.add(kv_cache.room)
+        rooms.add(kv_cache.capacity)
         hidden, _, kv_cache.keys, kv_cache.values = step(
             mx.array(column), mx.array(kv_cache.frames), kv_cache.keys, kv_cache.values
         )

@@ -102,14 +102,14 @@ def test_mistakes_are_told_in_one_line(demos, codec, bundle, tmp_path, monkeypat
     asked = ("-o", "a.wav", "--codec", codec)
     for arguments, reason in (
         ((swift, "q.wav", *asked, "--voice", "NOBODY"), "--voice NOBODY: not in this bundle: it holds NATF0, "),
-        ((swift, "text.wav", *asked), "text.wav: not audio that can be read"),
-        ((swift, "empty.wav", *asked), "empty.wav: holds no sound"),
+        ((swift, "text.wav", *asked), "text.wav: unreadable audio"),
+        ((swift, "empty.wav", *asked), "empty.wav: the recording is empty"),
         ((swift, "q.wav", *asked, "--prompt", "long " * 80), "--prompt has 4"),
         ((swift, "q.wav", "-o", "a.wav"), "mimi.safetensors: not a codec that rustymimi loads"),
         ((swift, "q.wav", "-o", "q.wav", "--codec", codec), "q.wav: is there already"),
         ((swift, "q.wav", "-o", "a.mp3", "--codec", codec), "a.mp3: give the name of a .wav file"),
         ((swift, "q.wav"), "give a recording and --output, or --live"),
-        ((swift, "nan.wav", *asked), "nan.wav: holds values that are not finite"),
+        ((swift, "nan.wav", *asked), "nan.wav: contains NaN or infinite samples"),
         ((swift, "q.wav", *asked, "--greedy", "--text-top-k", "3"), "leave temperatures and top-k out"),
         ((tmp_path / "nowhere", "q.wav", *asked), "nowhere: not a bundle"),
         ((bundle(), "q.wav", *asked), "remembers at most 2: shorten it"),
