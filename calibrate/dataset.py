@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..convert import typed_json
 from ..convert.bundle.plan import Plan
 from ..convert.bundle.quantized_store import LayerwiseQuantizer, QuantizedStore
 from ..convert.errors import UserError
@@ -46,12 +48,18 @@ def quantizer_of(
     )
 
 
-def record(token_set: TokenSet) -> dict[str, Any]:
-    """Return what a manifest says of calibration material: its description, and a sha256 of its tokens."""
+def fingerprint(token_set: TokenSet) -> str:
+    """Return the sha256 of calibration tokens."""
     digest = hashlib.sha256()
     for array in (token_set.tokens, token_set.targets, token_set.counted):
         digest.update(np.ascontiguousarray(array).tobytes())
-    return token_set.description | {"sha256": digest.hexdigest()}
+    return digest.hexdigest()
+
+
+def record(token_set: TokenSet) -> dict[str, Any]:
+    """Return what a manifest holds of calibration tokens: their description, and a sha256."""
+    described: dict[str, Any] = typed_json.to_json(token_set.description)
+    return described | {"sha256": fingerprint(token_set)}
 
 
 def enough(source: Source) -> int:
@@ -101,19 +109,30 @@ def write(tokens: Tokens, path: Path, metadata: dict[str, str] | None = None) ->
     temporary.replace(path)
 
 
-def statistics(tokens: Tokens, source: Source) -> dict[str, Any]:
-    """Return how much there is, and how much of the model's vocabulary it uses.
+@dataclass(frozen=True)
+class Statistics:
+    """How much calibration data there is, and how much of the model's vocabulary it uses.
 
-    coverage: for the text and each codebook, the share of its tokens that occur. enough: frames from which on more
-    help little. alike: sequences that occur more than once.
+    frames: of all sequences. enough: frames above which more help little. coverage: for the text and each codebook,
+    the share of its tokens that occur. alike: sequences that occur more than once.
     """
+
+    sequences: int
+    frames: int
+    enough: int
+    coverage: tuple[float, ...]
+    alike: int
+
+
+def statistics(tokens: Tokens, source: Source) -> Statistics:
+    """Return the statistics of tokens ``[sequences, streams, frames]``."""
     a = source.architecture
     cards = [a.text_card] + [a.card] * a.n_q
     coverage = [len(np.unique(tokens[:, stream])) / card for stream, card in enumerate(cards)]
-    return {
-        "sequences": len(tokens),
-        "frames": int(tokens.shape[0] * tokens.shape[2]),
-        "enough": enough(source),
-        "coverage": [float(f"{share:.4g}") for share in coverage],
-        "alike": len(tokens) - len({piece.tobytes() for piece in tokens}),
-    }
+    return Statistics(
+        sequences=len(tokens),
+        frames=int(tokens.shape[0] * tokens.shape[2]),
+        enough=enough(source),
+        coverage=tuple(float(f"{share:.4g}") for share in coverage),
+        alike=len(tokens) - len({piece.tobytes() for piece in tokens}),
+    )

@@ -83,8 +83,9 @@ def measure(
     nbytes = int(_SHARE * devices.host_memory()) if memory is None else memory
     streams = 1 + len(bits) * sum(part.component != "depformer" for part in members)
     passes = _passes(token_set, sequences, nbytes // (streams * source.architecture.dim * 4))
-    used = {"sequences": sum(map(len, passes)), "frames": token_set.tokens.shape[2], "available": len(token_set.tokens)}
-    found = Sensitivities(token_set.description | used, mark)
+    available, frames = len(token_set.tokens), token_set.tokens.shape[2]
+    used = replace(token_set.description, sequences=sum(map(len, passes)), frames=frames, available=available)
+    found = Sensitivities(used, mark)
     for part in members:
         found.costs[part] = {one: dict.fromkeys(STREAMS, 0.0) for one in bits}
     counts = dict.fromkeys(STREAMS, 0)
@@ -98,7 +99,7 @@ def measure(
             _audio(walk, _temporal(walk))
     if silent := [stream for stream, count in counts.items() if not count]:
         raise UserError(
-            f"the {used['sequences']} sequences that were measured on hold no tokens of {' and '.join(silent)}: "
+            f"the {used.sequences} sequences that were measured on hold no tokens of {' and '.join(silent)}: "
             "give tokens in which both are known throughout"
         )
     for part, of_part in members.items():

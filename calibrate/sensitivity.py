@@ -1,22 +1,40 @@
-"""How much a model's predictions suffer when one part of it is quantized and the rest is not; kept in a file."""
+"""How much a model's predictions diverge when one part of it is quantized and the rest is not; kept in a file."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..convert import typed_json
 from ..convert.bundle.workspace import write_durably
-from ..convert.errors import UserError
+from ..convert.errors import UserError, reason
 from ..convert.regular_files import read_json
+from ..convert.schema import Leaf, Maybe, OrNull, Schema, mismatch, number, whole
 from ..convert.source.architecture import Architecture
 from ..convert.source.tensors import COMPONENTS, Role, roles
+from ..model.tokens import TokenDescription
 from ..quant.affine import BITS, GROUP_SIZES, QuantizationConfig
 
 STREAMS = ("text", "agent")
 _VERSION = 1
 _LARGEST = 1 << 24  # bytes of a file
+_INDEX = OrNull(whole(0, 1 << 20))
+_SETTINGS = [f"{bits}-{size}" for bits in BITS for size in GROUP_SIZES]
+_PART: Schema = {
+    "component": Leaf(f"one of {', '.join(COMPONENTS)}", lambda value: value in COMPONENTS),
+    "modules": Leaf("text", lambda value: isinstance(value, str)),
+    "layer": _INDEX,
+    "step": _INDEX,
+    "divergence": {str(bits): dict.fromkeys(STREAMS, number(0)) for bits in BITS},
+    "error": dict.fromkeys(_SETTINGS, Maybe(number(0))),  # of group sizes that divide the rows
+}
+_FILE: Schema = {
+    "sensitivities": Leaf(f"version {_VERSION}", lambda value: type(value) is int and value == _VERSION),
+    "mark": Leaf("text", lambda value: isinstance(value, str)),
+    "material": typed_json.schema_of(TokenDescription),
+    "parts": [_PART],
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -37,24 +55,61 @@ class Part:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """What was measured. costs: divergence of text and agent, in nats a token, by part and bits.
+    """What was measured. costs: divergence of text and agent, in nats/token, by part and bits.
 
     errors: relative squared error of a part's weights, by part, bits and group size; the divergence is taken to grow
-    with it. material: what was read: of ``available`` sequences so many ``sequences``, of ``frames`` each. mark: what
-    stands for the source and the material.
+    with it. tokens: what was read. fingerprint: of the source and the tokens.
     """
 
-    token_set: dict[str, Any]
-    mark: str = ""
+    tokens: TokenDescription
+    fingerprint: str = ""
     costs: dict[Part, dict[int, dict[str, float]]] = field(default_factory=dict)
     errors: dict[Part, dict[tuple[int, int], float]] = field(default_factory=dict)
 
     @property
     def measured_on(self) -> str:
-        """How much of which material was read, in words."""
-        used, there = self.token_set["sequences"], self.token_set.get("available")
-        count = f"{used} of {there}" if there else f"{used}"
-        return f"{count} sequence{'s' if (there or used) > 1 else ''} of {self.token_set['frames']} frames"
+        """How much was read, in words."""
+        used, available = self.tokens.sequences, self.tokens.available
+        count = f"{used} of {available}" if available else f"{used}"
+        return f"{count} sequence{'s' if (available or used) > 1 else ''} of {self.tokens.frames} frames"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as its file holds it."""
+        parts = [
+            {
+                "component": part.component,
+                "modules": part.modules,
+                "layer": part.layer,
+                "step": part.step,
+                "divergence": {str(bits): streams for bits, streams in costs.items()},
+                "error": {f"{bits}-{size}": error for (bits, size), error in self.errors[part].items()},
+            }
+            for part, costs in self.costs.items()
+        ]
+        described = typed_json.to_json(self.tokens)
+        return {"sensitivities": _VERSION, "mark": self.fingerprint, "material": described, "parts": parts}
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Sensitivities":
+        """Return the sensitivities in parsed JSON; raises ValueError with a sentence on what does not fit."""
+        if problem := mismatch(data, _FILE):
+            raise ValueError(problem)
+        made = cls(typed_json.from_json(TokenDescription, data["material"]), data["mark"])
+        for index, entry in enumerate(data["parts"]):
+            part = Part(*(entry[key] for key in ("component", "modules", "layer", "step")))
+            made.costs[part] = {
+                bits: {stream: float(entry["divergence"][str(bits)][stream]) for stream in STREAMS} for bits in BITS
+            }
+            errors = {
+                (bits, size): float(entry["error"][f"{bits}-{size}"])
+                for bits in BITS
+                for size in GROUP_SIZES
+                if entry["error"].get(f"{bits}-{size}") is not None
+            }
+            if not errors or not {(bits, usual_group(errors)) for bits in BITS} <= errors.keys():
+                raise ValueError(f"parts[{index}].error lacks some bits")
+            made.errors[part] = errors
+        return made
 
     def cost(self, part: Part, quantization: QuantizationConfig | None) -> dict[str, float] | None:
         """Return what a part's setting costs each stream; None where its rows are not divided by the group size."""
@@ -84,7 +139,7 @@ def part_of(role: Role, step: int | None) -> Part:
 
 def members_of(architecture: Architecture) -> dict[Part, list[tuple[str, int | None]]]:
     """Return the tensors, and rows of stacked ones, of each part that the agent's predictions depend on."""
-    half, found = architecture.n_q // 2, dict[Part, list[tuple[str, int | None]]]()
+    half, members = architecture.n_q // 2, dict[Part, list[tuple[str, int | None]]]()
     for name, role in roles(architecture).items():
         if role.kind == "norm":
             continue
@@ -92,8 +147,8 @@ def members_of(architecture: Architecture) -> dict[Part, list[tuple[str, int | N
         for index in stacked:
             step = role.step if index is None else index
             if step is None or step < half:
-                found.setdefault(part_of(role, step), []).append((name, index))
-    return found
+                members.setdefault(part_of(role, step), []).append((name, index))
+    return members
 
 
 def settings_of(columns: Iterable[int]) -> dict[tuple[int, int], float]:
@@ -103,57 +158,16 @@ def settings_of(columns: Iterable[int]) -> dict[tuple[int, int], float]:
     return {(bits, size): 0.0 for bits in BITS for size in sizes}
 
 
-def write(found: Sensitivities, path: Path) -> None:
+def write(measured: Sensitivities, path: Path) -> None:
     """Write a file of sensitivities, whole or not at all."""
-    parts = [
-        {
-            "component": part.component,
-            "modules": part.modules,
-            "layer": part.layer,
-            "step": part.step,
-            "divergence": {str(bits): streams for bits, streams in costs.items()},
-            "error": {f"{bits}-{size}": error for (bits, size), error in found.errors[part].items()},
-        }
-        for part, costs in found.costs.items()
-    ]
-    said = {"sensitivities": _VERSION, "mark": found.mark, "material": found.token_set, "parts": parts}
-    write_durably(path, json.dumps(said, indent=1) + "\n")
+    write_durably(path, json.dumps(measured.to_json(), indent=1) + "\n")
 
 
 def read(path: Path) -> Sensitivities:
     """Read a file of sensitivities; raises UserError for anything else."""
-    wrong = UserError(f"{path}: not a file of sensitivities: give another, or let it be measured anew")
     try:
-        held = read_json(path, _LARGEST)
-        if held["sensitivities"] != _VERSION:
-            raise wrong
-        found = Sensitivities(dict(held["material"]), str(held["mark"]))
-        amounts = [found.token_set["sequences"], found.token_set["frames"], found.token_set.get("available", 1)]
-        if not all(type(amount) is int and amount > 0 for amount in amounts):
-            raise wrong
-        for entry in held["parts"]:
-            part = Part(*(entry[key] for key in ("component", "modules", "layer", "step")))
-            numbers = (part.layer, part.step)
-            if part.component not in COMPONENTS or not all(type(number) in (int, type(None)) for number in numbers):
-                raise wrong
-            costs = {
-                bits: {stream: _number(entry["divergence"][str(bits)][stream]) for stream in STREAMS} for bits in BITS
-            }
-            errors = {
-                (bits, size): _number(entry["error"][f"{bits}-{size}"])
-                for bits in BITS
-                for size in GROUP_SIZES
-                if f"{bits}-{size}" in entry["error"]
-            }
-            if not {(bits, usual_group(errors)) for bits in BITS} <= errors.keys():
-                raise wrong
-            found.costs[part], found.errors[part] = costs, errors
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise wrong from None
-    return found
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < math.inf:
-        raise ValueError("not a number")
-    return float(value)
+        return Sensitivities.from_json(read_json(path, _LARGEST))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a file of sensitivities ({reason(error)}): give another, or remove it to measure again"
+        ) from None

@@ -1,9 +1,10 @@
-"""What programs that fit a model into a budget share: measure, or take what was measured; choose; write a recipe."""
+"""Fitting a model into a size: measure sensitivities or read them, allocate bits, write the recipe."""
 
 import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..convert import conversion
 from ..convert.bundle.describe import size
@@ -17,7 +18,7 @@ from . import allocation_plot, sensitivity
 from .allocation import Allocation, AllocationRequest, Budget, allocate, size_of
 from .sensitivity import Sensitivities
 
-Prints = Mapping[str, Fingerprint]  # of a source's files: taken once in a run, as it reads all of them
+Fingerprints = Mapping[str, Fingerprint]  # of a source's files: taken once in a run, as it reads all of them
 
 
 def budget_of(target_size: str | None, bits_per_weight: float | None) -> Budget | None:
@@ -29,30 +30,30 @@ def budget_of(target_size: str | None, bits_per_weight: float | None) -> Budget 
     return Budget(None if target_size is None else size_of(target_size), bits_per_weight)
 
 
-def sensitivities(source: Source, fingerprints: Prints, tokens: Path, file: Path, quiet: bool) -> Sensitivities:
+def sensitivities(source: Source, fingerprints: Fingerprints, tokens: Path, file: Path, quiet: bool) -> Sensitivities:
     """Return a source's sensitivities: those in the file, else measured now and written there.
 
-    prints: the source's fingerprint. Raises UserError for a file of another source or other material.
+    fingerprints: of the source's files. Raises UserError for a file of another source or of other tokens.
     """
     from ..model.tokens import read_tokens
     from . import dataset, measurement  # imports torch: seconds that --help does not need
 
     token_set = read_tokens(tokens, source.architecture, None, None)
-    decisive = [fingerprints[WEIGHTS].sha256, source.adapter, dataset.record(token_set)["sha256"]]
-    mark = hashlib.sha256(repr(decisive).encode()).hexdigest()
+    decisive = [fingerprints[WEIGHTS].sha256, source.adapter, dataset.fingerprint(token_set)]
+    fingerprint = hashlib.sha256(repr(decisive).encode()).hexdigest()
     if file.exists():
-        found = sensitivity.read(file)
-        if found.mark != mark:
+        measured = sensitivity.read(file)
+        if measured.fingerprint != fingerprint:
             raise UserError(f"{file}: was measured on another source or other tokens: remove it, or name another file")
-        return found
-    found = measurement.measure(source, token_set, mark, quiet)
+        return measured
+    measured = measurement.measure(source, token_set, fingerprint, quiet)
     source.check_unchanged("measured")
-    sensitivity.write(found, file)
-    return found
+    sensitivity.write(measured, file)
+    return measured
 
 
-def conversations(source: Source, fingerprints: Prints, tokens: Path | None, beside: Path, quiet: bool) -> Path:
-    """Return a file of conversations: the one that is given, else one that the model speaks itself, left beside."""
+def conversations(source: Source, fingerprints: Fingerprints, tokens: Path | None, beside: Path, quiet: bool) -> Path:
+    """Return a file of calibration tokens: the given one, else self-generated ones, written beside the output."""
     if tokens:
         return tokens
     from .self_generated import self_generated
@@ -63,57 +64,78 @@ def conversations(source: Source, fingerprints: Prints, tokens: Path | None, bes
 
 
 def allocation(
-    source: Source, fingerprints: Prints, wanted: AllocationRequest, tokens: Path, file: Path, recipe: Path, quiet: bool
+    source: Source,
+    fingerprints: Fingerprints,
+    wanted: AllocationRequest,
+    tokens: Path,
+    file: Path,
+    recipe: Path,
+    quiet: bool,
 ) -> Allocation:
     """Find the recipe for a budget, and write it."""
-    found = allocate(conversion.inventory(source), wanted, sensitivities(source, fingerprints, tokens, file, quiet))
-    write_durably(recipe, to_toml(found.recipe))
-    return found
+    measured = sensitivities(source, fingerprints, tokens, file, quiet)
+    chosen = allocate(conversion.inventory(source), wanted, measured)
+    write_durably(recipe, to_toml(chosen.recipe))
+    return chosen
 
 
 def beside(
-    source: Source, fingerprints: Prints, wanted: AllocationRequest, tokens: Path | None, folder: Path, quiet: bool
+    source: Source,
+    fingerprints: Fingerprints,
+    wanted: AllocationRequest,
+    tokens: Path | None,
+    folder: Path,
+    quiet: bool,
 ) -> Allocation:
-    """Find the recipe for a bundle; it and what was measured for it are left beside the bundle's folder."""
+    """Find the recipe for a bundle; it and the sensitivities are written beside the bundle's folder."""
     measured, recipe = (folder.with_name(f"{folder.name}.{what}") for what in ("sensitivity.json", "recipe.toml"))
-    heard = conversations(source, fingerprints, tokens, folder, quiet)
-    return allocation(source, fingerprints, wanted, heard, measured, recipe, quiet)
+    calibration = conversations(source, fingerprints, tokens, folder, quiet)
+    return allocation(source, fingerprints, wanted, calibration, measured, recipe, quiet)
 
 
-def text(found: Allocation) -> str:
-    """Return what is printed of a recipe that was found."""
-    total = sum(found.expected.values())
-    if found.bound is None:
-        near = f"the best that {found.recipe.target} takes"
-    elif found.bound >= total * (1 - 1e-9):
+def text(chosen: Allocation) -> str:
+    """Return the line that is printed of an allocation, and the one on its sensitivities."""
+    total = sum(chosen.expected.values())
+    if chosen.bound is None:
+        near = f"the best that {chosen.recipe.target} takes"
+    elif chosen.bound >= total * (1 - 1e-9):
         near = "no other choice is better"
     else:
-        near = f"none is below {found.bound:.3g} in sum"
-    line = f"{found.recipe.name}: {size(found.nbytes)}, {found.forecast} ({near})"
-    return f"{line}\nmeasured on {found.measured_on}"
+        near = f"none is below {chosen.bound:.3g} in sum"
+    line = f"{chosen.recipe.name}: {size(chosen.nbytes)}, {chosen.forecast} ({near})"
+    return f"{line}\nmeasured on {chosen.measured_on}"
 
 
-def said(found: Allocation) -> dict[str, Any]:
-    """Return the same for a program."""
-    return {
-        "recipe": found.recipe.name,
-        "bytes": found.nbytes,
-        "expected": found.expected,
-        "bound": found.bound,
-        "measured_on": found.measured_on,
-        "settings": {
-            str(part): quantization.label if quantization else None for part, quantization in found.settings.items()
-        },
+@dataclass(frozen=True)
+class AllocationSummary:
+    """An allocation for a program to read. settings: such as ``4 bit group 64`` by part, None where it stays float."""
+
+    recipe: str
+    bytes: int
+    expected: dict[str, float]
+    bound: float | None
+    measured_on: str
+    settings: dict[str, str | None]
+
+
+def as_json(chosen: Allocation) -> str:
+    """Return an allocation for a program to read."""
+    settings = {
+        str(part): quantization.label if quantization else None for part, quantization in chosen.settings.items()
     }
+    summary = AllocationSummary(
+        chosen.recipe.name, chosen.nbytes, chosen.expected, chosen.bound, chosen.measured_on, settings
+    )
+    return json.dumps(asdict(summary), indent=1)
 
 
-def draw(found: Allocation, file: Path, picture: Path) -> None:
-    """Draw what was measured and chosen, as an SVG file."""
-    held = sensitivity.read(file)
-    costs = {str(part): {bits: sum(cost.values()) for bits, cost in of.items()} for part, of in held.costs.items()}
-    chosen = {
+def draw(chosen: Allocation, file: Path, picture: Path) -> None:
+    """Draw sensitivities and the allocation, as an SVG file."""
+    measured = sensitivity.read(file)
+    costs = {str(part): {bits: sum(cost.values()) for bits, cost in of.items()} for part, of in measured.costs.items()}
+    expected = {
         str(part): sum(cost.values())
-        for part, quantization in found.settings.items()
-        if quantization and part in held.costs and (cost := held.cost(part, quantization))
+        for part, quantization in chosen.settings.items()
+        if quantization and part in measured.costs and (cost := measured.cost(part, quantization))
     }
-    write_durably(picture, allocation_plot.sensitivities(costs, chosen))
+    write_durably(picture, allocation_plot.sensitivities(costs, expected))

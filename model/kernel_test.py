@@ -1,17 +1,20 @@
 """A test of MLX's own kernels on a bundle's shapes, before the bundle is blamed: broken ones look like bad weights."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ..convert import typed_json
 from ..convert.bundle.reader import Layout
+from ..convert.schema import Leaf, number, whole
 from ..quant.affine import QuantizationConfig, Quantized, dequantize
+from . import matmul as products
 from .matmul import QuantizedMatmul, Shape, shares
 from .mlx_device import device_name, on_gpu
 from .mlx_weights import Matrix, Packing
@@ -21,6 +24,48 @@ _ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 _TF32 = 2.0**-11  # what GPUs make of float32 before they multiply, where they may
 _PERIOD = 251  # different rows of a weight; below them the same again, out of step with any kernel's tiles
 _BLOCK = 64  # rows of a weight whose error is looked at apart, so that a wrong edge does not vanish in the mean
+
+
+_Size = Annotated[int, whole(1)]
+_Amount = Annotated[float, number(0)]
+_Dtype = Annotated[str, Leaf(f"one of {', '.join(DTYPES)}", lambda value: isinstance(value, str) and value in DTYPES)]
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """The test of one kernel, as a report and the cache of the speaking programs hold it.
+
+    rows, columns, bits, group_size, scales, activations: the shape. positions: rows of input. relative_l2: error of the
+    packed product; bound: what rounding explains. instead: error of the work-around, None if it was not tried.
+    replaced: whether it is used. Errors are None where JSON has no number for them: infinity.
+    """
+
+    rows: _Size
+    columns: _Size
+    bits: _Size
+    group_size: _Size
+    scales: _Dtype
+    activations: _Dtype
+    positions: _Size
+    relative_l2: _Amount | None
+    bound: _Amount
+    replaced: bool
+    instead: _Amount | None
+
+    @property
+    def shape(self) -> Shape:
+        """What was multiplied."""
+        return Shape(self.rows, self.columns, self.bits, self.group_size, self.scales, self.activations)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the packed kernel is within the bound."""
+        return self.relative_l2 is not None and self.relative_l2 <= self.bound
+
+    @classmethod
+    def from_json(cls, data: Any) -> "KernelRow":
+        """Return a row of parsed JSON; raises ValueError for anything else."""
+        return typed_json.from_json(cls, data)
 
 
 def bound(shape: Shape, gpu: bool) -> float:
@@ -52,19 +97,19 @@ def shapes_of(layout: Layout, scales: str, activations: str, streams: int) -> li
 
 def check(
     shapes: Iterable[Shape], matmul: QuantizedMatmul | None = None, advance: Callable[[], object] = lambda: None
-) -> tuple[list[dict[str, Any]], QuantizedMatmul]:
+) -> tuple[list[KernelRow], QuantizedMatmul]:
     """Multiply random weights of these shapes on the present device, for one row of input, a few and many.
 
-    products: what multiplies, MLX's own on this device for None. advance: called after each shape. Returns a row for
-    each test (docs/verification.md), and products in which what was wrong is replaced by dequantizing and multiplying.
-    The rows tell whether that was wrong as well: ``failures``.
+    matmul: what multiplies, MLX's own on this device for None. advance: called after each shape. Returns a row for each
+    test, and products in which wrong kernels are replaced by dequantizing and multiplying. Whether that was wrong as
+    well is in the rows: ``failures``.
     """
     matmul = matmul or default_matmul()
-    found = []
+    rows = []
     for shape in shapes:
-        found += _try(shape, matmul)
+        rows += _try(shape, matmul)
         advance()
-    return found, replace(matmul, replaced=replacing(found))
+    return rows, replace(matmul, replaced=replaced_in(rows))
 
 
 def default_matmul() -> QuantizedMatmul:
@@ -72,51 +117,54 @@ def default_matmul() -> QuantizedMatmul:
     return QuantizedMatmul(padded=on_gpu())
 
 
-def _try(shape: Shape, matmul: QuantizedMatmul) -> list[dict[str, Any]]:
+def _try(shape: Shape, matmul: QuantizedMatmul) -> list[KernelRow]:
     """Return the rows of one shape."""
     random = np.random.Generator(np.random.PCG64(7))
     matrix, plain = _weight(shape, random)
     dtype = DTYPES[shape.activations]
     inputs = mx.array(random.standard_normal((max(matmul.tried), shape.columns), np.float32)).astype(dtype)
     few = np.array(inputs.astype(mx.float32)).astype(np.float64) @ plain.T.astype(np.float64)
-    found = []
+    tested = []
     for rows in matmul.tried:
         x, expected = inputs[:rows], few[:rows]
         row = judged(shape, rows, _error(matmul(x, matrix), expected), None)
-        if not row["relative_l2"] <= row["bound"]:
-            row = judged(shape, rows, row["relative_l2"], _error(matmul.dequantized(x, matrix), expected))
-        found.append(row)
-    return found
+        if not row.passed:
+            row = judged(shape, rows, row.relative_l2, _error(matmul.dequantized(x, matrix), expected))
+        tested.append(row)
+    return tested
 
 
-def judged(shape: Shape, positions: int, error: float | None, instead: float | None) -> dict[str, Any]:
+def judged(shape: Shape, positions: int, error: float | None, instead: float | None) -> KernelRow:
     """Return the row of a test: the error of the packed product, that of the work-around if it was tried, the bound.
 
-    An error of None is infinite. Raises ValueError or TypeError for what is no such thing.
+    An error of None is infinite.
     """
     allowed = bound(shape, on_gpu())
-    measured = float("inf") if error is None else float(error)
-    replaced = not measured <= allowed and instead is not None and float(instead) <= allowed
-    if type(positions) is not int or positions < 1 or measured < 0:
-        raise ValueError("not the row of a test")
-    row = asdict(shape) | {"positions": positions, "relative_l2": measured, "bound": allowed}
-    return row | {"replaced": replaced, "instead": instead}
+    measured = math.inf if error is None else error
+    replaced = not measured <= allowed and instead is not None and instead <= allowed
+    return KernelRow(
+        shape.rows,
+        shape.columns,
+        shape.bits,
+        shape.group_size,
+        shape.scales,
+        shape.activations,
+        positions=positions,
+        relative_l2=measured,
+        bound=allowed,
+        replaced=replaced,
+        instead=instead,
+    )
 
 
-def shape_in(row: Mapping[str, Any]) -> Shape:
-    """Return the shape that a row of a test is about; raises LookupError, TypeError or ValueError if it has none."""
-    shape = Shape(**{field.name: row[field.name] for field in fields(Shape)})
-    numbers = (shape.rows, shape.columns, shape.bits, shape.group_size)
-    if any(type(number) is not int or number < 1 for number in numbers) or not {shape.scales, shape.activations} <= set(
-        DTYPES
-    ):
-        raise ValueError("not a shape")
-    return shape
+def replaced_in(rows: Iterable[KernelRow]) -> frozenset[tuple[Shape, int]]:
+    """Return the shapes, and rows of input, whose kernel a test replaces."""
+    return frozenset((row.shape, row.positions) for row in rows if row.replaced)
 
 
-def replacing(rows: Iterable[Mapping[str, Any]]) -> frozenset[tuple[Shape, int]]:
-    """Return what a test says is to be replaced."""
-    return frozenset((shape_in(row), row["positions"]) for row in rows if row["replaced"])
+def workarounds(rows: Iterable[KernelRow]) -> list[str]:
+    """Return the kernels that a test replaces, a line for each shape, in the order of the test."""
+    return products.workarounds((row.shape, row.positions) for row in rows if row.replaced)
 
 
 def _weight(shape: Shape, random: np.random.Generator) -> tuple[Matrix, NDArray[np.float32]]:
@@ -145,17 +193,18 @@ def _error(product: mx.array, expected: NDArray[np.float64]) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def failures(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def failures(rows: Iterable[KernelRow]) -> list[KernelRow]:
     """Return the rows of a test that nothing works around."""
-    return [row for row in rows if not row["relative_l2"] <= row["bound"] and not row["replaced"]]
+    return [row for row in rows if not row.passed and not row.replaced]
 
 
-def complaint(row: Mapping[str, Any]) -> str:
+def complaint(row: KernelRow) -> str:
     """Return who is at fault for a kernel that nothing works around."""
-    instead = "not finite" if row["instead"] is None else f"off by {row['instead']:.2g}"
+    error = math.inf if row.relative_l2 is None else row.relative_l2
+    instead = "not finite" if row.instead is None else f"off by {row.instead:.2g}"
     return (
         f"MLX {version('mlx')} computes wrongly on this device ({device_name()}), the bundle may be sound: "
-        f"quantized_matmul of {shape_in(row)} with {row['positions']} rows of input is off by {row['relative_l2']:.2g} "
-        f"(at most {row['bound']:.2g}), and dequantizing and multiplying, which would work around it, is {instead}: "
+        f"quantized_matmul of {row.shape} with {row.positions} rows of input is off by {error:.2g} "
+        f"(at most {row.bound:.2g}), and dequantizing and multiplying, which would work around it, is {instead}: "
         "try --device cpu or another version of MLX"
     )

@@ -1,9 +1,8 @@
 """Products with packed weights: ``quantized_matmul``, or dequantizing and multiplying where MLX computes it wrongly."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import mlx.core as mx
 
@@ -12,7 +11,6 @@ from .mlx_weights import Matrix
 TRIED = (1, 4, 8)  # rows of input that kernels are tested with; on processors the same loop takes every row
 TILE = 64  # GPUs have kernels of their own for some numbers of rows: more than one are filled up to multiples of this
 TRIED_TILES = (1, TILE, 17 * TILE)  # a row, one tile, and many, in a number that no larger tile divides
-_ACTIVATIONS = ("float32", "float16", "bfloat16")
 Packed = Callable[..., mx.array]  # of the signature of mx.quantized_matmul
 Plain = Callable[[mx.array, Matrix, mx.Stream | mx.Device | None], mx.array]
 
@@ -83,16 +81,14 @@ class QuantizedMatmul:
 
     def workarounds(self) -> list[str]:
         """Return what is replaced, a line for each shape."""
-        return workarounds(
-            asdict(shape) | {"positions": rows, "replaced": True} for shape, rows in sorted(self.replaced)
-        )
+        return workarounds(sorted(self.replaced))
 
 
 def _dequantized(x: mx.array, matrix: Matrix, stream: mx.Stream | mx.Device | None) -> mx.array:
     return _multiplied(x, matrix.float32(stream), stream)
 
 
-def _multiplied(x: mx.array, weight: mx.array, stream: Any) -> mx.array:
+def _multiplied(x: mx.array, weight: mx.array, stream: mx.Stream | mx.Device | None) -> mx.array:
     weight = weight.astype(x.dtype, stream=stream)
     return mx.matmul(weight, x.T, stream=stream).T  # several times faster on a CPU than x @ weight.T
 
@@ -117,18 +113,12 @@ def shares(height: int, parts: int) -> Iterator[slice]:
     return (slice(first, last) for first, last in pairwise(height * part // parts for part in range(parts + 1)))
 
 
-def workarounds(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the kernels that were replaced, a line for each shape; raises ValueError for rows of another kind."""
-    found: dict[str, list[int]] = {}
-    for row in rows:
-        if row.get("replaced"):
-            numbers = [row[key] for key in ("rows", "columns", "bits", "group_size", "positions")]
-            if any(type(number) is not int for number in numbers) or row["activations"] not in _ACTIVATIONS:
-                raise ValueError("not the row of a kernel test")
-            height, columns, bits, size, positions = numbers
-            shape = f"{height}x{columns}, {bits} bit group {size}, {row['activations']}"
-            found.setdefault(shape, []).append(positions)
-    return [f"{shape}, {_positions(positions)} of input" for shape, positions in found.items()]
+def workarounds(replaced: Iterable[tuple[Shape, int]]) -> list[str]:
+    """Return kernels that were replaced, a line for each shape; each is given with its rows of input."""
+    positions: dict[str, list[int]] = {}
+    for shape, rows in replaced:
+        positions.setdefault(str(shape), []).append(rows)
+    return [f"{shape}, {_positions(rows)} of input" for shape, rows in positions.items()]
 
 
 def _positions(tried: list[int]) -> str:

@@ -1,15 +1,16 @@
-"""What both models are given to read: token files, the model's own system prompt, or encoded audio."""
+"""The input of both models: token files, the model's own system prompt, or encoded audio."""
 
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.errors import UserError, printable
+from ..convert.schema import whole
 from ..convert.source.architecture import Architecture
 from ..convert.source.voices import Voice
 from ..convert.tensorfile import TensorFile
@@ -24,6 +25,26 @@ _LARGEST = 1 << 30  # bytes of a token file
 _MOST_FRAMES = 4096  # of a sequence: attention holds a square of them for each head
 
 
+_Count = Annotated[int, whole(1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDescription:
+    """Where tokens come from, as reports, manifests and files of sensitivities describe them.
+
+    kind: ``tokens``, ``audio``, ``system prompt`` or SELF_GENERATED. text: of the prompt. file: its name. frames: of
+    each sequence. available: sequences of the file, of which these are some. voices: one for each sequence.
+    """
+
+    kind: str
+    text: str | None = None
+    file: str | None = None
+    sequences: _Count
+    frames: _Count
+    available: _Count | None = None
+    voices: tuple[str, ...] | None = None
+
+
 @dataclass(frozen=True)
 class TokenSet:
     """Sequences for a teacher-forced comparison; everything but ``undelayed`` is delayed, as the model reads it.
@@ -35,7 +56,7 @@ class TokenSet:
     sequences as recorded, ``[sequences, streams, frames]``, None for the system prompt.
     """
 
-    description: dict[str, Any]
+    description: TokenDescription
     tokens: Tokens
     targets: Tokens
     counted: NDArray[np.bool_]
@@ -84,8 +105,8 @@ def checked(token_set: TokenSet, architecture: Architecture) -> TokenSet:
     return token_set
 
 
-def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[str, Any]) -> TokenSet:
-    """Make material of tokens ``[sequences, streams, frames]`` as heard: delays are applied, initial tokens put first.
+def from_tokens(tokens: Tokens, architecture: Architecture, kind: str = "tokens", file: str | None = None) -> TokenSet:
+    """Return undelayed tokens ``[sequences, streams, frames]`` with delays applied and initial tokens in front.
 
     A prediction counts where the token that it is for is one of the sequence's own.
     """
@@ -98,16 +119,16 @@ def from_tokens(tokens: Tokens, architecture: Architecture, description: dict[st
         counted[:, stream, :delay] = False
     targets = columns[:, :, 1:]
     known = counted & (targets >= 0)
+    description = TokenDescription(kind=kind, file=file, sequences=sequences, frames=frames)
     return checked(TokenSet(description, columns[:, :, :-1], targets, known, undelayed=tokens), architecture)
 
 
 def read_tokens(path: Path, architecture: Architecture, sequences: int | None, frames: int | None) -> TokenSet:
-    """Read a token file as material; see ``held_tokens``."""
+    """Read a token file; see ``read_token_file``."""
     tokens = read_token_file(path, architecture)[:sequences, :, :frames]
-    shape = {"sequences": tokens.shape[0], "frames": tokens.shape[2]}
     with closing(TensorFile(path)) as file:
         kind = SELF_GENERATED if file.metadata.get("kind") == SELF_GENERATED else "tokens"
-    return from_tokens(tokens, architecture, {"kind": kind, "file": printable(path.name)} | shape)
+    return from_tokens(tokens, architecture, kind, printable(path.name))
 
 
 def read_token_file(path: Path, architecture: Architecture) -> Tokens:
@@ -141,12 +162,12 @@ def from_system_prompt(
     names: Sequence[str],
     text: Sequence[int],
     frames: int | None,
-    description: dict[str, Any],
+    shown: str,
 ) -> TokenSet:
-    """Make material of how every conversation begins: a voice, silence, the text prompt, silence; a sequence a voice.
+    """Return how every conversation begins: a voice, silence, the text prompt, silence; a sequence for each voice.
 
     Text predictions count everywhere, audio from the voice's end on: before, what the model said is not known. All
-    sequences are cut to the shortest one's length.
+    sequences are cut to the shortest one's length. text: the prompt's tokens; shown: the prompt.
     """
     held = {voice.name: voice for voice in voices}
     prompt = system_prompt(architecture, text)
@@ -161,5 +182,7 @@ def from_system_prompt(
         tokens[number, :, begin:] = read[:, : max(length - begin, 0)]
         targets[number, :, begin:] = completed[:, : max(length - begin, 0)]
         counted[number, :, begin:] = True
-    shown = {"sequences": len(names), "frames": length, "voices": list(names)}
-    return checked(TokenSet(description | shown, tokens, targets, counted, tuple(names), scored=False), architecture)
+    description = TokenDescription(
+        kind="system prompt", text=shown, sequences=len(names), frames=length, voices=tuple(names)
+    )
+    return checked(TokenSet(description, tokens, targets, counted, tuple(names), scored=False), architecture)

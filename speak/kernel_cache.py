@@ -1,4 +1,4 @@
-"""A model in memory whose kernels were tested on this device; what was found is kept in the user's cache."""
+"""A model in memory whose kernels were tested on this device; the results are kept in the user's cache."""
 
 import hashlib
 import json
@@ -13,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..convert import typed_json
 from ..convert.cache_folder import cache_folder
 from ..convert.errors import CheckFailed
 from ..convert.progress import long_step
 from ..model import kernel_test
+from ..model.kernel_test import KernelRow
 from ..model.matmul import QuantizedMatmul, Shape, shape_of
 from ..model.mlx_device import device_name, on_gpu
 from .language_model import Linear, Runtime
@@ -24,14 +26,14 @@ from .language_model import Linear, Runtime
 _FORMAT = 1  # of the file, and of what is tested
 _LARGEST = 1 << 22  # bytes
 _LONG = 1 << 26  # weights from which on a test takes long enough to be announced
-Measured = dict[Shape, list[dict[str, Any]]]
+Tested = dict[Shape, list[KernelRow]]
 
 
 def on_tested_kernels(runtime: Runtime, silent: bool = False, matmul: QuantizedMatmul | None = None) -> Runtime:
     """Return a model that multiplies rightly: kernels that MLX computes wrongly on this device are worked around.
 
-    What is not in the cache is tested now, which is announced unless silent. products: what multiplies, MLX's own for
-    None. Raises CheckFailed, which blames MLX, where nothing works around a kernel.
+    Kernels that are not in the cache are tested now, which is announced unless silent. matmul: what multiplies, MLX's
+    own for None. Raises CheckFailed, which blames MLX, where nothing works around a kernel.
     """
     parts = [part for linear in linears(runtime) for part, _ in linear.parts if part.packing]
     shapes = sorted({shape_of(part, runtime.dtype) for part in parts})
@@ -46,12 +48,12 @@ def on_tested_kernels(runtime: Runtime, silent: bool = False, matmul: QuantizedM
         if wrong := kernel_test.failures(rows):
             raise CheckFailed(kernel_test.complaint(wrong[0]))
         for row in rows:
-            known.setdefault(kernel_test.shape_in(row), []).append(row)
+            known.setdefault(row.shape, []).append(row)
         with suppress(OSError):  # a cache that cannot be written costs time, and nothing else
             write(file, read(file) | known)
-    found = kernel_test.replacing(row for rows in known.values() for row in rows)
-    whole: Runtime = with_matmul(runtime, replace(matmul or kernel_test.default_matmul(), replaced=found))
-    return whole
+    replaced = kernel_test.replaced_in(row for rows in known.values() for row in rows)
+    sound: Runtime = with_matmul(runtime, replace(matmul or kernel_test.default_matmul(), replaced=replaced))
+    return sound
 
 
 def linears(value: Any) -> Iterator[Linear]:
@@ -83,56 +85,52 @@ def _file_name() -> str:
     return f"kernels-{_FORMAT}-mlx-{version('mlx')}-{device}.json"
 
 
-def _identity() -> dict[str, Any]:
+def _identity() -> dict[str, object]:
     return {"format": _FORMAT, "mlx": version("mlx"), "device": device_name()}
 
 
-def read(file: Path) -> Measured:
-    """Return what was measured earlier on this device with this version of MLX; nothing where a file is not of ours."""
+def read(file: Path) -> Tested:
+    """Return what was tested earlier on this device with this version of MLX; nothing if the file is not ours."""
     try:
         if file.stat().st_size > _LARGEST:
             return {}
-        held = json.loads(file.read_text("utf-8"))
-        rows = held["rows"]
-        if held != _identity() | {"rows": rows, "sha256": _digest(rows)}:
+        data = json.loads(file.read_text("utf-8"))
+        rows = data["rows"]
+        if data != _identity() | {"rows": rows, "sha256": _digest(rows)}:
             return {}
-        found: Measured = {}
-        for row in rows:
-            shape = kernel_test.shape_in(row)
-            found.setdefault(shape, []).append(
-                kernel_test.judged(shape, row["positions"], row["relative_l2"], row["instead"])
-            )
+        tested: Tested = {}
+        for row in map(KernelRow.from_json, rows):
+            judged = kernel_test.judged(row.shape, row.positions, row.relative_l2, row.instead)
+            tested.setdefault(row.shape, []).append(judged)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
     whole = [
         shape
-        for shape, rows in found.items()
-        if tuple(row["positions"] for row in rows) == kernel_test.default_matmul().tried
+        for shape, rows in tested.items()
+        if tuple(row.positions for row in rows) == kernel_test.default_matmul().tried
     ]
-    return {shape: found[shape] for shape in whole if not kernel_test.failures(found[shape])}
+    return {shape: tested[shape] for shape in whole if not kernel_test.failures(tested[shape])}
 
 
-def write(file: Path, measured: Measured) -> None:
-    """Write what was measured, under a temporary name first."""
-    rows = [row for shape in sorted(measured, key=astuple) for row in measured[shape]]
+def write(file: Path, tested: Tested) -> None:
+    """Write tests, under a temporary name first."""
+    rows = _as_json(row for shape in sorted(tested, key=astuple) for row in tested[shape])
     file.parent.mkdir(parents=True, exist_ok=True)
     number, partial = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
     try:
         with os.fdopen(number, "w", encoding="utf-8") as out:
-            json.dump(_identity() | {"rows": _finite(rows), "sha256": _digest(_finite(rows))}, out)
+            json.dump(_identity() | {"rows": rows, "sha256": _digest(rows)}, out)
         Path(partial).replace(file)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
 
 
-def _finite(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _as_json(rows: Iterable[KernelRow]) -> list[object]:
     """Return rows as JSON holds them: an infinite error as null."""
-    return [
-        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        for row in rows
-    ]
+    finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value  # noqa: E731
+    return [typed_json.to_json(typed_json.mapped(row, finite)) for row in rows]
 
 
-def _digest(rows: Any) -> str:
+def _digest(rows: object) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

@@ -17,9 +17,7 @@ from .codec import Codec
 
 def read_audio(path: Path, source: Source, frames: int | None) -> TokenSet:
     """Read a recording as a token set; see ``recorded``."""
-    tokens = recorded(path, source, frames)
-    shape = {"sequences": 1, "frames": tokens.shape[2]}
-    return from_tokens(tokens, source.architecture, {"kind": "audio", "file": printable(path.name)} | shape)
+    return from_tokens(recorded(path, source, frames), source.architecture, "audio", printable(path.name))
 
 
 def recorded(path: Path, source: Source, frames: int | None = None) -> Tokens:

@@ -16,7 +16,7 @@ from ..convert.errors import UserError
 from ..convert.file_names import MANIFEST
 from ..convert.regular_files import read_json
 from ..convert.schema import mismatch
-from ..model.matmul import workarounds
+from ..model.kernel_test import KernelRow, workarounds
 from . import plots
 from .limits import FIGURES, NAMES, block_name, name_of
 from .report_schema import PREDICTED, REPORT
@@ -85,7 +85,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         report = {"round_trip": None} | read_json(file, _LARGEST)
         wrong = _wrong(report)
-        workarounds(report["kernels"])  # raises for rows of another kind
+        replaced(report)  # raises for rows of another kind
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{file}: not a report of ppx-verify: give a bundle, or its {FOLDER}/{JSON}") from None
     if wrong:
@@ -108,6 +108,11 @@ def _is_printable(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(_is_printable(inner) for pair in value.items() for inner in pair)
     return all(_is_printable(inner) for inner in value) if isinstance(value, list) else True
+
+
+def replaced(report: Mapping[str, Any]) -> list[str]:
+    """Return the kernels that were worked around, a line for each shape."""
+    return workarounds(map(KernelRow.from_json, report["kernels"]))
 
 
 def figures(report: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -182,7 +187,7 @@ def _render(name: str, report: Mapping[str, Any], **more: Any) -> str:
     environment.autoescape = name.endswith(".html")
     template = environment.from_string((files(__package__) / "templates" / name).read_text("utf-8"))
     return template.render(
-        report=report, figures=figures(report), worst=worst(report), replaced=workarounds(report["kernels"]), **more
+        report=report, figures=figures(report), worst=worst(report), replaced=replaced(report), **more
     )
 
 

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..convert import typed_json
 from ..convert.bundle.manifest import TOOLKIT
 from ..convert.bundle.reader import Bundle, Layout, layout_of
 from ..convert.errors import UserError, printable
@@ -20,6 +21,7 @@ from ..convert.source.source import Source
 from ..convert.source.tensors import roles
 from ..model import kernel_test
 from ..model import torch_device as devices
+from ..model.kernel_test import KernelRow
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_device import computing_on, on_gpu, streams
 from ..model.prompt import PROMPT, prompt_tokens
@@ -44,8 +46,7 @@ def token_set_of(source: Source, request: VerifyOptions) -> TokenSet:
     voices = [voice.name for voice in source.voices]
     chosen = _spread(voices, request.sequences or DEFAULT_SEQUENCES)
     text = prompt_tokens(folder / TOKENIZER, a, PROMPT)
-    description = {"kind": "system prompt", "text": PROMPT}
-    return from_system_prompt(a, source.voices, chosen, text, request.frames or DEFAULT_FRAMES, description)
+    return from_system_prompt(a, source.voices, chosen, text, request.frames or DEFAULT_FRAMES, PROMPT)
 
 
 def _spread(names: Sequence[str], count: int) -> list[str]:
@@ -101,10 +102,10 @@ def _verify(
         "looser_limits": limits.looser(held_to, manifest, layout.every(), half),
         "bundle": _identity(folder, manifest, total),
         "source": {key: manifest["source"][key] for key in ("id", "revision", "files")},
-        "material": token_set.description,
+        "material": typed_json.to_json(token_set.description),
         "arithmetic": arithmetic,
         "structure": {"problems": problems, "files": len(manifest["files"]), "tensors": _count(layout)},
-        "kernels": tests,
+        "kernels": typed_json.to_json(tests),
         "weights": [],
         "activations": [],
         "predictions": {},
@@ -118,7 +119,7 @@ def _verify(
             _measure(report, source, stored, token_set, request, matmul, quiet)
     if report["predictions"] and arithmetic != "float32":
         report["limits"] = limits.with_noise(held_to, report["predictions"])
-    report["verdict"] = _verdict(report, manifest, half)
+    report["verdict"] = _verdict(report, tests, manifest, half)
     report["times"] = {"began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began))}
     report["times"]["seconds"] = round(time.time() - began, 1)
     return report
@@ -126,7 +127,7 @@ def _verify(
 
 def _kernels(
     layout: Layout, dtype: str, arithmetic: str, matmul: QuantizedMatmul | None, quiet: bool
-) -> tuple[list[dict[str, Any]], QuantizedMatmul]:
+) -> tuple[list[KernelRow], QuantizedMatmul]:
     """Test the kernels that a bundle needs; return the report's rows, and products that work around what is wrong."""
     shapes = kernel_test.shapes_of(layout, dtype, arithmetic, len(streams()))
     label = "compiling and testing kernels" if on_gpu() else "testing kernels"
@@ -174,12 +175,14 @@ def _roll(
         return rollout.run(source, stored, played, progress, arithmetic, _torch_device(request), matmul)
 
 
-def _verdict(report: dict[str, Any], manifest: dict[str, Any], agent_steps: int) -> dict[str, Any]:
+def _verdict(
+    report: dict[str, Any], tests: list[KernelRow], manifest: dict[str, Any], agent_steps: int
+) -> dict[str, Any]:
     """Return whether a report passes, and every reason why it does not, the most telling first."""
     found = [
         limits.failure("structure", problem.split(": ")[0], problem) for problem in report["structure"]["problems"]
     ]
-    broken = _broken_kernels(report["kernels"])  # nothing that was computed can be judged then
+    broken = _broken_kernels(tests)  # nothing that was computed can be judged then
     found += broken
     if report["weights"]:
         found += limits.weight_failures(report["weights"], manifest)
@@ -229,10 +232,9 @@ def _torch_device(request: VerifyOptions) -> str:
     return "cpu" if request.device == "cpu" else devices.device()
 
 
-def _broken_kernels(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _broken_kernels(rows: Iterable[KernelRow]) -> list[dict[str, Any]]:
     """Return what a verdict says of kernels that nothing works around."""
-    found = []
-    for row in kernel_test.failures(rows):
-        shape, why = str(kernel_test.shape_in(row)), kernel_test.complaint(row)
-        found.append(limits.failure("kernels", shape, why, row["relative_l2"], row["bound"]))
-    return found
+    return [
+        limits.failure("kernels", str(row.shape), kernel_test.complaint(row), row.relative_l2, row.bound)
+        for row in kernel_test.failures(rows)
+    ]

@@ -1,6 +1,5 @@
 """ppx-allocate: the recipe that loses least within a size, by what each part of the model suffers from fewer bits."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -93,7 +92,7 @@ def allocate(
         found = size_budget.allocation(opened, fingerprints, wanted, heard, file, output, quiet)
     if plot:
         size_budget.draw(found, file, plot)
-    console.show(json.dumps(size_budget.said(found), indent=1) if as_json else size_budget.text(found))
+    console.show(size_budget.as_json(found) if as_json else size_budget.text(found))
 
 
 def main() -> None:

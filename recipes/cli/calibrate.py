@@ -1,9 +1,10 @@
 """ppx-calibrate: recordings and token files into one file of conversations, which a bundle can be quantized by."""
 
 import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,9 @@ from ...convert.errors import UserError
 from ...convert.source import source
 from ...model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED
 from . import console
+
+if TYPE_CHECKING:  # its module imports torch: seconds that --help does not need
+    from ...calibrate.dataset import Statistics
 
 EXAMPLES = """\b
 Examples:
@@ -64,20 +68,23 @@ def calibrate(
         else:
             gathered = self_generated.speak(opened, frames, sessions, console.quiet(as_json))
             metadata = {"kind": SELF_GENERATED}
-        found = dataset.statistics(gathered, opened)
+        statistics = dataset.statistics(gathered, opened)
     dataset.write(gathered, output, metadata)
-    console.show(json.dumps(found | {"file": str(output)}, indent=1) if as_json else _text(found, output))
-    if found["alike"]:
-        console.say(f"{found['alike']} sequences are the same as another")
-    if found["frames"] < found["enough"]:
-        console.say(f"scarce: {found['enough']} frames ({found['enough'] / 12.5 / 60:.0f} minutes) or more are better")
+    console.show(
+        json.dumps(asdict(statistics) | {"file": str(output)}, indent=1) if as_json else _text(statistics, output)
+    )
+    if statistics.alike:
+        console.say(f"{statistics.alike} sequences are the same as another")
+    if statistics.frames < statistics.enough:
+        minutes = statistics.enough / 12.5 / 60
+        console.say(f"scarce: {statistics.enough} frames ({minutes:.0f} minutes) or more are better")
 
 
-def _text(found: dict[str, Any], output: Path) -> str:
-    text, *codebooks = found["coverage"]
-    minutes = found["frames"] / 12.5 / 60
+def _text(statistics: "Statistics", output: Path) -> str:
+    text, *codebooks = statistics.coverage
+    minutes = statistics.frames / 12.5 / 60
     return (
-        f"{output}: {found['sequences']} sequences, {found['frames']} frames ({minutes:.0f} minutes)\n"
+        f"{output}: {statistics.sequences} sequences, {statistics.frames} frames ({minutes:.0f} minutes)\n"
         f"of the text's tokens {text:.0%} occur, of the codebooks' {min(codebooks):.0%} to {max(codebooks):.0%}"
     )
 

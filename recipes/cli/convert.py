@@ -208,7 +208,7 @@ def _needs_data(plan: Plan) -> bool:
 
 def _solver(
     opened: Source,
-    fingerprints: size_budget.Prints,
+    fingerprints: size_budget.Fingerprints,
     plan: Plan,
     folder: Path,
     tokens: Path | None,

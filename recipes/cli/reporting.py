@@ -11,7 +11,6 @@ from ...convert.bundle.manifest import read_manifest
 from ...convert.bundle.workspace import write_durably
 from ...convert.errors import CheckFailed, UserError
 from ...convert.source.source import Source
-from ...model.matmul import workarounds
 from ...verify import report as reports
 from ...verify.options import VerifyOptions
 from ...verify.publish import card
@@ -108,7 +107,7 @@ def text(found: Mapping[str, Any], bundle: Path) -> str:
         bound = f"{row['sign']} {reports.short(row['bound'])}"
         values = f"{reports.short(row['bundle']):>8}  {bound:>8}  {reports.short(row['noise']):>11}"
         lines.append(f"{row['name']:<41}{values}{'' if row['passed'] else '  fails'}")
-    if replaced := workarounds(found["kernels"]):
+    if replaced := reports.replaced(found):
         mlx = f"MLX {found['ran_on']['libraries']['mlx']} on {found['ran_on']['device']['mlx']}"
         lines.append(
             f"{mlx} computes quantized_matmul wrongly; dequantized and multiplied instead: {'; '.join(replaced)}"

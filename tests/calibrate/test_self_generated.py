@@ -55,7 +55,7 @@ def test_sessions_side_by_side_are_those_one_by_one(source):
 def loss(source: Source, tokens: Tokens) -> Floats:
     """Negative log-likelihood of all streams of sessions, as the model reads them."""
     a = source.architecture
-    token_set = from_tokens(tokens, a, {})
+    token_set = from_tokens(tokens, a)
     with torch.inference_mode():
         text, audio = held_model(source).logits(token_set.tokens, token_set.targets)
     losses = []
@@ -106,7 +106,7 @@ def test_a_file_of_them_is_made_once_and_not_taken_for_another(source, pico, tmp
     monkeypatch.setattr(self_generated, "CALIBRATION_FRAMES", 5)
     self_generated.self_generated(source, path, 2, quiet=True)
     assert load_file(path)["tokens"].shape == (2, 17, 5)
-    assert read_tokens(path, source.architecture, None, None).description["kind"] == SELF_GENERATED
+    assert read_tokens(path, source.architecture, None, None).description.kind == SELF_GENERATED
     monkeypatch.setattr(self_generated, "speak", lambda *_: 1 / 0)
     assert self_generated.self_generated(source, path, 2, quiet=True) == path
     shutil.copy(pico / "calibration_tokens.safetensors", path)

@@ -386,7 +386,7 @@ def test_the_program_refuses_what_contradicts_itself(program, pico, tmp_path):
 
 
 def test_measurements_of_another_source_are_refused(program, pico, few, measured, tmp_path):
-    sensitivity.write(replace(measured[2], mark="another"), tmp_path / "held.json")
+    sensitivity.write(replace(measured[2], fingerprint="another"), tmp_path / "held.json")
     given = ("--tokens", few, "--sensitivity", "held.json", "--bits-per-weight", "4", "-o", "a.toml")
     done = program("ppx-allocate", pico, *given, cwd=tmp_path, status=2)
     assert "measured on another source" in done.stderr

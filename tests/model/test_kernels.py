@@ -83,9 +83,9 @@ def test_this_mlx_is_within_what_rounding_explains():
         shapes = [Shape(96, 384, bits, size, dtype, dtype) for bits in BITS for size in GROUP_SIZES]
         rows, matmul = kernel_test.check(shapes)
         assert len(rows) == 3 * len(shapes)
-        assert [row["positions"] for row in rows[:3]] == [1, 4, 8]
+        assert [row.positions for row in rows[:3]] == [1, 4, 8]
         assert not matmul.replaced
-        shares += [row["relative_l2"] / row["bound"] for row in rows]
+        shares += [(row.relative_l2 or 0.0) / row.bound for row in rows]
     assert 0 < max(shares) < 0.8
 
 
@@ -107,7 +107,7 @@ def test_an_error_at_one_edge_of_a_weight_is_seen(rows, columns):
         return mx.where(mx.arange(rows) < rows - 1, found, 0)
 
     found, _ = kernel_test.check([Shape(rows, columns, 4, 32, "bfloat16", "bfloat16")], QuantizedMatmul(packed=edge))
-    assert [row["replaced"] for row in found] == [True] * 3
+    assert [row.replaced for row in found] == [True] * 3
 
 
 def test_only_the_shape_and_the_rows_of_input_that_are_wrong_are_replaced():
@@ -116,7 +116,7 @@ def test_only_the_shape_and_the_rows_of_input_that_are_wrong_are_replaced():
     rows, matmul = kernel_test.check(shapes, QuantizedMatmul(packed=broken))
     assert matmul.replaced == {(shapes[0], 4), (shapes[0], 8)}
     assert matmul.workarounds() == ["96x64, 4 bit group 32, float32, 4, 8 rows of input"]
-    assert [row["replaced"] for row in rows] == [False, True, True, False, False, False]
+    assert [row.replaced for row in rows] == [False, True, True, False, False, False]
     assert not kernel_test.failures(rows)
     random = np.random.default_rng(0)
     for shape in shapes:

@@ -17,6 +17,7 @@ from ppx.convert.source.mimi import FRAME, RATE, tensors
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model.forward import Floats
 from ppx.model.session import SILENCE
+from ppx.model.tokens import TokenDescription
 from ppx.speak import audio_files
 from ppx.speak.codec import Codec
 from ppx.speak.recordings import read_audio
@@ -46,7 +47,7 @@ def test_one_channel_is_the_user_and_the_agent_is_silent(source, tmp_path):
     samples = tone(1.0, RATE)
     soundfile.write(tmp_path / "mono.wav", samples, RATE, subtype="FLOAT")
     token_set = read_audio(tmp_path / "mono.wav", source, None)
-    assert token_set.description == {"kind": "audio", "file": "mono.wav", "sequences": 1, "frames": 12}
+    assert token_set.description == TokenDescription(kind="audio", file="mono.wav", sequences=1, frames=12)
     expected = encoded(source, samples[: 12 * FRAME])
     targets = token_set.targets[0]
     np.testing.assert_array_equal(targets[9], expected[0])  # codebook 0 has no delay

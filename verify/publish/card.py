@@ -14,7 +14,6 @@ from ...convert.source import demo
 from ...convert.source.license import UNKNOWN, License, from_json
 from ...convert.source.source import is_hub_id
 from ...convert.source.tensors import roles
-from ...model.matmul import workarounds
 from ...model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED
 from .. import report as reports
 
@@ -45,7 +44,7 @@ def files(
         manifest=manifest,
         report=report,
         figures=reports.figures(report) if report else [],
-        replaced=workarounds(report["kernels"]) if report else [],
+        replaced=reports.replaced(report) if report else [],
         repository=repository,
         objections=objections,
         license=source_license,
