@@ -92,7 +92,7 @@ def convert(
         Path | None,
         typer.Option(help="Tokens [N, streams, T] for --method gptq.  [default: the model speaks some itself]"),
     ] = None,
-    fine_tune: Annotated[
+    refine: Annotated[
         int, typer.Option(min=0, metavar="STEPS", help="Tune codes, scales and biases together; 600 are usual.")
     ] = 0,
     publish_to: Annotated[
@@ -159,7 +159,7 @@ def convert(
             conversion.check_same(present, folder, fingerprints, plan.recipe)
         else:
             destination.make_place(plan, folder, _needs_data(plan))
-        quantizer = _solver(opened, fingerprints, plan, folder, calibration, fine_tune, budget is not None, quiet)
+        quantizer = _solver(opened, fingerprints, plan, folder, calibration, refine, budget is not None, quiet)
         done = conversion.convert(
             opened, plan, folder, force=force, workers=jobs, quiet=quiet, quantizer=quantizer, fingerprints=fingerprints
         )

@@ -205,7 +205,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_first_byte(spare, fits, hub
         "import collections, shutil, pathlib, ppx.convert.source.hub as h\n"
         "usage = collections.namedtuple('usage', 'total used free')\n"
         f"shutil.disk_usage = lambda _: usage(0, 0, {total + total // 2 + spare})\n"
-        f"room = h.Room(pathlib.Path({str(tmp_path / 'out')!r}), 0.5)\n"
+        f"room = h.DiskBudget(pathlib.Path({str(tmp_path / 'out')!r}), 0.5)\n"
         f"h.download({REPOSITORY!r}, None, {FILES!r}, ('README.md',), room, quiet=True)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
