@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ppx.convert.bundle.manifest import manifest_of
+
 RTN, LSQ, GPTQ = (["--method", method] for method in ("rtn", "lsq", "gptq"))
 FOUR, THREE = (["--bits", bits, "--group-size", "64"] for bits in ("4", "3"))
 SAME_SIZE = ["--target", "mlx", "--dtype", "float16", "--depformer-steps", "8", "--target-size", "{size}"]
@@ -72,13 +74,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     run("convert", str(options.source), *words, "--output", str(bundle), "--no-verify")
     tokens = ["--tokens", str(options.heldout), "--sequences", str(options.sequences), "--frames", str(options.frames)]
     report = json.loads(run("verify", str(bundle), "--reference", str(options.source), *tokens, "--json"))
-    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest = manifest_of(bundle)
     found = {stream: report["predictions"][stream]["bundle"]["kl"]["mean"] for stream in COLUMNS}
     found["agreement"] = report["predictions"]["agent"]["bundle"]["top1"]["agreement"]
     found["passed"] = report["verdict"]["passed"]
-    found["bits_per_weight"] = manifest["bits_per_weight"]
-    found["bytes"] = int(manifest["bits_per_weight"] * manifest["parameters"] / 8)
-    found["whole"] = sum(record["size"] for record in manifest["files"].values())
+    found["bits_per_weight"] = manifest.bits_per_weight
+    found["bytes"] = int(manifest.bits_per_weight * manifest.parameters / 8)
+    found["whole"] = manifest.nbytes
     if (left := options.folder / "bundle.sensitivity.json").is_file():
         left.replace(reusable)
     shutil.rmtree(bundle)

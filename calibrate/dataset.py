@@ -2,15 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..convert import typed_json
 from ..convert.bundle.plan import Plan
 from ..convert.bundle.quantized_store import LayerwiseQuantizer, QuantizedStore
+from ..convert.bundle.records import CalibrationRecord
 from ..convert.errors import UserError
 from ..convert.source.source import Source
 from ..convert.tensorfile import Spec, TensorWriter
@@ -43,9 +42,8 @@ def quantizer_of(
         if whole:
             fine_tune(source, plan.outputs, token_set, store, Schedule(steps, whole == "codes"), quiet)
 
-    return LayerwiseQuantizer(
-        record(token_set) | {"refined_steps": steps, "refined": _REFINED[whole] if steps else "nothing"}, solve
-    )
+    refined = _REFINED[whole] if steps else "nothing"
+    return LayerwiseQuantizer(replace(record(token_set), refined_steps=steps, refined=refined), solve)
 
 
 def fingerprint(token_set: TokenSet) -> str:
@@ -56,10 +54,10 @@ def fingerprint(token_set: TokenSet) -> str:
     return digest.hexdigest()
 
 
-def record(token_set: TokenSet) -> dict[str, Any]:
-    """Return what a manifest holds of calibration tokens: their description, and a sha256."""
-    described: dict[str, Any] = typed_json.to_json(token_set.description)
-    return described | {"sha256": fingerprint(token_set)}
+def record(token_set: TokenSet) -> CalibrationRecord:
+    """Return what a manifest records of calibration tokens: their description, and a sha256."""
+    about = token_set.description
+    return CalibrationRecord(about.kind, about.file, about.sequences, about.frames, fingerprint(token_set))
 
 
 def enough(source: Source) -> int:
@@ -67,9 +65,9 @@ def enough(source: Source) -> int:
     return ENOUGH * source.architecture.hidden
 
 
-def is_scarce(material_record: dict[str, Any], source: Source) -> bool:
+def is_scarce(calibration: CalibrationRecord, source: Source) -> bool:
     """Tell whether there are fewer frames than enough."""
-    return bool(material_record["sequences"] * material_record["frames"] < enough(source))
+    return calibration.sequences * calibration.frames < enough(source)
 
 
 def gather(source: Source, files: Sequence[Path], recordings: Sequence[Path], frames: int) -> Tokens:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..convert.bundle.output_tensor import Output
 from ..convert.bundle.quantized_store import Part, QuantizedStore, quantizations_of
+from ..convert.bundle.records import Adjustment
 from ..convert.errors import UserError
 from ..convert.progress import bar
 from ..convert.source.source import Source
@@ -47,10 +48,9 @@ class BlockTuning:
     on_block: Callable[[Block], None] | None = None
 
 
-def _adjusted(outcome: Outcome) -> dict[str, Any]:
-    """Return what a manifest says of a matrix for which more was needed than GPTQ with its usual damping."""
-    how = {"method": FALLBACK} if outcome.damping is None else {"damping": outcome.damping}
-    return {**how, "reason": outcome.reason}
+def _adjusted(outcome: Outcome) -> Adjustment:
+    """Return what a manifest records of a matrix for which the usual damping of GPTQ was not enough."""
+    return Adjustment(outcome.reason, FALLBACK if outcome.damping is None else None, outcome.damping)
 
 
 def _told(outcome: Outcome) -> str:
@@ -105,7 +105,7 @@ class Walk:
         """Quantize parts by their inputs' moments, and keep them."""
         self.forget()  # solving needs the room; reading a block again takes little of its time
         made: dict[Part, Quantized] = {}
-        adjusted: dict[Part, dict[str, Any]] = {}
+        adjusted: dict[Part, Adjustment] = {}
         read = source_weights(self.source.checkpoint)
         for part, moments in found.items():
             quantization, dtype = self.quantizations[part]

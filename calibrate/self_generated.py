@@ -58,7 +58,7 @@ def self_generated(
 
     prints: the source's fingerprint, taken here if it is not given. Raises UserError for a file of something else.
     """
-    adapter = source.adapter and source.adapter["sha256"]
+    adapter = source.adapter and source.adapter.sha256
     decisive = [
         (fingerprints or fingerprint(source, quiet))[WEIGHTS].sha256,
         adapter,

@@ -39,7 +39,8 @@ def sensitivities(source: Source, fingerprints: Fingerprints, tokens: Path, file
     from . import dataset, measurement  # imports torch: seconds that --help does not need
 
     token_set = read_tokens(tokens, source.architecture, None, None)
-    decisive = [fingerprints[WEIGHTS].sha256, source.adapter, dataset.fingerprint(token_set)]
+    adapter = source.adapter and source.adapter.to_json()  # as earlier versions hashed it
+    decisive = [fingerprints[WEIGHTS].sha256, adapter, dataset.fingerprint(token_set)]
     fingerprint = hashlib.sha256(repr(decisive).encode()).hexdigest()
     if file.exists():
         measured = sensitivity.read(file)

@@ -7,15 +7,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from .bundle.destination import check_output, disk_errors, make_place, named, store_folder
+from .bundle.manifest import Manifest, make_manifest
 from .bundle.manifest import fingerprint as plan_fingerprint
-from .bundle.manifest import make_manifest
 from .bundle.plan import Inventory, Plan, PlannedFile, inventory_of_7b, make_plan, voice_specs
 from .bundle.quantized_store import LayerwiseQuantizer, QuantizedStore
 from .bundle.readback import check_hash, check_tensors
 from .bundle.recipe import DTYPES, Recipe, to_toml
+from .bundle.records import TensorRecord, VoiceRecord, WrittenFile
 from .bundle.workspace import Workspace, clear_leftovers
 from .bundle.writer import write_copy, write_tensors, write_text, write_voice
 from .errors import CheckFailed, UserError
@@ -30,11 +30,11 @@ from .tensorfile import Spec
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion. made: files written in this run; the others were there from an earlier one."""
+    """A finished conversion. files_written: in this run; the others were there from an earlier one."""
 
     folder: Path
-    manifest: dict[str, Any]
-    made: int
+    manifest: Manifest
+    files_written: int
 
 
 def inventory(source: Source) -> Inventory:
@@ -134,8 +134,8 @@ def convert(
 ) -> Conversion:
     """Make a bundle at ``output`` and read it back; resumes from what a killed run left there.
 
-    solver: for what the plan quantizes by more than the weights. prints: ``fingerprint`` of the source since it was
-    opened, taken here if it is not given. force: replace a bundle, or discard an unfinished one,
+    quantizer: for the tensors that the plan quantizes with data. fingerprints: of the source's files since it was
+    opened, taken here if they are not given. force: replace a bundle, or discard an unfinished one,
     that stands for something else. Raises UserError for what the user can mend, CheckFailed if the disk does not give
     back what was written.
     """
@@ -144,36 +144,34 @@ def convert(
     if present is None:
         make_place(plan, output, quantizer is not None)
     fingerprints = fingerprints or fingerprint(source, quiet)
-    solved = quantizer.record if quantizer else None
-    mark = plan_fingerprint(plan, source, fingerprints, solved)
+    calibration = quantizer.record if quantizer else None
+    mark = plan_fingerprint(plan, source, fingerprints, calibration)
     if present is not None:
-        if present["fingerprint"] != mark:
+        if present.fingerprint != mark:
             raise _other_bundle(output)
-        _read_back_all(output, plan, present["files"], quiet)
+        _read_back_all(output, plan, present.files, quiet)
         clear_leftovers(output)
         return Conversion(output, present, 0)
     with disk_errors(output), closing(Workspace(output, mark, force)) as workspace:
         with _store(quantizer, output, mark) as store:
-            made = _make_files(workspace, source, plan, fingerprints, workers, quiet, store)
+            written = _make_files(workspace, source, plan, fingerprints, workers, quiet, store)
         source.check_unchanged("converted")
-        manifest = make_manifest(plan, source, fingerprints, workspace.files, solved)
+        manifest = make_manifest(plan, source, fingerprints, workspace.files, calibration)
         check_output(output, force)  # once more: another run may have ended meanwhile
-        workspace.publish(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", replaces=force)
+        workspace.publish(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", replaces=force)
         if quantizer:
             shutil.rmtree(store_folder(output), ignore_errors=True)
-    return Conversion(output, manifest, made)
+    return Conversion(output, manifest, written)
 
 
 def check_same(
-    present: dict[str, Any], output: Path, fingerprints: Mapping[str, Fingerprint], recipe: Recipe | None = None
+    present: Manifest, output: Path, fingerprints: Mapping[str, Fingerprint], recipe: Recipe | None = None
 ) -> None:
     """Raise UserError for a finished bundle that is surely of another source or recipe, before hours are spent.
 
     recipe: None where it is not known yet.
     """
-    files = {name: record["sha256"] for name, record in present["source"]["files"].items()}
-    same = files == {name: one.sha256 for name, one in fingerprints.items()}
-    if not same or (recipe and present["recipe"].get("text") != to_toml(recipe)):
+    if present.source.files != fingerprints or (recipe and present.recipe.text != to_toml(recipe)):
         raise _other_bundle(output)
 
 
@@ -208,7 +206,7 @@ def _make_files(
 
     While one file is written, the ones before are read back.
     """
-    made = 0
+    written = 0
     voices = {voice.name: voice for voice in source.voices}
     with (
         byte_bar("converting", plan.nbytes, quiet) as bar,
@@ -221,32 +219,34 @@ def _make_files(
                 bar.update(file.nbytes)
                 continue
             temporary = workspace.temporary(file.name)
-            tensors: list[dict[str, Any]] = []
+            tensors: tuple[TensorRecord, ...] = ()
+            voice_records: tuple[VoiceRecord, ...] = ()
             if file.outputs:
                 sha256, tensors = write_tensors(temporary, file, source.checkpoint, workers, bar, store)
             elif file.voice:
-                sha256, tensors = write_voice(temporary, voices[file.voice], specs_of(plan, file), bar)
+                voice = voices[file.voice]
+                sha256, voice_records = write_voice(temporary, file, voice, specs_of(plan, file), bar)
             elif file.copy:
                 sha256 = write_copy(temporary, source.location.folder / file.copy, fingerprints[file.copy].sha256, bar)
             else:
                 sha256 = write_text(temporary, file.text, bar)
             workspace.rename(file.name)
-            made += 1
+            written += 1
             if specs := specs_of(plan, file):
                 check_tensors(workspace.path(file.name), specs)
-            record = {"size": file.nbytes, "sha256": sha256, "tensors": tensors}
+            record = WrittenFile(file.nbytes, sha256, tensors, voice_records)
             checks.append(reader.submit(_read_back, workspace, file.name, record))
             for check in checks:
                 if check.done():
                     check.result()
         for check in checks:
             check.result()
-    return made
+    return written
 
 
-def _read_back(workspace: Workspace, name: str, record: dict[str, Any]) -> None:
+def _read_back(workspace: Workspace, name: str, record: WrittenFile) -> None:
     """Compare a written file with what was meant to be written, and note in the journal that it is complete."""
-    check_hash(workspace.path(name), record["size"], record["sha256"])
+    check_hash(workspace.path(name), record.size, record.sha256)
     workspace.commit(name, record)
 
 
@@ -261,7 +261,7 @@ def _is_whole(workspace: Workspace, plan: Plan, file: PlannedFile) -> bool:
     """Tell whether a file of an earlier run is still what it was; forget it if not."""
     record = workspace.files[file.name]
     try:
-        check_hash(workspace.path(file.name), record["size"], record["sha256"])
+        check_hash(workspace.path(file.name), record.size, record.sha256)
         if specs := specs_of(plan, file):
             check_tensors(workspace.path(file.name), specs)
     except (CheckFailed, OSError):
@@ -270,15 +270,15 @@ def _is_whole(workspace: Workspace, plan: Plan, file: PlannedFile) -> bool:
     return True
 
 
-def _read_back_all(output: Path, plan: Plan, records: Mapping[str, Mapping[str, Any]], quiet: bool) -> None:
+def _read_back_all(output: Path, plan: Plan, files: Mapping[str, Fingerprint], quiet: bool) -> None:
     """Check every file of a finished bundle; raises CheckFailed for one that is not what its manifest says."""
     with byte_bar("reading back", plan.nbytes, quiet) as bar:
         for file in plan.files:
             path = output / file.name
-            if file.name not in records or not path.is_file():
+            if file.name not in files or not path.is_file():
                 raise CheckFailed(f"{path}: missing from a finished bundle: make it again with --force")
             try:
-                check_hash(path, records[file.name]["size"], records[file.name]["sha256"])
+                check_hash(path, files[file.name].size, files[file.name].sha256)
                 if specs := specs_of(plan, file):
                     check_tensors(path, specs)
             except CheckFailed as error:

@@ -54,7 +54,7 @@ def measure(
     began = time.perf_counter()
     with closing(open_bundle(folder)) as bundle:
         manifest, layout = bundle.manifest, bundle.layout
-        model = loader.load(bundle, arithmetic_of(arithmetic, manifest["dtype"]))
+        model = loader.load(bundle, arithmetic_of(arithmetic, manifest.dtype))
         voice = bundle.voices()[0]
     loaded = time.perf_counter() - began
     began = time.perf_counter()
@@ -98,8 +98,8 @@ def measure(
         "peak_memory": memory,
         "frames": frames,
         "steps": len(model.steps),
-        "recipe": manifest["recipe"]["name"],
-        "target": manifest["target"],
+        "recipe": manifest.recipe.name,
+        "target": manifest.target,
         "arithmetic": str(model.dtype).removeprefix("mlx.core."),
         "ran_on": f"{platform.system()} {platform.machine()}, {cores()} cores, {mx.default_device()}",
     }

@@ -92,7 +92,7 @@ def open_speaker(
         if len(prompt) >= reach:
             most = max(reach - 1 - (len(prompt) - len(text)), 0)
             raise UserError(f"--prompt has {len(text)} tokens: this model remembers at most {most}: shorten it")
-        model = loader.load(bundle, arithmetic_of(options.arithmetic, bundle.manifest["dtype"]))
+        model = loader.load(bundle, arithmetic_of(options.arithmetic, bundle.manifest.dtype))
     model = on_tested_kernels(model, silent, matmul)
     sampling = options.sampling or sampling_of(read_config(folder / CONFIG))
     with long_step("MLX compiles what a conversation needs", 1, "step", silent or not on_gpu()):

@@ -141,7 +141,7 @@ def compare(
     MLX multiplies by packed weights. The bar
     advances by the checkpoint's bytes. Raises UserError for files that break off.
     """
-    noise = reference_of(source.checkpoint, _TORCH[stored.manifest["dtype"]], device)
+    noise = reference_of(source.checkpoint, _TORCH[stored.manifest.dtype], device)
     reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, matmul)
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx") as pool, torch.inference_mode():
         walk = Walk(source, stored, reference, noise, bundle, token_set, Measured(), pool, bar)

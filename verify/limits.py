@@ -3,10 +3,13 @@
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from ..convert.bundle.manifest import Manifest
 from ..convert.bundle.output_tensor import Output
+from ..convert.bundle.records import RecipeRecord
 from ..convert.errors import printable
 
 FIGURES = {  # limit -> stream and figure of the predictions
@@ -38,7 +41,7 @@ _NOISES = 3.0  # times the noise floor is allowed for 16-bit arithmetic: MLX rou
 _STANDS_OUT = 3.0  # times what is usual for its kind: the lower quartile, since several may be broken
 
 
-def limits_of(manifest: Mapping[str, Any], outputs: Iterable[Output], agent_steps: int) -> dict[str, float]:
+def limits_of(manifest: Manifest, outputs: Iterable[Output], agent_steps: int) -> dict[str, float]:
     """Return a bundle's limits: its recipe's, and defaults for the coarsest bits among what a conversation uses."""
     quantizations = [
         output.quantization
@@ -48,8 +51,8 @@ def limits_of(manifest: Mapping[str, Any], outputs: Iterable[Output], agent_step
     bits = min((quantization.bits for quantization in quantizations), default=16)
     limits = dict(zip(FIGURES, DEFAULTS[bits], strict=True))
     try:
-        parity = tomllib.loads(manifest["recipe"]["text"]).get("parity", {})
-    except (KeyError, TypeError, ValueError):
+        parity = tomllib.loads(manifest.recipe.text).get("parity", {})
+    except ValueError:
         parity = {}
     if not isinstance(parity, dict):
         return limits
@@ -57,11 +60,9 @@ def limits_of(manifest: Mapping[str, Any], outputs: Iterable[Output], agent_step
     return limits | {key: value for key, value in named.items() if 0 <= value < math.inf}
 
 
-def looser(
-    limits: Mapping[str, float], manifest: Mapping[str, Any], outputs: Iterable[Output], steps: int
-) -> list[str]:
+def looser(limits: Mapping[str, float], manifest: Manifest, outputs: Iterable[Output], steps: int) -> list[str]:
     """Return the limits of a recipe that allow more than the defaults would."""
-    defaults = limits_of({**manifest, "recipe": {}}, outputs, steps)
+    defaults = limits_of(replace(manifest, recipe=RecipeRecord("", "")), outputs, steps)
     return [
         key for key, bound in limits.items() if (bound < defaults[key] if key in AT_LEAST else bound > defaults[key])
     ]
@@ -92,7 +93,7 @@ def failure(
     return {"check": check, "limit": limit, "place": place, "message": message, "value": value, "bound": bound}
 
 
-def weight_failures(rows: Iterable[dict[str, Any]], manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def weight_failures(rows: Iterable[dict[str, Any]], manifest: Manifest) -> list[dict[str, Any]]:
     """Return tensors that are not what their setting makes of the checkpoint, or not what the conversion measured."""
     found = []
     sums: dict[tuple[str, str], dict[int | None, list[float]]] = {}
@@ -122,18 +123,18 @@ def weight_failures(rows: Iterable[dict[str, Any]], manifest: Mapping[str, Any])
 
 
 def _not_as_recorded(
-    sums: Mapping[tuple[str, str], Mapping[int | None, list[float]]], manifest: Mapping[str, Any]
+    sums: Mapping[tuple[str, str], Mapping[int | None, list[float]]], manifest: Manifest
 ) -> list[dict[str, Any]]:
     """Return tensors whose error is not the one that the conversion measured, whole and for each stacked step.
 
     sums: squared error and squared norm by file, tensor and step.
     """
-    recorded = {(entry["file"], entry["outputs"][0]): entry for entry in manifest["tensors"] if "bits" in entry}
+    recorded = {(tensor.file, tensor.outputs[0]): tensor for tensor in manifest.tensors if tensor.bits is not None}
     found = []
     for (file, name), of_steps in sums.items():
-        entry = recorded.get((file, name), {})
-        by_step = entry.get("relative_rmse_by_step", [])
-        pairs = [(name, [sum(column) for column in zip(*of_steps.values(), strict=True)], entry.get("relative_rmse"))]
+        tensor = recorded.get((file, name))
+        whole, by_step = (tensor.relative_rmse, tensor.relative_rmse_by_step) if tensor else (None, ())
+        pairs = [(name, [sum(column) for column in zip(*of_steps.values(), strict=True)], whole)]
         if len(of_steps) > 1:
             figures = [by_step[step] if step is not None and step < len(by_step) else None for step in of_steps]
             pairs += [(f"{name} step {step}", of_steps[step], f) for step, f in zip(of_steps, figures, strict=True)]

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..convert.bundle.integrity import differences
+from ..convert.bundle.manifest import Manifest
 from ..convert.bundle.plan import index_of, json_text
 from ..convert.bundle.reader import Bundle, Layout
 from ..convert.bundle.recipe import DTYPES
@@ -28,7 +29,7 @@ from ..quant.casting import cast
 
 
 def problems(
-    folder: Path, manifest: dict[str, Any], layout: Layout, source: Source, bar: "tqdm[Any]"
+    folder: Path, manifest: Manifest, layout: Layout, source: Source, bar: "tqdm[Any]"
 ) -> tuple[list[str], bool]:
     """Return what is wrong with a bundle's files, one sentence each, and whether its weights can be read for all that.
 
@@ -75,17 +76,17 @@ def _ours(error: UserError) -> list[str]:
     return [problem.replace("download it again", hint) for problem in error.problems]
 
 
-def _unexpected(manifest: dict[str, Any], layout: Layout, source: Source) -> list[str]:
+def _unexpected(manifest: Manifest, layout: Layout, source: Source) -> list[str]:
     """Return files that the manifest names and the target does not have, or the other way round."""
     target = layout.target
     expected = {*layout.files.values(), *target.copies.values(), CONFIG, *([INDEX] if target.indexed else [])}
     if target.voice_cache:
         expected |= {f"voices/{voice.name}.safetensors" for voice in source.voices}
     found = [f"{name}: belongs to the bundle, and manifest.json does not name it" for name in expected]
-    found = [problem for problem in found if problem.split(": ")[0] not in manifest["files"]]
+    found = [problem for problem in found if problem.split(": ")[0] not in manifest.files]
     return sorted(found) + [
         f"{name}: stands in manifest.json, and does not belong to a bundle for {target.name}"
-        for name in sorted(manifest["files"].keys() - expected)
+        for name in sorted(manifest.files.keys() - expected)
     ]
 
 
@@ -103,10 +104,10 @@ def _shown(spec: tuple[str, tuple[int, ...]] | None) -> str:
     return f"{spec[0]} {list(spec[1])}" if spec else "nothing"
 
 
-def _unaccounted(manifest: dict[str, Any], layout: Layout) -> list[str]:
+def _unaccounted(manifest: Manifest, layout: Layout) -> list[str]:
     """Return outputs that the manifest has no entry for, and entries that stand for no output of the target."""
     expected = {(output.role.name, output.name) for output in layout.every()}
-    entries = {(entry["source"], entry["outputs"][0]) for entry in manifest["tensors"] if "outputs" in entry}
+    entries = {(tensor.source, tensor.outputs[0]) for tensor in manifest.tensors}
     found = [f"manifest.json: says nothing of {name}, made of {source}" for source, name in sorted(expected - entries)]
     return found + [
         f"manifest.json: names {name}, made of {source}, which {layout.target.name} does not have"
@@ -114,12 +115,12 @@ def _unaccounted(manifest: dict[str, Any], layout: Layout) -> list[str]:
     ]
 
 
-def _changed(file: TensorFile, name: str, manifest: dict[str, Any]) -> Iterator[str]:
+def _changed(file: TensorFile, name: str, manifest: Manifest) -> Iterator[str]:
     """Yield the tensors of a file whose checksum is not the manifest's."""
-    for entry in manifest["tensors"]:
-        if entry["file"] != name:
+    for record in manifest.tensors:
+        if record.file != name:
             continue
-        for tensor, checksum in zip(entry.get("outputs", ()), entry.get("crc32", ()), strict=False):
+        for tensor, checksum in zip(record.outputs, record.crc32, strict=False):
             spec = file.specs.get(tensor)
             if spec is None:
                 continue
@@ -131,12 +132,12 @@ def _changed(file: TensorFile, name: str, manifest: dict[str, Any]) -> Iterator[
                 yield f"{name}: {tensor}: its bytes are not those that were written"
 
 
-def _settings(folder: Path, manifest: dict[str, Any], layout: Layout, source: Source) -> list[str]:
+def _settings(folder: Path, manifest: Manifest, layout: Layout, source: Source) -> list[str]:
     """Return settings of config.json, and of the index, that are not what the conversion writes."""
     outputs, target = layout.every(), layout.target
     voices = sorted(voice.name for voice in source.voices)
-    found = [f"manifest.json: names the voices {', '.join(manifest['voices'])}"] * (manifest["voices"] != voices)
-    config = target.config(source.architecture, outputs, manifest["source"]["id"], voices)
+    found = [f"manifest.json: names the voices {', '.join(manifest.voices)}"] * (list(manifest.voices) != voices)
+    config = target.config(source.architecture, outputs, manifest.source.id, voices)
     found += _unequal(folder, CONFIG, config)
     if target.indexed:
         found += _unequal(folder, INDEX, index_of(layout.files))
@@ -170,13 +171,13 @@ def _flat(value: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str
     return found
 
 
-def _copies(manifest: dict[str, Any], layout: Layout, source: Source) -> list[str]:
+def _copies(manifest: Manifest, layout: Layout, source: Source) -> list[str]:
     """Return files that are copies of the source's by their names, and hold something else."""
     found = []
     for original, name in layout.target.copies.items():
         with tqdm(disable=True) as unseen:  # 400 MB at most: a second
             expected = hash_file(source.location.folder / original, unseen).sha256
-        if manifest["files"].get(name, {}).get("sha256") != expected:
+        if name not in manifest.files or manifest.files[name].sha256 != expected:
             found.append(f"{name}: is not the source's {original}")
     return found
 
@@ -189,7 +190,7 @@ def voice_problems(bundle: Bundle, voices: list[Voice]) -> list[str]:
         return error.problems
     found = [f"voice {name}: not in the source" for name in sorted(held.keys() - {voice.name for voice in voices})]
     quantization = bundle.layout.target.voice_cache
-    dtype = NUMPY_DTYPES[DTYPES[bundle.manifest["dtype"]]]
+    dtype = NUMPY_DTYPES[DTYPES[bundle.manifest.dtype]]
     for voice in voices:
         other = held.get(voice.name)
         if other is None:

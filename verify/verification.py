@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..convert import typed_json
-from ..convert.bundle.manifest import TOOLKIT
+from ..convert.bundle.manifest import TOOLKIT, Manifest
 from ..convert.bundle.reader import Bundle, Layout, layout_of
 from ..convert.errors import UserError, printable
 from ..convert.file_names import MANIFEST, TOKENIZER, WEIGHTS
@@ -88,23 +88,23 @@ def _verify(
     if not same_source:
         _check_origin(source, manifest, quiet)
     token_set = token_set_of(source, request)
-    total = sum(record["size"] for record in manifest["files"].values())
+    total = manifest.nbytes
     with byte_bar("hashing bundle", total, quiet) as progress:
         problems, readable = structure.problems(folder, manifest, layout, source, progress)
     problems = [printable(problem) for problem in problems]
     half = source.architecture.n_q // 2
     held_to = limits.limits_of(manifest, layout.every(), half)
-    arithmetic = manifest["dtype"] if request.arithmetic == "bundle" else "float32"
-    tests, matmul = _kernels(layout, manifest["dtype"], arithmetic, matmul, quiet)
+    arithmetic = manifest.dtype if request.arithmetic == "bundle" else "float32"
+    tests, matmul = _kernels(layout, manifest.dtype, arithmetic, matmul, quiet)
     report: dict[str, Any] = {
         "verdict": {},
         "limits": held_to,
         "looser_limits": limits.looser(held_to, manifest, layout.every(), half),
         "bundle": _identity(folder, manifest, total),
-        "source": {key: manifest["source"][key] for key in ("id", "revision", "files")},
+        "source": {key: manifest.source.to_json()[key] for key in ("id", "revision", "files")},
         "material": typed_json.to_json(token_set.description),
         "arithmetic": arithmetic,
-        "structure": {"problems": problems, "files": len(manifest["files"]), "tensors": _count(layout)},
+        "structure": {"problems": problems, "files": len(manifest.files), "tensors": _count(layout)},
         "kernels": typed_json.to_json(tests),
         "weights": [],
         "activations": [],
@@ -175,9 +175,7 @@ def _roll(
         return rollout.run(source, stored, played, progress, arithmetic, _torch_device(request), matmul)
 
 
-def _verdict(
-    report: dict[str, Any], tests: list[KernelRow], manifest: dict[str, Any], agent_steps: int
-) -> dict[str, Any]:
+def _verdict(report: dict[str, Any], tests: list[KernelRow], manifest: Manifest, agent_steps: int) -> dict[str, Any]:
     """Return whether a report passes, and every reason why it does not, the most telling first."""
     found = [
         limits.failure("structure", problem.split(": ")[0], problem) for problem in report["structure"]["problems"]
@@ -194,23 +192,24 @@ def _verdict(
     return {"passed": not found, "failures": found}
 
 
-def _check_origin(source: Source, manifest: dict[str, Any], quiet: bool) -> None:
+def _check_origin(source: Source, manifest: Manifest, quiet: bool) -> None:
     """Raise UserError if a bundle was made from other weights than the source's."""
-    recorded = manifest["source"]["files"].get(WEIGHTS, {}).get("sha256")
+    recorded = manifest.source.files.get(WEIGHTS)
     path = source.location.folder / WEIGHTS
     with byte_bar("hashing source", path.stat().st_size, quiet) as progress:
         found = hash_file(path, progress).sha256
-    if found != recorded:
+    if recorded is None or found != recorded.sha256:
         raise UserError(
             f"{source.location.identity}: its {WEIGHTS} is not the one that the bundle was made from "
-            f"({manifest['source']['id']}): give that one as --reference"
+            f"({manifest.source.id}): give that one as --reference"
         )
 
 
-def _identity(folder: Path, manifest: dict[str, Any], total: int) -> dict[str, Any]:
+def _identity(folder: Path, manifest: Manifest, total: int) -> dict[str, Any]:
     keys = ("fingerprint", "target", "dtype", "bits_per_weight", "parameters", "files")
     size = total + (folder / MANIFEST).stat().st_size
-    return {"recipe": manifest["recipe"]["name"], "bytes": size} | {key: manifest[key] for key in keys}
+    recorded = manifest.to_json()
+    return {"recipe": manifest.recipe.name, "bytes": size} | {key: recorded[key] for key in keys}
 
 
 def _count(layout: Layout) -> int:

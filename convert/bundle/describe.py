@@ -1,11 +1,11 @@
 """A plan or a finished conversion in a few lines: what people and programs read of it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..file_names import MANIFEST
 from ..tensorfile import Spec
+from .manifest import Manifest
 from .plan import Plan
 
 _LISTED = 3  # names of what is dropped for one reason
@@ -115,22 +115,22 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} GB"
 
 
-def finished(folder: Path, manifest: Mapping[str, Any], made: int) -> str:
-    """Return what is printed of a finished conversion; made: how many files it wrote itself."""
-    total = sum(record["size"] for record in manifest["files"].values()) + (folder / MANIFEST).stat().st_size
-    quantized = [entry["relative_rmse"] for entry in manifest["tensors"] if "relative_rmse" in entry]
+def finished(folder: Path, manifest: Manifest, written: int) -> str:
+    """Return what is printed of a finished conversion; written: how many files this run wrote."""
+    total = manifest.nbytes + (folder / MANIFEST).stat().st_size
+    quantized = [tensor.relative_rmse for tensor in manifest.tensors if tensor.relative_rmse is not None]
     lines = [
-        f"{folder}: {len(manifest['files']) + 1} files, {size(total)}, "
-        f"{manifest['bits_per_weight']:.2f} bits a weight, for {manifest['target']}"
+        f"{folder}: {len(manifest.files) + 1} files, {size(total)}, "
+        f"{manifest.bits_per_weight:.2f} bits a weight, for {manifest.target}"
     ]
     if quantized:
         middle = sorted(quantized)[len(quantized) // 2]
         lines.append(f"relative error of the weights: median {middle:.2%}, largest {max(quantized):.2%}")
-    lost = [(manifest["overflowed"], "too large"), (manifest["flushed"], "too small, and became zero")]
-    lines += [f"{count} values were {what} in {manifest['dtype']}" for count, what in lost if count]
-    if merged := manifest["source"]["adapter"]:
-        lines.append(f"{merged['id']} was merged into {len(merged['merged'])} tensors")
-    lines += [f"{name}: filled from {origin}" for name, origin in manifest["source"]["filled"].items()]
-    verb = "checked again" if not made else "read back and checked"
-    lines.append(f"every file was {verb}; {len(manifest['voices'])} voices; see manifest.json")
+    changed = [(manifest.overflowed, "too large"), (manifest.flushed, "too small, and became zero")]
+    lines += [f"{count} values were {what} in {manifest.dtype}" for count, what in changed if count]
+    if adapter := manifest.source.adapter:
+        lines.append(f"{adapter.id} was merged into {len(adapter.merged)} tensors")
+    lines += [f"{name}: filled from {origin}" for name, origin in manifest.source.copied_steps.items()]
+    verb = "read back and checked" if written else "checked again"
+    lines.append(f"every file was {verb}; {len(manifest.voices)} voices; see manifest.json")
     return "\n".join(lines)

@@ -6,10 +6,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
-from .manifest import read_manifest, untracked_files
+from .manifest import Manifest, read_manifest, untracked_files
 from .plan import Plan
 
 
@@ -22,7 +21,7 @@ def named(output: Path) -> Path:
     return output.resolve() if here or output.is_symlink() or output.name in ("", "..") else output
 
 
-def check_output(output: Path, force: bool = False) -> dict[str, Any] | None:
+def check_output(output: Path, force: bool = False) -> Manifest | None:
     """Return the manifest of a bundle that is at ``output`` already, None if there is nothing.
 
     Raises UserError for anything else there, which a conversion never touches, and for a place where nothing can be

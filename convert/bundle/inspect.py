@@ -12,7 +12,7 @@ from ..source.architecture import from_config, read_config
 from ..source.tensors import roles
 from ..source.voices import read_voices
 from ..tensorfile import DTYPES, TensorFile
-from .manifest import architecture_of, files_of, read_manifest
+from .manifest import Manifest, files_of, read_manifest
 from .speech_swift import CODEC as SWIFT_CODEC
 
 MODEL = ("temporal", "depformer", "embeddings", "heads")
@@ -46,7 +46,7 @@ class Contents:
     files: dict[str, int]
     missing: list[str]
     voices: list[str]
-    manifest: dict[str, Any] | None
+    manifest: Manifest | None
 
     def components(self) -> list[dict[str, Any]]:
         """Return tensors, parameters, bytes, dtypes and bits a weight of each component, then of the whole model."""
@@ -66,7 +66,8 @@ class Contents:
         }
         if self.manifest:
             keys = ("source", "target", "dtype", "recipe", "toolkit", "overflowed", "flushed")
-            said |= {key: self.manifest.get(key) for key in keys}
+            recorded = self.manifest.to_json()
+            said |= {key: recorded[key] for key in keys}
         if every_tensor:
             said["tensors"] = [asdict(held) for held in self.tensors]
         return said
@@ -96,10 +97,10 @@ def read_contents(folder: Path) -> Contents:
         raise UserError(f"{folder}: neither a bundle (no {MANIFEST}) nor a source (no {WEIGHTS} and {CONFIG})")
     files = files_of(folder)
     if manifest is not None:
-        missing = [name for name in manifest["files"] if name not in files]
+        missing = [name for name in manifest.files if name not in files]
         known = _known(manifest)
         tensors = [held for name in files if name.endswith(".safetensors") for held in _held(folder, name, known)]
-        return Contents(folder, "bundle", tensors, files, missing, list(manifest["voices"]), manifest)
+        return Contents(folder, "bundle", tensors, files, missing, list(manifest.voices), manifest)
     architecture = from_config(read_config(folder / CONFIG))
     parts = {(WEIGHTS, name): (role.component, None) for name, role in roles(architecture).items()}
     tensors = [held for name in (WEIGHTS, CODEC) if name in files for held in _held(folder, name, parts)]
@@ -111,18 +112,18 @@ def read_contents(folder: Path) -> Contents:
 Known = Mapping[tuple[str, str], tuple[str, int | None]]  # file and tensor -> component, parameters if not its values
 
 
-def _known(manifest: dict[str, Any]) -> Known:
+def _known(manifest: Manifest) -> Known:
     """Return what a manifest says of each tensor: its component, and how many weights it stands for."""
     found: dict[tuple[str, str], tuple[str, int | None]] = {}
-    of_source = roles(architecture_of(manifest))
+    of_source = roles(manifest.architecture)
     counted: set[str] = set()
-    for entry in manifest["tensors"]:
-        role = of_source.get(entry.get("source", ""))
+    for tensor in manifest.tensors:
+        role = of_source.get(tensor.source)
         if role:
-            first, last = entry["rows"]
-            found |= {(entry["file"], name): (role.component, 0) for name in entry["outputs"]}
-            if role.name not in counted:  # a norm that the steps share stands there for each, and counts once
-                found[entry["file"], entry["outputs"][0]] = (role.component, (last - first) * role.shape[-1])
+            first, last = tensor.rows
+            found |= {(tensor.file, name): (role.component, 0) for name in tensor.outputs}
+            if role.name not in counted:  # a norm that the steps share is stored for each, and counts once
+                found[tensor.file, tensor.outputs[0]] = (role.component, (last - first) * role.shape[-1])
             counted |= {role.name} if role.kind == "norm" else set()
     return found
 

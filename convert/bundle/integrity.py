@@ -7,18 +7,18 @@ from tqdm import tqdm
 
 from ..file_names import MANIFEST
 from ..source.scan import hash_file
-from .manifest import files_of, untracked_files
+from .manifest import Manifest, files_of, untracked_files
 
 
-def differences(folder: Path, manifest: dict[str, Any], bar: "tqdm[Any]") -> list[str]:
+def differences(folder: Path, manifest: Manifest, bar: "tqdm[Any]") -> list[str]:
     """Hash every file of a bundle and return what is not as its manifest says, one sentence each."""
     sizes = files_of(folder)
     found = [f"{name}: not named in {MANIFEST}" for name in untracked_files(folder, manifest)]
-    for name, record in manifest["files"].items():
+    for name, record in manifest.files.items():
         if name not in sizes:
             found.append(f"{name}: missing")
-        elif sizes[name] != record["size"]:
-            found.append(f"{name}: has {sizes[name]} bytes, {record['size']} are in {MANIFEST}")
-        elif hash_file(folder / name, bar).sha256 != record["sha256"]:
+        elif sizes[name] != record.size:
+            found.append(f"{name}: has {sizes[name]} bytes, {record.size} are in {MANIFEST}")
+        elif hash_file(folder / name, bar).sha256 != record.sha256:
             found.append(f"{name}: its sha256 is not the one in {MANIFEST}")
     return found

@@ -4,10 +4,10 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..errors import UserError, reason
 from ..file_names import MANIFEST
@@ -18,6 +18,18 @@ from ..source.source import Source
 from .manifest_schema import problem_of
 from .plan import Plan
 from .recipe import to_toml
+from .records import (
+    CalibrationRecord,
+    RecipeRecord,
+    Software,
+    SourceRecord,
+    TensorRecord,
+    VoiceRecord,
+    WrittenFile,
+    files_from_json,
+    files_to_json,
+    records_of,
+)
 
 VERSION = 1
 TOOLKIT = "ppx-convert"
@@ -26,22 +38,112 @@ _NOT_OURS = f"not a manifest of {TOOLKIT}: move the folder away, and make the bu
 _LARGEST = 64 << 20  # bytes; that of the 7B model has 300 thousand
 
 
-def fingerprint(
-    plan: Plan, source: Source, fingerprints: Mapping[str, Fingerprint], solved: Mapping[str, Any] | None = None
-) -> str:
-    """Return what stands for everything that decides a bundle: toolkit, libraries, source, recipe and plan.
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a bundle; the same conversion gives the same manifest, so it holds no time.
 
-    solved: what a solver went by.
+    fingerprint: stands for everything that decides the bundle. libraries: versions by name. target, dtype: names as a
+    recipe has them. parameters: of the source's model. bits_per_weight: of the bundle's tensors for each of them.
+    dropped: what of the source is not in the bundle, with the reason. overflowed, flushed: values that became infinite
+    or zero in the dtype. files: size and sha256 of every file but this one.
     """
+
+    fingerprint: str
+    toolkit: Software
+    libraries: dict[str, str]
+    source: SourceRecord
+    calibration: CalibrationRecord | None
+    target: str
+    dtype: str
+    recipe: RecipeRecord
+    architecture: Architecture
+    parameters: int
+    bits_per_weight: float
+    voices: tuple[str, ...]
+    dropped: dict[str, str]
+    overflowed: int
+    flushed: int
+    files: dict[str, Fingerprint]
+    tensors: tuple[TensorRecord, ...]
+    voice_records: tuple[VoiceRecord, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every file that it names."""
+        return sum(file.size for file in self.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as ``manifest.json`` holds it."""
+        entries = [tensor.to_json() for tensor in self.tensors] + [asdict(voice) for voice in self.voice_records]
+        return {
+            "manifest_version": VERSION,
+            "fingerprint": self.fingerprint,
+            "toolkit": asdict(self.toolkit),
+            "libraries": self.libraries,
+            "source": self.source.to_json(),
+            "calibration": self.calibration and self.calibration.to_json(),
+            "target": self.target,
+            "dtype": self.dtype,
+            "recipe": asdict(self.recipe),
+            "architecture": asdict(self.architecture) | {"delays": list(self.architecture.delays)},
+            "parameters": self.parameters,
+            "bits_per_weight": self.bits_per_weight,
+            "voices": list(self.voices),
+            "dropped": self.dropped,
+            "overflowed": self.overflowed,
+            "flushed": self.flushed,
+            "files": files_to_json(self.files),
+            "tensors": entries,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Return the manifest in parsed JSON, of this version or an earlier one, which lacked some keys.
+
+        Raises ValueError with a sentence on what is not as it must be.
+        """
+        if problem := problem_of(data):
+            raise ValueError(problem)
+        tensors, voice_records = records_of(data["tensors"])
+        recipe = data["recipe"]
+        return cls(
+            fingerprint=data["fingerprint"],
+            toolkit=Software(data["toolkit"]["name"], data["toolkit"]["version"]),
+            libraries=dict(data.get("libraries") or {}),
+            source=SourceRecord.from_json(data["source"]),
+            calibration=CalibrationRecord.from_json(data["calibration"]) if data.get("calibration") else None,
+            target=data["target"],
+            dtype=data["dtype"],
+            recipe=RecipeRecord(recipe["name"], recipe["text"], recipe.get("original")),
+            architecture=_architecture(data["architecture"]),
+            parameters=data["parameters"],
+            bits_per_weight=data["bits_per_weight"],
+            voices=tuple(data["voices"]),
+            dropped=dict(data.get("dropped") or {}),
+            overflowed=data.get("overflowed") or 0,
+            flushed=data.get("flushed") or 0,
+            files=files_from_json(data["files"]),
+            tensors=tensors,
+            voice_records=voice_records,
+        )
+
+
+def fingerprint(
+    plan: Plan,
+    source: Source,
+    fingerprints: Mapping[str, Fingerprint],
+    calibration: CalibrationRecord | None = None,
+) -> str:
+    """Return what stands for everything that decides a bundle: toolkit, libraries, source, recipe and plan."""
     location = source.location
     decisive = {
         "toolkit": version(TOOLKIT),
         "libraries": {name: version(name) for name in _LIBRARIES},
         "revision": location.revision,
         "licence": location.license and asdict(location.license),
-        "source": {name: found.sha256 for name, found in fingerprints.items()},
-        "adapter": source.adapter,
-        "calibration": solved,
+        "source": {name: file.sha256 for name, file in fingerprints.items()},
+        "adapter": source.adapter and source.adapter.to_json(),
+        "calibration": calibration and calibration.to_json(),
         "recipe": to_toml(plan.recipe),
         "identity": plan.inventory.identity,
         "filled": plan.inventory.copied_steps,
@@ -54,52 +156,45 @@ def make_manifest(
     plan: Plan,
     source: Source,
     fingerprints: Mapping[str, Fingerprint],
-    records: Mapping[str, Mapping[str, Any]],
-    solved: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the manifest of a bundle; the same conversion gives the same manifest, so it holds no time.
-
-    records: for each file its ``size``, ``sha256`` and ``tensors`` (the entries that ``stream`` returns).
-    """
+    written: Mapping[str, WrittenFile],
+    calibration: CalibrationRecord | None = None,
+) -> Manifest:
+    """Return the manifest of a bundle whose files were written. fingerprints: of the source's files."""
     location = source.location
-    tensors = [{"file": file.name, **entry} for file in plan.files for entry in records[file.name].get("tensors", ())]
-    return {
-        "manifest_version": VERSION,
-        "fingerprint": fingerprint(plan, source, fingerprints, solved),
-        "toolkit": {"name": TOOLKIT, "version": version(TOOLKIT)},
-        "libraries": {name: version(name) for name in _LIBRARIES},
-        "source": {
-            "id": plan.inventory.identity,
-            "revision": location.revision,
-            "files": {name: asdict(found) for name, found in fingerprints.items()},
-            "filled": dict(plan.inventory.copied_steps),
-            "license": location.license and asdict(location.license),
-            "adapter": source.adapter,
-        },
-        "calibration": solved,
-        "target": plan.target.name,
-        "dtype": plan.recipe.dtype,
-        "recipe": {
-            "name": plan.recipe.name,
-            "text": to_toml(plan.recipe),
-            "original": plan.recipe.original or None,
-        },
-        "architecture": asdict(plan.inventory.architecture),
-        "parameters": plan.parameters,
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-        "voices": sorted(plan.inventory.voices),
-        "dropped": plan.dropped,
-        "overflowed": sum(entry.get("overflowed", 0) for entry in tensors),
-        "flushed": sum(entry.get("flushed", 0) for entry in tensors),
-        "files": {file.name: {key: records[file.name][key] for key in ("size", "sha256")} for file in plan.files},
-        "tensors": tensors,
-    }
+    tensors = tuple(tensor for file in plan.files for tensor in written[file.name].tensors)
+    voices = tuple(voice for file in plan.files for voice in written[file.name].voices)
+    return Manifest(
+        fingerprint=fingerprint(plan, source, fingerprints, calibration),
+        toolkit=Software(TOOLKIT, version(TOOLKIT)),
+        libraries={name: version(name) for name in _LIBRARIES},
+        source=SourceRecord(
+            plan.inventory.identity,
+            location.revision,
+            dict(fingerprints),
+            dict(plan.inventory.copied_steps),
+            location.license,
+            source.adapter,
+        ),
+        calibration=calibration,
+        target=plan.target.name,
+        dtype=plan.recipe.dtype,
+        recipe=RecipeRecord(plan.recipe.name, to_toml(plan.recipe), plan.recipe.original or None),
+        architecture=plan.inventory.architecture,
+        parameters=plan.parameters,
+        bits_per_weight=round(plan.bits_per_weight, 4),
+        voices=tuple(sorted(plan.inventory.voices)),
+        dropped=plan.dropped,
+        overflowed=sum(tensor.overflowed for tensor in tensors) + sum(voice.overflowed for voice in voices),
+        flushed=sum(tensor.flushed for tensor in tensors) + sum(voice.flushed for voice in voices),
+        files={file.name: Fingerprint(written[file.name].size, written[file.name].sha256) for file in plan.files},
+        tensors=tensors,
+        voice_records=voices,
+    )
 
 
-def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
-    """Return the architecture that a manifest records."""
-    sizes = dict(manifest["architecture"])
-    architecture = Architecture(**sizes | {"delays": tuple(sizes["delays"])})
+def _architecture(sizes: Mapping[str, Any]) -> Architecture:
+    """Return the architecture that a manifest records; raises UserError for sizes that no model has."""
+    architecture = Architecture(**{**sizes, "delays": tuple(sizes["delays"])})
     try:
         if from_config(to_config(architecture)) == architecture:
             return architecture
@@ -109,7 +204,7 @@ def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
     raise UserError([f"{MANIFEST}: architecture: {problem}" for problem in wrong])
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """Return a bundle's manifest, None for a folder that has none.
 
     Raises UserError for a manifest that is not one of ours, or that names files outside of the folder.
@@ -118,23 +213,20 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = read_json(path, _LARGEST)
-        if manifest["manifest_version"] != VERSION:
-            shown = ascii(manifest["manifest_version"])[:40]
+        data = read_json(path, _LARGEST)
+        if data["manifest_version"] != VERSION:
+            shown = ascii(data["manifest_version"])[:40]
             raise UserError(f"{path}: version {shown}: this toolkit reads version {VERSION}")
-        problem = problem_of(manifest)
-        if problem:
-            raise ValueError(problem)
-        outside = [name for name in manifest["files"] if not _inside(folder, name)]
-        architecture_of(manifest)
+        manifest = Manifest.from_json(data)
+        outside = [name for name in manifest.files if not _inside(folder, name)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: {_NOT_OURS} ({reason(error)})") from None
     if outside:
         raise UserError(f"{path}: names files outside of its folder: {', '.join(outside)}: do not trust this bundle")
-    return dict(manifest)
+    return manifest
 
 
-def manifest_of(bundle: Path) -> dict[str, Any]:
+def manifest_of(bundle: Path) -> Manifest:
     """Return the manifest of what must be a bundle; raises UserError for anything else."""
     manifest = read_manifest(bundle) if bundle.is_dir() else None
     if manifest is None:
@@ -146,9 +238,9 @@ def _inside(folder: Path, name: str) -> bool:
     return name.isprintable() and (folder / name).resolve().is_relative_to(folder.resolve())
 
 
-def untracked_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Return files in a bundle's folder that neither its manifest names nor this toolkit adds to a bundle."""
-    return [name for name in files_of(folder) if name not in manifest["files"] and not _added(name)]
+def untracked_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Return files in a bundle's folder that its manifest does not name, and that this toolkit does not add to one."""
+    return [name for name in files_of(folder) if name not in manifest.files and not _added(name)]
 
 
 def _added(name: str) -> bool:
@@ -156,11 +248,11 @@ def _added(name: str) -> bool:
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """Return name and size of the files below a folder, sorted; hidden ones are passed over, and links to nowhere."""
-    found = {}
+    """Return name and size of the files below a folder, sorted; hidden ones and broken links are skipped."""
+    sizes = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
             if path.is_file():
-                found[str(path.relative_to(folder))] = path.stat().st_size
-    return found
+                sizes[str(path.relative_to(folder))] = path.stat().st_size
+    return sizes

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ...quant.affine import QuantizationConfig, Quantized, dequantize
 from ..tensorfile import Spec, TensorFile, TensorWriter
 from .output_tensor import Output
+from .records import Adjustment, CalibrationRecord
 from .workspace import write_durably
 
 Part = tuple[str, int]  # a source tensor and the depformer step stacked in it, 0 where none is
@@ -32,7 +33,7 @@ class QuantizedStore:
         """Open or begin a solution."""
         self.folder, self.mark = folder, mark
         self.files: dict[Part, str] = {}
-        self.adjusted: dict[Part, dict[str, Any]] = {}
+        self.adjusted: dict[Part, Adjustment] = {}
         self._open: dict[str, TensorFile] = {}
         self._lock = Lock()
         if not self._resume():
@@ -49,20 +50,22 @@ class QuantizedStore:
             files = {(str(name), int(part)): str(file) for name, part, file in held["parts"]}
             if not all((self.folder / file).is_file() for file in set(files.values())):
                 return False
-            adjusted = {(str(name), int(part)): dict(what) for name, part, what in held.get("adjusted", [])}
+            adjusted = {
+                (str(name), int(part)): Adjustment.from_json(how) for name, part, how in held.get("adjusted", [])
+            }
             self.files, self.adjusted = files, adjusted
             return True
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return False
 
     def _note(self, more: list[tuple[str, int, str]]) -> None:
         parts = [(name, part, file) for (name, part), file in self.files.items()] + more
-        adjusted = [(name, part, what) for (name, part), what in self.adjusted.items()]
+        adjusted = [(name, part, how.to_json()) for (name, part), how in self.adjusted.items()]
         write_durably(self.folder / _INDEX, json.dumps({"mark": self.mark, "parts": parts, "adjusted": adjusted}))
         self.files |= {(name, part): file for name, part, file in more}
 
     def add(
-        self, block: str, solved: Mapping[Part, Quantized], adjusted: Mapping[Part, dict[str, Any]] | None = None
+        self, block: str, solved: Mapping[Part, Quantized], adjusted: Mapping[Part, Adjustment] | None = None
     ) -> None:
         """Write the matrices of one block, all or none, and what was adjusted for them."""
         file, arrays = f"{block}.safetensors", list(_arrays(solved))
@@ -107,12 +110,12 @@ class QuantizedStore:
         error, norm = (float(np.square(values, dtype=np.float64).sum()) for values in (lost, wide))
         return Quantized(made.weight, made.scales, made.biases, error, norm, 0, 0)
 
-    def adjustments(self, output: Output) -> list[dict[str, Any]]:
+    def adjustments(self, output: Output) -> tuple[tuple[int | None, Adjustment], ...]:
         """Return what was adjusted for an output, by its depformer steps (None where none are stacked)."""
         first = output.rows[0] // _height(output)
-        found = [(part, self.adjusted.get((output.role.name, first + part))) for part in range(output.parts)]
+        parts = [(part, self.adjusted.get((output.role.name, part))) for part in range(first, first + output.parts)]
         stacked = output.role.stacked > 1
-        return [{"step": first + part if stacked else None, **what} for part, what in found if what]
+        return tuple((part if stacked else None, how) for part, how in parts if how)
 
     def close(self) -> None:
         """Close its files."""
@@ -141,7 +144,7 @@ class LayerwiseQuantizer:
     solve: fills a solution; it may be one that an earlier run began.
     """
 
-    record: dict[str, Any]
+    record: CalibrationRecord
     solve: Callable[[QuantizedStore], None]
 
 

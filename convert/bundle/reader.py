@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from ...quant.affine import QuantizationConfig
 from ..errors import UserError, refuse
-from ..file_names import CONFIG, VOICES
+from ..file_names import CONFIG, MANIFEST, VOICES
 from ..source.architecture import Architecture, read_config
 from ..source.voices import Voice, check, read_voices
 from ..tensorfile import Spec, TensorFile
-from .manifest import architecture_of, manifest_of
+from .manifest import Manifest, manifest_of
 from .output_tensor import Output
 from .recipe import DTYPES
+from .records import TensorRecord
 from .targets import TARGETS, Target
 
 _FARTHEST = 1 << 24  # frames: far above any context
@@ -46,42 +47,41 @@ class Layout:
         return found
 
 
-def layout_of(folder: Path) -> tuple[dict[str, Any], Layout]:
+def layout_of(folder: Path) -> tuple[Manifest, Layout]:
     """Read a bundle's manifest; return it, and where every tensor of the model must lie.
 
     Raises UserError for a folder that is no bundle of this toolkit's.
     """
     manifest = manifest_of(folder)
-    target, dtype = TARGETS.get(manifest["target"]), DTYPES.get(manifest["dtype"])
+    target, dtype = TARGETS.get(manifest.target), DTYPES.get(manifest.dtype)
     if target is None or dtype is None:
-        raise UserError(f"{folder}: made for {manifest['target']} in {manifest['dtype']}, which this version is not")
-    entries = {(entry["source"], entry["outputs"][0]): entry for entry in manifest["tensors"] if "outputs" in entry}
-    architecture = architecture_of(manifest)
+        raise UserError(f"{folder}: made for {manifest.target} in {manifest.dtype}, which this version is not")
+    records = {(tensor.source, tensor.outputs[0]): tensor for tensor in manifest.tensors}
     outputs = [
-        replace(output, dtype=dtype, quantization=_quantization(entries.get((output.role.name, output.name), {})))
-        for output in target.layout(architecture)
+        replace(output, dtype=dtype, quantization=_quantization(records.get((output.role.name, output.name))))
+        for output in target.layout(manifest.architecture)
     ]
     names = target.split(outputs)
     files = {output: file for file, held in names.items() for output in held}
     by_source: dict[str, list[Output]] = {}
     for output in outputs:
         by_source.setdefault(output.role.name, []).append(output)
-    return manifest, Layout(target, architecture, by_source, files)
+    return manifest, Layout(target, manifest.architecture, by_source, files)
 
 
-def _quantization(entry: dict[str, Any]) -> QuantizationConfig | None:
-    if "bits" not in entry:
+def _quantization(record: TensorRecord | None) -> QuantizationConfig | None:
+    if record is None or record.bits is None or record.group_size is None:
         return None
-    quantization = QuantizationConfig(entry["bits"], entry["group_size"])
+    quantization = QuantizationConfig(record.bits, record.group_size)
     if quantization.problems():
-        raise UserError(f"manifest.json: {entry['outputs'][0]}: {'; '.join(quantization.problems())}")
+        raise UserError(f"{MANIFEST}: {record.outputs[0]}: {'; '.join(quantization.problems())}")
     return quantization
 
 
 class Bundle:
     """An open bundle, to be closed. Its files hold what its layout says: that is checked before one is opened."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], layout: Layout) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, layout: Layout) -> None:
         """Open every file of weights; raises UserError if one is not there or not whole."""
         self.folder, self.manifest, self.layout = folder, manifest, layout
         self.architecture = layout.architecture
@@ -117,7 +117,7 @@ class Bundle:
         """Read the bundle's voices; raises UserError with what is wrong with them."""
         if self.layout.target.voice_cache is None:
             return read_voices(self.folder / VOICES, self.architecture)[0]  # which refuses an archive that lacks some
-        files = sorted(name for name in self.manifest["files"] if name.startswith("voices/"))
+        files = sorted(name for name in self.manifest.files if name.startswith("voices/"))
         if not files:
             raise UserError(f"{self.folder}: its manifest names no voices: convert again with --force")
         return [_voice(self.folder / name, self.architecture) for name in files]  # none lies outside of the folder

@@ -10,15 +10,40 @@ import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ..errors import UserError
 from ..file_names import MANIFEST
+from .manifest_schema import journal_problem
+from .records import WrittenFile
 
 JOURNAL = ".journal.json"
 LOCK = ".lock"
 _OWN = (JOURNAL, f"{JOURNAL}.tmp", LOCK)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The files of an unfinished bundle that are complete. fingerprint: stands for all that decides the bundle."""
+
+    fingerprint: str
+    files: Mapping[str, WrittenFile]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as it is stored."""
+        files = {name: file.to_json() for name, file in self.files.items()}
+        return {"fingerprint": self.fingerprint, "files": files}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return what ``to_json`` wrote; raises ValueError for anything else."""
+        if problem := journal_problem(data):
+            raise ValueError(problem)
+        files = {name: WrittenFile.from_json(name, file) for name, file in data["files"].items()}
+        return cls(data["fingerprint"], files)
 
 
 class Workspace:
@@ -42,14 +67,13 @@ class Workspace:
         if journal is None and any(path.name not in _OWN for path in self.folder.iterdir()):
             self.close()
             raise UserError(f"{self.folder}: holds files of something else: move them, or choose another --output")
-        if journal is not None and journal["fingerprint"] != fingerprint and not force:
+        if journal is not None and journal.fingerprint != fingerprint and not force:
             self.close()
             raise UserError(
                 f"{self.folder}: holds an unfinished conversion of another source or with other settings: "
                 "finish that one, choose another --output, or discard it with --force"
             )
-        kept = journal["files"] if journal and journal["fingerprint"] == fingerprint else {}
-        self.files: dict[str, dict[str, Any]] = kept
+        self.files = dict(journal.files) if journal and journal.fingerprint == fingerprint else {}
         self._fingerprint = fingerprint
         self._journal_lock = threading.Lock()
         self._clear()
@@ -80,7 +104,7 @@ class Workspace:
         self.temporary(name).rename(self.path(name))
         sync_folder(self.path(name).parent)
 
-    def commit(self, name: str, record: dict[str, Any]) -> None:
+    def commit(self, name: str, record: WrittenFile) -> None:
         """Note in the journal that a file is complete and was read back; may be called from another thread."""
         with self._journal_lock:
             self.files[name] = record
@@ -94,8 +118,7 @@ class Workspace:
             self._save()
 
     def _save(self) -> None:
-        text = json.dumps({"fingerprint": self._fingerprint, "files": self.files})
-        write_durably(self.folder / JOURNAL, text)
+        write_durably(self.folder / JOURNAL, json.dumps(Journal(self._fingerprint, self.files).to_json()))
 
     def publish(self, manifest: str, replaces: bool) -> None:
         """Write the manifest, and give the folder its final name.
@@ -130,16 +153,12 @@ def clear_leftovers(output: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _journal(folder: Path) -> dict[str, Any] | None:
+def _journal(folder: Path) -> Journal | None:
     """Return a workspace's journal, None if there is none that can be used."""
     try:
-        journal = json.loads((folder / JOURNAL).read_text("utf-8"))
-        plain = isinstance(journal["fingerprint"], str) and all(
-            isinstance(r["size"], int) and isinstance(r["sha256"], str) for r in journal["files"].values()
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return Journal.from_json(json.loads((folder / JOURNAL).read_text("utf-8")))
+    except (OSError, ValueError, RecursionError):
         return None
-    return journal if plain else None
 
 
 def write_durably(path: Path, text: str) -> None:

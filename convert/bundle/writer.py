@@ -1,7 +1,7 @@
 """Making the bundle's files: blocks of rows flow from the checkpoint through the quantizer to the disk."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..tensorfile import DTYPES, HashingFile, Spec, TensorWriter
 from .output_tensor import Output
 from .plan import BLOCK_WEIGHTS, METADATA, PlannedFile
 from .quantized_store import QuantizedStore
+from .records import Adjustment, TensorRecord, VoiceRecord
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,31 @@ class ErrorStats:
             self.squared_norm[part] += made.squared_norm
             self.sides.append((made.scales, made.biases))
 
-    def record(self, output: Output) -> dict[str, Any]:
-        """Return the manifest's entry for this output."""
-        entry: dict[str, Any] = {
-            "source": output.role.name,
-            "rows": list(output.rows),
-            "outputs": [spec.name for spec in output.specs()],
-        }
-        if output.quantization:
-            total = relative_rmse(float(self.squared_error.sum()), float(self.squared_norm.sum()))
-            entry |= {
-                "bits": output.quantization.bits,
-                "group_size": output.quantization.group_size,
-                "method": output.quantization.method,
-                "relative_rmse": _rounded(total),
-            }
-            if output.parts > 1:
-                pairs = zip(self.squared_error, self.squared_norm, strict=True)
-                entry["relative_rmse_by_step"] = [_rounded(relative_rmse(float(e), float(n))) for e, n in pairs]
-        if self.overflowed or self.flushed:
-            entry |= {"overflowed": self.overflowed, "flushed": self.flushed}
-        return entry
+    def record(
+        self, file: str, output: Output, adjusted: tuple[tuple[int | None, Adjustment], ...], crc32: tuple[str, ...]
+    ) -> TensorRecord:
+        """Return what the manifest records of this output of a file."""
+        record = TensorRecord(
+            file,
+            output.role.name,
+            output.rows,
+            tuple(spec.name for spec in output.specs()),
+            overflowed=self.overflowed,
+            flushed=self.flushed,
+            adjusted=adjusted,
+            crc32=crc32,
+        )
+        if output.quantization is None:
+            return record
+        pairs = zip(self.squared_error, self.squared_norm, strict=True) if output.parts > 1 else ()
+        return replace(
+            record,
+            bits=output.quantization.bits,
+            group_size=output.quantization.group_size,
+            method=output.quantization.method,
+            relative_rmse=_rounded(relative_rmse(float(self.squared_error.sum()), float(self.squared_norm.sum()))),
+            relative_rmse_by_step=tuple(_rounded(relative_rmse(float(e), float(n))) for e, n in pairs),
+        )
 
 
 def _rounded(value: float) -> float:
@@ -114,13 +119,13 @@ def write_tensors(
     workers: int,
     bar: "tqdm[Any]",
     store: QuantizedStore | None = None,
-) -> tuple[str, list[dict[str, Any]]]:
+) -> tuple[str, tuple[TensorRecord, ...]]:
     """Write a file of tensors; return its sha256 and the manifest's entry for each output.
 
-    solution: holds what was solved of them.
+    store: the matrices that were quantized with data.
     """
     writer = TensorWriter(path, [spec for output in file.outputs for spec in output.specs()], METADATA)
-    entries = []
+    records: list[TensorRecord] = []
     bar.update(writer.header_bytes)
     try:
         made = in_order(lambda block: (block, _make(checkpoint, block, store)), blocks(file.outputs), workers)
@@ -133,13 +138,11 @@ def write_tensors(
             if block.last == output.rows[1] - output.rows[0]:
                 for spec, side in zip(output.specs()[1:], zip(*loss.sides, strict=True), strict=True):
                     bar.update(writer.append(spec.name, np.concatenate(side)))
-                checksums = [f"{writer.checksums[spec.name]:08x}" for spec in output.specs()]
-                adjusted = store.adjustments(output) if store and output.quantization else []
-                entries.append(
-                    loss.record(output) | ({"adjusted": adjusted} if adjusted else {}) | {"crc32": checksums}
-                )
-                loss = _no_loss(file.outputs[min(len(entries), len(file.outputs) - 1)])
-        return writer.finish(), entries
+                crc32 = tuple(f"{writer.checksums[spec.name]:08x}" for spec in output.specs())
+                adjusted = store.adjustments(output) if store and output.quantization else ()
+                records.append(loss.record(file.name, output, adjusted, crc32))
+                loss = _no_loss(file.outputs[min(len(records), len(file.outputs) - 1)])
+        return writer.finish(), tuple(records)
     finally:
         writer.close()
 
@@ -148,18 +151,19 @@ def _no_loss(output: Output) -> ErrorStats:
     return ErrorStats(np.zeros(output.parts), np.zeros(output.parts))
 
 
-def write_voice(path: Path, voice: Voice, specs: list[Spec], bar: "tqdm[Any]") -> tuple[str, list[dict[str, Any]]]:
-    """Write one voice preset; return the file's sha256 and an entry if embeddings did not fit the dtype."""
+def write_voice(
+    path: Path, file: PlannedFile, voice: Voice, specs: list[Spec], bar: "tqdm[Any]"
+) -> tuple[str, tuple[VoiceRecord, ...]]:
+    """Write one voice preset; return the file's sha256, and a record if embeddings do not fit the dtype."""
     embeddings = cast(voice.embeddings, DTYPES[specs[1].dtype])
     writer = TensorWriter(path, specs, METADATA)
     bar.update(writer.header_bytes)
     try:
         bar.update(writer.append("cache", voice.cache.astype(DTYPES[specs[0].dtype])))
         bar.update(writer.append("embeddings", embeddings.array))
-        entries: list[dict[str, Any]] = []
-        if embeddings.overflowed or embeddings.flushed:
-            entries.append({"overflowed": embeddings.overflowed, "flushed": embeddings.flushed})
-        return writer.finish(), entries
+        changed = embeddings.overflowed or embeddings.flushed
+        record = VoiceRecord(file.name, embeddings.overflowed, embeddings.flushed)
+        return writer.finish(), (record,) if changed else ()
     finally:
         writer.close()
 

@@ -16,7 +16,7 @@ from ..tensorfile import TensorFile
 from . import hub
 from .architecture import Architecture
 from .scan import Fingerprint, scan_tensors
-from .source import is_hub_id
+from .source import AdapterRecord, is_hub_id
 from .tensors import Role, roles
 
 WEIGHTS = "lora.safetensors"
@@ -46,7 +46,7 @@ class Adapter:
 
     identity: str
     revision: str | None
-    print: Fingerprint
+    fingerprint: Fingerprint
     rank: int
     scaling: float
     file: TensorFile
@@ -68,17 +68,17 @@ class Adapter:
                 total[low - first : high - first] += self.scaling * (b @ a)
         return total.astype(np.float32)
 
-    def record(self) -> dict[str, Any]:
-        """Return what a manifest says of it."""
-        return {
-            "id": self.identity,
-            "revision": self.revision,
-            "rank": self.rank,
-            "scaling": self.scaling,
-            "size": self.print.size,
-            "sha256": self.print.sha256,
-            "merged": sorted(self.pieces),
-        }
+    def record(self) -> AdapterRecord:
+        """Return what a manifest records of it."""
+        return AdapterRecord(
+            self.identity,
+            self.revision,
+            self.rank,
+            self.scaling,
+            self.fingerprint.size,
+            self.fingerprint.sha256,
+            tuple(sorted(self.pieces)),
+        )
 
 
 def on_hub(where: str) -> bool:

@@ -2,8 +2,9 @@
 
 import os
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,17 +40,42 @@ class Location:
 
 
 @dataclass(frozen=True)
+class AdapterRecord:
+    """A LoRA adapter that was merged into a source.
+
+    id: its Hub id or file name. revision: the commit on the Hub, None for a file. merged: names of the tensors.
+    """
+
+    id: str
+    revision: str | None
+    rank: int
+    scaling: float
+    size: int
+    sha256: str
+    merged: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a manifest holds it."""
+        return asdict(self) | {"merged": list(self.merged)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return the record in a manifest that was checked."""
+        return cls(**{field: data[field] for field in cls.__annotations__} | {"merged": tuple(data["merged"])})
+
+
+@dataclass(frozen=True)
 class Source:
     """An open source, a context manager.
 
-    others: files in its archive of voices that are no voices. adapter: of what was merged.
+    others: files in its archive of voices that are not voices. adapter: the one that was merged, if any.
     """
 
     location: Location
     checkpoint: Checkpoint
     voices: list[Voice]
     others: list[str]
-    adapter: dict[str, Any] | None = None
+    adapter: AdapterRecord | None = None
 
     def close(self) -> None:
         """Close the checkpoint, and an adapter that is merged into it."""

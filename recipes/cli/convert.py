@@ -165,7 +165,7 @@ def convert(
         )
         destination.enter_again(done.folder)
         if not as_json:
-            console.show(describe.finished(done.folder, done.manifest, done.made))
+            console.show(describe.finished(done.folder, done.manifest, done.files_written))
         found = _verify(opened, done.folder, adapter, quiet) if verify else None
     reporting.leave_card(found, done.folder)
     _say_verdict(done, found, as_json)
@@ -241,7 +241,7 @@ def _room(where: str, recipe: Recipe, output: Path) -> DiskBudget | None:
 def _say_verdict(done: conversion.Conversion, found: dict[str, Any] | None, as_json: bool) -> None:
     """Print what came of the verification, or all of it as JSON; raises CheckFailed if the bundle does not pass."""
     if as_json:
-        said = {"output": str(done.folder), "files_made": done.made, **done.manifest}
+        said = {"output": str(done.folder), "files_made": done.files_written, **done.manifest.to_json()}
         console.show(json.dumps(said | ({"verdict": found["verdict"]} if found else {}), indent=1))
     elif found:
         console.show(reporting.text(found, done.folder))

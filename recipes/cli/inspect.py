@@ -58,8 +58,7 @@ def _check(path: str, folder: Path, quiet: bool) -> list[str]:
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{path}: has no manifest to check against: leave --check out")
-    total = sum(record["size"] for record in manifest["files"].values())
-    with byte_bar("checking", total, quiet) as bar:
+    with byte_bar("checking", manifest.nbytes, quiet) as bar:
         return differences(folder, manifest, bar)
 
 
@@ -79,10 +78,8 @@ def _text(contents: Contents, every_tensor: bool) -> str:
     if contents.missing:
         lines.append(f"missing: {', '.join(contents.missing)}")
     if contents.manifest:
-        made = contents.manifest
-        lines.append(
-            f"made from {made['source']['id']} for {made['target']}, recipe {made['recipe']['name']}, {made['dtype']}"
-        )
+        bundle = contents.manifest
+        lines.append(f"made from {bundle.source.id} for {bundle.target}, recipe {bundle.recipe.name}, {bundle.dtype}")
     lines += ["", f"{'component':<12}{'tensors':>8}{'parameters':>16}{'bytes':>11}{'bits/weight':>13}  dtypes"]
     for row in contents.components():
         bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"

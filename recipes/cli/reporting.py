@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...convert.bundle.manifest import read_manifest
+from ...convert.bundle.manifest import Manifest, read_manifest
+from ...convert.bundle.records import files_to_json
 from ...convert.bundle.workspace import write_durably
 from ...convert.errors import CheckFailed, UserError
 from ...convert.source.source import Source
@@ -35,12 +36,13 @@ def leave_report(
     return found
 
 
-def report_of(bundle: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+def report_of(bundle: Path, manifest: Manifest) -> dict[str, Any] | None:
     """Return the report that a bundle has, None if it has none, or one of other files."""
     if not (bundle / reports.FOLDER / reports.JSON).is_file():
         return None
     found = reports.read(bundle)
-    same = all(found["bundle"].get(key) == manifest[key] for key in ("fingerprint", "files"))
+    about = found["bundle"]
+    same = about.get("fingerprint") == manifest.fingerprint and about.get("files") == files_to_json(manifest.files)
     return found if same else None
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ...convert import conversion
-from ...convert.bundle.manifest import manifest_of
+from ...convert.bundle.manifest import Manifest, manifest_of
+from ...convert.bundle.records import SourceRecord
 from ...convert.errors import UserError, printable
 from ...convert.source import adapter as adapters
 from ...convert.source import demo, source
@@ -116,49 +116,51 @@ def verify_bundle(
 
 def _compare(
     bundle: Path,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     reference: str | None,
     adapter: str | None,
     asked: VerifyOptions,
     quiet: bool,
 ) -> dict[str, Any]:
     """Compare a bundle with its checkpoint; leave the report, and return it."""
-    made_from = manifest["source"]
+    made_from = manifest.source
     location = source.locate(*_reference(bundle, reference, made_from), quiet=quiet)
     merged = _adapter(bundle, adapter, made_from)
-    with conversion.open_merged(location, merged, bool(made_from.get("filled")), quiet=quiet) as opened:
+    with conversion.open_merged(location, merged, bool(made_from.copied_steps), quiet=quiet) as opened:
         _check_adapter(opened, made_from)
-        steps = conversion.trimmed(opened, manifest["architecture"]["steps"])
+        steps = conversion.trimmed(opened, manifest.architecture.steps)
         return reporting.leave_report(steps, bundle, asked, _command(bundle, reference, merged, asked), quiet)
 
 
-def _reference(bundle: Path, named: str | None, made_from: Mapping[str, Any]) -> tuple[str, str | None]:
+def _reference(bundle: Path, named: str | None, made_from: SourceRecord) -> tuple[str, str | None]:
     """Return the source to compare with, and its commit: the one that is named, else the one it was made from."""
-    identity = named or str(made_from["id"])
-    if identity == made_from["id"] and source.is_hub_id(identity):
-        commit = str(made_from.get("revision"))
-        return identity, commit if re.fullmatch("[0-9a-f]{40}", commit) else None
+    identity = named or made_from.id
+    if identity == made_from.id and source.is_hub_id(identity):
+        commit = made_from.revision
+        return identity, commit if commit and re.fullmatch("[0-9a-f]{40}", commit) else None
     if named or identity in demo.SIZES:
         return identity, None
     raise UserError(f"{bundle}: was made from a folder called {identity}: give it as --reference")
 
 
-def _adapter(bundle: Path, named: str | None, made_from: Mapping[str, Any]) -> str | None:
+def _adapter(bundle: Path, named: str | None, made_from: SourceRecord) -> str | None:
     """Return the adapter to merge into the reference, None for a bundle that has none."""
-    recorded = made_from.get("adapter")
+    recorded = made_from.adapter
     if not recorded:
         if named:
             raise UserError(f"{bundle}: was made without an adapter: leave --adapter out")
         return None
-    if named or recorded["revision"]:
-        return named or f"{recorded['id']}@{recorded['revision']}"
-    raise UserError(f"{bundle}: an adapter was merged into it ({recorded['id']}): give its file as --adapter")
+    if named or recorded.revision:
+        return named or f"{recorded.id}@{recorded.revision}"
+    raise UserError(f"{bundle}: an adapter was merged into it ({recorded.id}): give its file as --adapter")
 
 
-def _check_adapter(opened: source.Source, made_from: Mapping[str, Any]) -> None:
-    used, recorded = opened.adapter, made_from.get("adapter")
-    if used and recorded and any(used[key] != recorded[key] for key in ("sha256", "rank", "scaling")):
-        raise UserError(f"{used['id']}: not the adapter that was merged ({recorded['id']}): give that one as --adapter")
+def _check_adapter(opened: source.Source, made_from: SourceRecord) -> None:
+    used, recorded = opened.adapter, made_from.adapter
+    if used is None or recorded is None:
+        return
+    if (used.sha256, used.rank, used.scaling) != (recorded.sha256, recorded.rank, recorded.scaling):
+        raise UserError(f"{used.id}: not the adapter that was merged ({recorded.id}): give that one as --adapter")
 
 
 def _command(bundle: Path, reference: str | None, adapter: str | None, asked: VerifyOptions) -> str:

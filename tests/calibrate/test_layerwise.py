@@ -237,8 +237,8 @@ def test_what_is_tuned_is_what_fits(opened, few, solved, tmp_path, store_at):
             shutil.copytree(tmp_path / "blocks", tmp_path / "sides")
         stores[what], records[what] = store_at(tmp_path / what, "mark"), quantizer.record
         quantizer.solve(stores[what])
-    assert records["blocks"]["refined"] == "codes, scales and biases, block by block"
-    assert "then scales and biases together" in records["sides"]["refined"]
+    assert records["blocks"].refined == "codes, scales and biases, block by block"
+    assert "then scales and biases together" in (records["sides"].refined or "")
     loss = {what: loss_of(source, plan, token_set, store) for what, store in stores.items()}
     # 4 % to 7 % apart each, which vector widths change by 1 %.
     assert loss["sides"] < loss["blocks"] < loss["solved"]

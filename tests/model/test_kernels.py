@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from ppx.convert.bundle.manifest import manifest_of
 from ppx.convert.bundle.reader import Bundle, layout_of
 from ppx.convert.errors import CheckFailed
 from ppx.convert.progress import bar
@@ -90,13 +91,13 @@ def test_this_mlx_is_within_what_rounding_explains():
 
 
 def test_the_shapes_are_the_bundles_own(opened, model):
-    shapes = kernel_test.shapes_of(opened.layout, opened.manifest["dtype"], "float32", 1)
+    shapes = kernel_test.shapes_of(opened.layout, opened.manifest.dtype, "float32", 1)
     a = model.architecture
     sizes = {(shape.rows, shape.columns) for shape in shapes}
     assert {(3 * a.dim, a.dim), (2 * a.hidden, a.dim), (a.dim, a.hidden), (a.dim, a.dim)} <= sizes
     assert (3 * a.depformer_dim, a.depformer_dim) in sizes  # of one depformer step, not of all that are stacked
     assert (a.text_card + 1, a.dim) not in sizes  # a table is looked up
-    halves = kernel_test.shapes_of(opened.layout, opened.manifest["dtype"], "float32", 2)
+    halves = kernel_test.shapes_of(opened.layout, opened.manifest.dtype, "float32", 2)
     assert {(2 * shape.rows, shape.columns) for shape in halves} == sizes  # as they are shared out over streams
 
 
@@ -148,7 +149,7 @@ def source(pico):
 @pytest.fixture
 def share(opened):
     """Rows and columns that a verification multiplies by: one stream's share of such a matrix."""
-    shapes = kernel_test.shapes_of(opened.layout, opened.manifest["dtype"], "float32", len(mlx_device.streams()))
+    shapes = kernel_test.shapes_of(opened.layout, opened.manifest.dtype, "float32", len(mlx_device.streams()))
     return next((shape.rows, shape.columns) for shape in shapes if shape.columns == opened.architecture.hidden)
 
 
@@ -163,7 +164,7 @@ def test_a_verification_works_around_a_kernel_and_says_so(bundle, source, share)
         one, other = (report["predictions"][stream]["bundle"]["kl"]["mean"] for report in (right, found))
         assert one == pytest.approx(other, rel=1e-3)  # float32, in another order
     report = json.loads(json.dumps(reports.finish(found)))
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = manifest_of(folder)
     for page in (reports.markdown(report), reports.html(report), card.files(manifest, report)["README.md"]):
         assert f"{share[0]}x{share[1]}, 4 bit group 64, float32, 1, 4, 8 rows of input" in page
         assert "wrongly" in page
@@ -173,7 +174,7 @@ def test_a_verification_works_around_a_kernel_and_says_so(bundle, source, share)
 def test_a_rollout_works_around_a_kernel(opened, source, share):
     broken = Broken(share, fewest=1)
     _, matmul = kernel_test.check(
-        kernel_test.shapes_of(opened.layout, opened.manifest["dtype"], "float32", len(mlx_device.streams())),
+        kernel_test.shapes_of(opened.layout, opened.manifest.dtype, "float32", len(mlx_device.streams())),
         QuantizedMatmul(packed=broken),
     )
     silence = [token % source.architecture.card for token in SILENCE[: source.architecture.n_q // 2]]

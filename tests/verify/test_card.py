@@ -15,7 +15,9 @@ import pytest
 from hub_server import running
 from huggingface_hub import ModelCard
 from ppx.convert.bundle import moshi_mlx
+from ppx.convert.bundle.manifest import Manifest
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
+from ppx.convert.bundle.records import RecipeRecord, TensorRecord
 from ppx.convert.source.license import NVIDIA, License, from_json, license_of
 from ppx.model.tokens import SELF_GENERATED
 from ppx.recipes import shipped
@@ -54,7 +56,7 @@ def rendered(
     manifest, report = copy.deepcopy(made)
     manifest["source"] |= SOURCE | {"license": vars(NVIDIA)} | source
     manifest["target"] = target or manifest["target"]
-    texts = card.files(manifest, report, repository, objections)
+    texts = card.files(Manifest.from_json(manifest), report, repository, objections)
     return ModelCard(texts["README.md"]), texts["NOTICE"]
 
 
@@ -145,7 +147,7 @@ def test_it_says_all_that_the_report_and_the_manifest_prove(made):
 
 def test_the_command_makes_the_same_bundle_again(made, program, pico, tmp_path):
     manifest, report = made
-    text = card.files(manifest, report)["README.md"]
+    text = card.files(Manifest.from_json(manifest), report)["README.md"]
     (tmp_path / "recipe.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0])
     (tmp_path / manifest["source"]["id"]).symlink_to(pico)
     command = re.findall(r"```sh\n(ppx-convert .*)\n```", text)[0].split()
@@ -157,14 +159,14 @@ def test_the_command_makes_the_same_bundle_again(made, program, pico, tmp_path):
 def test_a_bundle_of_an_earlier_version_has_a_card(made):
     manifest, report = copy.deepcopy(made)
     del manifest["calibration"], manifest["source"]["adapter"], manifest["source"]["license"]
-    assert "The source names no license." in card.files(manifest, report)["README.md"]
+    assert "The source names no license." in card.files(Manifest.from_json(manifest), report)["README.md"]
 
 
 def test_what_it_was_quantized_by(made):
     manifest, report = copy.deepcopy(made)
     record = {"kind": "tokens", "file": "my talks.safetensors", "sequences": 7, "frames": 250, "sha256": "ab" * 32}
     manifest["calibration"] = record | {"refined_steps": 600}
-    text = card.files(manifest, report)["README.md"]
+    text = card.files(Manifest.from_json(manifest), report)["README.md"]
     assert "tokens (my talks.safetensors): 7 sequences of 250 frames" in text
     assert "refined for 600 steps" in text
     assert "--calibration 'my talks.safetensors' --refine 600" in text
@@ -181,18 +183,18 @@ def test_sampled_calibration_is_sampled_again(made):
         "sha256": "ab" * 32,
     }
     manifest["calibration"] = record | {"refined_steps": 600}
-    text = card.files(manifest, report)["README.md"]
+    text = card.files(Manifest.from_json(manifest), report)["README.md"]
     assert "out.spoken.safetensors" not in text
     assert "--calibration" not in text
     assert "--refine 600" in text
     assert "samples the calibration sequences from the source's model again" in text
     manifest["calibration"] |= {"sequences": 12}  # those of a file that ppx-calibrate made
-    text = card.files(manifest, report)["README.md"]
+    text = card.files(Manifest.from_json(manifest), report)["README.md"]
     assert "--calibration out.spoken.safetensors" in text
     assert "`out.spoken.safetensors` is not part of these files" in text
 
 
-def test_the_bits_of_mixed_are_those_of_most_weights():
+def test_the_bits_of_mixed_are_those_of_most_weights(made):
     """At 7B most tensors have 6 bit, most weights 5."""
     plan = make_plan(inventory_of_7b(SOURCE["id"]), shipped.load("mixed"))
     tensors: collections.Counter[int] = collections.Counter()
@@ -204,12 +206,13 @@ def test_the_bits_of_mixed_are_those_of_most_weights():
             weights[output.quantization.bits] += math.prod(output.shape)
             names = [spec.name for spec in output.specs()]
             entries.append(
-                {"source": output.role.name, "rows": output.rows, "outputs": names} | vars(output.quantization)
+                TensorRecord("file", output.role.name, output.rows, tuple(names), **vars(output.quantization))
             )
     assert tensors.most_common(1)[0][0] == 6
     assert weights.most_common(1)[0][0] == 5
-    architecture = dataclasses.asdict(plan.inventory.architecture)
-    assert card.bits_of({"architecture": architecture, "tensors": [*entries, {"file": "voice"}]}) == 5
+    manifest = Manifest.from_json(made[0])
+    manifest = dataclasses.replace(manifest, architecture=plan.inventory.architecture, tensors=tuple(entries))
+    assert card.bits_of(manifest) == 5
     assert len({file.name for file in plan.files if file.outputs}) == 2  # which the example must load
 
 
@@ -229,9 +232,9 @@ def test_the_example_loads_all_shards(pico, tmp_path, monkeypatch):
 
 def test_a_bundle_that_was_not_compared_or_fails(made):
     manifest, report = copy.deepcopy(made)
-    assert "It was not compared with the original." in card.files(manifest, None)["README.md"]
+    assert "It was not compared with the original." in card.files(Manifest.from_json(manifest), None)["README.md"]
     report["verdict"] = {"passed": False, "failures": [{"limit": "text_kl", "message": "x"}]}
-    text = card.files(manifest, report, objections=["its report fails: x"])["README.md"]
+    text = card.files(Manifest.from_json(manifest), report, objections=["its report fails: x"])["README.md"]
     assert "**It fails** the comparison" in text
     assert text.index("Published with `--force`") < text.index("# Use")
 
@@ -254,16 +257,20 @@ def test_converting_again_without_verification_keeps_what_the_card_proves(verifi
 def test_strangers_strings_command_neither_yaml_nor_markdown(made):
     evil = "x](javascript:alert)<script>\u202e```|\n---\nlicense: mit\n# "
     manifest, report = copy.deepcopy(made)
-    manifest["source"] |= {
-        "id": evil,
-        "license": {"license": "a: [b", "license_name": "c\nd", "license_link": "img src=x"},
-    }
-    manifest["voices"] = [evil]
-    manifest["recipe"] |= {"name": evil, "text": "description = 'x'\n```\n<script>\n"}
-    manifest["target"] = evil
-    manifest["source"]["files"] = {evil: next(iter(manifest["source"]["files"].values()))}
+    manifest["source"]["license"] = {"license": "a: [b", "license_name": "c\nd", "license_link": "img src=x"}
+    checked = Manifest.from_json(manifest)
+    with pytest.raises(ValueError, match=r"target is .*: a line of printable text is needed"):
+        Manifest.from_json(manifest | {"target": evil})  # which is why the rest is set behind its back
+    whole = next(iter(checked.files.values()))
+    checked = dataclasses.replace(
+        checked,
+        source=dataclasses.replace(checked.source, id=evil, files={evil: whole}),
+        voices=(evil,),
+        recipe=RecipeRecord(evil, "description = 'x'\n```\n<script>\n"),
+        target=evil,
+    )
     report["material"]["kind"] = evil
-    found = ModelCard(card.files(manifest, report, "me/mine", [evil])["README.md"])
+    found = ModelCard(card.files(checked, report, "me/mine", [evil])["README.md"])
     assert found.data["license"] == "a: [b"
     outside = re.sub(r"```.*?```", "", found.text, flags=re.DOTALL)
     assert "<script>" not in outside

@@ -9,9 +9,10 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from ...convert.bundle.describe import size
-from ...convert.bundle.manifest import TOOLKIT, architecture_of
+from ...convert.bundle.manifest import TOOLKIT, Manifest
+from ...convert.bundle.records import CalibrationRecord
 from ...convert.source import demo
-from ...convert.source.license import UNKNOWN, License, from_json
+from ...convert.source.license import UNKNOWN, License
 from ...convert.source.source import is_hub_id
 from ...convert.source.tensors import roles
 from ...model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED
@@ -24,7 +25,7 @@ NVIDIA_NOTICE = "Licensed by NVIDIA Corporation under the NVIDIA Open Model Lice
 
 
 def files(
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     report: Mapping[str, Any] | None,
     repository: str = "USER/NAME",
     objections: Sequence[str] = (),
@@ -33,10 +34,7 @@ def files(
 
     repository: what commands in the card call it. objections: why it should not have been published.
     """
-    unsaid: dict[str, Any] = {"adapter": None, "filled": {}}  # by bundles of earlier versions
-    source = unsaid | dict(manifest["source"])
-    manifest = {"calibration": None} | dict(manifest) | {"source": source}
-    source_license = from_json(manifest["source"].get("license")) or UNKNOWN
+    source_license = manifest.source.license or UNKNOWN
     data = metadata(manifest, source_license)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)  # noqa: S701  (Markdown)
     environment.filters |= {"size": size, "short": reports.short, "plain": _plain, "code": _code}
@@ -49,9 +47,9 @@ def files(
         objections=objections,
         license=source_license,
         bits=bits_of(manifest),
-        total=sum(record["size"] for record in manifest["files"].values()),
+        total=manifest.nbytes,
         command=command(manifest),
-        resampled=resampled(manifest["calibration"] or {}),
+        resampled=resampled(manifest.calibration),
         made_up=_is_random(manifest),
         notice=NVIDIA_NOTICE if source_license.of_nvidia else "",
         kyutai="" if _is_random(manifest) else KYUTAI_NOTICE,
@@ -60,13 +58,13 @@ def files(
     return {README: f"---\n{data.to_yaml()}\n---\n\n{text}\n", NOTICE: _notice(manifest, source_license)}
 
 
-def metadata(manifest: Mapping[str, Any], source_license: License) -> ModelCardData:
+def metadata(manifest: Manifest, source_license: License) -> ModelCardData:
     """Return what the Hub reads of a card."""
-    base = [manifest["source"]["id"]] if is_on_hub(manifest) else []
-    adapter = manifest["source"].get("adapter")
-    base += [adapter["id"]] if base and adapter and adapter["revision"] else []
+    base = [manifest.source.id] if is_on_hub(manifest) else []
+    adapter = manifest.source.adapter
+    base += [adapter.id] if base and adapter and adapter.revision else []
     bits = bits_of(manifest)
-    tags = ["mlx", "personaplex", "moshi", "speech-to-speech", "full-duplex", manifest["target"]]
+    tags = ["mlx", "personaplex", "moshi", "speech-to-speech", "full-duplex", manifest.target]
     tags += [f"{bits}-bit"] if bits else []
     related: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
     return ModelCardData(
@@ -82,50 +80,50 @@ def metadata(manifest: Mapping[str, Any], source_license: License) -> ModelCardD
     )
 
 
-def is_on_hub(manifest: Mapping[str, Any]) -> bool:
+def is_on_hub(manifest: Manifest) -> bool:
     """Tell whether a bundle's source is a repository that a card can link to."""
-    source = manifest["source"]
-    return source["revision"] is not None and is_hub_id(source["id"])
+    return manifest.source.revision is not None and is_hub_id(manifest.source.id)
 
 
-def bits_of(manifest: Mapping[str, Any]) -> int | None:
+def bits_of(manifest: Manifest) -> int | None:
     """Return the bits that most quantized weights of a bundle have, None if none are quantized."""
-    known = roles(architecture_of(manifest))
+    known = roles(manifest.architecture)
     counts: dict[int, int] = {}
-    for entry in manifest["tensors"]:
-        if "bits" in entry and entry["source"] in known:
-            first, last = entry["rows"]
-            count = (last - first) * known[entry["source"]].shape[-1]
-            counts[entry["bits"]] = counts.get(entry["bits"], 0) + count
+    for tensor in manifest.tensors:
+        if tensor.bits is not None and tensor.source in known:
+            first, last = tensor.rows
+            count = (last - first) * known[tensor.source].shape[-1]
+            counts[tensor.bits] = counts.get(tensor.bits, 0) + count
     return max(counts, key=lambda bits: counts[bits]) if counts else None
 
 
-def command(manifest: Mapping[str, Any]) -> str:
+def command(manifest: Manifest) -> str:
     """Return the commands that make a bundle again, from the recipe that stands in the card."""
-    source, adapter = manifest["source"], manifest["source"].get("adapter")
-    words = [TOOLKIT, source["id"], *(["--revision", source["revision"]] if source["revision"] else [])]
-    words += ["--adapter", "@".join(filter(None, (adapter["id"], adapter["revision"])))] if adapter else []
-    words += ["--fill-depformer-steps"] if source["filled"] else []
-    calibration = manifest.get("calibration") or {}
-    words += ["--calibration", calibration["file"]] if "file" in calibration and not resampled(calibration) else []
-    words += ["--refine", str(calibration["refined_steps"])] if calibration.get("refined_steps") else []
+    source, adapter, calibration = manifest.source, manifest.source.adapter, manifest.calibration
+    words = [TOOLKIT, source.id, *(["--revision", source.revision] if source.revision else [])]
+    words += ["--adapter", "@".join(filter(None, (adapter.id, adapter.revision)))] if adapter else []
+    words += ["--fill-depformer-steps"] if source.copied_steps else []
+    if calibration:
+        words += ["--calibration", calibration.file] if calibration.file and not resampled(calibration) else []
+        words += ["--refine", str(calibration.refined_steps)] if calibration.refined_steps else []
     return shlex.join([*words, "--recipe", "recipe.toml", "--output", "bundle"])
 
 
-def resampled(calibration: Mapping[str, Any]) -> bool:
-    """Tell whether a conversion without ``--calibration`` makes these tokens itself."""
-    size = (calibration.get("sequences"), calibration.get("frames"))
-    return calibration.get("kind") == SELF_GENERATED and size == (CALIBRATION_SESSIONS, CALIBRATION_FRAMES)
+def resampled(calibration: CalibrationRecord | None) -> bool:
+    """Tell whether a conversion to which no calibration tokens are given generates these itself."""
+    if calibration is None or calibration.kind != SELF_GENERATED:
+        return False
+    return (calibration.sequences, calibration.frames) == (CALIBRATION_SESSIONS, CALIBRATION_FRAMES)
 
 
-def _is_random(manifest: Mapping[str, Any]) -> bool:
-    return manifest["source"]["id"] in demo.SIZES
+def _is_random(manifest: Manifest) -> bool:
+    return manifest.source.id in demo.SIZES
 
 
-def _notice(manifest: Mapping[str, Any], source_license: License) -> str:
-    source = manifest["source"]
-    at = f" at {source['revision']}" if source["revision"] else ""
-    lines = [f"These weights were made from {_plain(source['id'])}{at} by {TOOLKIT}, which changed their format."]
+def _notice(manifest: Manifest, source_license: License) -> str:
+    source = manifest.source
+    at = f" at {source.revision}" if source.revision else ""
+    lines = [f"These weights were made from {_plain(source.id)}{at} by {TOOLKIT}, which changed their format."]
     link = f" ({source_license.license_link})" if source_license.license_link else ""
     lines.append(f"License of the source: {source_license.title}{link}")
     if source_license.non_commercial:

@@ -12,7 +12,8 @@ from jinja2 import UndefinedError
 from tqdm import tqdm
 
 from ...convert.bundle.describe import size
-from ...convert.bundle.manifest import manifest_of
+from ...convert.bundle.manifest import Manifest, manifest_of
+from ...convert.bundle.records import files_to_json
 from ...convert.bundle.workspace import write_durably
 from ...convert.errors import CheckFailed, UserError, printable, refuse
 from ...convert.file_names import MANIFEST
@@ -71,11 +72,11 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
     """
     check_name(repository)
     manifest = manifest_of(bundle)
-    missing = [name for name in manifest["files"] if not (bundle / name).is_file()]
+    missing = [name for name in manifest.files if not (bundle / name).is_file()]
     if missing:
         raise UserError([f"{bundle / name}: missing: make the bundle again" for name in missing])
     report, objections = _report(bundle, manifest)
-    names = [*manifest["files"], MANIFEST]
+    names = [*manifest.files, MANIFEST]
     names += [f"{reports.FOLDER}/{reports.JSON}"] if report else []
     root = bundle.resolve()
     refuse(
@@ -90,7 +91,7 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
     objections += [
         f"{file.name} is not the file that {MANIFEST} names"
         for file in found
-        if file.name in manifest["files"] and file.sha256 != manifest["files"][file.name]["sha256"]
+        if file.name in manifest.files and file.sha256 != manifest.files[file.name].sha256
     ]
     if objections and not force:
         raise CheckFailed(
@@ -109,7 +110,7 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
         raise CheckFailed(
             f"{bundle}: not published: {'; '.join(leaks)}: make the bundle or its report again without it"
         )
-    message = f"{manifest['recipe']['name']} for {manifest['target']}, made from {manifest['source']['id']}"
+    message = f"{manifest.recipe.name} for {manifest.target}, made from {manifest.source.id}"
     return UploadPlan(repository, found, written, objections, message)
 
 
@@ -128,7 +129,7 @@ def publish(bundle: Path, repository: str, wish: PublishOptions, quiet: bool = F
     return Published(done.page, done.changed, done.others, printable(line))
 
 
-def _report(bundle: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+def _report(bundle: Path, manifest: Manifest) -> tuple[dict[str, Any] | None, list[str]]:
     """Return a bundle's report, and what it objects to."""
     path = bundle / reports.FOLDER / reports.JSON
     if not path.is_file():
@@ -146,7 +147,7 @@ def _report(bundle: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any] | No
     elif report["verdict"]["failures"] or beyond or not report["predictions"]:
         objections.append("its report says that it passes, and contradicts itself")
     about = report["bundle"]
-    if about.get("files") != manifest["files"] or about.get("fingerprint") != manifest["fingerprint"]:
+    if about.get("files") != files_to_json(manifest.files) or about.get("fingerprint") != manifest.fingerprint:
         objections.append("its report is older, or about other files: run ppx-verify again")
     return report, objections
 
