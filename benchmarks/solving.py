@@ -1,6 +1,6 @@
 """Time and memory of ``--method gptq`` on whole layers of real size, and what follows for the 7B model.
 
-    python benchmarks/layerwise.py [--frames 8192] [--sequence 256] [--refine STEPS] [--folder DIR]
+    python benchmarks/solving.py [--frames 8192] [--sequence 256] [--refine STEPS] [--folder DIR]
 
 Makes a source with PersonaPlex's widths and one layer of each transformer (made-up weights, random tokens), and
 quantizes it as a conversion does: every matrix of a layer by what its inputs are. Beside each block's seconds stands
@@ -15,6 +15,8 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from ppx.convert.source.source import Source, locate, open_source
 from ppx.model import torch_device
 from ppx.model.blocks import Block
 from ppx.model.tokens import read_tokens
+from ppx.model.walk import run_block
 from ppx.quant.affine import QuantizationConfig
 from processes import run
 
@@ -73,27 +76,27 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
     recipe = uniform(QuantizationConfig(4, 64, "gptq"), "speech-swift", "float16", ("temporal", "depformer"))
     plan = make_plan(conversion.inventory(source), recipe)
     seconds: dict[str, float] = {}
-    block, walk_block = layerwise._block, {"original": 0.0}
+    at_block, extra = layerwise.LayerwiseRun.at_block, {"original": 0.0}
 
-    def timed(walk: layerwise.Walk, place: Block, streams: layerwise.Streams) -> layerwise.Streams:
+    @contextmanager
+    def timed(run: layerwise.LayerwiseRun, block: Block, streams: layerwise.Streams) -> Iterator[layerwise.Streams]:
         start = time.perf_counter()
-        for rows in place.pieces(streams[0]):
-            walk.original.block(place, streams[0][rows])
+        run_block(run.models["original"], block, streams["original"])
         alone = time.perf_counter() - start
         start = time.perf_counter()
-        found = block(walk, place, streams)
+        with at_block(run, block, streams) as computed:
+            yield computed
         took = time.perf_counter() - start
-        walk_block["original"] += alone
-        seconds[place.component] = seconds.get(place.component, 0.0) + took
-        print(f"{place}: {took:.1f} s, {took / alone:.1f} times one pass ({alone:.1f} s)", flush=True)
-        return found
+        extra["original"] += alone
+        seconds[block.component] = seconds.get(block.component, 0.0) + took
+        print(f"{block}: {took:.1f} s, {took / alone:.1f} times one pass ({alone:.1f} s)", flush=True)
 
-    layerwise._block = timed
+    layerwise.LayerwiseRun.at_block = timed  # type: ignore[method-assign, assignment]
     start = time.perf_counter()
-    tuning = layerwise.BlockTuning(options.fine_tune)
+    tuning = layerwise.BlockTuning(options.refine)
     with QuantizedStore(options.folder / "solution", "x") as store:
         layerwise.quantize_model(source, plan.outputs, token_set, store, tuning)
-    total = time.perf_counter() - start - walk_block["original"]
+    total = time.perf_counter() - start - extra["original"]
     rest = total - sum(seconds.values())
     whole = WHOLE.num_layers * seconds["temporal"] + WHOLE.depformer_num_layers * seconds["depformer"] + rest
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -17,23 +17,25 @@ from .parameters import TrainableMatrix, adam_for, set_rate, take_step, weights_
 
 
 def tune_block(
-    original: TorchModel,
-    quantized: TorchModel,
+    models: Mapping[str, TorchModel],
     place: Block,
     tuned: Mapping[Part, TrainableMatrix],
-    streams: tuple[Floats, Floats],
+    streams: Mapping[str, Floats],
     steps: int,
 ) -> None:
     """Move a block's matrices for so many steps; streams: what the original and the quantized block read."""
     adam = adam_for(tuned)
+    original, quantized = models["original"], models["quantized"]
     moved = replace(quantized, weights=weights_of(tuned, quantized.weights))
-    length = streams[0].shape[1] if place.component == "temporal" else 1
-    height = min(len(streams[0]), max(1, POSITIONS // length))
+    count, length = streams["original"].shape[:2]
+    height = min(count, max(1, POSITIONS // length) if place.component == "temporal" else POSITIONS)
     random = np.random.default_rng(0)
     for step in range(steps):
         set_rate(adam, step, steps)
-        rows = random.choice(len(streams[0]), height, replace=False)
-        first, second = (torch.from_numpy(stream[rows]).to(original.device) for stream in streams)
+        rows = random.choice(count, height, replace=False)
+        first, second = (
+            torch.from_numpy(streams[name][rows]).to(original.device) for name in ("original", "quantized")
+        )
         with torch.no_grad():
             goal = first + original.added(place, first)
         with torch.enable_grad():

@@ -6,7 +6,8 @@ moments are held, and the two streams. What is solved is on the disk, and a kill
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,10 +25,11 @@ from ..convert.progress import bar
 from ..convert.source.source import Source
 from ..convert.tensorfile import DTYPES
 from ..model import torch_device as devices
-from ..model.blocks import Block, blocks_of
+from ..model.blocks import Block
 from ..model.forward import Floats, Tokens
 from ..model.reference import Rows, TorchModel, Weights, kept_by, reference_of, source_rows, source_weights
 from ..model.tokens import TokenSet, evenly_spaced
+from ..model.walk import step_inputs, walk
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized, dequantize
 from ..quant.gptq import FALLBACK, Moments, Outcome, gptq_with_retries
 from . import weight_only
@@ -37,7 +39,7 @@ from .parameters import begin
 
 _STREAM = 1 << 29  # bytes of a stream, at most: of that many frames, evenly spread, a solution is made
 FINE_TUNED = "refined.safetensors"  # where a solution holds what was tuned as a whole
-Streams = tuple[Floats, Floats]  # of the original and of the quantized model
+Streams = dict[str, Floats]  # of the models called original and quantized
 
 
 @dataclass(frozen=True)
@@ -59,18 +61,18 @@ def _told(outcome: Outcome) -> str:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Both models under way.
+class LayerwiseRun:
+    """The original and the quantized model, and what is known of the matrices to quantize.
 
-    forms: how each part is quantized, and the dtype of its scales. tuning: of each block when it is solved.
+    quantizations: how each matrix is quantized, and the dtype of its scales. models, kept: ``original`` and
+    ``quantized``, and the matrices that each keeps of a block. tuning: of each block after its matrices are quantized.
     """
 
     source: Source
     quantizations: dict[Part, tuple[QuantizationConfig, str]]
     store: QuantizedStore
-    original: TorchModel
-    quantized: TorchModel
-    kept: list[dict[Part, Tensor]]
+    models: dict[str, TorchModel]
+    kept: dict[str, dict[Part, Tensor]]
     tuning: BlockTuning
     bar: "tqdm[Any]"
 
@@ -84,8 +86,24 @@ class Walk:
 
     def forget(self) -> None:
         """Drop the weights that are kept."""
-        for kept in self.kept:
+        for kept in self.kept.values():
             kept.clear()
+
+    @contextmanager
+    def at_block(self, block: Block, streams: Streams) -> Iterator[Streams]:
+        """Quantize a block's matrices before the streams go through it.
+
+        Those that read the block's input come before those that read what these make of it.
+        """
+        matrices = _matrices(block, self.source.architecture.steps)
+        for names in matrices:
+            parts = [part for part in self.wanted(names) if part not in self.store.files]
+            if parts:
+                label = names[0].removesuffix("weight").rstrip("._")
+                self.solve(label, block_moments(self.models, block, parts, streams))
+        self.tune(block, self.wanted([name for names in matrices for name in names]), streams)
+        yield {}
+        self.forget()
 
     def tune(self, place: Block, parts: list[Part], streams: Streams) -> None:
         """Tune a block's solved matrices, and keep them."""
@@ -94,12 +112,12 @@ class Walk:
             return
         if self.tuning.on_block:
             self.tuning.on_block(place)
-        device, read = self.original.device, source_weights(self.source.checkpoint)
+        device, read = self.models["original"].device, source_weights(self.source.checkpoint)
         tuned = {part: begin(part, *self.quantizations[part], self.store, device) for part in parts}
-        tune_block(self.original, self.quantized, place, tuned, streams, self.tuning.steps)
+        tune_block(self.models, place, tuned, streams, self.tuning.steps)
         self.store.add(label, {part: one.finished(read(*part)) for part, one in tuned.items()})
         for part in parts:
-            self.kept[1].pop(part, None)
+            self.kept["quantized"].pop(part, None)
 
     def solve(self, block: str, found: dict[Part, Moments]) -> None:
         """Quantize parts by their inputs' moments, and keep them."""
@@ -123,6 +141,16 @@ class Walk:
         self.store.add(block, made, adjusted)
 
 
+def _matrices(block: Block, steps: int) -> tuple[list[str], list[str]]:
+    """Return the names of a block's matrices: those that read its input, and those that read what these make of it."""
+    if block.part == "attention":
+        stems, first, second = [f"{block.prefix}.self_attn"], "in_proj_weight", "out_proj.weight"
+    else:
+        gates = [f".{step}" for step in range(steps)] if block.component == "depformer" else [""]
+        stems, first, second = [f"{block.prefix}.gating{s}" for s in gates], "linear_in.weight", "linear_out.weight"
+    return [f"{stem}.{first}" for stem in stems], [f"{stem}.{second}" for stem in stems]
+
+
 def quantize_model(
     source: Source,
     outputs: list[Output],
@@ -138,17 +166,19 @@ def quantize_model(
     """
     device = devices.device()
     quantizations = quantizations_of(outputs)
-    kept: list[dict[Part, Tensor]] = [{}, {}]
-    original = reference_of(source.checkpoint, device=device)
-    read = quantized_weights(source, quantizations, store)
-    quantized = replace(original, weights=kept_by(kept[1], read, device), rows=quantized_rows(source, quantizations))
-    original = replace(original, weights=kept_by(kept[0], original.weights, device))
+    kept: dict[str, dict[Part, Tensor]] = {"original": {}, "quantized": {}}
+    model = reference_of(source.checkpoint, device=device)
+    weights = kept_by(kept["quantized"], quantized_weights(source, quantizations, store), device)
+    models = {
+        "original": replace(model, weights=kept_by(kept["original"], model.weights, device)),
+        "quantized": replace(model, weights=weights, rows=quantized_rows(source, quantizations)),
+    }
     count = sum(quantization.method in DATA_DRIVEN for quantization, _ in quantizations.values())
     with bar("solving", count, "matrix", quiet) as progress, torch.no_grad():
-        walk = Walk(source, quantizations, store, original, quantized, kept, tuning or BlockTuning(), progress)
+        run = LayerwiseRun(source, quantizations, store, models, kept, tuning or BlockTuning(), progress)
         progress.update(len(store.files))
         fitting = token_set.chosen(_fitting(len(token_set.tokens), token_set.tokens.shape[2] * source.architecture.dim))
-        _audio(walk, fitting, _temporal(walk, fitting))
+        _audio(run, fitting, _temporal(run, fitting))
 
 
 def quantized_weights(
@@ -194,39 +224,31 @@ def quantized_rows(source: Source, quantizations: dict[Part, tuple[QuantizationC
     return read
 
 
-def _temporal(walk: Walk, token_set: TokenSet) -> Streams:
-    """Go through the temporal transformer; return its normalized outputs ``[sequences, frames, dim]``."""
-    arch = walk.source.architecture
-    streams = (walk.original.embed(token_set.tokens), walk.quantized.embed(token_set.tokens))
-    for place in blocks_of(arch, "temporal"):
-        streams = _block(walk, place, streams)
-    outputs = (walk.original.out_norm(streams[0]), walk.quantized.out_norm(streams[1]))
-    _quantize_read(walk, "text_linear", walk.wanted(["text_linear.weight"]), outputs)
+def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
+    """Quantize the temporal transformer; return its normalized outputs ``[sequences, frames, dim]``."""
+    streams = {name: model.embed(token_set.tokens) for name, model in run.models.items()}
+    walk(run.source.architecture, "temporal", streams, run.models.__getitem__, run.at_block)
+    outputs = {name: model.out_norm(streams[name]) for name, model in run.models.items()}
+    _quantize_read(run, "text_linear", run.wanted(["text_linear.weight"]), outputs)
     return outputs
 
 
-def _audio(walk: Walk, token_set: TokenSet, hidden: Streams) -> None:
-    """Go through the depformer."""
-    arch = walk.source.architecture
+def _audio(run: LayerwiseRun, token_set: TokenSet, hidden: Streams) -> None:
+    """Quantize the depformer."""
+    arch = run.source.architecture
     known = token_set.counted[:, 1 : arch.steps + 1].any(1)
     targets = token_set.targets.transpose(0, 2, 1)[known]
     rows = _fitting(len(targets), arch.steps * arch.depformer_dim)
-    targets, states = targets[rows], tuple(array[known][rows] for array in hidden)
-    inputs = [f"depformer_in.{step}.weight" for step in range(arch.steps)]
-    _quantize_read(walk, "depformer_in", walk.wanted(inputs), (states[0], states[1]))
-    pair = []
-    for model, state in zip((walk.original, walk.quantized), states, strict=True):
-        x = np.empty((len(targets), arch.steps, arch.depformer_dim), np.float32)
-        for step in range(arch.steps):
-            x[:, step] = model.step_input(step, state, targets[:, step])
-        pair.append(x)
-    walk.forget()
-    streams = (pair[0], pair[1])
-    for place in blocks_of(arch, "depformer"):
-        streams = _block(walk, place, streams)
+    targets, states = targets[rows], {name: array[known][rows] for name, array in hidden.items()}
+    _quantize_read(
+        run, "depformer_in", run.wanted([f"depformer_in.{step}.weight" for step in range(arch.steps)]), states
+    )
+    streams = {name: step_inputs(model, states[name], targets, arch.steps) for name, model in run.models.items()}
+    run.forget()
+    walk(arch, "depformer", streams, run.models.__getitem__, run.at_block)
     for step in range(arch.steps):
-        name = f"linears.{step}"
-        _quantize_read(walk, name, walk.wanted([f"{name}.weight"]), (streams[0][:, step], streams[1][:, step]))
+        name, outputs = f"linears.{step}", {name: array[:, step] for name, array in streams.items()}
+        _quantize_read(run, name, run.wanted([f"{name}.weight"]), outputs)
 
 
 def _fitting(count: int, floats: int) -> NDArray[np.int64]:
@@ -234,33 +256,8 @@ def _fitting(count: int, floats: int) -> NDArray[np.int64]:
     return evenly_spaced(count, max(1, _STREAM // (4 * floats)))
 
 
-def _quantize_read(walk: Walk, block: str, parts: list[Part], inputs: Streams) -> None:
-    """Solve matrices that all read the same input, which is at hand."""
-    parts = [part for part in parts if part not in walk.store.files]
+def _quantize_read(run: LayerwiseRun, block: str, parts: list[Part], inputs: Streams) -> None:
+    """Quantize matrices that all read the same input, which is at hand."""
+    parts = [part for part in parts if part not in run.store.files]
     if parts:
-        walk.solve(block, dict.fromkeys(parts, moments_of(inputs, walk.original.device)))
-
-
-def _block(walk: Walk, place: Block, streams: Streams) -> Streams:
-    """Solve a block's matrices, those that read its input before those that read what they make; then go through it.
-
-    The streams are changed in place.
-    """
-    stacked = [f".{step}" for step in range(walk.source.architecture.steps)] if place.component == "depformer" else [""]
-    orders = (
-        (["self_attn.in_proj_weight"], ["self_attn.out_proj.weight"])
-        if place.part == "attention"
-        else ([f"gating{s}.linear_in.weight" for s in stacked], [f"gating{s}.linear_out.weight" for s in stacked])
-    )
-    for names in orders:
-        parts = walk.wanted([f"{place.prefix}.{name}" for name in names])
-        parts = [part for part in parts if part not in walk.store.files]
-        if parts:
-            label = f"{place.prefix}.{names[0].removesuffix('weight').rstrip('._')}"
-            walk.solve(label, block_moments(walk.original, walk.quantized, place, parts, streams))
-    walk.tune(place, walk.wanted([f"{place.prefix}.{name}" for names in orders for name in names]), streams)
-    for model, x in zip((walk.original, walk.quantized), streams, strict=True):
-        for rows in place.pieces(x):
-            x[rows] = model.block(place, x[rows])[1]
-    walk.forget()
-    return streams
+        run.solve(block, dict.fromkeys(parts, moments_of(inputs, run.models["original"].device)))

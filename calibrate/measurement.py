@@ -6,7 +6,8 @@ part's. All streams are held at a time: sequences that do not fit into memory to
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from ..model.divergence import kl_divergence
 from ..model.forward import Floats, Tokens
 from ..model.reference import Rows, TorchModel, kept_by, reference_of, source_weights
 from ..model.tokens import TokenSet, evenly_spaced
+from ..model.walk import advance, step_inputs, walk
 from ..quant.affine import BITS, QuantizationConfig, dequantize
 from .sensitivity import STREAMS, Part, Sensitivities, members_of, settings_of, usual_group
 from .weight_only import quantized
@@ -37,6 +39,7 @@ _FRAMES = 4096  # measured on at most
 _ROWS = 128  # frames of a sequence that go through a wide depformer, and rows of a matrix of which errors are taken
 _STORAGE = np.dtype(np.float32)  # of scales and biases: what other dtypes round is the same for all parts
 Variant = tuple[Part, int]  # a part, and the bits that it is quantized to
+Streams = dict[Variant | None, Floats]  # by variant; None for the original
 
 
 def _altered(
@@ -95,8 +98,8 @@ def measure(
             kept: dict[tuple[str, int], Tensor] = {}
             model = reference_of(source.checkpoint, device=devices.device())
             model = replace(model, weights=kept_by(kept, model.weights, model.device), rows=_remembered(model.rows))
-            walk = Walk(source, members, model, kept, token_set.chosen(chosen), nbytes, found, counts, progress)
-            _audio(walk, _temporal(walk))
+            run = Pass(source, members, model, kept, token_set.chosen(chosen), nbytes, found, counts, progress)
+            _audio(run, _temporal(run))
     if silent := [stream for stream, count in counts.items() if not count]:
         raise UserError(
             f"the {used.sequences} sequences that were measured on hold no tokens of {' and '.join(silent)}: "
@@ -143,7 +146,7 @@ def _passes(token_set: TokenSet, least: int, frames: int) -> list[NDArray[np.int
 
 
 @dataclass(frozen=True)
-class Walk:
+class Pass:
     """One pass of a measurement. kept: matrices of the block that is looked at. nbytes: of streams at a time.
 
     found: its costs are sums over rows. counts: of how many rows, by stream.
@@ -174,41 +177,46 @@ class Walk:
         parts = [part for part in self.members if part.component in components or part.modules in components]
         return [(part, bits) for part in parts for bits in self.found.costs[part]]
 
-
-def _temporal(walk: Walk) -> dict[Variant | None, Floats]:
-    """Go through the temporal transformer; note what the text costs; return outputs of the frames that are heard."""
-    arch, token_set = walk.source.architecture, walk.token_set
-    streams: dict[Variant | None, Floats] = {
-        variant: walk.altered(variant).embed(token_set.tokens) for variant in (None, *walk.variants(*_READ_FIRST))
-    }
-    for place in blocks_of(arch, "temporal"):
-        pattern = "self_attn.*" if place.part == "attention" else "gating.*"
-        base = streams[None]
-        born: dict[Variant | None, Floats] = {
-            (part, bits): _block(walk, walk.altered((part, bits)), place, base)
-            for part, bits in walk.variants("temporal")
-            if (part.layer, part.modules) == (place.layer, pattern)
+    @contextmanager
+    def at_block(self, block: Block, streams: Streams) -> Iterator[Streams]:
+        """Begin the streams of the variants that have this block quantized, beside the original's."""
+        pattern = "self_attn.*" if block.part == "attention" else "gating.*"
+        variants = self.variants(block.component)
+        begun: Streams = {
+            (part, bits): streams[None].copy()
+            for part, bits in variants
+            if (part.layer, part.modules) == (block.layer, pattern)  # depformer parts have no layer
         }
-        for variant, x in streams.items():
-            streams[variant] = _block(walk, walk.model, place, x)
-        streams |= born
-        walk.kept.clear()
+        for variant, x in begun.items():
+            advance(self.altered(variant), block, x)
+            self.bar.update(1)
+        yield begun
+        self.kept.clear()
+
+
+def _temporal(run: Pass) -> Streams:
+    """Go through the temporal transformer; note what the text costs; return outputs of the frames that are heard."""
+    arch, token_set = run.source.architecture, run.token_set
+    streams: Streams = {
+        variant: run.altered(variant).embed(token_set.tokens) for variant in (None, *run.variants(*_READ_FIRST))
+    }
+    walk(arch, "temporal", streams, lambda _: run.model, run.at_block, run.bar.update)
     for variant, x in streams.items():
-        streams[variant] = walk.model.out_norm(x)
+        streams[variant] = run.model.out_norm(x)
     counted = token_set.counted[:, 0]
     base = streams[None][counted]
-    walk.counts["text"] += len(base)
-    expected = _expected(walk.model.text_logits(base))
+    run.counts["text"] += len(base)
+    expected = _expected(run.model.text_logits(base))
     for variant, x in streams.items():
         if variant:
-            _note(walk, variant, "text", [_divergence(walk.model.text_logits(x[counted]), expected)])
-    for variant in walk.variants("text_linear"):
-        _note(walk, variant, "text", [_divergence(walk.altered(variant).text_logits(base), expected)])
-    walk.kept.clear()
+            _note(run, variant, "text", [_divergence(run.model.text_logits(x[counted]), expected)])
+    for variant in run.variants("text_linear"):
+        _note(run, variant, "text", [_divergence(run.altered(variant).text_logits(base), expected)])
+    run.kept.clear()
     return streams
 
 
-def _note(walk: Walk, variant: Variant, stream: str, divergences: Sequence[float]) -> None:
+def _note(run: Pass, variant: Variant, stream: str, divergences: Sequence[float]) -> None:
     """Add a variant's divergences, each summed over rows; raises UserError for those that are not finite."""
     (part, bits), total = variant, math.fsum(divergences) / len(divergences)
     if not math.isfinite(total):
@@ -216,12 +224,7 @@ def _note(walk: Walk, variant: Variant, stream: str, divergences: Sequence[float
             f"{part} at {bits} bit: the {stream}'s predictions are not finite: its values overflow when it is "
             "quantized: give a recipe that keeps it float"
         )
-    walk.found.costs[part][bits][stream] += total
-
-
-def _block(walk: Walk, model: TorchModel, place: Block, x: Floats) -> Floats:
-    walk.bar.update(1)
-    return np.concatenate([model.block(place, x[rows])[1] for rows in place.pieces(x)])
+    run.found.costs[part][bits][stream] += total
 
 
 def _expected(logits: Floats) -> Tensor:
@@ -241,49 +244,46 @@ def _divergence(logits: Floats, expected: Tensor) -> float:
     return float(kl_divergence(_log_probabilities(logits), expected).double().sum())
 
 
-def _audio(walk: Walk, hidden: dict[Variant | None, Floats]) -> None:
+def _audio(run: Pass, hidden: Streams) -> None:
     """Go through the agent's steps of the depformer, some variants at a time; note what its codebooks cost."""
-    arch, token_set = walk.source.architecture, walk.token_set
+    arch, token_set = run.source.architecture, run.token_set
     half = arch.n_q // 2
     known = token_set.counted[:, 1 : half + 1].all(1)
     targets = token_set.targets.transpose(0, 2, 1)[known]
     rows = evenly_spaced(len(targets), len(token_set.tokens) * _ROWS if arch.depformer_dim >= 512 else _FRAMES)
     targets = targets[rows]
-    walk.counts["agent"] += len(targets)
+    run.counts["agent"] += len(targets)
     states = {variant: x[known][rows] for variant, x in hidden.items()}
     hidden.clear()
-    own = walk.variants("depformer", "linears", "depformer_emb", "depformer_text_emb")
+    own = run.variants("depformer", "linears", "depformer_emb", "depformer_text_emb")
     variants = [variant for variant in [*states, *own] if variant]
     if not len(targets):  # in these sequences the agent's tokens are not known
-        walk.bar.update((1 + len(variants)) * len(blocks_of(arch, "depformer")))
+        run.bar.update((1 + len(variants)) * len(blocks_of(arch, "depformer")))
         return
-    expected = [_expected(logits) for logits in _steps(walk, [None], states, targets)[None]]
-    some = max(1, walk.nbytes // (2 * len(targets) * half * (arch.depformer_dim + arch.card) * 4))
+    expected = [_expected(logits) for logits in _steps(run, [None], states, targets)[None]]
+    some = max(1, run.nbytes // (2 * len(targets) * half * (arch.depformer_dim + arch.card) * 4))
     for first in range(0, len(variants), some):
-        for variant, logits in _steps(walk, variants[first : first + some], states, targets).items():
+        for variant, logits in _steps(run, variants[first : first + some], states, targets).items():
             if variant:
                 apart = [_divergence(*pair) for pair in zip(logits, expected, strict=True)]
-                _note(walk, variant, "agent", apart)
+                _note(run, variant, "agent", apart)
 
 
 def _steps(
-    walk: Walk, variants: Sequence[Variant | None], states: Mapping[Variant | None, Floats], targets: Tokens
+    run: Pass, variants: Sequence[Variant | None], states: Mapping[Variant | None, Floats], targets: Tokens
 ) -> dict[Variant | None, list[Floats]]:
     """Return the logits of each agent's codebook, by variant; those not in ``states`` begin from the original's."""
-    arch = walk.source.architecture
+    arch = run.source.architecture
     half = arch.n_q // 2
     inner = {variant: None if variant in states else variant for variant in variants}
-    streams = {}
-    for variant in variants:
-        model, state = walk.altered(inner[variant]), states.get(variant, states[None])
-        streams[variant] = np.stack([model.step_input(step, state, targets[:, step]) for step in range(half)], 1)
-    walk.kept.clear()
-    for place in blocks_of(arch, "depformer"):
-        for variant, x in streams.items():
-            streams[variant] = _block(walk, walk.altered(inner[variant]), place, x)
-        walk.kept.clear()
+    streams = {
+        variant: step_inputs(run.altered(inner[variant]), states.get(variant, states[None]), targets, half)
+        for variant in variants
+    }
+    run.kept.clear()
+    walk(arch, "depformer", streams, lambda variant: run.altered(inner[variant]), run.at_block, run.bar.update)
     return {
-        variant: [walk.altered(inner[variant]).audio_logits(step, x[:, step]) for step in range(half)]
+        variant: [run.altered(inner[variant]).audio_logits(step, x[:, step]) for step in range(half)]
         for variant, x in streams.items()
     }
 

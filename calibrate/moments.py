@@ -34,29 +34,30 @@ class _Sums:
         return Moments(self.second, self.cross)
 
 
-def moments_of(inputs: tuple[Floats, Floats], device: str) -> Moments:
+def moments_of(inputs: dict[str, Floats], device: str) -> Moments:
     """Return the moments of inputs ``[..., columns]`` of the original and of the quantized model, on a device."""
-    sums = _Sums(inputs[0].shape[-1], device)
-    flat = [np.ascontiguousarray(array).reshape(-1, array.shape[-1]) for array in inputs]
-    for first in range(0, len(flat[0]), POSITIONS):
-        sums.add(*(torch.from_numpy(array[first : first + POSITIONS]) for array in flat))
+    original, quantized = (
+        np.ascontiguousarray(inputs[name]).reshape(-1, inputs[name].shape[-1]) for name in ("original", "quantized")
+    )
+    sums = _Sums(original.shape[-1], device)
+    for first in range(0, len(original), POSITIONS):
+        rows = slice(first, first + POSITIONS)
+        sums.add(torch.from_numpy(original[rows]), torch.from_numpy(quantized[rows]))
     return sums.moments()
 
 
 def block_moments(
-    original: TorchModel, quantized: TorchModel, place: Block, parts: list[Part], streams: tuple[Floats, Floats]
+    models: dict[str, TorchModel], block: Block, parts: list[Part], streams: dict[str, Floats]
 ) -> dict[Part, Moments]:
     """Return the moments of what a block's matrices read; streams: what the block reads in both models."""
     sums: dict[Part, _Sums] = {}
-    for rows in place.pieces(streams[0]):
-        caught = [
-            _caught(model, place, parts, x[rows]) for model, x in zip((original, quantized), streams, strict=True)
-        ]
+    for rows in block.batches(streams["original"]):
+        caught = {name: _caught(model, block, parts, streams[name][rows]) for name, model in models.items()}
         for part in parts:
-            first, second = caught[0][part], caught[1][part]
+            original, quantized = caught["original"][part], caught["quantized"][part]
             if part not in sums:
-                sums[part] = _Sums(first.shape[-1], original.device)
-            sums[part].add(first, second)
+                sums[part] = _Sums(original.shape[-1], models["original"].device)
+            sums[part].add(original, quantized)
     return {part: found.moments() for part, found in sums.items()}
 
 

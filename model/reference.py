@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from ..convert.source.architecture import Architecture
 from ..convert.source.checkpoint import Checkpoint
 from ..quant.affine import BFLOAT16
-from .blocks import Block, blocks_of
+from .blocks import Block
 from .forward import EPSILON, Floats, KVCache, Tokens
+from .walk import each_block
 
 Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
 Seen = Callable[[str, int | None, Tensor], None]  # name and step of a matrix, and its input [..., columns]
@@ -104,20 +105,17 @@ class TorchModel:
         way back, rather than hold what is between them.
         """
 
-        def added(place: Block, x: Tensor) -> Tensor:
-            return checkpoint(self.added, place, x, use_reentrant=False) if again else self.added(place, x)
+        def compute(block: Block, x: Tensor) -> Tensor:
+            return x + (checkpoint(self.added, block, x, use_reentrant=False) if again else self.added(block, x))
 
         count = self.architecture.steps if steps is None else steps
-        x = self._in(self.embed(tokens))
-        for place in blocks_of(self.architecture, "temporal"):
-            x = x + added(place, x)
+        x = each_block(self.architecture, "temporal", self._in(self.embed(tokens)), compute)
         hidden = self._norm(self._alpha("out_norm.alpha", None), x)
         text = self._linear("text_linear.weight", None, hidden)
         rows = hidden.flatten(0, 1)
         known = targets.transpose(0, 2, 1).reshape(len(rows), -1)
         x = torch.stack([self._step_input(step, rows, known[:, step]) for step in range(count)], 1)
-        for place in blocks_of(self.architecture, "depformer"):
-            x = x + added(place, x)
+        x = each_block(self.architecture, "depformer", x, compute)
         audio = torch.stack([self._linear(f"linears.{step}.weight", None, x[:, step]) for step in range(count)], 1)
         return text, audio.reshape(*hidden.shape[:2], count, -1)
 

@@ -12,8 +12,8 @@ import numpy as np
 from ..convert.errors import UserError
 from ..convert.source.architecture import Architecture
 from ..convert.source.voices import Voice
-from .blocks import blocks_of
 from .forward import Floats, KVCache, Model, Tokens
+from .walk import forward_blocks
 
 SILENCE = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)  # the codec's tokens for no sound, as the reference has them
 SINE = (430, 1268, 381, 1611, 1095, 1495, 56, 472)  # for the tone that stands for the user during prompts
@@ -147,23 +147,17 @@ def sessions(
     vectors = np.stack([voice.embeddings.reshape(-1, architecture.dim).astype(np.float32) for voice in voices])
     if vectors.shape[1]:
         nothing = np.full((len(voices), 1 + architecture.n_q, vectors.shape[1]), -1, np.int32)
-        _temporal(model, architecture, model.embed(nothing, vectors), memory, 0)
+        forward_blocks(model, architecture, "temporal", model.embed(nothing, vectors), memory)
     columns = [Columns(architecture, voice) for voice in voices]
     for done, given_now in enumerate(frames, vectors.shape[1]):
         parts = [one.give(frame) for one, frame in zip(columns, given_now, strict=True)]
         targets, given = [target for _, target, _ in parts], [held for _, _, held in parts]
         x = model.embed(np.stack([source for source, _, _ in parts])[:, :, None])
-        hidden = model.out_norm(_temporal(model, architecture, x, memory, done))[:, 0]
+        hidden = model.out_norm(forward_blocks(model, architecture, "temporal", x, memory, done))[:, 0]
         text = model.text_logits(hidden)
         _complete(targets, given, 0, choose(text, 0))
         audio = _steps(model, architecture, hidden, targets, given, choose)
         yield [SessionStep(one.advance(), text[index], audio[index]) for index, one in enumerate(columns)]
-
-
-def _temporal(model: Model, architecture: Architecture, x: Floats, memory: KVCache, first: int) -> Floats:
-    for place in blocks_of(architecture, "temporal"):
-        _, x = model.block(place, x, memory, first)
-    return x
 
 
 def _complete(targets: Sequence[Tokens], given: Sequence[set[int]], stream: int, tokens: Tokens) -> None:
@@ -187,8 +181,7 @@ def _steps(
     for step in range(architecture.steps):
         previous = np.array([target[step] for target in targets], np.int32)
         x = model.step_input(step, hidden, previous)[:, None]
-        for place in blocks_of(architecture, "depformer"):
-            _, x = model.block(place, x, memory, step)
+        x = forward_blocks(model, architecture, "depformer", x, memory, step)
         logits.append(model.audio_logits(step, x[:, 0]))
         _complete(targets, given, step + 1, choose(logits[-1], step + 1))
     return np.stack(logits, 1)

@@ -14,8 +14,8 @@ from ..convert.source.architecture import Architecture
 from ..convert.source.tensors import roles
 from ..quant.affine import QuantizationConfig
 from ..quant.gptq import Moments, gptq
-from .blocks import blocks_of
 from .reference import TorchModel
+from .walk import forward_blocks
 
 _WITHIN = 1e-3  # relative L2 from the CPU: float32 in any order stays far below it, and a broken kernel far above
 Block = Callable[[str], Mapping[str, Tensor]]
@@ -63,16 +63,13 @@ def one_block(where: str) -> dict[str, Tensor]:
     """Compute attention and MLP of a small layer on a device, second moments of the result, and GPTQ with them."""
     a = Architecture(dim=64, num_heads=2, num_layers=1, text_card=32, card=32, depformer_dim=32, depformer_num_heads=1)
     random = torch.Generator().manual_seed(7)
-    first = blocks_of(a, "temporal")
     known = {
         name: torch.randn(role.shape[0] if role.kind == "linear" else 1, role.shape[-1], generator=random) / 8
         for name, role in roles(a).items()
         if role.layer == 0 and role.component == "temporal"
     }
     model = TorchModel(a, lambda name, _: known[name], lambda name, _: known[name], torch.float32, 16, 16, where)
-    x = torch.randn(2, 96, a.dim, generator=random).numpy()
-    for place in first:
-        _, x = model.block(place, x)
+    x = forward_blocks(model, a, "temporal", torch.randn(2, 96, a.dim, generator=random).numpy())
     inputs = torch.from_numpy(np.ascontiguousarray(x.reshape(-1, a.dim))).to(where)
     second = inputs.T @ inputs
     made = gptq(

@@ -1,7 +1,8 @@
 """A checkpoint and its bundle, side by side through their layers: weights, activations and predictions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,12 +16,13 @@ from ..convert.bundle.reader import Bundle
 from ..convert.parallel import cores
 from ..convert.source.source import Source
 from ..convert.source.voices import Voice
-from ..model.blocks import Block, blocks_of
+from ..model.blocks import Block
 from ..model.forward import Floats, Model, Tokens
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import MlxModel, model_of
 from ..model.reference import TorchModel, reference_of
 from ..model.tokens import TokenSet
+from ..model.walk import run_block, step_inputs, walk
 from . import weights
 from .metrics import Predictions, difference, mean_of
 
@@ -38,8 +40,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """Three models under way through the same material.
+class Comparison:
+    """Three models, and the tokens that all of them read.
 
     reference: float32. noise: the checkpoint's own weights, computed in the bundle's 16-bit dtype. bundle: MLX on what
     the bundle stores. None of them holds more than one block's weights.
@@ -78,9 +80,14 @@ class Walk:
         """Return the checkpoint's bytes that an output stands for."""
         return 2 * (output.rows[1] - output.rows[0]) * output.shape[-1]
 
-    def block(self, place: Block, streams: dict[str, Floats]) -> dict[str, Floats]:
-        """Go through one block with all models; note how far apart they are."""
-        names = [name for name in self.stored.layout.outputs if _belongs(name, place)]
+    def walk(self, component: str, streams: dict[str, Floats]) -> dict[str, Floats]:
+        """Take the three streams through a component's blocks."""
+        return walk(self.source.architecture, component, streams, self.models.__getitem__, self._at_block)
+
+    @contextmanager
+    def _at_block(self, block: Block, streams: dict[str, Floats]) -> Iterator[dict[str, Floats]]:
+        """Compare a block's weights, and what it computes: from the reference's stream, and from each model's own."""
+        names = [name for name in self.stored.layout.outputs if _belongs(name, block)]
         kept = {name: self.look_at(name, keep=True) for name in names}
 
         def read(name: str, step: int | None) -> torch.Tensor:
@@ -88,21 +95,11 @@ class Walk:
 
         local = replace(self.reference, weights=read, context=self.bundle.context, steps_seen=self.bundle.steps_seen)
         start = streams["reference"]
-        added, after = _block(self.reference, place, start)
-        once = {"bundle": _block(local, place, start)[0], "noise": _block(self.noise, place, start)[0]}
+        added, after = run_block(self.reference, block, start)
+        once = {"bundle": run_block(local, block, start)[0], "noise": run_block(self.noise, block, start)[0]}
         kept.clear()
-        after_all = {"reference": after}
-        after_all |= {name: _block(self.models[name], place, streams[name])[1] for name in once}
-        self.measured.activations += _rows(place, added, once, after_all)
-        return after_all
-
-
-def _block(model: Model, place: Block, x: Floats) -> tuple[Floats, Floats]:
-    """Go through a block piece by piece."""
-    parts = [model.block(place, x[rows]) for rows in place.pieces(x)]
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate([added for added, _ in parts]), np.concatenate([after for _, after in parts])
+        yield {"reference": after}
+        self.measured.activations += _rows(block, added, once, streams)
 
 
 def _belongs(name: str, place: Block) -> bool:
@@ -144,28 +141,27 @@ def compare(
     noise = reference_of(source.checkpoint, _TORCH[stored.manifest.dtype], device)
     reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, matmul)
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx") as pool, torch.inference_mode():
-        walk = Walk(source, stored, reference, noise, bundle, token_set, Measured(), pool, bar)
-        hidden = _temporal(walk, voices)
-        _text(walk, hidden)
-        _audio(walk, hidden)
-    return walk.measured
+        comparison = Comparison(source, stored, reference, noise, bundle, token_set, Measured(), pool, bar)
+        hidden = _temporal(comparison, voices)
+        _text(comparison, hidden)
+        _audio(comparison, hidden)
+    return comparison.measured
 
 
-def _temporal(walk: Walk, voices: Sequence[Voice]) -> dict[str, Floats]:
+def _temporal(comparison: Comparison, voices: Sequence[Voice]) -> dict[str, Floats]:
     """Go through the temporal transformer; return its normalized output, ``[sequences, frames, dim]`` of each model."""
-    arch, token_set = walk.source.architecture, walk.token_set
-    for name, held in walk.stored.layout.outputs.items():
+    arch, token_set = comparison.source.architecture, comparison.token_set
+    for name, held in comparison.stored.layout.outputs.items():
         if held[0].role.component == "embeddings":
-            walk.look_at(name)
-    vectors = {name: token_set.vectors(walk.source.voices, arch.dim) for name in ("reference", "noise")}
+            comparison.look_at(name)
+    vectors = {name: token_set.vectors(comparison.source.voices, arch.dim) for name in ("reference", "noise")}
     vectors["bundle"] = token_set.vectors(voices, arch.dim)
-    streams = {name: model.embed(token_set.tokens, vectors[name]) for name, model in walk.models.items()}
-    walk.measured.activations += _edge("embeddings", streams)
-    for place in blocks_of(arch, "temporal"):
-        streams = walk.block(place, streams)
-    walk.look_at("out_norm.alpha")
-    streams = {name: model.out_norm(streams[name]) for name, model in walk.models.items()}
-    walk.measured.activations += _edge("out_norm", streams)
+    streams = {name: model.embed(token_set.tokens, vectors[name]) for name, model in comparison.models.items()}
+    comparison.measured.activations += _edge("embeddings", streams)
+    streams = comparison.walk("temporal", streams)
+    comparison.look_at("out_norm.alpha")
+    streams = {name: model.out_norm(streams[name]) for name, model in comparison.models.items()}
+    comparison.measured.activations += _edge("out_norm", streams)
     return streams
 
 
@@ -179,39 +175,39 @@ def _edge(name: str, streams: dict[str, Floats], step: int | None = None) -> lis
     ]
 
 
-def _text(walk: Walk, hidden: dict[str, Floats]) -> None:
+def _text(comparison: Comparison, hidden: dict[str, Floats]) -> None:
     """Compare text predictions."""
-    token_set = walk.token_set
-    walk.look_at("text_linear.weight")
-    heads: dict[str, Callable[[Floats], Floats]] = {name: model.text_logits for name, model in walk.models.items()}
+    token_set = comparison.token_set
+    comparison.look_at("text_linear.weight")
+    heads: dict[str, Callable[[Floats], Floats]] = {
+        name: model.text_logits for name, model in comparison.models.items()
+    }
     chosen = token_set.counted[:, 0]
     states = {name: array[chosen] for name, array in hidden.items()}
     targets = token_set.targets[:, 0][chosen] if token_set.scored else None
-    found = _predict(heads, states, targets, np.nonzero(chosen)[0], walk.source.architecture.text_card)
-    walk.measured.predictions["text"] = found
+    found = _predict(heads, states, targets, np.nonzero(chosen)[0], comparison.source.architecture.text_card)
+    comparison.measured.predictions["text"] = found
 
 
-def _audio(walk: Walk, hidden: dict[str, Floats]) -> None:
+def _audio(comparison: Comparison, hidden: dict[str, Floats]) -> None:
     """Go through the depformer and compare its predictions, codebook by codebook."""
-    arch, token_set = walk.source.architecture, walk.token_set
+    arch, token_set = comparison.source.architecture, comparison.token_set
     counted, targets = token_set.counted[:, 1 : arch.steps + 1], token_set.targets
     chosen = counted.any(1)  # frames where some codebook counts
-    measured = walk.measured
+    measured = comparison.measured
     known, sequences = targets.transpose(0, 2, 1)[chosen], np.nonzero(chosen)[0]
     states = {name: array[chosen] for name, array in hidden.items()}
-    streams = {name: np.empty((len(known), arch.steps, arch.depformer_dim), np.float32) for name in walk.models}
     for step in range(arch.steps):
-        walk.look_at(f"depformer_in.{step}.weight")
-        for name, model in walk.models.items():
-            streams[name][:, step] = model.step_input(step, states[name], known[:, step])
+        comparison.look_at(f"depformer_in.{step}.weight")
+    streams = {name: step_inputs(model, states[name], known, arch.steps) for name, model in comparison.models.items()}
+    for step in range(arch.steps):
         measured.activations += _edge("input", {name: array[:, step] for name, array in streams.items()}, step)
-    for place in blocks_of(arch, "depformer"):
-        streams = walk.block(place, streams)
+    streams = comparison.walk("depformer", streams)
     of_steps = counted.transpose(0, 2, 1)[chosen]
     for step in range(arch.steps):
-        walk.look_at(f"linears.{step}.weight")
+        comparison.look_at(f"linears.{step}.weight")
         rows = of_steps[:, step]
-        heads = {name: _head(model, step) for name, model in walk.models.items()}
+        heads = {name: _head(model, step) for name, model in comparison.models.items()}
         states = {name: np.ascontiguousarray(array[rows, step]) for name, array in streams.items()}
         tokens = known[rows, step + 1] if token_set.scored else None
         measured.predictions[f"codebook_{step}"] = _predict(heads, states, tokens, sequences[rows], arch.card)
