@@ -41,16 +41,16 @@ def forward(bundle: Path, frames: int, sequences: int) -> None:
     with closing(Bundle(bundle, *layout_of(bundle))) as stored:
         model, a = model_of(stored), stored.architecture
         x = model.embed(token_set.tokens, token_set.vectors(stored.voices(), a.dim))
-        for place in blocks_of(a, "temporal"):
-            _, x = model.block(place, x)
+        for block in blocks_of(a, "temporal"):
+            _, x = model.block(block, x)
         hidden = model.out_norm(x)
         model.text_logits(hidden.reshape(-1, a.dim))
         known = token_set.counted[:, 1]
         rows, tokens = hidden[known], token_set.targets.transpose(0, 2, 1)[known]
         steps = [model.step_input(step, rows, tokens[:, step])[:, None] for step in range(a.steps)]
         x = mx.concatenate([mx.array(step) for step in steps], axis=1).__array__()
-        for place in blocks_of(a, "depformer"):
-            _, x = model.block(place, x)
+        for block in blocks_of(a, "depformer"):
+            _, x = model.block(block, x)
         for step in range(a.steps):
             model.audio_logits(step, x[:, step])
 

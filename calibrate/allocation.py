@@ -15,7 +15,7 @@ from ..convert.errors import UserError
 from ..convert.source.tensors import COMPONENTS
 from ..quant.affine import BITS, DATA_DRIVEN, GROUP_SIZES, QuantizationConfig
 from ..quant.allocation import Option, allocate_bits
-from .sensitivity import STREAMS, Part, Sensitivities, part_of
+from .sensitivity import STREAMS, Sensitivities, TensorGroup, group_of
 
 # Divergence of models quantized by other methods, over that by lsq: measured at 4 bit on small models.
 _METHODS = {"lsq": 1.0, "rtn": 1.25, "gptq": 0.4}
@@ -55,7 +55,7 @@ class Allocation:
     nbytes: int
     expected: dict[str, float]
     bound: float | None
-    settings: dict[Part, QuantizationConfig | None]
+    settings: dict[TensorGroup, QuantizationConfig | None]
     left: int
     measured_on: str = ""
 
@@ -108,22 +108,22 @@ def _outputs(plan: Plan) -> list[Output]:
     return [output for output in plan.outputs if output.role.kind != "norm"]
 
 
-def _is_heard(part: Part, inventory: Inventory) -> bool:
+def _is_heard(part: TensorGroup, inventory: Inventory) -> bool:
     return part.step is None or part.step < inventory.architecture.n_q // 2
 
 
-def _parts(outputs: Sequence[Output]) -> dict[Part, list[Output]]:
+def _parts(outputs: Sequence[Output]) -> dict[TensorGroup, list[Output]]:
     """Return the outputs of each part; one that stacks all depformer steps is in the parts of all of them."""
-    found: dict[Part, list[Output]] = {}
+    found: dict[TensorGroup, list[Output]] = {}
     for output in outputs:
         stacked = range(output.parts) if output.parts > 1 else [output.step]
         for step in stacked:
-            found.setdefault(part_of(output.role, step), []).append(output)
+            found.setdefault(group_of(output.role, step), []).append(output)
     return found
 
 
 def _cost(
-    found: Sensitivities, part: Part, quantization: QuantizationConfig | None, method: str
+    found: Sensitivities, part: TensorGroup, quantization: QuantizationConfig | None, method: str
 ) -> dict[str, float] | None:
     """Return what a part's setting is expected to cost; tables of embeddings are not solved."""
     cost = found.cost(part, quantization)
@@ -136,8 +136,8 @@ def _mixed(
 ) -> Allocation:
     """Choose for each part for itself."""
     parts = _parts(_outputs(plain))
-    quantizations: dict[Part, list[QuantizationConfig | None]] = {}
-    choices: dict[Part, list[Option]] = {}
+    quantizations: dict[TensorGroup, list[QuantizationConfig | None]] = {}
+    choices: dict[TensorGroup, list[Option]] = {}
     for part, outputs in parts.items():
         quantizations[part], choices[part] = [], []
         settings = [QuantizationConfig(bits, size, wanted.method) for bits, size in product(BITS, GROUP_SIZES)]
@@ -183,7 +183,7 @@ def _too_small(budget: Budget, smallest: Plan) -> UserError:
     )
 
 
-def _sum(found: Sensitivities, settings: dict[Part, QuantizationConfig | None], method: str) -> dict[str, float]:
+def _sum(found: Sensitivities, settings: dict[TensorGroup, QuantizationConfig | None], method: str) -> dict[str, float]:
     costs = [_cost(found, part, quantization, method) or {} for part, quantization in settings.items()]
     return {stream: math.fsum(cost[stream] for cost in costs) for stream in STREAMS}
 
@@ -219,9 +219,9 @@ def _candidates(method: str) -> Iterator[tuple[Rule, ...]]:
         yield (Rule(QuantizationConfig(bits, size, method), components),)
 
 
-def _rules(settings: dict[Part, QuantizationConfig | None]) -> list[Rule]:
+def _rules(settings: dict[TensorGroup, QuantizationConfig | None]) -> list[Rule]:
     """Return rules that give parts their settings; parts of one kind with one setting share a rule."""
-    together: dict[tuple[str, str, QuantizationConfig | None], list[Part]] = {}
+    together: dict[tuple[str, str, QuantizationConfig | None], list[TensorGroup]] = {}
     for part, quantization in settings.items():
         if quantization:
             together.setdefault((part.component, part.modules, quantization), []).append(part)

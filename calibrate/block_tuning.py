@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..convert.bundle.quantized_store import Part
+from ..convert.bundle.quantized_store import MatrixKey
 from ..model.blocks import POSITIONS, Block
 from ..model.forward import Floats
 from ..model.reference import TorchModel
@@ -18,8 +18,8 @@ from .parameters import TrainableMatrix, adam_for, set_rate, take_step, weights_
 
 def tune_block(
     models: Mapping[str, TorchModel],
-    place: Block,
-    tuned: Mapping[Part, TrainableMatrix],
+    block: Block,
+    tuned: Mapping[MatrixKey, TrainableMatrix],
     streams: Mapping[str, Floats],
     steps: int,
 ) -> None:
@@ -28,7 +28,7 @@ def tune_block(
     original, quantized = models["original"], models["quantized"]
     moved = replace(quantized, weights=weights_of(tuned, quantized.weights))
     count, length = streams["original"].shape[:2]
-    height = min(count, max(1, POSITIONS // length) if place.component == "temporal" else POSITIONS)
+    height = min(count, max(1, POSITIONS // length) if block.component == "temporal" else POSITIONS)
     random = np.random.default_rng(0)
     for step in range(steps):
         set_rate(adam, step, steps)
@@ -37,7 +37,7 @@ def tune_block(
             torch.from_numpy(streams[name][rows]).to(original.device) for name in ("original", "quantized")
         )
         with torch.no_grad():
-            goal = first + original.added(place, first)
+            goal = first + original.added(block, first)
         with torch.enable_grad():
-            loss = (second + moved.added(place, second) - goal).square().mean()
+            loss = (second + moved.added(block, second) - goal).square().mean()
             take_step(adam, loss)

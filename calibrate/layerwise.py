@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..convert.bundle.output_tensor import Output
-from ..convert.bundle.quantized_store import Part, QuantizedStore, quantizations_of
+from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore, quantizations_of
 from ..convert.bundle.records import Adjustment
 from ..convert.errors import UserError
 from ..convert.progress import bar
@@ -69,14 +69,14 @@ class LayerwiseRun:
     """
 
     source: Source
-    quantizations: dict[Part, tuple[QuantizationConfig, str]]
+    quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]]
     store: QuantizedStore
     models: dict[str, TorchModel]
-    kept: dict[str, dict[Part, Tensor]]
+    kept: dict[str, dict[MatrixKey, Tensor]]
     tuning: BlockTuning
     bar: "tqdm[Any]"
 
-    def wanted(self, names: Sequence[str]) -> list[Part]:
+    def wanted(self, names: Sequence[str]) -> list[MatrixKey]:
         """Return the parts of these tensors that are to be solved."""
         return [
             part
@@ -105,25 +105,25 @@ class LayerwiseRun:
         yield {}
         self.forget()
 
-    def tune(self, place: Block, parts: list[Part], streams: Streams) -> None:
+    def tune(self, block: Block, parts: list[MatrixKey], streams: Streams) -> None:
         """Tune a block's solved matrices, and keep them."""
-        label = f"{place.prefix}.{place.part}.tuned"
+        label = f"{block.prefix}.{block.sublayer}.tuned"
         if not (self.tuning.steps and parts) or self.store.files[parts[0]] in (f"{label}.safetensors", FINE_TUNED):
             return
         if self.tuning.on_block:
-            self.tuning.on_block(place)
+            self.tuning.on_block(block)
         device, read = self.models["original"].device, source_weights(self.source.checkpoint)
         tuned = {part: begin(part, *self.quantizations[part], self.store, device) for part in parts}
-        tune_block(self.models, place, tuned, streams, self.tuning.steps)
+        tune_block(self.models, block, tuned, streams, self.tuning.steps)
         self.store.add(label, {part: one.finished(read(*part)) for part, one in tuned.items()})
         for part in parts:
             self.kept["quantized"].pop(part, None)
 
-    def solve(self, block: str, found: dict[Part, Moments]) -> None:
+    def solve(self, block: str, found: dict[MatrixKey, Moments]) -> None:
         """Quantize parts by their inputs' moments, and keep them."""
         self.forget()  # solving needs the room; reading a block again takes little of its time
-        made: dict[Part, Quantized] = {}
-        adjusted: dict[Part, Adjustment] = {}
+        made: dict[MatrixKey, Quantized] = {}
+        adjusted: dict[MatrixKey, Adjustment] = {}
         read = source_weights(self.source.checkpoint)
         for part, moments in found.items():
             quantization, dtype = self.quantizations[part]
@@ -143,7 +143,7 @@ class LayerwiseRun:
 
 def _matrices(block: Block, steps: int) -> tuple[list[str], list[str]]:
     """Return the names of a block's matrices: those that read its input, and those that read what these make of it."""
-    if block.part == "attention":
+    if block.sublayer == "attention":
         stems, first, second = [f"{block.prefix}.self_attn"], "in_proj_weight", "out_proj.weight"
     else:
         gates = [f".{step}" for step in range(steps)] if block.component == "depformer" else [""]
@@ -166,7 +166,7 @@ def quantize_model(
     """
     device = devices.device()
     quantizations = quantizations_of(outputs)
-    kept: dict[str, dict[Part, Tensor]] = {"original": {}, "quantized": {}}
+    kept: dict[str, dict[MatrixKey, Tensor]] = {"original": {}, "quantized": {}}
     model = reference_of(source.checkpoint, device=device)
     weights = kept_by(kept["quantized"], quantized_weights(source, quantizations, store), device)
     models = {
@@ -182,7 +182,7 @@ def quantize_model(
 
 
 def quantized_weights(
-    source: Source, quantizations: dict[Part, tuple[QuantizationConfig, str]], store: QuantizedStore
+    source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]], store: QuantizedStore
 ) -> Weights:
     """Return a way to read the quantized model's matrices: solved ones, others by their method, else the source's.
 
@@ -208,7 +208,7 @@ def quantized_weights(
     return read
 
 
-def quantized_rows(source: Source, quantizations: dict[Part, tuple[QuantizationConfig, str]]) -> Rows:
+def quantized_rows(source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]]) -> Rows:
     """Return a way to read rows of embedding tables as they will be."""
     original = source_rows(source.checkpoint)
 
@@ -256,7 +256,7 @@ def _fitting(count: int, floats: int) -> NDArray[np.int64]:
     return evenly_spaced(count, max(1, _STREAM // (4 * floats)))
 
 
-def _quantize_read(run: LayerwiseRun, block: str, parts: list[Part], inputs: Streams) -> None:
+def _quantize_read(run: LayerwiseRun, block: str, parts: list[MatrixKey], inputs: Streams) -> None:
     """Quantize matrices that all read the same input, which is at hand."""
     parts = [part for part in parts if part not in run.store.files]
     if parts:

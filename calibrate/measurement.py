@@ -30,7 +30,7 @@ from ..model.reference import Rows, TorchModel, kept_by, reference_of, source_we
 from ..model.tokens import TokenSet, evenly_spaced
 from ..model.walk import advance, step_inputs, walk
 from ..quant.affine import BITS, QuantizationConfig, dequantize
-from .sensitivity import STREAMS, Part, Sensitivities, members_of, settings_of, usual_group
+from .sensitivity import STREAMS, Sensitivities, TensorGroup, members_of, settings_of, usual_group
 from .weight_only import quantized
 
 _READ_FIRST = ("text_emb", "emb")  # tables that the temporal transformer reads
@@ -38,7 +38,7 @@ _SHARE = 0.25  # of the machine's memory, for all streams at a time
 _FRAMES = 4096  # measured on at most
 _ROWS = 128  # frames of a sequence that go through a wide depformer, and rows of a matrix of which errors are taken
 _STORAGE = np.dtype(np.float32)  # of scales and biases: what other dtypes round is the same for all parts
-Variant = tuple[Part, int]  # a part, and the bits that it is quantized to
+Variant = tuple[TensorGroup, int]  # a part, and the bits that it is quantized to
 Streams = dict[Variant | None, Floats]  # by variant; None for the original
 
 
@@ -112,7 +112,7 @@ def measure(
     return found
 
 
-def _blocks(architecture: Architecture, members: Iterable[Part], variants: int) -> int:
+def _blocks(architecture: Architecture, members: Iterable[TensorGroup], variants: int) -> int:
     """Return how many blocks are computed in a pass, for the original and for so many variants of each part."""
     temporal, depformer = (len(blocks_of(architecture, component)) for component in ("temporal", "depformer"))
     count = 0
@@ -153,7 +153,7 @@ class Pass:
     """
 
     source: Source
-    members: dict[Part, list[tuple[str, int | None]]]
+    members: dict[TensorGroup, list[tuple[str, int | None]]]
     model: TorchModel
     kept: dict[tuple[str, int], Tensor]
     token_set: TokenSet
@@ -180,7 +180,7 @@ class Pass:
     @contextmanager
     def at_block(self, block: Block, streams: Streams) -> Iterator[Streams]:
         """Begin the streams of the variants that have this block quantized, beside the original's."""
-        pattern = "self_attn.*" if block.part == "attention" else "gating.*"
+        pattern = "self_attn.*" if block.sublayer == "attention" else "gating.*"
         variants = self.variants(block.component)
         begun: Streams = {
             (part, bits): streams[None].copy()

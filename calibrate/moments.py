@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..convert.bundle.quantized_store import Part
+from ..convert.bundle.quantized_store import MatrixKey
 from ..model.blocks import POSITIONS, Block
 from ..model.forward import Floats
 from ..model.reference import TorchModel
@@ -47,10 +47,10 @@ def moments_of(inputs: dict[str, Floats], device: str) -> Moments:
 
 
 def block_moments(
-    models: dict[str, TorchModel], block: Block, parts: list[Part], streams: dict[str, Floats]
-) -> dict[Part, Moments]:
+    models: dict[str, TorchModel], block: Block, parts: list[MatrixKey], streams: dict[str, Floats]
+) -> dict[MatrixKey, Moments]:
     """Return the moments of what a block's matrices read; streams: what the block reads in both models."""
-    sums: dict[Part, _Sums] = {}
+    sums: dict[MatrixKey, _Sums] = {}
     for rows in block.batches(streams["original"]):
         caught = {name: _caught(model, block, parts, streams[name][rows]) for name, model in models.items()}
         for part in parts:
@@ -61,9 +61,9 @@ def block_moments(
     return {part: found.moments() for part, found in sums.items()}
 
 
-def _caught(model: TorchModel, place: Block, parts: list[Part], x: Floats) -> dict[Part, Tensor]:
+def _caught(model: TorchModel, block: Block, parts: list[MatrixKey], x: Floats) -> dict[MatrixKey, Tensor]:
     """Return the inputs ``[rows, columns]`` of matrices while a block is computed, as far as it must be."""
-    caught: dict[Part, Tensor] = {}
+    caught: dict[MatrixKey, Tensor] = {}
 
     def seen(name: str, step: int | None, given: Tensor) -> None:
         part = (name, step or 0)
@@ -73,5 +73,5 @@ def _caught(model: TorchModel, place: Block, parts: list[Part], x: Floats) -> di
                 raise _SeenError
 
     with suppress(_SeenError):
-        replace(model, seen=seen).block(place, x)
+        replace(model, seen=seen).block(block, x)
     return caught

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..convert.bundle.quantized_store import Part, QuantizedStore
+from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
 from ..convert.tensorfile import DTYPES
 from ..model.reference import Weights
 from ..quant.affine import QuantizationConfig, Quantized, unpack
@@ -60,7 +60,12 @@ def _as_if(moved: Tensor, value: Tensor) -> Tensor:
 
 
 def begin(
-    part: Part, quantization: QuantizationConfig, dtype: str, store: QuantizedStore, device: str, codes_too: bool = True
+    part: MatrixKey,
+    quantization: QuantizationConfig,
+    dtype: str,
+    store: QuantizedStore,
+    device: str,
+    codes_too: bool = True,
 ) -> TrainableMatrix:
     """Return a solved matrix, ready to be moved: its scales and biases, and its codes as well or not."""
     held = store.read(part, 0, store.rows(part), np.dtype(np.float32))
@@ -71,7 +76,7 @@ def begin(
     return TrainableMatrix(quantization, dtype, (scale, bias), grouped, *moved)
 
 
-def adam_for(tuned: Mapping[Part, TrainableMatrix]) -> torch.optim.Adam:
+def adam_for(tuned: Mapping[MatrixKey, TrainableMatrix]) -> torch.optim.Adam:
     """Return what moves them: sides, then codes where they are moved."""
     sides = [side for one in tuned.values() for side in (one.scales, one.biases)]
     codes = [one.codes for one in tuned.values() if one.codes.requires_grad]
@@ -103,7 +108,7 @@ def take_step(adam: torch.optim.Adam, loss: Tensor) -> bool:
     return True
 
 
-def weights_of(tuned: Mapping[Part, TrainableMatrix], rest: Weights) -> Weights:
+def weights_of(tuned: Mapping[MatrixKey, TrainableMatrix], rest: Weights) -> Weights:
     """Return a way to read matrices, those under way as they are now."""
 
     def read(name: str, step: int | None) -> Tensor:

@@ -38,7 +38,7 @@ _FILE: Schema = {
 
 
 @dataclass(frozen=True, order=True)
-class Part:
+class TensorGroup:
     """What gets one setting. modules: a shell pattern. layer, step: None where they do not tell parts apart."""
 
     component: str
@@ -63,8 +63,8 @@ class Sensitivities:
 
     tokens: TokenDescription
     fingerprint: str = ""
-    costs: dict[Part, dict[int, dict[str, float]]] = field(default_factory=dict)
-    errors: dict[Part, dict[tuple[int, int], float]] = field(default_factory=dict)
+    costs: dict[TensorGroup, dict[int, dict[str, float]]] = field(default_factory=dict)
+    errors: dict[TensorGroup, dict[tuple[int, int], float]] = field(default_factory=dict)
 
     @property
     def measured_on(self) -> str:
@@ -96,7 +96,7 @@ class Sensitivities:
             raise ValueError(problem)
         made = cls(typed_json.from_json(TokenDescription, data["material"]), data["mark"])
         for index, entry in enumerate(data["parts"]):
-            part = Part(*(entry[key] for key in ("component", "modules", "layer", "step")))
+            part = TensorGroup(*(entry[key] for key in ("component", "modules", "layer", "step")))
             made.costs[part] = {
                 bits: {stream: float(entry["divergence"][str(bits)][stream]) for stream in STREAMS} for bits in BITS
             }
@@ -111,7 +111,7 @@ class Sensitivities:
             made.errors[part] = errors
         return made
 
-    def cost(self, part: Part, quantization: QuantizationConfig | None) -> dict[str, float] | None:
+    def cost(self, part: TensorGroup, quantization: QuantizationConfig | None) -> dict[str, float] | None:
         """Return what a part's setting costs each stream; None where its rows are not divided by the group size."""
         if quantization is None or part not in self.costs:
             return dict.fromkeys(STREAMS, 0.0)
@@ -129,17 +129,17 @@ def usual_group(errors: Mapping[tuple[int, int], float]) -> int:
     return 64 if 64 in sizes else max(sizes)
 
 
-def part_of(role: Role, step: int | None) -> Part:
+def group_of(role: Role, step: int | None) -> TensorGroup:
     """Return the part that an output of this role and depformer step belongs to."""
     within = role.module.partition(".")[0] + ".*" if "." in role.module else role.module
     if role.component == "embeddings":
-        return Part("embeddings", role.module)
-    return Part(role.component, within, role.layer if role.component == "temporal" else None, step)
+        return TensorGroup("embeddings", role.module)
+    return TensorGroup(role.component, within, role.layer if role.component == "temporal" else None, step)
 
 
-def members_of(architecture: Architecture) -> dict[Part, list[tuple[str, int | None]]]:
+def members_of(architecture: Architecture) -> dict[TensorGroup, list[tuple[str, int | None]]]:
     """Return the tensors, and rows of stacked ones, of each part that the agent's predictions depend on."""
-    half, members = architecture.n_q // 2, dict[Part, list[tuple[str, int | None]]]()
+    half, members = architecture.n_q // 2, dict[TensorGroup, list[tuple[str, int | None]]]()
     for name, role in roles(architecture).items():
         if role.kind == "norm":
             continue
@@ -147,7 +147,7 @@ def members_of(architecture: Architecture) -> dict[Part, list[tuple[str, int | N
         for index in stacked:
             step = role.step if index is None else index
             if step is None or step < half:
-                members.setdefault(part_of(role, step), []).append((name, index))
+                members.setdefault(group_of(role, step), []).append((name, index))
     return members
 
 

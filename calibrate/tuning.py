@@ -22,7 +22,7 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from ..convert.bundle.output_tensor import Output
-from ..convert.bundle.quantized_store import Part, QuantizedStore, quantizations_of
+from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore, quantizations_of
 from ..convert.progress import bar
 from ..convert.source.source import Source
 from ..model import torch_device as devices
@@ -107,7 +107,7 @@ def reach(outputs: list[Output], memory: int | None = None) -> str | None:
 def _tune(
     original: TorchModel,
     made: TorchModel,
-    tuned: Mapping[Part, TrainableMatrix],
+    tuned: Mapping[MatrixKey, TrainableMatrix],
     token_set: TokenSet,
     schedule: Schedule,
     state: Path,

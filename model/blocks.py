@@ -14,11 +14,11 @@ SUBLAYERS = ("attention", "mlp")
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a transformer. component: temporal or depformer. part: attention or mlp."""
+    """One block of a transformer. component: temporal or depformer. sublayer: attention or mlp."""
 
     component: str
     layer: int
-    part: str
+    sublayer: str
 
     @property
     def prefix(self) -> str:
@@ -31,10 +31,10 @@ class Block:
         return [slice(first, first + height) for first in range(0, len(x), height)]
 
     def __str__(self) -> str:
-        return f"{self.component} layer {self.layer} {self.part}"
+        return f"{self.component} layer {self.layer} {self.sublayer}"
 
 
 def blocks_of(architecture: Architecture, component: str) -> list[Block]:
     """Return a component's blocks, first to last."""
     layers = architecture.num_layers if component == "temporal" else architecture.depformer_num_layers
-    return [Block(component, layer, part) for layer in range(layers) for part in SUBLAYERS]
+    return [Block(component, layer, sublayer) for layer in range(layers) for sublayer in SUBLAYERS]

@@ -26,12 +26,12 @@ class Model(Protocol):
         vectors: ``[batch, frames, dim]``, added as they are: the embeddings of a voice.
         """
 
-    def block(self, place: Block, x: Floats, memory: KVCache | None = None, first: int = 0) -> tuple[Floats, Floats]:
+    def block(self, block: Block, x: Floats, kv_cache: KVCache | None = None, first: int = 0) -> tuple[Floats, Floats]:
         """Return what a block computes, and the stream ``x`` with it added.
 
         x: ``[batch, frames, dim]`` in the temporal transformer, ``[rows, steps, depformer_dim]`` in the depformer.
-        first: which frame or step ``x`` begins with. memory: where attention keeps keys and values for later calls, and
-        finds those of the frames or steps before ``first``.
+        first: the frame or step that ``x`` begins with. kv_cache: where attention keeps keys and values for later
+        calls, and finds those of the frames or steps before ``first``.
         """
 
     def out_norm(self, x: Floats) -> Floats:

@@ -43,12 +43,12 @@ class MlxModel:
             total = total + self._look_up(f"emb.{stream - 1}.weight", tokens[:, stream])
         return _out(total if vectors is None else total + self._in(vectors))
 
-    def block(self, place: Block, x: Floats, memory: KVCache | None = None, first: int = 0) -> tuple[Floats, Floats]:
+    def block(self, block: Block, x: Floats, kv_cache: KVCache | None = None, first: int = 0) -> tuple[Floats, Floats]:
         """Compute one attention or MLP."""
         stream = self._in(x)
-        steps = range(first, first + x.shape[1]) if place.component == "depformer" else None
-        attention = place.part == "attention"
-        added = self._attention(place, stream, memory, first, steps) if attention else self._mlp(place, stream, steps)
+        steps = range(first, first + x.shape[1]) if block.component == "depformer" else None
+        attention = block.sublayer == "attention"
+        added = self._attention(block, stream, kv_cache, first, steps) if attention else self._mlp(block, stream, steps)
         total = stream + added
         mx.eval(added, total)
         return _out(added), _out(total)
@@ -98,14 +98,14 @@ class MlxModel:
         return (wide * (alpha * scale)).astype(x.dtype)
 
     def _attention(
-        self, place: Block, x: mx.array, memory: KVCache | None, first: int, steps: range | None
+        self, block: Block, x: mx.array, kv_cache: KVCache | None, first: int, steps: range | None
     ) -> mx.array:
         """Attend from each frame or depformer step to those before it and itself."""
         batch, length, dim = x.shape
-        packed, joined = f"{place.prefix}.self_attn.in_proj_weight", f"{place.prefix}.self_attn.out_proj.weight"
+        packed, joined = f"{block.prefix}.self_attn.in_proj_weight", f"{block.prefix}.self_attn.out_proj.weight"
         heads = self.architecture.num_heads if steps is None else self.architecture.depformer_num_heads
         reach = self.context if steps is None else self.steps_seen
-        x = self._norm(f"{place.prefix}.norm1.alpha", x, steps)
+        x = self._norm(f"{block.prefix}.norm1.alpha", x, steps)
         q, k, v = self._each(packed, x, steps).reshape(batch, length, 3, heads, -1).transpose(2, 0, 3, 1, 4)
         if steps is None:
             q, k = (
@@ -119,21 +119,21 @@ class MlxModel:
                 )
                 for part in (q, k)
             )
-        if memory is not None:
+        if kv_cache is not None:
             if first:
-                k, v = (mx.concatenate(list(pair), axis=2) for pair in zip(memory[place], (k, v), strict=True))
+                k, v = (mx.concatenate(list(pair), axis=2) for pair in zip(kv_cache[block], (k, v), strict=True))
             mx.eval(k, v)
-            memory[place] = (k[:, :, -reach:], v[:, :, -reach:])
+            kv_cache[block] = (k[:, :, -reach:], v[:, :, -reach:])
         distance = mx.arange(first, first + length)[:, None] - mx.arange(first + length - k.shape[2], first + length)
         attended = mx.fast.scaled_dot_product_attention(
             q, k, v, scale=q.shape[-1] ** -0.5, mask=(distance >= 0) & (distance < reach)
         )
         return self._each(joined, attended.transpose(0, 2, 1, 3).reshape(batch, length, dim), steps)
 
-    def _mlp(self, place: Block, x: mx.array, steps: range | None) -> mx.array:
+    def _mlp(self, block: Block, x: mx.array, steps: range | None) -> mx.array:
         """Apply SwiGLU; a depformer step has its own."""
-        gating = f"{place.prefix}.gating"
-        x = self._norm(f"{place.prefix}.norm2.alpha", x, steps)
+        gating = f"{block.prefix}.gating"
+        x = self._norm(f"{block.prefix}.norm2.alpha", x, steps)
         if steps is None:
             return self._gated(gating, x)
         return mx.stack([self._gated(f"{gating}.{step}", x[:, index]) for index, step in enumerate(steps)], 1)

@@ -62,18 +62,18 @@ class TorchModel:
             raise ValueError("no stream to embed")
         return self._out(total if vectors is None else total + self._in(vectors))
 
-    def block(self, place: Block, x: Floats, memory: KVCache | None = None, first: int = 0) -> tuple[Floats, Floats]:
+    def block(self, block: Block, x: Floats, kv_cache: KVCache | None = None, first: int = 0) -> tuple[Floats, Floats]:
         """Compute one attention or MLP."""
         stream = self._in(x)
-        added = self.added(place, stream, memory, first)
+        added = self.added(block, stream, kv_cache, first)
         return self._out(added), self._out(stream + added)
 
-    def added(self, place: Block, x: Tensor, memory: KVCache | None = None, first: int = 0) -> Tensor:
+    def added(self, block: Block, x: Tensor, kv_cache: KVCache | None = None, first: int = 0) -> Tensor:
         """Return what a block computes, as ``block`` does, on tensors that stay where they are."""
-        steps = range(first, first + x.shape[1]) if place.component == "depformer" else None
-        if place.part == "attention":
-            return self._attention(place, x, memory, first, steps)
-        return self._mlp(place, x, steps)
+        steps = range(first, first + x.shape[1]) if block.component == "depformer" else None
+        if block.sublayer == "attention":
+            return self._attention(block, x, kv_cache, first, steps)
+        return self._mlp(block, x, steps)
 
     def out_norm(self, x: Floats) -> Floats:
         """Normalize the last layer's output."""
@@ -147,29 +147,29 @@ class TorchModel:
         wide = x.float()
         return (wide * (alpha * torch.rsqrt(EPSILON + wide.square().mean(-1, keepdim=True)))).to(x.dtype)
 
-    def _attention(self, place: Block, x: Tensor, memory: KVCache | None, first: int, steps: range | None) -> Tensor:
+    def _attention(self, block: Block, x: Tensor, kv_cache: KVCache | None, first: int, steps: range | None) -> Tensor:
         """Attend from each frame or depformer step to those before it and itself."""
         batch, length, dim = x.shape
-        packed, joined = f"{place.prefix}.self_attn.in_proj_weight", f"{place.prefix}.self_attn.out_proj.weight"
+        packed, joined = f"{block.prefix}.self_attn.in_proj_weight", f"{block.prefix}.self_attn.out_proj.weight"
         heads = self.architecture.num_heads if steps is None else self.architecture.depformer_num_heads
         reach = self.context if steps is None else self.steps_seen
-        x = self._norm(self._alphas(f"{place.prefix}.norm1.alpha", steps), x)
+        x = self._norm(self._alphas(f"{block.prefix}.norm1.alpha", steps), x)
         q, k, v = self._each(packed, x, steps).reshape(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
         positions = torch.arange(first, first + length, device=self.device)
         if steps is None:
             q, k = (_rotate(part, positions, self.architecture.max_period) for part in (q, k))
-        if memory is not None:
+        if kv_cache is not None:
             if first:
-                k, v = (torch.cat(pair, 2) for pair in zip(memory[place], (k, v), strict=True))
-            memory[place] = (k[:, :, -reach:], v[:, :, -reach:])
+                k, v = (torch.cat(pair, 2) for pair in zip(kv_cache[block], (k, v), strict=True))
+            kv_cache[block] = (k[:, :, -reach:], v[:, :, -reach:])
         seen = torch.arange(first + length - k.shape[2], first + length, device=self.device)
         distance = positions[:, None] - seen[None]
         attended = _attend(q, k, v, (distance >= 0) & (distance < reach))
         return self._each(joined, attended.transpose(1, 2).reshape(batch, length, dim), steps)
 
-    def _mlp(self, place: Block, x: Tensor, steps: range | None) -> Tensor:
+    def _mlp(self, block: Block, x: Tensor, steps: range | None) -> Tensor:
         """Apply SwiGLU; a depformer step has its own."""
-        norm, gating = f"{place.prefix}.norm2.alpha", f"{place.prefix}.gating"
+        norm, gating = f"{block.prefix}.norm2.alpha", f"{block.prefix}.gating"
         x = self._norm(self._alphas(norm, steps), x)
         if steps is None:
             return self._gated(gating, x)

@@ -143,17 +143,17 @@ def sessions(
     frames: the next frame of every session. choose: takes logits ``[sessions, vocabulary]`` and the stream, and returns
     tokens for where none is given. The voices go through the temporal transformer in one pass, then each frame in one.
     """
-    memory: KVCache = {}
+    kv_cache: KVCache = {}
     vectors = np.stack([voice.embeddings.reshape(-1, architecture.dim).astype(np.float32) for voice in voices])
     if vectors.shape[1]:
         nothing = np.full((len(voices), 1 + architecture.n_q, vectors.shape[1]), -1, np.int32)
-        forward_blocks(model, architecture, "temporal", model.embed(nothing, vectors), memory)
+        forward_blocks(model, architecture, "temporal", model.embed(nothing, vectors), kv_cache)
     columns = [Columns(architecture, voice) for voice in voices]
     for done, given_now in enumerate(frames, vectors.shape[1]):
         parts = [one.give(frame) for one, frame in zip(columns, given_now, strict=True)]
         targets, given = [target for _, target, _ in parts], [held for _, _, held in parts]
         x = model.embed(np.stack([source for source, _, _ in parts])[:, :, None])
-        hidden = model.out_norm(forward_blocks(model, architecture, "temporal", x, memory, done))[:, 0]
+        hidden = model.out_norm(forward_blocks(model, architecture, "temporal", x, kv_cache, done))[:, 0]
         text = model.text_logits(hidden)
         _complete(targets, given, 0, choose(text, 0))
         audio = _steps(model, architecture, hidden, targets, given, choose)
@@ -176,12 +176,12 @@ def _steps(
     choose: Callable[[Floats, int], Tokens],
 ) -> Floats:
     """Run the depformer's steps for one frame and complete its columns; return logits ``[sessions, steps, card]``."""
-    memory: KVCache = {}
+    kv_cache: KVCache = {}
     logits = []
     for step in range(architecture.steps):
         previous = np.array([target[step] for target in targets], np.int32)
         x = model.step_input(step, hidden, previous)[:, None]
-        x = forward_blocks(model, architecture, "depformer", x, memory, step)
+        x = forward_blocks(model, architecture, "depformer", x, kv_cache, step)
         logits.append(model.audio_logits(step, x[:, 0]))
         _complete(targets, given, step + 1, choose(logits[-1], step + 1))
     return np.stack(logits, 1)

@@ -42,8 +42,8 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
     def norm(name: str, step: int | None = None) -> mx.array:
         return read_by_name(bundle, name, step).weight.reshape(-1).astype(kind)
 
-    def layer(place: Block, step: int | None = None) -> Layer:
-        prefix, gating = place.prefix, f"{place.prefix}.gating" + ("" if step is None else f".{step}")
+    def layer(block: Block, step: int | None = None) -> Layer:
+        prefix, gating = block.prefix, f"{block.prefix}.gating" + ("" if step is None else f".{step}")
         return Layer(
             norm(f"{prefix}.norm1.alpha", step),
             linear(f"{prefix}.self_attn.in_proj_weight", step),
@@ -54,12 +54,14 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
         )
 
     steps, few = [], on_gpu() if few is None else few
-    temporal, depformer = ([place for place in blocks_of(a, name) if place.part == "mlp"] for name in COMPONENTS[:2])
+    temporal, depformer = (
+        [block for block in blocks_of(a, name) if block.sublayer == "mlp"] for name in COMPONENTS[:2]
+    )
     for step in range(min(a.steps, a.n_q // 2)):
         table = read_by_name(bundle, f"depformer_emb.{step - 1}.weight" if step else "depformer_text_emb.weight")
         if few:  # one look-up in place of codes', scales' and biases'
             table = _owned(Matrix(table.float32().astype(kind)))
-        layers = tuple(layer(place, step) for place in depformer)
+        layers = tuple(layer(block, step) for block in depformer)
         steps.append(
             DepformerStep(linear(f"depformer_in.{step}.weight"), table, layers, linear(f"linears.{step}.weight"))
         )
@@ -68,7 +70,7 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
         kind,
         reach_of(bundle),
         _tables(bundle),
-        tuple(layer(place) for place in temporal),
+        tuple(layer(block) for block in temporal),
         norm("out_norm.alpha"),
         linear("text_linear.weight"),
         tuple(steps),

@@ -23,22 +23,22 @@ def recorded(model: Model, architecture: Architecture, tokens: Tokens) -> dict[s
     """Everything that the golden files hold, computed by a model."""
     x = model.embed(tokens)
     found = {"temporal.embed": x}
-    for place in blocks_of(architecture, "temporal"):
-        added, x = model.block(place, x)
-        if place.layer == 0:
-            found[f"temporal.layers.0.{ {'attention': 'self_attn', 'mlp': 'gating'}[place.part] }"] = added
-        if place.part == "mlp":
-            found[f"temporal.layers.{place.layer}"] = x
+    for block in blocks_of(architecture, "temporal"):
+        added, x = model.block(block, x)
+        if block.layer == 0:
+            found[f"temporal.layers.0.{ {'attention': 'self_attn', 'mlp': 'gating'}[block.sublayer] }"] = added
+        if block.sublayer == "mlp":
+            found[f"temporal.layers.{block.layer}"] = x
     hidden = model.out_norm(x)
     batch, frames, dim = hidden.shape
     rows = hidden.reshape(-1, dim)
     found |= {"temporal.out_norm": hidden, "text_logits": model.text_logits(rows).reshape(batch, frames, -1)}
     steps = architecture.steps
     x = np.stack([model.step_input(step, rows, tokens[:, step].reshape(-1)) for step in range(steps)], 1)
-    for place in blocks_of(architecture, "depformer"):
-        _, x = model.block(place, x)
-        if place.part == "mlp":
-            found[f"depformer.layers.{place.layer}"] = x.reshape(batch, frames, steps, -1)
+    for block in blocks_of(architecture, "depformer"):
+        _, x = model.block(block, x)
+        if block.sublayer == "mlp":
+            found[f"depformer.layers.{block.layer}"] = x.reshape(batch, frames, steps, -1)
     logits = [model.audio_logits(step, x[:, step]).reshape(batch, frames, -1) for step in range(steps)]
     return found | {"audio_logits": np.stack(logits, 1)}
 

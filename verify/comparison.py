@@ -102,19 +102,19 @@ class Comparison:
         self.measured.activations += _rows(block, added, once, streams)
 
 
-def _belongs(name: str, place: Block) -> bool:
+def _belongs(name: str, block: Block) -> bool:
     """Tell whether a tensor of the checkpoint is read by a block."""
-    parts = ("norm1", "self_attn") if place.part == "attention" else ("norm2", "gating")
-    return any(name.startswith(f"{place.prefix}.{part}.") for part in parts)
+    parts = ("norm1", "self_attn") if block.sublayer == "attention" else ("norm2", "gating")
+    return any(name.startswith(f"{block.prefix}.{part}.") for part in parts)
 
 
-def _rows(place: Block, added: Floats, once: dict[str, Floats], after: dict[str, Floats]) -> list[dict[str, Any]]:
+def _rows(block: Block, added: Floats, once: dict[str, Floats], after: dict[str, Floats]) -> list[dict[str, Any]]:
     """Return a block's row, or one for each depformer step."""
-    steps = range(added.shape[1]) if place.component == "depformer" else (None,)
+    steps = range(added.shape[1]) if block.component == "depformer" else (None,)
     found = []
     for step in steps:
         part = slice(None) if step is None else (slice(None), step)
-        row: dict[str, Any] = {"component": place.component, "layer": place.layer, "part": place.part, "step": step}
+        row: dict[str, Any] = {"component": block.component, "layer": block.layer, "part": block.sublayer, "step": step}
         for name, prefix in (("bundle", ""), ("noise", "noise_")):
             row[f"{prefix}local"] = difference(once[name][part], added[part])
             row[f"{prefix}accumulated"] = difference(after[name][part], after["reference"][part])

@@ -17,7 +17,7 @@ from .output_tensor import Output
 from .records import Adjustment, CalibrationRecord
 from .workspace import write_durably
 
-Part = tuple[str, int]  # a source tensor and the depformer step stacked in it, 0 where none is
+MatrixKey = tuple[str, int]  # a source tensor, and the depformer step stacked in it (0 where none is)
 _INDEX = "solution.json"
 _DTYPES = {"weight": "U32", "scales": "F32", "biases": "F32"}
 
@@ -32,8 +32,8 @@ class QuantizedStore:
     def __init__(self, folder: Path, mark: str) -> None:
         """Open or begin a solution."""
         self.folder, self.mark = folder, mark
-        self.files: dict[Part, str] = {}
-        self.adjusted: dict[Part, Adjustment] = {}
+        self.files: dict[MatrixKey, str] = {}
+        self.adjusted: dict[MatrixKey, Adjustment] = {}
         self._open: dict[str, TensorFile] = {}
         self._lock = Lock()
         if not self._resume():
@@ -65,7 +65,7 @@ class QuantizedStore:
         self.files |= {(name, part): file for name, part, file in more}
 
     def add(
-        self, block: str, solved: Mapping[Part, Quantized], adjusted: Mapping[Part, Adjustment] | None = None
+        self, block: str, solved: Mapping[MatrixKey, Quantized], adjusted: Mapping[MatrixKey, Adjustment] | None = None
     ) -> None:
         """Write the matrices of one block, all or none, and what was adjusted for them."""
         file, arrays = f"{block}.safetensors", list(_arrays(solved))
@@ -82,18 +82,18 @@ class QuantizedStore:
         self.adjusted |= adjusted or {}
         self._note([(name, part, file) for name, part in solved])
 
-    def rows(self, part: Part) -> int:
+    def rows(self, part: MatrixKey) -> int:
         """Return how many rows a solved matrix has."""
         return self._file(part).specs[f"{part[0]}.{part[1]}.weight"].shape[0]
 
-    def _file(self, part: Part) -> TensorFile:
+    def _file(self, part: MatrixKey) -> TensorFile:
         name = self.files[part]
         with self._lock:
             if name not in self._open:
                 self._open[name] = TensorFile(self.folder / name)
             return self._open[name]
 
-    def read(self, part: Part, first: int, last: int, storage: np.dtype[Any]) -> Quantized:
+    def read(self, part: MatrixKey, first: int, last: int, storage: np.dtype[Any]) -> Quantized:
         """Return rows of a solved matrix; scales and biases as they are stored. Its errors are not known here."""
         file = self._file(part)
         weight, scales, biases = (file.read(f"{part[0]}.{part[1]}.{kind}", first, last) for kind in _DTYPES)
@@ -130,7 +130,7 @@ class QuantizedStore:
         self.close()
 
 
-def _arrays(solved: Mapping[Part, Quantized]) -> Iterator[tuple[str, NDArray[Any]]]:
+def _arrays(solved: Mapping[MatrixKey, Quantized]) -> Iterator[tuple[str, NDArray[Any]]]:
     for (name, part), made in solved.items():
         yield f"{name}.{part}.weight", made.weight
         yield f"{name}.{part}.scales", made.scales.astype(np.float32)
@@ -148,9 +148,9 @@ class LayerwiseQuantizer:
     solve: Callable[[QuantizedStore], None]
 
 
-def quantizations_of(outputs: list[Output]) -> dict[Part, tuple[QuantizationConfig, str]]:
+def quantizations_of(outputs: list[Output]) -> dict[MatrixKey, tuple[QuantizationConfig, str]]:
     """Return how each part of each source tensor is quantized, and the dtype of its scales and biases."""
-    found: dict[Part, tuple[QuantizationConfig, str]] = {}
+    found: dict[MatrixKey, tuple[QuantizationConfig, str]] = {}
     for output in outputs:
         if output.quantization:
             for part in range(output.rows[0] // _height(output), output.rows[1] // _height(output)):

@@ -261,14 +261,14 @@ def test_a_killed_run_tunes_no_block_twice(opened, few, tmp_path, store_at):
     store = store_at(tmp_path / "solution", "mark")
     blocks: list[str] = []
 
-    def cut_off(place):
+    def cut_off(block):
         if len(blocks) == 3:
             raise KeyboardInterrupt
-        blocks.append(str(place))
+        blocks.append(str(block))
 
     with pytest.raises(KeyboardInterrupt):
         layerwise.quantize_model(source, plan.outputs, token_set, store, BlockTuning(2, cut_off), quiet=True)
-    tuning = BlockTuning(2, lambda place: blocks.append(str(place)))
+    tuning = BlockTuning(2, lambda block: blocks.append(str(block)))
     layerwise.quantize_model(
         source, plan.outputs, token_set, store_at(tmp_path / "solution", "mark"), tuning, quiet=True
     )

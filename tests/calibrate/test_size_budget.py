@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from ppx.calibrate import measurement, sensitivity, weight_only
 from ppx.calibrate.allocation import AllocationRequest, Budget, allocate, size_of
-from ppx.calibrate.sensitivity import Part
+from ppx.calibrate.sensitivity import TensorGroup
 from ppx.convert import conversion
 from ppx.convert.bundle.plan import make_plan
 from ppx.convert.bundle.recipe import uniform
@@ -95,22 +95,26 @@ def divergence(reference: torch.Tensor, other: torch.Tensor, counted: NDArray[np
     ("part", "bits", "altered"),
     [
         (
-            Part("temporal", "self_attn.*", layer=0),
+            TensorGroup("temporal", "self_attn.*", layer=0),
             3,
             lambda name, _: name.startswith("transformer.layers.0.self_attn."),
         ),
-        (Part("temporal", "gating.*", layer=1), 4, lambda name, _: name.startswith("transformer.layers.1.gating.")),
         (
-            Part("depformer", "self_attn.*", step=2),
+            TensorGroup("temporal", "gating.*", layer=1),
+            4,
+            lambda name, _: name.startswith("transformer.layers.1.gating."),
+        ),
+        (
+            TensorGroup("depformer", "self_attn.*", step=2),
             2,
             lambda name, step: "depformer" in name and "self_attn" in name and step == 2,
         ),
-        (Part("depformer", "gating.*", step=1), 4, lambda name, _: "depformer" in name and ".gating.1." in name),
-        (Part("depformer", "depformer_in", step=0), 3, lambda name, _: name == "depformer_in.0.weight"),
-        (Part("embeddings", "emb"), 3, lambda name, _: name.startswith("emb.")),
-        (Part("embeddings", "depformer_emb"), 2, lambda name, _: name.startswith("depformer_emb.")),
-        (Part("heads", "linears", step=3), 4, lambda name, _: name == "linears.3.weight"),
-        (Part("heads", "text_linear"), 3, lambda name, _: name == "text_linear.weight"),
+        (TensorGroup("depformer", "gating.*", step=1), 4, lambda name, _: "depformer" in name and ".gating.1." in name),
+        (TensorGroup("depformer", "depformer_in", step=0), 3, lambda name, _: name == "depformer_in.0.weight"),
+        (TensorGroup("embeddings", "emb"), 3, lambda name, _: name.startswith("emb.")),
+        (TensorGroup("embeddings", "depformer_emb"), 2, lambda name, _: name.startswith("depformer_emb.")),
+        (TensorGroup("heads", "linears", step=3), 4, lambda name, _: name == "linears.3.weight"),
+        (TensorGroup("heads", "text_linear"), 3, lambda name, _: name == "text_linear.weight"),
     ],
     ids=lambda value: "altered" if callable(value) else str(value),
 )
@@ -207,7 +211,7 @@ def test_every_tensor_that_the_agent_depends_on_is_in_a_part(measured):
     source, _, found = measured
     half = source.architecture.n_q // 2
     heard = {
-        sensitivity.part_of(role, step)
+        sensitivity.group_of(role, step)
         for role in roles(source.architecture).values()
         for step in (range(half) if role.stacked > 1 else [role.step])
         if role.kind != "norm" and (step is None or step < half)
@@ -220,13 +224,13 @@ def test_every_tensor_that_the_agent_depends_on_is_in_a_part(measured):
 
 def test_other_group_sizes_cost_as_their_errors_grow(measured):
     found = measured[2]
-    part = Part("temporal", "self_attn.*", layer=0)
+    part = TensorGroup("temporal", "self_attn.*", layer=0)
     small, usual, large = (found.cost(part, QuantizationConfig(4, size, "lsq"))["agent"] for size in (32, 64, 128))
     assert small < usual < large
     assert usual == found.costs[part][4]["agent"]
     assert found.cost(part, None) == {"text": 0.0, "agent": 0.0}
     assert (
-        found.cost(Part("temporal", "gating.*", layer=0), QuantizationConfig(4, 128, "lsq")) is None
+        found.cost(TensorGroup("temporal", "gating.*", layer=0), QuantizationConfig(4, 128, "lsq")) is None
     )  # does not divide its rows
 
 

@@ -89,12 +89,12 @@ def test_frames_in_one_pass_and_one_by_one(bundle, pico):
     tokens = load_file(pico / "golden" / "forward_float32.safetensors")["tokens"].numpy()
     with opened(bundle(*QUANTIZED["speech-swift"])) as held:
         model = model_of(held)
-        memory: KVCache = {}
+        kv_cache: KVCache = {}
         whole = model.embed(tokens)
         pieces = [whole[:, first : first + 1] for first in range(whole.shape[1])]
-        for place in blocks_of(held.architecture, "temporal"):
-            _, whole = model.block(place, whole)
-            pieces = [model.block(place, piece, memory, first)[1] for first, piece in enumerate(pieces)]
+        for block in blocks_of(held.architecture, "temporal"):
+            _, whole = model.block(block, whole)
+            pieces = [model.block(block, piece, kv_cache, first)[1] for first, piece in enumerate(pieces)]
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5 * np.abs(whole).max())
 
 
@@ -115,6 +115,6 @@ def test_it_attends_as_far_as_the_bundles_config_says(target, bundle, tmp_path):
         x = np.random.default_rng(0).standard_normal((1, 20, held.architecture.dim), np.float32)
         other = x.copy()
         other[:, 4] += 1
-        place = blocks_of(held.architecture, "temporal")[0]
-        differs = (model.block(place, other)[1] != model.block(place, x)[1]).any(axis=(0, 2))
+        block = blocks_of(held.architecture, "temporal")[0]
+        differs = (model.block(block, other)[1] != model.block(block, x)[1]).any(axis=(0, 2))
     assert differs.tolist() == [4 <= frame < 13 for frame in range(20)]

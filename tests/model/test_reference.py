@@ -51,25 +51,25 @@ def test_frames_in_one_pass_and_one_by_one(source, pico):
         load_file(pico / "golden" / "forward_float32.safetensors")["tokens"],
     )
     x = model.embed(tokens.numpy())
-    memory: KVCache = {}
+    kv_cache: KVCache = {}
     whole, pieces = x, []
-    for place in blocks_of(source.architecture, "temporal"):
-        _, whole = model.block(place, whole)
+    for block in blocks_of(source.architecture, "temporal"):
+        _, whole = model.block(block, whole)
     for first, last in ((0, 5), (5, 6), (6, 20), (20, x.shape[1])):
         part = x[:, first:last]
-        for place in blocks_of(source.architecture, "temporal"):
-            _, part = model.block(place, part, memory, first)
+        for block in blocks_of(source.architecture, "temporal"):
+            _, part = model.block(block, part, kv_cache, first)
         pieces.append(part)
     np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5 * np.abs(whole).max())
 
 
 def test_steps_of_the_depformer_see_all_before_them_and_none_after(source):
     model, a = reference_of(source.checkpoint), source.architecture
-    place = blocks_of(a, "depformer")[0]
+    block = blocks_of(a, "depformer")[0]
     x = np.random.default_rng(0).standard_normal((2, a.steps, a.depformer_dim), np.float32)
-    _, before = model.block(place, x)
+    _, before = model.block(block, x)
     for changed in (0, 7, a.steps - 1):
         other = x.copy()
         other[:, changed] += 1
-        differs = (model.block(place, other)[1] != before).any(axis=(0, 2))
+        differs = (model.block(block, other)[1] != before).any(axis=(0, 2))
         assert differs.tolist() == [step >= changed for step in range(a.steps)]
