@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from ppx.calibrate import layerwise
 from ppx.calibrate.dataset import write
-from ppx.convert import conversion
+from ppx.convert import preparation
 from ppx.convert.bundle.plan import make_plan
 from ppx.convert.bundle.quantized_store import QuantizedStore
 from ppx.convert.bundle.recipe import uniform
@@ -74,7 +74,7 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
     write(tokens, options.folder / "tokens.safetensors")
     token_set = read_tokens(options.folder / "tokens.safetensors", one, None, None)
     recipe = uniform(QuantizationConfig(4, 64, "gptq"), "speech-swift", "float16", ("temporal", "depformer"))
-    plan = make_plan(conversion.inventory(source), recipe)
+    plan = make_plan(preparation.inventory(source), recipe)
     seconds: dict[str, float] = {}
     at_block, extra = layerwise.LayerwiseRun.at_block, {"original": 0.0}
 

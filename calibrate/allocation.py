@@ -13,10 +13,11 @@ from ..convert.bundle.recipe import Recipe, Rule
 from ..convert.bundle.targets import TARGETS
 from ..convert.errors import UserError
 from ..convert.source.tensors import COMPONENTS
-from ..quant.affine import BITS, DATA_DRIVEN, GROUP_SIZES, QuantizationConfig
+from ..quant.affine import BITS, DATA_DRIVEN, DEFAULT_METHOD, GROUP_SIZES, QuantizationConfig, stored_method
 from ..quant.allocation import Option, allocate_bits
 from .sensitivity import STREAMS, Sensitivities, TensorGroup, group_of
 
+DEFAULT_TARGET = "mlx"  # which takes any setting for any module
 # Divergence of models quantized by other methods, over that by lsq: measured at 4 bit on small models.
 _METHODS = {"lsq": 1.0, "rtn": 1.25, "gptq": 0.4}
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -77,6 +78,28 @@ class AllocationRequest:
     depformer_steps: int | None = None
     keep: tuple[str, ...] = ()
 
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe before its rules are chosen."""
+        return Recipe(self.budget.name, self.target, self.dtype, depformer_steps=self.depformer_steps)
+
+
+def request_of(
+    budget: Budget,
+    target: str | None = None,
+    dtype: str | None = None,
+    method: str | None = None,
+    depformer_steps: int | None = None,
+    keep: Sequence[str] = (),
+) -> AllocationRequest:
+    """Return a request with the usual values for what is None; raises UserError for components that do not exist."""
+    consumer = TARGETS[target or DEFAULT_TARGET]
+    for name in keep:
+        if name not in COMPONENTS:
+            raise UserError(f"component {name}: cannot be kept float: use {', '.join(COMPONENTS)}")
+    chosen = stored_method(method or DEFAULT_METHOD)
+    return AllocationRequest(budget, consumer.name, str(dtype or consumer.dtype), chosen, depformer_steps, tuple(keep))
+
 
 def size_of(text: str) -> int:
     """Return the bytes that ``5.3GB`` or ``800 MiB`` means; raises UserError for what is no size."""
@@ -87,13 +110,13 @@ def size_of(text: str) -> int:
     return int(float(found[1]) * factor)
 
 
-def allocate(inventory: Inventory, wanted: AllocationRequest, found: Sensitivities) -> Allocation:
+def best_recipe(inventory: Inventory, wanted: AllocationRequest, found: Sensitivities) -> Allocation:
     """Return the recipe that is expected to diverge least within a budget; raises UserError if nothing fits into it.
 
     Where the target takes any setting for any module, the choice is the best of all combinations, or ``bound`` says how
     near it is; else the best of those that the target takes.
     """
-    recipe = Recipe(wanted.budget.name, wanted.target, wanted.dtype, depformer_steps=wanted.depformer_steps)
+    recipe = wanted.recipe
     plain = make_plan(inventory, recipe)
     missing = [str(part) for part in _parts(_outputs(plain)) if part not in found.costs and _is_heard(part, inventory)]
     if missing:

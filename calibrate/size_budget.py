@@ -2,32 +2,96 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..convert import conversion
 from ..convert.bundle.describe import size
+from ..convert.bundle.destination import check_file, check_new_file
 from ..convert.bundle.recipe import to_toml
 from ..convert.bundle.workspace import write_durably
+from ..convert.conversion import OpenConversion
 from ..convert.errors import UserError
 from ..convert.file_names import WEIGHTS
+from ..convert.preparation import inventory, open_merged
+from ..convert.source import source as sources
 from ..convert.source.scan import Fingerprint
 from ..convert.source.source import Source
 from . import allocation_plot, sensitivity
-from .allocation import Allocation, AllocationRequest, Budget, allocate, size_of
+from .allocation import Allocation, AllocationRequest, Budget, best_recipe, request_of, size_of
 from .sensitivity import Sensitivities
 
 Fingerprints = Mapping[str, Fingerprint]  # of a source's files: taken once in a run, as it reads all of them
 
 
-def budget_of(target_size: str | None, bits_per_weight: float | None) -> Budget | None:
-    """Return the budget that two options mean, None for neither; raises UserError for both."""
+def budget_of(target_size: str | int | None, bits_per_weight: float | None) -> Budget | None:
+    """Return the budget that a size (``5.3GB``, or bytes) or bits per weight mean, None for neither.
+
+    Raises UserError for both, and for what is not a size.
+    """
     if target_size is not None and bits_per_weight is not None:
-        raise UserError("--target-size and --bits-per-weight contradict each other: give one of them")
+        raise UserError("a size and bits per weight contradict each other: give one of them")
     if target_size is None and bits_per_weight is None:
         return None
-    return Budget(None if target_size is None else size_of(target_size), bits_per_weight)
+    return Budget(size_of(target_size) if isinstance(target_size, str) else target_size, bits_per_weight)
+
+
+def allocate(
+    source: str | Path,
+    output: str | Path,
+    *,
+    target_size: str | int | None = None,
+    bits_per_weight: float | None = None,
+    target: str | None = None,
+    dtype: str | None = None,
+    method: str | None = None,
+    depformer_steps: int | None = None,
+    keep: Sequence[str] = (),
+    tokens: str | Path | None = None,
+    sensitivity_file: str | Path | None = None,
+    plot: str | Path | None = None,
+    revision: str | None = None,
+    adapter: str | None = None,
+    fill_depformer_steps: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+) -> Allocation:
+    """Write the recipe that fits into a size and is expected to diverge least; its ``recipe`` is what convert takes.
+
+    source: the checkpoint, a Hub id, a folder or ``demo``. output: the recipe's file, NAME.toml. target_size: of all
+    files but manifest and report, ``"5.3GB"`` or bytes; or bits_per_weight, of the whole model. target, dtype, method,
+    depformer_steps: of the recipe. keep: components that stay float. tokens: what to measure on; self-generated if not
+    given. sensitivity_file: where measurements are kept, NAME.sensitivity.json; read if it is there. plot: an SVG to
+    draw. Raises UserError for what the user can correct.
+    """
+    budget, path = budget_of(target_size, bits_per_weight), Path(output)
+    if budget is None:
+        raise UserError("no size is given: give a target size or bits per weight")
+    check_new_file(path, ".toml", force)
+    request = request_of(budget, target, dtype, method, depformer_steps, keep)
+    file = path.with_suffix(".sensitivity.json") if sensitivity_file is None else Path(sensitivity_file)
+    picture = None if plot is None else Path(plot)
+    for written in (None if file.exists() else file, picture):
+        if written:
+            check_file(written)
+    with open_merged(
+        sources.locate(str(source), revision, quiet), adapter, fill_depformer_steps, quiet=quiet
+    ) as opened:
+        fingerprints = sources.fingerprint(opened, quiet)
+        given = conversations(opened, fingerprints, tokens, path.with_suffix(""), quiet)
+        found = allocation(opened, fingerprints, request, given, file, path, quiet)
+    if picture:
+        draw(found, file, picture)
+    return found
+
+
+def allocate_for(conversion: OpenConversion, request: AllocationRequest, tokens: str | Path | None) -> Allocation:
+    """Find the recipe for a conversion; it and what was measured for it are left beside the bundle's folder."""
+    source, fingerprints = conversion.source, conversion.fingerprints
+    folder, quiet = conversion.output, conversion.quiet
+    measured, recipe = (folder.with_name(f"{folder.name}.{what}") for what in ("sensitivity.json", "recipe.toml"))
+    given = conversations(source, fingerprints, tokens, folder, quiet)
+    return allocation(source, fingerprints, request, given, measured, recipe, quiet)
 
 
 def sensitivities(source: Source, fingerprints: Fingerprints, tokens: Path, file: Path, quiet: bool) -> Sensitivities:
@@ -53,10 +117,12 @@ def sensitivities(source: Source, fingerprints: Fingerprints, tokens: Path, file
     return measured
 
 
-def conversations(source: Source, fingerprints: Fingerprints, tokens: Path | None, beside: Path, quiet: bool) -> Path:
+def conversations(
+    source: Source, fingerprints: Fingerprints, tokens: str | Path | None, beside: Path, quiet: bool
+) -> Path:
     """Return a file of calibration tokens: the given one, else self-generated ones, written beside the output."""
     if tokens:
-        return tokens
+        return Path(tokens)
     from .self_generated import self_generated
 
     return self_generated(
@@ -67,7 +133,7 @@ def conversations(source: Source, fingerprints: Fingerprints, tokens: Path | Non
 def allocation(
     source: Source,
     fingerprints: Fingerprints,
-    wanted: AllocationRequest,
+    request: AllocationRequest,
     tokens: Path,
     file: Path,
     recipe: Path,
@@ -75,23 +141,9 @@ def allocation(
 ) -> Allocation:
     """Find the recipe for a budget, and write it."""
     measured = sensitivities(source, fingerprints, tokens, file, quiet)
-    chosen = allocate(conversion.inventory(source), wanted, measured)
+    chosen = best_recipe(inventory(source), request, measured)
     write_durably(recipe, to_toml(chosen.recipe))
     return chosen
-
-
-def beside(
-    source: Source,
-    fingerprints: Fingerprints,
-    wanted: AllocationRequest,
-    tokens: Path | None,
-    folder: Path,
-    quiet: bool,
-) -> Allocation:
-    """Find the recipe for a bundle; it and the sensitivities are written beside the bundle's folder."""
-    measured, recipe = (folder.with_name(f"{folder.name}.{what}") for what in ("sensitivity.json", "recipe.toml"))
-    calibration = conversations(source, fingerprints, tokens, folder, quiet)
-    return allocation(source, fingerprints, wanted, calibration, measured, recipe, quiet)
 
 
 def text(chosen: Allocation) -> str:

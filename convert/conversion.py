@@ -1,286 +1,168 @@
-"""A whole conversion: source, plan, files, read-back, manifest."""
+"""A whole conversion: from the name of a source to a bundle that was read back."""
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from .bundle.destination import check_output, disk_errors, make_place, named, store_folder
-from .bundle.manifest import Manifest, make_manifest
-from .bundle.manifest import fingerprint as plan_fingerprint
-from .bundle.plan import Inventory, Plan, PlannedFile, inventory_of_7b, make_plan, voice_specs
-from .bundle.quantized_store import LayerwiseQuantizer, QuantizedStore
-from .bundle.readback import check_hash, check_tensors
-from .bundle.recipe import DTYPES, Recipe, to_toml
-from .bundle.records import TensorRecord, VoiceRecord, WrittenFile
-from .bundle.workspace import Workspace, clear_leftovers
-from .bundle.writer import write_copy, write_tensors, write_text, write_voice
-from .errors import CheckFailed, UserError
-from .file_names import FILES
-from .parallel import cores
-from .progress import byte_bar
-from .source.adapter import open_adapter
+from ..quant.affine import DATA_DRIVEN
+from .bundle.build import Conversion, build, check_same
+from .bundle.destination import check_output, enter_again, make_parent, make_place, named
+from .bundle.manifest import Manifest
+from .bundle.plan import Plan, inventory_of_7b, make_plan
+from .bundle.quantized_store import LayerwiseQuantizer
+from .bundle.recipe import Recipe
+from .bundle.recipe_choice import make_recipe
+from .errors import UserError
+from .preparation import check_request, open_checked, planned
+from .source import adapter as adapters
+from .source.hub import DiskBudget
 from .source.scan import Fingerprint
-from .source.source import Location, Source, fingerprint, open_source
-from .tensorfile import Spec
+from .source.source import DEFAULT, Source, fingerprint, is_hub_id, locate
 
 
 @dataclass(frozen=True)
-class Conversion:
-    """A finished conversion. files_written: in this run; the others were there from an earlier one."""
+class OpenConversion:
+    """A conversion whose source is open and was read once; nothing is written yet.
 
-    folder: Path
-    manifest: Manifest
-    files_written: int
-
-
-def inventory(source: Source) -> Inventory:
-    """Return what a plan needs to know of an open source."""
-    voices = {voice.name: (voice.embeddings.shape[0], voice.cache.shape[2]) for voice in source.voices}
-    return Inventory(
-        identity=source.location.identity,
-        architecture=source.architecture,
-        sizes={name: (source.location.folder / name).stat().st_size for name in FILES},
-        voices=voices,
-        others=tuple(source.others),
-        copied_steps=tuple(sorted(source.checkpoint.copied_steps.items())),
-    )
-
-
-def open_merged(
-    location: Location,
-    adapter: str | None,
-    fill_depformer_steps: bool = False,
-    thorough: bool = False,
-    quiet: bool = False,
-) -> Source:
-    """Open a source, and an adapter (a file, a folder or a Hub id) that is merged into what is read of it.
-
-    The source that is returned is a context manager, which closes both.
+    source: all of it, with the adapter merged. fingerprints: size and sha256 of each of its files. output: the folder
+    of the bundle. present: the manifest of the bundle that is there already, None if there is none.
     """
-    source = open_source(location, fill_depformer_steps, thorough, quiet)
-    if adapter is None:
-        return source
-    with ExitStack() as stack:
-        stack.callback(source.close)
-        if source.checkpoint.copied_steps:
-            raise UserError("an adapter and filled depformer steps do not go together: it was trained on other weights")
-        opened = open_adapter(adapter, source.architecture, quiet)
-        stack.pop_all()
-    merged = source.checkpoint.with_adapter(opened.merged, opened.pieces, opened.file)
-    return replace(source, checkpoint=merged, adapter=opened.record())
+
+    source: Source
+    fingerprints: Mapping[str, Fingerprint]
+    output: Path
+    present: Manifest | None
+    force: bool
+    quiet: bool
+
+    def needs_data(self, recipe: Recipe) -> bool:
+        """Tell whether a recipe quantizes any tensor by more than its weights."""
+        return _needs_data(planned(self.source, recipe)[1])
+
+    def write(self, recipe: Recipe, quantizer: "QuantizerOf | None" = None, workers: int | None = None) -> Conversion:
+        """Write the bundle and read it back; resumes from what a killed run left.
+
+        quantizer: for a recipe that quantizes by more than the weights. Raises UserError for what the user can correct,
+        CheckFailed if the disk does not give back what was written.
+        """
+        source, plan = planned(self.source, recipe)
+        needed = _needs_data(plan)
+        if needed and quantizer is None:
+            raise UserError(f"recipe {recipe.name}: a method that needs calibration tokens, but no quantizer is given")
+        if quantizer and not needed:
+            raise UserError("calibration tokens and fine-tuning are for the method gptq: leave them out, or choose it")
+        if self.present:
+            check_same(self.present, self.output, self.fingerprints, plan.recipe)
+        else:
+            make_place(plan, self.output, needed)
+        done = build(
+            source,
+            plan,
+            self.output,
+            force=self.force,
+            workers=workers,
+            quiet=self.quiet,
+            quantizer=quantizer(self, source, plan) if quantizer else None,
+            fingerprints=self.fingerprints,
+        )
+        enter_again(done.folder)
+        return done
 
 
-def prepare(
-    location: Location,
-    recipe: Recipe,
-    fill_depformer_steps: bool = False,
-    thorough: bool = False,
-    quiet: bool = False,
-    adapter: str | None = None,
-) -> tuple[Source, Plan]:
-    """Open a source, with an adapter if one is given, and make the plan; the caller closes the source.
-
-    Raises UserError with all problems of both; where there are any, thorough reads the weights as well, to list those
-    that are not finite with the rest.
-    """
-    try:
-        source = open_merged(location, adapter, fill_depformer_steps, thorough, quiet)
-    except UserError as error:
-        problems = list(error.problems)
-        try:
-            check_recipe(recipe)
-        except UserError as other:
-            problems += other.problems
-        raise UserError(problems) from None
-    with ExitStack() as stack:
-        stack.callback(source.close)
-        found = planned(source, recipe)
-        stack.pop_all()
-    return found
-
-
-def planned(source: Source, recipe: Recipe) -> tuple[Source, Plan]:
-    """Return an open source as a recipe takes it, and the plan; raises UserError for what the target cannot load."""
-    plan = make_plan(inventory(source), recipe)
-    return trimmed(source, plan.inventory.architecture.steps), plan
-
-
-def trimmed(source: Source, steps: int) -> Source:
-    """Return a source as if its model had only the first depformer steps, or itself if it has no more."""
-    if steps >= source.architecture.steps:
-        return source
-    return replace(source, checkpoint=source.checkpoint.trimmed(steps))
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Raise UserError for what a target cannot load of a recipe, judged on PersonaPlex-7B, before any download."""
-    make_plan(inventory_of_7b("nvidia/personaplex-7b-v1"), recipe)
+# Makes the quantizer of a plan: of the conversion, its source as the recipe takes it, and the plan.
+QuantizerOf = Callable[[OpenConversion, Source, Plan], LayerwiseQuantizer]
 
 
 def convert(
-    source: Source,
-    plan: Plan,
-    output: Path,
+    source: str | Path = DEFAULT,
+    output: str | Path | None = None,
+    recipe: Recipe | str | None = None,
     *,
+    revision: str | None = None,
+    adapter: str | None = None,
+    fill_depformer_steps: bool = False,
+    quantizer: QuantizerOf | None = None,
     force: bool = False,
     workers: int | None = None,
-    quiet: bool = False,
-    quantizer: LayerwiseQuantizer | None = None,
-    fingerprints: Mapping[str, Fingerprint] | None = None,
+    quiet: bool = True,
 ) -> Conversion:
-    """Make a bundle at ``output`` and read it back; resumes from what a killed run left there.
+    """Convert a checkpoint into a bundle, and read it back.
 
-    quantizer: for the tensors that the plan quantizes with data. fingerprints: of the source's files since it was
-    opened, taken here if they are not given. force: replace a bundle, or discard an unfinished one,
-    that stands for something else. Raises UserError for what the user can mend, CheckFailed if the disk does not give
-    back what was written.
+    Example::
+
+        done = convert("demo", "my-bundle", make_recipe(bits=4, group_size=64))
+
+    source: a Hub id, a folder, or ``demo``. output: a new folder; SOURCE-TARGET-RECIPE in the working folder if it is
+    not given. recipe: a recipe, the name of a shipped one, or of a TOML file; None for the usual one. revision: branch,
+    tag or commit of a Hub source. adapter: LoRA to merge. fill_depformer_steps: copy steps 0-7 of a base Moshi to 8-15.
+    quantizer: for recipes whose method is ``gptq``, see ``ppx.calibrate.quantizer_for``. force: replace another bundle,
+    or an unfinished one. workers: threads, one for each core for None. quiet: no progress bars.
+
+    Nothing is verified; ``ppx.verify.verify`` does that. A killed conversion resumes when it is called again. Raises
+    UserError for what the user can correct, CheckFailed if the disk does not give back what was written.
     """
-    workers, output = workers or cores(), named(output)
-    present = check_output(output, force)
-    if present is None:
-        make_place(plan, output, quantizer is not None)
-    fingerprints = fingerprints or fingerprint(source, quiet)
-    calibration = quantizer.record if quantizer else None
-    mark = plan_fingerprint(plan, source, fingerprints, calibration)
-    if present is not None:
-        if present.fingerprint != mark:
-            raise _other_bundle(output)
-        _read_back_all(output, plan, present.files, quiet)
-        clear_leftovers(output)
-        return Conversion(output, present, 0)
-    with disk_errors(output), closing(Workspace(output, mark, force)) as workspace:
-        with _store(quantizer, output, mark) as store:
-            written = _make_files(workspace, source, plan, fingerprints, workers, quiet, store)
-        source.check_unchanged("converted")
-        manifest = make_manifest(plan, source, fingerprints, workspace.files, calibration)
-        check_output(output, force)  # once more: another run may have ended meanwhile
-        workspace.publish(json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", replaces=force)
-        if quantizer:
-            shutil.rmtree(store_folder(output), ignore_errors=True)
-    return Conversion(output, manifest, written)
-
-
-def check_same(
-    present: Manifest, output: Path, fingerprints: Mapping[str, Fingerprint], recipe: Recipe | None = None
-) -> None:
-    """Raise UserError for a finished bundle that is surely of another source or recipe, before hours are spent.
-
-    recipe: None where it is not known yet.
-    """
-    if present.source.files != fingerprints or (recipe and present.recipe.text != to_toml(recipe)):
-        raise _other_bundle(output)
-
-
-def _other_bundle(output: Path) -> UserError:
-    return UserError(
-        f"{output}: holds a bundle of another source, with other settings or of other versions: "
-        "choose another --output, or replace it with --force"
+    chosen = recipe if isinstance(recipe, Recipe) else make_recipe(recipe)
+    opened = open_conversion(
+        source,
+        output,
+        chosen,
+        revision=revision,
+        adapter=adapter,
+        fill_depformer_steps=fill_depformer_steps,
+        force=force,
+        quiet=quiet,
     )
+    with opened as conversion:
+        return conversion.write(chosen, quantizer, workers)
 
 
 @contextmanager
-def _store(quantizer: LayerwiseQuantizer | None, output: Path, mark: str) -> Iterator[QuantizedStore | None]:
-    """Solve what is not solved yet; the solution stays until the bundle is whole."""
-    if quantizer is None:
-        yield None
-        return
-    with QuantizedStore(store_folder(output), mark) as store:
-        quantizer.solve(store)
-        yield store
+def open_conversion(
+    source: str | Path,
+    output: str | Path | None,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    adapter: str | None = None,
+    fill_depformer_steps: bool = False,
+    force: bool = False,
+    quiet: bool = True,
+) -> Iterator[OpenConversion]:
+    """Find, open and read the source of a conversion once: ``with open_conversion(...) as conversion``.
 
-
-def _make_files(
-    workspace: Workspace,
-    source: Source,
-    plan: Plan,
-    fingerprints: Mapping[str, Fingerprint],
-    workers: int,
-    quiet: bool,
-    store: QuantizedStore | None,
-) -> int:
-    """Write every file that the workspace does not hold yet; return how many.
-
-    While one file is written, the ones before are read back.
+    Its steps share that. What can be checked before a download is: the recipe, the adapter, the folder of the bundle,
+    the free disk. recipe: what will be written, or its target and dtype without rules where they are chosen later.
+    Raises UserError that lists every problem.
     """
-    written = 0
-    voices = {voice.name: voice for voice in source.voices}
-    with (
-        byte_bar("converting", plan.nbytes, quiet) as bar,
-        ThreadPoolExecutor(1, thread_name_prefix="ppx-readback") as reader,
-    ):
-        checks: list[Future[None]] = []
-        for file in plan.files:
-            bar.set_postfix_str(file.name, refresh=False)
-            if file.name in workspace.files and _is_whole(workspace, plan, file):
-                bar.update(file.nbytes)
-                continue
-            temporary = workspace.temporary(file.name)
-            tensors: tuple[TensorRecord, ...] = ()
-            voice_records: tuple[VoiceRecord, ...] = ()
-            if file.outputs:
-                sha256, tensors = write_tensors(temporary, file, source.checkpoint, workers, bar, store)
-            elif file.voice:
-                voice = voices[file.voice]
-                sha256, voice_records = write_voice(temporary, file, voice, specs_of(plan, file), bar)
-            elif file.copy:
-                sha256 = write_copy(temporary, source.location.folder / file.copy, fingerprints[file.copy].sha256, bar)
-            else:
-                sha256 = write_text(temporary, file.text, bar)
-            workspace.rename(file.name)
-            written += 1
-            if specs := specs_of(plan, file):
-                check_tensors(workspace.path(file.name), specs)
-            record = WrittenFile(file.nbytes, sha256, tensors, voice_records)
-            checks.append(reader.submit(_read_back, workspace, file.name, record))
-            for check in checks:
-                if check.done():
-                    check.result()
-        for check in checks:
-            check.result()
-    return written
+    where = str(source)
+    check_request(where, revision, recipe)
+    folder = output_of(where, output, recipe)
+    present = check_output(folder, force)
+    if adapter:
+        adapters.locate(adapter, quiet)
+    location = locate(where, revision, quiet, _disk_budget(where, recipe, folder))
+    with open_checked(location, recipe, fill_depformer_steps, True, quiet, adapter) as opened:
+        make_parent(folder)
+        fingerprints = fingerprint(opened, quiet)
+        if present:
+            check_same(present, folder, fingerprints)
+        yield OpenConversion(opened, fingerprints, folder, present, force, quiet)
 
 
-def _read_back(workspace: Workspace, name: str, record: WrittenFile) -> None:
-    """Compare a written file with what was meant to be written, and note in the journal that it is complete."""
-    check_hash(workspace.path(name), record.size, record.sha256)
-    workspace.commit(name, record)
+def output_of(source: str, output: str | Path | None, recipe: Recipe) -> Path:
+    """Return the folder of a bundle: the one that is given, else one named after source, target and recipe."""
+    default = f"{Path(source).resolve().name.replace(':', '-')}-{recipe.target}-{recipe.name}"
+    return named(Path(output or default))
 
 
-def specs_of(plan: Plan, file: PlannedFile) -> list[Spec]:
-    """Return the tensors of a file, none for a copy or text."""
-    if file.voice:
-        return voice_specs(plan.inventory, file.voice, DTYPES[plan.recipe.dtype], plan.target.voice_cache or "")
-    return [spec for output in file.outputs for spec in output.specs()]
+def _disk_budget(source: str, recipe: Recipe, output: Path) -> DiskBudget | None:
+    """Return what a bundle will take on the disk, for each byte of a source that is still to be downloaded."""
+    if not is_hub_id(source):
+        return None
+    plan = make_plan(inventory_of_7b(DEFAULT), recipe)
+    return DiskBudget(output, plan.free_disk / sum(plan.inventory.sizes.values()))
 
 
-def _is_whole(workspace: Workspace, plan: Plan, file: PlannedFile) -> bool:
-    """Tell whether a file of an earlier run is still what it was; forget it if not."""
-    record = workspace.files[file.name]
-    try:
-        check_hash(workspace.path(file.name), record.size, record.sha256)
-        if specs := specs_of(plan, file):
-            check_tensors(workspace.path(file.name), specs)
-    except (CheckFailed, OSError):
-        workspace.forget(file.name)
-        return False
-    return True
-
-
-def _read_back_all(output: Path, plan: Plan, files: Mapping[str, Fingerprint], quiet: bool) -> None:
-    """Check every file of a finished bundle; raises CheckFailed for one that is not what its manifest says."""
-    with byte_bar("reading back", plan.nbytes, quiet) as bar:
-        for file in plan.files:
-            path = output / file.name
-            if file.name not in files or not path.is_file():
-                raise CheckFailed(f"{path}: missing from a finished bundle: make it again with --force")
-            try:
-                check_hash(path, files[file.name].size, files[file.name].sha256)
-                if specs := specs_of(plan, file):
-                    check_tensors(path, specs)
-            except CheckFailed as error:
-                raise CheckFailed(f"{error}; or make the bundle again with --force") from None
-            bar.update(file.nbytes)
+def _needs_data(plan: Plan) -> bool:
+    return any(output.quantization and output.quantization.method in DATA_DRIVEN for output in plan.outputs)

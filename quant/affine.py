@@ -13,9 +13,12 @@ from . import kernels
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-METHODS = ("lsq", "rtn", "gptq")
+METHODS = ("lsq", "rtn", "gptq")  # as recipes, manifests and reports store them
+METHOD_NAMES = ("mse", "rtn", "gptq")  # as people call them; lsq names Learned Step Size Quantization in papers
+_STORED = {"mse": "lsq"}
 DATA_DRIVEN = ("gptq",)  # those that need more than the weights
 DEFAULT_METHOD = "lsq"
+DEFAULT_METHOD_NAME = "mse"  # of the same
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
@@ -23,18 +26,27 @@ FLOAT32 = np.dtype(np.float32)
 _STORAGE = {BFLOAT16: kernels.BFLOAT16, FLOAT16: kernels.FLOAT16, FLOAT32: kernels.FLOAT32}
 
 
+def stored_method(name: str) -> str:
+    """Return a method as recipes and manifests store it: ``lsq`` for ``mse``, any other name as it is."""
+    return _STORED.get(name, str(name)) if isinstance(name, str) else name  # untrusted recipes may hold anything
+
+
 @dataclass(frozen=True)
 class QuantizationConfig:
     """How a tensor is quantized.
 
     bits: width of a code. group_size: weights that share one scale and bias. method: ``rtn`` (the grid and rounding
-    of ``mx.quantize``), ``lsq`` (least squares and clip search from there) or ``gptq`` (by the layer's inputs, see
-    ``gptq.gptq``).
+    of ``mx.quantize``), ``lsq`` (least squares and clip search from there; also called ``mse``) or ``gptq`` (by the
+    layer's inputs, see ``gptq.gptq``).
     """
 
     bits: int
     group_size: int
     method: str = DEFAULT_METHOD
+
+    def __post_init__(self) -> None:
+        """Take both names of a method."""
+        object.__setattr__(self, "method", stored_method(self.method))
 
     def problems(self) -> list[str]:
         """Return what is wrong with these settings, one sentence each."""
@@ -46,7 +58,8 @@ class QuantizationConfig:
         ):
             right_type = isinstance(value, type(allowed[0])) and not isinstance(value, bool)  # 4.0 == 4, and True == 1
             if not right_type or value not in allowed:
-                problems.append(f"{what} is {value!r}: use one of {', '.join(map(str, allowed))}")
+                names = METHOD_NAMES if what == "method" else allowed
+                problems.append(f"{what} is {value!r}: use one of {', '.join(map(str, names))}")
         return problems
 
     @property

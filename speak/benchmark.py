@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from ..convert.bundle.describe import size
 from ..convert.bundle.reader import open_bundle
 from ..convert.errors import UserError
 from ..convert.file_names import CODEC, CONFIG
 from ..convert.parallel import cores
-from ..convert.progress import long_step
+from ..convert.progress import bar, long_step
 from ..convert.source.architecture import read_config
 from ..convert.source.mimi import FRAME, RATE
 from ..model.matmul import QuantizedMatmul
-from ..model.mlx_device import on_gpu, streams
+from ..model.mlx_device import computing_on, on_gpu, streams
 from ..model.mlx_model import arithmetic_of
 from ..model.session import PAUSE, system_prompt
 from . import loader
@@ -29,6 +31,7 @@ from .generation import Conversation
 from .kernel_cache import on_tested_kernels
 from .sampling import sampling_of
 
+DEFAULT_FRAMES = 125  # 10 seconds
 _WARM_UP = 3  # frames, in which functions are compiled
 _PROMPT_TOKENS = 25  # about what the usual prompt has
 _MOVED = 1 << 28  # bytes that are copied to measure the memory's speed
@@ -36,21 +39,38 @@ _ROUNDS = 5
 
 
 def measure(
-    folder: Path,
-    frames: int,
-    remembered: int,
-    arithmetic: str | None,
-    codec: Path | None,
-    progress: "tqdm[Any]",
-    silent: bool = False,
+    bundle: str | Path,
+    frames: int = DEFAULT_FRAMES,
+    *,
+    context_frames: int = 0,
+    arithmetic: str | None = None,
+    codec: Path | None = None,
+    device: str | None = None,
+    quiet: bool = True,
+    silent: bool = True,
     matmul: QuantizedMatmul | None = None,
 ) -> dict[str, Any]:
     """Speak so many frames with a bundle; return what ``ppx-bench`` prints. Times in seconds.
 
-    remembered: frames of conversation that lie behind the first; 0 for a voice and a prompt. silent: not to announce
-    what takes long. products: how MLX multiplies by packed weights, as it does here for None. Raises UserError for what
-    is no bundle, and CheckFailed where MLX computes wrongly and nothing works around it.
+    context_frames: frames of conversation that lie behind the first; 0 for a voice and a prompt. codec: Mimi's weights,
+    None for the bundle's. device: None for MLX's choice. quiet: no progress bar. silent: not to announce what takes
+    long. matmul: how MLX multiplies by packed weights, as it does here for None. Raises UserError for what is not a
+    bundle, and CheckFailed where MLX computes wrongly and nothing works around it.
     """
+    with computing_on(device), bar("speaking", frames, "frame", quiet) as progress:
+        return _measure(Path(bundle), frames, context_frames, arithmetic, codec, progress, silent, matmul)
+
+
+def _measure(
+    folder: Path,
+    frames: int,
+    context_frames: int,
+    arithmetic: str | None,
+    codec: Path | None,
+    progress: "tqdm[Any]",
+    silent: bool,
+    matmul: QuantizedMatmul | None,
+) -> dict[str, Any]:
     began = time.perf_counter()
     with closing(open_bundle(folder)) as bundle:
         manifest, layout = bundle.manifest, bundle.layout
@@ -63,7 +83,7 @@ def measure(
     random = np.random.default_rng(0)
     a = model.architecture
     text = random.integers(0, a.text_card, _PROMPT_TOKENS)
-    extra = max(0, remembered - len(voice.embeddings) - len(text) - 2 * PAUSE)
+    extra = max(0, context_frames - len(voice.embeddings) - len(text) - 2 * PAUSE)
     prompt = system_prompt(a, [*text.tolist(), *[a.text_padding] * extra])
     began = time.perf_counter()
     with long_step("MLX compiles what a conversation needs", 1, "step", silent or not on_gpu()):
@@ -147,3 +167,28 @@ def bandwidth() -> float:
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def text(figures: Mapping[str, Any]) -> str:
+    """Return what is printed for people."""
+    frame, parts, prefill = figures["frame"], figures["parts"], figures["prefill"]
+    factor, memory = figures["real_time_factor"], figures["peak_memory"]
+    fast = "fast enough to talk to" if frame["p95"] + parts.get("codec", 0) < FRAME / RATE else "too slow to talk to"
+    total = sum(parts.values())
+    shares = ", ".join(f"{name} {_ms(seconds)} ({seconds / total:.0%})" for name, seconds in parts.items())
+    lines = [
+        f"{figures['recipe']} for {figures['target']}, activations in {figures['arithmetic']}; {figures['ran_on']}",
+        f"a frame: median {_ms(frame['p50'])}, 95% {_ms(frame['p95'])}, 99% {_ms(frame['p99'])}; it lasts 80 ms",
+        f"real time factor {factor:.2f}{'' if 'codec' in parts else ', without a codec (none here loads)'}: {fast}",
+        f"one by one: {shares}",
+        f"at least {_ms(figures['bound'])}: {size(figures['bytes_a_frame'])} a frame at {size(figures['bandwidth'])}/s",
+        f"voice and prompt: {prefill['seconds']:.2f} s for {prefill['frames']} frames; first frame "
+        f"{figures['first_frame']:.2f} s; loading {figures['load']:.2f} s",
+        *(f"MLX computes quantized_matmul wrongly here; worked around: {line}" for line in figures["worked_around"]),
+        f"peak memory: {size(memory['process'])} of the process, {size(memory['mlx'])} in MLX",
+    ]
+    return "\n".join(lines)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"

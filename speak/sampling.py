@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..convert.bundle.manifest import manifest_of
 from ..convert.errors import UserError
-from ..convert.source.architecture import SAMPLING
+from ..convert.file_names import CONFIG
+from ..convert.source.architecture import SAMPLING, read_config
 
 _MAX_TEMPERATURE = 10
 
@@ -45,6 +48,12 @@ def draw(logits: mx.array, temperature: float, top_k: int, key: mx.array) -> mx.
     if 0 < top_k < wide.shape[-1]:
         wide = mx.where(wide >= mx.topk(wide, top_k).min(), wide, -mx.inf)
     return mx.random.categorical(wide, key=key).astype(mx.int32)
+
+
+def sampling_in(bundle: Path) -> Sampling:
+    """Return the sampling that a bundle asks for; raises UserError for what is not a bundle."""
+    manifest_of(bundle)
+    return sampling_of(read_config(bundle / CONFIG))
 
 
 def sampling_of(config: Mapping[str, Any]) -> Sampling:

@@ -100,6 +100,19 @@ def open_speaker(
     return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
 
 
+def load(bundle: str | Path, options: SpeakOptions | None = None, *, quiet: bool = True) -> Speaker:
+    """Load a bundle for a conversation, with its voice and prompt behind it.
+
+    Example::
+
+        speaker = load("my-bundle", SpeakOptions(voice="NATM1", seed=3))
+        for frame in speaker.answer(frames): ...
+
+    quiet: not to announce what takes long. Raises as ``open_speaker`` does.
+    """
+    return open_speaker(Path(bundle), options or SpeakOptions(), quiet)
+
+
 class Words:
     """Incremental text decoder."""
 

@@ -40,10 +40,10 @@ LIBRARIES = (
     "yaml",
 )
 OURS = (  # and what they import; huggingface_hub and typer read the environment then
-    "ppx.recipes.shipped",
+    "ppx.convert.bundle.shipped",
     "ppx.calibrate.allocation",
     "ppx.verify.plots",
-    "ppx.verify.publish.gate",
+    "ppx.verify.publishing.gate",
     "ppx.calibrate.tuning",
     "ppx.verify.verification",
     "huggingface_hub.hf_api",

@@ -52,6 +52,23 @@ def _check_writable(output: Path) -> None:
         raise UserError(f"{above}: is not writable: choose another --output")
 
 
+def check_new_file(path: Path, suffix: str, force: bool) -> None:
+    """Raise UserError if a file of this kind cannot be written there, or is there already and not to be replaced."""
+    if path.suffix != suffix or not path.parent.is_dir():
+        raise UserError(f"{path}: give the name of a {suffix} file in a folder that is there")
+    check_file(path)
+    if path.exists() and not force:
+        raise UserError(f"{path}: is there already: choose another name, or replace it with force")
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError if there is no folder in which a file of this name can be written."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: give the name of a file in a folder that is there")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{path.parent}: is not writable: choose another folder")
+
+
 def make_parent(output: Path) -> None:
     """Make the folders above an output, where files beside it are written as well; raises UserError if that fails."""
     with disk_errors(output):

@@ -9,9 +9,11 @@ from typing import Any
 from ..errors import UserError
 from ..file_names import CODEC, CONFIG, FILES, MANIFEST, VOICES, WEIGHTS
 from ..source.architecture import from_config, read_config
+from ..source.source import is_hub_id, locate, locate_here
 from ..source.tensors import roles
 from ..source.voices import read_voices
 from ..tensorfile import DTYPES, TensorFile
+from .describe import size
 from .manifest import Manifest, files_of, read_manifest
 from .speech_swift import CODEC as SWIFT_CODEC
 
@@ -109,6 +111,25 @@ def read_contents(folder: Path) -> Contents:
     return Contents(folder, "source", tensors, files, missing, voices, None)
 
 
+def inspect(source: str | Path, *, quiet: bool = True) -> Contents:
+    """Look at a source or bundle as ``read_contents`` does: a folder, a Hub id that was downloaded, or ``demo``.
+
+    Raises UserError for what is neither, or not on this machine.
+    """
+    return read_contents(folder_of(source, quiet))
+
+
+def folder_of(source: str | Path, quiet: bool = True) -> Path:
+    """Return the folder of a source or bundle; raises UserError for one that is not on this machine."""
+    if Path(source).is_dir():
+        return Path(source)
+    where = str(source)
+    location = locate_here(where, quiet=quiet) if is_hub_id(where) else locate(where, quiet=quiet)
+    if location is None:
+        raise UserError(f"{where}: not a folder, and not in the Hub's cache: run `hf download {where}` first")
+    return location.folder
+
+
 Known = Mapping[tuple[str, str], tuple[str, int | None]]  # file and tensor -> component, parameters if not its values
 
 
@@ -139,3 +160,29 @@ def _held(folder: Path, file: str, known: Known) -> Iterator[StoredTensor]:
         if opened.unknown:
             dtypes = sorted({*opened.unknown.values()} - DTYPES.keys())
             raise UserError(f"{folder / file}: holds tensors of dtype {', '.join(dtypes)}, which no runtime here loads")
+
+
+def text(contents: Contents, every_tensor: bool = False) -> str:
+    """Return the contents of a folder as a table for people."""
+    total = sum(contents.files.values())
+    lines = [f"{contents.folder}: a {contents.kind}, {len(contents.files)} files, {size(total)}"]
+    if contents.missing:
+        lines.append(f"missing: {', '.join(contents.missing)}")
+    if contents.manifest:
+        bundle = contents.manifest
+        lines.append(f"made from {bundle.source.id} for {bundle.target}, recipe {bundle.recipe.name}, {bundle.dtype}")
+    lines += ["", f"{'component':<12}{'tensors':>8}{'parameters':>16}{'bytes':>11}{'bits/weight':>13}  dtypes"]
+    for row in contents.components():
+        bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
+        lines.append(
+            f"{row['component']:<12}{row['tensors']:>8}{row['parameters']:>16,}{size(row['bytes']):>11}{bits:>13}  "
+            f"{', '.join(row['dtypes'])}"
+        )
+    lines += ["", f"{len(contents.voices)} voices: {', '.join(contents.voices)}"]
+    if every_tensor:
+        lines.append("")
+        lines += [
+            f"{held.file}  {held.name}  {held.dtype} {list(held.shape)}  {size(held.nbytes)}"
+            for held in contents.tensors
+        ]
+    return "\n".join(lines)

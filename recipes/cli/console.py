@@ -1,78 +1,43 @@
-"""What the command-line programs share: how they end, and how they say why."""
+"""What the command-line programs share: help, checks of options, and what they print."""
 
-import functools
-import os
-import signal
+import json
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
-from types import FrameType
-from typing import ParamSpec, TypeVar
+from typing import Any
 
 import typer
 
 from ...convert.bundle.manifest import TOOLKIT
-from ...convert.errors import CheckFailed, UserError, printable
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-FAILED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit statuses
+from ...convert.errors import UserError, printable
 
 
-CONVERSION = "interrupted: the same command goes on with the files that are complete"
+def application() -> typer.Typer:
+    """Return a program without commands yet; its help is plain text, for ``-h`` too."""
+    return typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
-class Terminated(BaseException):
-    """SIGTERM came: everything on the way out is closed, as it is after Ctrl-C."""
+def one_of(options: Mapping[str, object]) -> None:
+    """Raise UserError if more than one of some options is given."""
+    given = [option for option, value in options.items() if value is not None and value is not False]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} contradict each other: give one of them")
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Raise Terminated in the main thread when SIGTERM comes; leave it alone where it is ignored."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
-        yield
-        return
-
-    def raise_terminated(_number: int, _frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, raise_terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def needs(option: str, value: object, other: str, given: object) -> None:
+    """Raise UserError for an option that has no effect without another one."""
+    if value and (given is None or given is False):
+        raise UserError(f"{option} has no effect without {other}: give both")
 
 
-def reported(command: Callable[P, R], interrupted: str = CONVERSION) -> Callable[P, R]:
-    """Let a command end in one line a problem and an exit status, never in a traceback, for what users can mend."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            with _terminable():
-                return command(*args, **kwargs)
-        except UserError as error:
-            for problem in error.problems:
-                say(f"error: {problem}")
-            raise typer.Exit(MISTAKE) from None
-        except CheckFailed as error:
-            say(f"check failed: {error}")
-            raise typer.Exit(FAILED) from None
-        except OSError as error:
-            say(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
-            raise typer.Exit(MISTAKE) from None
-        except KeyboardInterrupt:
-            say(interrupted)
-            raise typer.Exit(INTERRUPTED) from None
-        except Terminated:
-            say(interrupted.replace("interrupted", "terminated", 1))
-            raise typer.Exit(TERMINATED) from None
-
-    return run
+def show_json(value: Mapping[str, Any]) -> None:
+    """Print JSON for a program to read."""
+    show(json.dumps(value, indent=1))
 
 
 def show(text: str) -> None:
@@ -88,23 +53,6 @@ def say(line: str) -> None:
 def quiet(as_json: bool) -> bool:
     """Tell whether progress bars would only disturb: output for a program, or nobody looks at standard error."""
     return as_json or sys.stderr is None or not sys.stderr.isatty()
-
-
-def check_new(path: Path, suffix: str, force: bool) -> None:
-    """Raise UserError if a file of this kind cannot be written there, or is there already."""
-    if path.suffix != suffix or not path.parent.is_dir():
-        raise UserError(f"{path}: give the name of a {suffix} file in a folder that is there")
-    check_folder(path)
-    if path.exists() and not force:
-        raise UserError(f"{path}: is there already: choose another --output, or replace it with --force")
-
-
-def check_folder(path: Path) -> None:
-    """Raise UserError if there is no folder in which a file of this name can be written."""
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: give the name of a file in a folder that is there")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{path.parent}: is not writable: choose another folder")
 
 
 def show_version(asked: bool) -> None:

@@ -67,7 +67,7 @@ def test_recordings_become_tokens(pico, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sessions", "2", "--tokens", "own"], "--sessions is for what the model speaks itself"),
+        (["--sessions", "2", "--tokens", "own"], "--sessions is for self-generated conversations"),
         (["--tokens", "nothing.safetensors"], "nothing.safetensors: No such file"),
         (["--tokens", "own", "--frames", "251"], "no conversation is 251 frames long (20 s)"),
         (["--audio", "nothing.wav"], "nothing.wav: No such file"),

@@ -10,7 +10,8 @@ from ppx.calibrate import self_generated
 from ppx.calibrate.dataset import quantizer_of
 from ppx.calibrate.layerwise import quantized_rows
 from ppx.calibrate.parameters import take_step
-from ppx.convert import conversion
+from ppx.convert import preparation
+from ppx.convert.bundle.build import build
 from ppx.convert.bundle.plan import make_plan
 from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ppx.convert.bundle.recipe import uniform
@@ -41,7 +42,7 @@ def test_a_model_that_overflows_is_converted_and_what_was_done_is_told(overflowi
     tokens = load_file(pico / "calibration_tokens.safetensors")["tokens"][:2, :, :30].copy()
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")
     plan = make_plan(
-        conversion.inventory(overflowing), uniform(FORM, "speech-swift", "float16", ("temporal", "depformer"))
+        preparation.inventory(overflowing), uniform(FORM, "speech-swift", "float16", ("temporal", "depformer"))
     )
     weights = sum(output.shape[0] * output.shape[1] for output in plan.outputs if output.quantization)
     quantizer = quantizer_of(overflowing, plan, tmp_path / "tokens.safetensors", 2, quiet=True, memory=20 * weights)
@@ -54,7 +55,7 @@ def test_a_model_that_overflows_is_converted_and_what_was_done_is_told(overflowi
             assert resumed.adjusted == adjusted
 
     watched = type(quantizer)(quantizer.record, solve)
-    conversion.convert(overflowing, plan, tmp_path / "out", quiet=True, quantizer=watched)
+    build(overflowing, plan, tmp_path / "out", quiet=True, quantizer=watched)
 
     said = capsys.readouterr().err.splitlines()
     translate_errors = f"{AFTER}: moments are not finite: quantized by its weights alone (lsq)"

@@ -16,7 +16,7 @@ from ppx.calibrate import layerwise, tuning
 from ppx.calibrate.dataset import quantizer_of
 from ppx.calibrate.layerwise import BlockTuning
 from ppx.calibrate.tuning import Schedule
-from ppx.convert import conversion
+from ppx.convert import preparation
 from ppx.convert.bundle.plan import Plan, make_plan
 from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ppx.convert.bundle.recipe import uniform
@@ -50,7 +50,7 @@ def few(pico, tmp_path_factory):
 def opened(pico):
     with open_source(locate(str(pico))) as source:
         recipe = uniform(FORM, "speech-swift", "float16", ("temporal", "depformer"))
-        yield source, make_plan(conversion.inventory(source), recipe)
+        yield source, make_plan(preparation.inventory(source), recipe)
 
 
 @pytest.fixture
@@ -299,6 +299,6 @@ def test_computing_blocks_again_changes_no_gradient(opened):
 def test_options_for_another_method_are_refused(program, pico, few, tmp_path):
     for options in (("--calibration", few), ("--refine", "2")):
         done = program("ppx-convert", pico, *options, "-o", "out", cwd=tmp_path, status=2)
-        assert "are for --method gptq" in done.stderr
+        assert "are for the method gptq" in done.stderr
     done = program("ppx-convert", pico, "--method", "gptq", "--calibration", "nothing", cwd=tmp_path, status=2)
     assert "nothing: no such file" in done.stderr

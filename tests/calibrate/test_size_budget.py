@@ -13,9 +13,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from ppx.calibrate import measurement, sensitivity, weight_only
-from ppx.calibrate.allocation import AllocationRequest, Budget, allocate, size_of
+from ppx.calibrate.allocation import AllocationRequest, Budget, best_recipe, size_of
 from ppx.calibrate.sensitivity import TensorGroup
-from ppx.convert import conversion
+from ppx.convert import preparation
+from ppx.convert.bundle import shipped
 from ppx.convert.bundle.plan import make_plan
 from ppx.convert.bundle.recipe import uniform
 from ppx.convert.errors import UserError
@@ -25,7 +26,6 @@ from ppx.model.forward import Tokens
 from ppx.model.reference import reference_of
 from ppx.model.tokens import TokenSet, read_tokens
 from ppx.quant.affine import BITS, QuantizationConfig, dequantize, quantize
-from ppx.recipes import shipped
 from safetensors.numpy import load_file, save_file
 
 SCALES = np.dtype(np.float32)
@@ -256,9 +256,9 @@ def test_a_file_of_them_comes_back_as_it_was(measured, tmp_path):
 @pytest.mark.parametrize("budget", [Budget(None, 3.2), Budget(None, 4.5), Budget(3_400_000)], ids=str)
 def test_a_recipe_is_within_its_budget_and_beats_uniform_ones(budget, measured):
     source, _, found = measured
-    inventory = conversion.inventory(source)
+    inventory = preparation.inventory(source)
     wanted = AllocationRequest(budget, "mlx", "float16", "lsq", 8)
-    mixed = allocate(inventory, wanted, found)
+    mixed = best_recipe(inventory, wanted, found)
     plan = make_plan(inventory, mixed.recipe)
     assert plan.nbytes == mixed.nbytes
     used = plan.nbytes if budget.nbytes else plan.bits_per_weight
@@ -287,8 +287,8 @@ def test_a_recipe_is_within_its_budget_and_beats_uniform_ones(budget, measured):
 
 def test_what_is_kept_is_kept_and_the_users_steps_get_least(measured):
     source, _, found = measured
-    inventory = conversion.inventory(source)
-    kept = allocate(
+    inventory = preparation.inventory(source)
+    kept = best_recipe(
         inventory, AllocationRequest(Budget(None, 7.0), "mlx", "float16", "lsq", None, ("embeddings", "heads")), found
     )
     for part, quantization in kept.settings.items():
@@ -302,10 +302,10 @@ def test_what_is_kept_is_kept_and_the_users_steps_get_least(measured):
 
 def test_targets_of_one_setting_get_the_best_that_they_load(measured):
     source, _, found = measured
-    inventory = conversion.inventory(source)
+    inventory = preparation.inventory(source)
 
     def chosen(target, bits_per_weight):
-        recipe = allocate(
+        recipe = best_recipe(
             inventory, AllocationRequest(Budget(None, bits_per_weight), target, "float16", "lsq"), found
         ).recipe
         return [
@@ -335,10 +335,10 @@ class Overrun(Budget):
 def test_what_the_smallest_bundle_fits_into_is_met(measured):
     """A search that overruns the budget many times must not end in the claim that nothing fits."""
     source, _, found = measured
-    inventory = conversion.inventory(source)
+    inventory = preparation.inventory(source)
 
     def within(budget):
-        return allocate(inventory, AllocationRequest(budget, "mlx", "float16", "lsq"), found).nbytes
+        return best_recipe(inventory, AllocationRequest(budget, "mlx", "float16", "lsq"), found).nbytes
 
     with pytest.raises(UserError, match="is larger") as caught:
         within(Budget(1000))
@@ -383,7 +383,7 @@ def test_the_program_refuses_what_contradicts_itself(program, pico, tmp_path):
         (("--target-size", "1GB", "--bits-per-weight", "4", "-o", "a.toml"), "contradict"),
         (("--target-size", "1GB", "-o", "a.json"), ".toml file"),
         (("--target-size", "1GB", "-o", "there.toml"), "there already"),
-        (("--target-size", "1GB", "--keep", "codec", "-o", "a.toml"), "--keep codec"),
+        (("--target-size", "1GB", "--keep", "codec", "-o", "a.toml"), "component codec: cannot be kept float"),
     ):
         assert words in program("ppx-allocate", pico, *options, cwd=tmp_path, status=2).stderr
     assert not (tmp_path / "a.toml").exists()

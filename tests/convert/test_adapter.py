@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from hub_server import Repository, running, sha256
-from ppx.convert import conversion
+from ppx.convert import preparation
+from ppx.convert.bundle import shipped
+from ppx.convert.bundle.build import build
 from ppx.convert.errors import UserError
 from ppx.convert.source.adapter import open_adapter
 from ppx.convert.source.architecture import Architecture, from_config, read_config
 from ppx.convert.source.source import fingerprint, locate
 from ppx.convert.source.tensors import roles
-from ppx.recipes import shipped
 from safetensors.torch import load_file, save_file
 
 RANK, SCALING = 4, 1.5
@@ -106,12 +107,12 @@ def test_a_merged_adapter_is_what_merging_apart_gives(options, program, pico, ad
 
 def test_an_adapter_that_changes_meanwhile_is_noticed(pico, adapter, tmp_path):
     location, recipe = locate(str(pico)), shipped.load("4bit")
-    source, plan = conversion.prepare(location, recipe, quiet=True, adapter=str(adapter))
+    source, plan = preparation.prepare(location, recipe, quiet=True, adapter=str(adapter))
     with source:
         fingerprints = fingerprint(source, quiet=True)
         write(adapter, matrices(pico) | {"linears.11.lora_A.weight": torch.zeros(RANK, 64).bfloat16()}, None)
         with pytest.raises(UserError, match=r"lora\.safetensors: changed while it was converted"):
-            conversion.convert(source, plan, tmp_path / "out", quiet=True, fingerprints=fingerprints)
+            build(source, plan, tmp_path / "out", quiet=True, fingerprints=fingerprints)
     assert not (tmp_path / "out").exists()
 
 
@@ -285,7 +286,7 @@ def test_a_bundle_with_an_adapter_is_verified_with_it(program, pico, adapter, tm
     sizes = ("--sequences", "1", "--frames", "40")
     reference = ("--reference", str(pico), *sizes)
     done = program("ppx-verify", "out", *reference, cwd=tmp_path, status=2)
-    assert "an adapter was merged into it (run/lora.safetensors): give its file as --adapter" in done.stderr
+    assert "an adapter was merged into it (run/lora.safetensors): give its file as the adapter" in done.stderr
     program("ppx-verify", "out", *reference, "--adapter", adapter, cwd=tmp_path)
     other = write(tmp_path / "other", matrices(pico), {"lora_rank": RANK, "lora_scaling": 9.0})
     done = program("ppx-verify", "out", *reference, "--adapter", other, cwd=tmp_path, status=2)

@@ -10,8 +10,8 @@ import pytest
 from ppx.calibrate import measurement, self_generated
 from ppx.calibrate.sensitivity import STREAMS, Sensitivities, members_of, settings_of
 from ppx.convert.bundle import plan as plans
-from ppx.convert.conversion import inventory
 from ppx.convert.file_names import CODEC, WEIGHTS
+from ppx.convert.preparation import inventory
 from ppx.convert.source import demo, source
 from ppx.convert.source.scan import scan_tensors
 from ppx.convert.source.source import locate, open_source

@@ -14,11 +14,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from ppx.convert import conversion
+from ppx.convert import preparation
+from ppx.convert.bundle import build as bundle_build
+from ppx.convert.bundle import shipped
+from ppx.convert.bundle.build import build
 from ppx.convert.errors import UserError
 from ppx.convert.source import demo
 from ppx.convert.source.source import fingerprint, locate
-from ppx.recipes import shipped
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -300,10 +302,10 @@ def test_files_of_the_users_in_a_bundle_are_never_removed(pico, program, tmp_pat
 
 def converted(pico: Path, output: Path, between: Callable[[], object]) -> object:
     """Convert with the library, and do something between the scan of the source and the first file."""
-    source, plan = conversion.prepare(locate(str(pico)), shipped.load("4bit"))
+    source, plan = preparation.prepare(locate(str(pico)), shipped.load("4bit"))
     with source, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "fingerprint", lambda *a: (fingerprint(*a), between())[0])
-        return conversion.convert(source, plan, output, quiet=True)
+        patch.setattr(bundle_build, "fingerprint", lambda *a: (fingerprint(*a), between())[0])
+        return build(source, plan, output, quiet=True)
 
 
 def test_what_comes_to_the_output_meanwhile_stays(pico, tmp_path, program):

@@ -9,7 +9,7 @@ import pytest
 from ppx.convert.bundle.manifest import Manifest, manifest_of
 from ppx.convert.bundle.reader import layout_of
 from ppx.convert.bundle.workspace import Journal
-from ppx.verify.publish import card
+from ppx.verify.publishing import card
 
 EARLIER = Path(__file__).parents[1] / "data" / "earlier"
 WHOLE = ("4bit", "gptq", "adapter")

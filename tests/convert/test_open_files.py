@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from ppx.convert import conversion
+from ppx.convert import preparation
 from ppx.convert.bundle.recipe import uniform
 from ppx.convert.errors import UserError
 from ppx.convert.file_names import CODEC, WEIGHTS
@@ -47,9 +47,9 @@ def adapter(folder, rank):
 
 
 def test_a_source_is_open_within_its_with_only(pico, tmp_path):
-    with conversion.open_merged(locate(str(pico)), adapter(tmp_path, 2), quiet=True) as source:
+    with preparation.open_merged(locate(str(pico)), adapter(tmp_path, 2), quiet=True) as source:
         assert open_below(pico, tmp_path) == ["lora.safetensors", WEIGHTS]
-        fewer = conversion.trimmed(source, 8)
+        fewer = preparation.trimmed(source, 8)
         assert fewer.checkpoint.read("out_norm.alpha", 0, 1).size
     assert open_below(pico, tmp_path) == []
     with pytest.raises(UserError, match=f"{WEIGHTS}: not readable"):
@@ -63,9 +63,9 @@ def test_what_cannot_be_opened_or_planned_is_closed(pico, pico_copy, tmp_path):
         open_source(locate(str(pico_copy)))
     location = locate(str(pico))
     with pytest.raises(UserError, match="where rank 3 makes it"):
-        conversion.open_merged(location, adapter(tmp_path, 3), quiet=True)
+        preparation.open_merged(location, adapter(tmp_path, 3), quiet=True)
     with pytest.raises(UserError, match="groups of 128"):
-        conversion.prepare(location, uniform(QuantizationConfig(4, 128), "mlx", "bfloat16", ("temporal",)))
+        preparation.prepare(location, uniform(QuantizationConfig(4, 128), "mlx", "bfloat16", ("temporal",)))
     assert open_below(pico, tmp_path) == []
 
 

@@ -1,13 +1,12 @@
 import dataclasses
 
 import pytest
-from ppx.convert.bundle import recipe_file
+from ppx.convert.bundle import recipe_file, shipped
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from ppx.convert.bundle.recipe import LIMITS, Recipe, Rule, to_toml, uniform
 from ppx.convert.bundle.targets import TARGETS
 from ppx.convert.errors import UserError
 from ppx.quant.affine import QuantizationConfig
-from ppx.recipes import shipped
 
 SEVEN_B = inventory_of_7b("x/y")
 
@@ -142,7 +141,7 @@ def test_what_a_target_cannot_load_is_refused(recipe, message):
 
 
 def test_rows_that_a_group_does_not_divide_are_all_named(pico):
-    from ppx.convert.conversion import inventory
+    from ppx.convert.preparation import inventory
     from ppx.convert.source.source import locate, open_source
 
     with open_source(locate(str(pico))) as source:

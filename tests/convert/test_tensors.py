@@ -5,15 +5,15 @@ from contextlib import closing
 from typing import Any
 
 import pytest
+from ppx.convert.bundle import shipped
+from ppx.convert.bundle.build import specs_of
 from ppx.convert.bundle.plan import Plan, inventory_of_7b, make_plan
 from ppx.convert.bundle.recipe import uniform
-from ppx.convert.conversion import specs_of
 from ppx.convert.errors import UserError
 from ppx.convert.source.architecture import Architecture, from_config, read_config, to_config
 from ppx.convert.source.tensors import COMPONENTS, roles
 from ppx.convert.tensorfile import TensorFile
 from ppx.quant.affine import QuantizationConfig
-from ppx.recipes import shipped
 
 LONG = {"U32": "uint32", "BF16": "bfloat16", "F16": "float16"}
 

@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from ppx.recipes.cli import console
+from ppx.recipes.cli import endings
 from stopping import Moment
 
 
@@ -27,6 +27,6 @@ def test_a_terminated_conversion_resumes(event, program, bundle, pico, tmp_path)
 def test_the_handler_is_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen: list[object] = []
-    console.reported(lambda: seen.append(signal.getsignal(signal.SIGTERM)))()
+    endings.reported(lambda: seen.append(signal.getsignal(signal.SIGTERM)))()
     assert seen[0] != before
     assert signal.getsignal(signal.SIGTERM) == before

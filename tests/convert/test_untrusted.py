@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ppx.calibrate import sensitivity
+from ppx.convert.bundle import shipped
 from ppx.convert.bundle.inspect import read_contents
 from ppx.convert.bundle.manifest import manifest_of
 from ppx.convert.errors import CheckFailed, UserError
@@ -21,11 +22,10 @@ from ppx.convert.source.license import license_of
 from ppx.convert.source.source import fingerprint, locate, open_source
 from ppx.convert.tensorfile import TensorFile
 from ppx.model.tokens import read_token_file
-from ppx.recipes import shipped
 from ppx.recipes.cli import console
 from ppx.speak import audio_files
 from ppx.verify import report
-from ppx.verify.publish import gate
+from ppx.verify.publishing import gate
 
 SWIFT = ("--recipe", "4bit")
 

@@ -25,7 +25,7 @@ from ppx.speak.sampling import GREEDY
 from ppx.verify import report as reports
 from ppx.verify import rollout
 from ppx.verify.options import VerifyOptions
-from ppx.verify.publish import card
+from ppx.verify.publishing import card
 from ppx.verify.verification import verify
 
 SWIFT = ("--recipe", "4bit")

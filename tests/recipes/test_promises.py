@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 from hub_server import running
-from ppx.convert.bundle import recipe_file
+from ppx.convert.bundle import recipe_file, shipped
 from ppx.convert.bundle.describe import size
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from ppx.convert.bundle.recipe import to_toml
-from ppx.recipes import shipped
 from ppx.verify import limits
 from safetensors.numpy import load_file, save_file
 

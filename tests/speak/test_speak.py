@@ -20,12 +20,12 @@ from ppx.convert.source import demo
 from ppx.convert.source.mimi import FRAME, RATE
 from ppx.model.forward import Floats, Tokens
 from ppx.model.prompt import PROMPT, prompt_tokens
-from ppx.recipes.cli import reporting, speak, verify
-from ppx.recipes.cli.bench import text as bench_text
+from ppx.recipes.cli import speak, verify
 from ppx.speak import audio_files, microphone
+from ppx.speak.benchmark import text as bench_text
 from ppx.speak.sampling import GREEDY
 from ppx.speak.speaker import SpeakOptions, Words, open_speaker, text_of
-from ppx.verify import recognizer, round_trip
+from ppx.verify import bundle_report, recognizer, round_trip
 from ppx.verify import report as reports
 from ppx.verify.options import RECOGNIZERS
 from safetensors import safe_open
@@ -405,7 +405,7 @@ def test_a_round_trip_stands_in_the_report(program, conversation):
     assert page.count("data:audio/flac;base64,") == 2
     assert "media-src data:" in page
     assert f"Spoken: of {SENTENCE:.1f} s of answer" in (left / "report.md").read_text()
-    found = json.loads(reporting.as_json(report))
+    found = json.loads(bundle_report.as_json(report))
     assert found["round_trip"] == {key: heard[key] for key in heard if key != "audio"}
     asked = ("--round-trip", "question.wav", "--recognizer", "mlx-whisper")
     wrong = program("ppx-verify", "demo-audio", *asked, cwd=folder, status=2)
@@ -418,23 +418,23 @@ def test_a_round_trip_is_added_to_the_report_of_this_bundle(conversation, monkey
     monkeypatch.chdir(conversation[0])
     calls = []
 
-    def add(found, *_):
+    def add(*_, report, **__):
         calls.append("spoken")
-        return found
+        return report
 
-    def compare(bundle, *_):
+    def compare(bundle, *_, **__):
         calls.append("compared")
         return reports.read(bundle)
 
-    monkeypatch.setattr(reporting, "add_round_trip", add)
-    monkeypatch.setattr(verify, "_compare", compare)
+    monkeypatch.setattr(bundle_report, "add_round_trip", add)
+    monkeypatch.setattr(bundle_report, "verify", compare)
     for more, expected in (([], ["spoken"]), (["--frames", "80"], ["compared", "spoken"])):
         asked = ["demo-audio", "--round-trip", "question.wav", "--json", *more]
         done = CliRunner().invoke(verify.app, asked)
         assert (done.exit_code, calls) == (0, expected), done.output
         assert "audio" not in json.loads(done.stdout)["round_trip"]
         calls.clear()
-    monkeypatch.setattr(reporting, "report_of", lambda *_: None)  # of other files
+    monkeypatch.setattr(bundle_report, "report_of", lambda *_: None)  # of other files
     assert CliRunner().invoke(verify.app, ["demo-audio", "--round-trip", "question.wav"]).exit_code == 0
     assert calls == ["compared", "spoken"]
 
@@ -452,7 +452,7 @@ def test_a_broken_answer_fails_a_verification_until_it_is_mended(conversation, t
         }
         made = heard | {"failures": round_trip.failures(heard)}
         monkeypatch.setattr(round_trip, "run", lambda *_, made=made: dict(made))
-        found = reporting.add_round_trip(reports.read(folder), folder, SPEECH, None, "pocketsphinx", None, True)
+        found = bundle_report.add_round_trip(folder, SPEECH)
         assert found["verdict"]["passed"] is passes
         assert reports.read(folder)["verdict"] == found["verdict"]
         assert ("the answer is silent" in (folder / "parity" / "report.html").read_text()) is not passes

@@ -14,16 +14,15 @@ from typing import Any
 import pytest
 from hub_server import running
 from huggingface_hub import ModelCard
-from ppx.convert.bundle import moshi_mlx
+from ppx.convert.bundle import moshi_mlx, shipped
 from ppx.convert.bundle.manifest import Manifest
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from ppx.convert.bundle.records import RecipeRecord, TensorRecord
 from ppx.convert.source.license import NVIDIA, License, from_json, license_of
 from ppx.model.tokens import SELF_GENERATED
-from ppx.recipes import shipped
 from ppx.recipes.cli import convert
 from ppx.verify import report as reports
-from ppx.verify.publish import card
+from ppx.verify.publishing import card
 from typer.testing import CliRunner
 
 SOURCE = {"id": "nvidia/personaplex-7b-v1", "revision": "c0ffee" + "0" * 34}

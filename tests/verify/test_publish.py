@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hub_server import LARGE, Repository, Server, git_hash, running, sha256
 from ppx.convert.errors import UserError
-from ppx.verify.publish.gate import check_name
+from ppx.verify.publishing.gate import check_name
 
 NAME = "me/personaplex-4bit"
 FAILURE = {"check": "predictions", "limit": "text_kl", "where": "text", "message": "text KL is 9, over .1"}

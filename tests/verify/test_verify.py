@@ -242,7 +242,7 @@ class TestWhatCannotBeCompared:
 
     def test_no_source_named_and_none_known(self, bundle, program, tmp_path):
         done = program("ppx-verify", bundle(*SWIFT), cwd=tmp_path, status=2)
-        assert "was made from a folder called pico: give it as --reference" in done.stderr
+        assert "was made from a folder called pico: give it as the reference" in done.stderr
 
     def test_no_bundle(self, pico, program, tmp_path):
         for path, words in ((pico, "not a bundle"), (tmp_path / "nothing", "not a bundle")):

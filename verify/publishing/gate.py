@@ -114,8 +114,16 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
     return UploadPlan(repository, found, written, objections, message)
 
 
-def publish(bundle: Path, repository: str, wish: PublishOptions, quiet: bool = False) -> Published:
-    """Write the card, upload a bundle's files, and compare what arrived; raises what ``ready`` and ``upload`` raise."""
+def publish(
+    bundle: str | Path, repository: str, options: PublishOptions | None = None, *, quiet: bool = True
+) -> Published:
+    """Write the card, upload a bundle's files, and compare what arrived; raises what ``ready`` and ``upload`` raise.
+
+    Example::
+
+        publish("my-bundle", "me/personaplex-4bit", PublishOptions(private=True)).page
+    """
+    bundle, wish = Path(bundle), options or PublishOptions()
     found = ready(bundle, repository, wish.force, quiet)
     for name, text in found.card.items():
         if not (bundle / name).is_file() or (bundle / name).read_bytes() != text.encode():

@@ -3,15 +3,17 @@
 from importlib.resources import files
 from pathlib import Path
 
-from ..convert.bundle import recipe_file
-from ..convert.bundle.recipe import Recipe
-from ..convert.errors import UserError
+from ..errors import UserError
+from . import recipe_file
+from .recipe import Recipe
+
+_FOLDER = f"{__package__.partition('.')[0]}.recipes"  # data only: the files stand where people look for them
 
 
 def names() -> list[str]:
     """Return the names of the recipes that come with the toolkit."""
     return sorted(
-        entry.name.removesuffix(".toml") for entry in files(__package__).iterdir() if entry.name.endswith(".toml")
+        entry.name.removesuffix(".toml") for entry in files(_FOLDER).iterdir() if entry.name.endswith(".toml")
     )
 
 
@@ -21,7 +23,7 @@ def load(name_or_file: str, target: str | None = None) -> Recipe:
     Raises UserError that lists all of a recipe's mistakes, each with its line.
     """
     if name_or_file in names():
-        text = (files(__package__) / f"{name_or_file}.toml").read_text("utf-8")
+        text = (files(_FOLDER) / f"{name_or_file}.toml").read_text("utf-8")
         return recipe_file.parse(text, name_or_file, name_or_file, target)
     try:
         path = Path(name_or_file).expanduser()

@@ -1,0 +1,153 @@
+"""From where a source is to an open source and a plan of its conversion."""
+
+import logging
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from .bundle.plan import Inventory, Plan, inventory_of_7b, inventory_of_demo, make_plan
+from .bundle.recipe import Recipe
+from .errors import UserError
+from .file_names import FILES
+from .source import demo
+from .source.adapter import on_hub, open_adapter
+from .source.source import DEFAULT, Location, Source, is_hub_id, locate_here, open_source
+
+_log = logging.getLogger(__name__)
+
+
+def inventory(source: Source) -> Inventory:
+    """Return what a plan needs to know of an open source."""
+    voices = {voice.name: (voice.embeddings.shape[0], voice.cache.shape[2]) for voice in source.voices}
+    return Inventory(
+        identity=source.location.identity,
+        architecture=source.architecture,
+        sizes={name: (source.location.folder / name).stat().st_size for name in FILES},
+        voices=voices,
+        others=tuple(source.others),
+        copied_steps=tuple(sorted(source.checkpoint.copied_steps.items())),
+    )
+
+
+def open_merged(
+    location: Location,
+    adapter: str | None,
+    fill_depformer_steps: bool = False,
+    thorough: bool = False,
+    quiet: bool = False,
+) -> Source:
+    """Open a source, and an adapter (a file, a folder or a Hub id) that is merged into what is read of it.
+
+    The source that is returned is a context manager, which closes both.
+    """
+    source = open_source(location, fill_depformer_steps, thorough, quiet)
+    if adapter is None:
+        return source
+    with ExitStack() as stack:
+        stack.callback(source.close)
+        if source.checkpoint.copied_steps:
+            raise UserError("an adapter and filled depformer steps do not go together: it was trained on other weights")
+        opened = open_adapter(adapter, source.architecture, quiet)
+        stack.pop_all()
+    merged = source.checkpoint.with_adapter(opened.merged, opened.pieces, opened.file)
+    return replace(source, checkpoint=merged, adapter=opened.record())
+
+
+def open_checked(
+    location: Location,
+    recipe: Recipe,
+    fill_depformer_steps: bool = False,
+    thorough: bool = False,
+    quiet: bool = False,
+    adapter: str | None = None,
+) -> Source:
+    """Open a source, with an adapter if one is given, that a recipe can be made of; the caller closes it.
+
+    Raises UserError with all problems of both; where there are any, thorough reads the weights as well, to list those
+    that are not finite with the rest.
+    """
+    try:
+        source = open_merged(location, adapter, fill_depformer_steps, thorough, quiet)
+    except UserError as error:
+        problems = list(error.problems)
+        try:
+            check_recipe(recipe)
+        except UserError as other:
+            problems += other.problems
+        raise UserError(problems) from None
+    with ExitStack() as stack:
+        stack.callback(source.close)
+        make_plan(inventory(source), recipe)
+        stack.pop_all()
+    return source
+
+
+def prepare(
+    location: Location,
+    recipe: Recipe,
+    fill_depformer_steps: bool = False,
+    thorough: bool = False,
+    quiet: bool = False,
+    adapter: str | None = None,
+) -> tuple[Source, Plan]:
+    """Open a source as a recipe takes it, and make the plan; the caller closes the source. Raises as open_checked."""
+    return planned(open_checked(location, recipe, fill_depformer_steps, thorough, quiet, adapter), recipe)
+
+
+def planned(source: Source, recipe: Recipe) -> tuple[Source, Plan]:
+    """Return an open source as a recipe takes it, and the plan; raises UserError for what the target cannot load."""
+    plan = make_plan(inventory(source), recipe)
+    return trimmed(source, plan.inventory.architecture.steps), plan
+
+
+def trimmed(source: Source, steps: int) -> Source:
+    """Return a source as if its model had only the first depformer steps, or itself if it has no more."""
+    if steps >= source.architecture.steps:
+        return source
+    return replace(source, checkpoint=source.checkpoint.trimmed(steps))
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise UserError for what a target cannot load of a recipe, judged on PersonaPlex-7B, before any download."""
+    make_plan(inventory_of_7b(DEFAULT), recipe)
+
+
+def check_request(source: str, revision: str | None, recipe: Recipe) -> None:
+    """Raise UserError for a revision of what has none, and, before a download, for what the target cannot load."""
+    if is_hub_id(source):
+        check_recipe(recipe)
+    elif revision:
+        raise UserError(f"a revision has no effect for {source}, which is not on the Hub: leave it out")
+
+
+def plan(
+    source: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    adapter: str | None = None,
+    fill_depformer_steps: bool = False,
+    quiet: bool = True,
+) -> Plan:
+    """Return the plan of a conversion; nothing is written or downloaded for it.
+
+    It is made from the source where that is on this machine, else from what is known of its shapes; a warning then says
+    what was not looked at. Raises UserError for what the target cannot load.
+    """
+    where = str(source)
+    check_request(where, revision, recipe)
+    location = locate_here(where, revision, quiet)
+    if location is not None:
+        local = None if adapter and on_hub(adapter) else adapter
+        if adapter != local:
+            _log.warning("%s: not looked at: a dry run downloads nothing", adapter)
+        opened, found = prepare(location, recipe, fill_depformer_steps, adapter=local)
+        opened.close()
+        return found
+    if adapter:
+        _log.warning("%s: not looked at, as the source is not here", adapter)
+    if where in demo.SIZES:
+        _log.warning("%s was not made yet: planned from its shapes", where)
+        return make_plan(inventory_of_demo(where), recipe)
+    _log.warning("%s is not on this machine: planned from the published layout of %s", where, DEFAULT)
+    return make_plan(inventory_of_7b(where), recipe)

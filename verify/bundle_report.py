@@ -1,0 +1,203 @@
+"""Verifying a bundle as a whole: compare it, leave report and model card in it, say what came of it."""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..convert.bundle.manifest import manifest_of, read_manifest
+from ..convert.bundle.records import files_to_json
+from ..convert.bundle.workspace import write_durably
+from ..convert.errors import CheckFailed, UserError
+from ..convert.preparation import open_merged, trimmed
+from ..convert.source.source import Source, locate
+from . import report as reports
+from .options import EMBEDDED, VerifyOptions
+from .provenance import adapter_of, check_adapter, command_of, reference_of
+from .publishing import card
+
+_SAID = 3  # reasons that are printed; the report has them all
+
+
+def _check_writable(bundle: Path) -> None:
+    if not os.access(bundle, os.W_OK) and bundle.is_dir():
+        raise UserError(f"{bundle}: not writable: the report goes into it, so copy the bundle to where you can write")
+
+
+def verify(
+    bundle: str | Path,
+    reference: str | Path | Source | None = None,
+    *,
+    adapter: str | None = None,
+    options: VerifyOptions | None = None,
+    same_source: bool = False,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Compare a bundle with its checkpoint; write the report and the card into it, and return the report.
+
+    Example::
+
+        report = verify("my-bundle", "demo")
+        report["verdict"]["passed"]
+
+    reference: a Hub id, a folder, ``demo``, or an open source; the checkpoint it was made from if that can be found.
+    adapter: the LoRA that was merged, if it cannot be found. options: what to read. same_source: whether an open source
+    is known to be the one that the bundle was made from, which is checked otherwise. Raises UserError for what cannot
+    be compared; a bundle that does not pass is in the report's verdict.
+    """
+    folder, options = Path(bundle), options or VerifyOptions()
+    manifest = manifest_of(folder)
+    made_from, steps = manifest.source, manifest.architecture.steps
+    if isinstance(reference, Source):
+        command = command_of(folder, reference.location.identity, adapter, options)
+        found = _leave_report(trimmed(reference, steps), folder, options, command, same_source, quiet)
+    else:
+        named = None if reference is None else str(reference)
+        location = locate(*reference_of(folder, named, made_from), quiet=quiet)
+        merged = adapter_of(folder, adapter, made_from)
+        with open_merged(location, merged, bool(made_from.copied_steps), quiet=quiet) as opened:
+            check_adapter(opened, made_from)
+            command = command_of(folder, named, merged, options)
+            found = _leave_report(trimmed(opened, steps), folder, options, command, False, quiet)
+    write_card(folder, found)
+    return found
+
+
+def _leave_report(
+    source: Source, bundle: Path, options: VerifyOptions, command: str, same_source: bool, quiet: bool
+) -> dict[str, Any]:
+    """Compare a bundle with an open source, write its report beside it, and return it."""
+    _check_writable(bundle)
+    from .verification import verify as compare_with  # imports torch and mlx: seconds that --help does not need
+
+    found = reports.finish(compare_with(source, bundle, options, command, quiet, same_source))
+    reports.write(found, bundle)
+    return found
+
+
+def report_of(bundle: Path) -> dict[str, Any] | None:
+    """Return the report that a bundle has, None if it has none, or one of other files."""
+    manifest = manifest_of(bundle)
+    if not (bundle / reports.FOLDER / reports.JSON).is_file():
+        return None
+    found = reports.read(bundle)
+    about = found["bundle"]
+    same = about.get("fingerprint") == manifest.fingerprint and about.get("files") == files_to_json(manifest.files)
+    return found if same else None
+
+
+def check_round_trip(bundle: Path, question: Path, codec: Path | None = None, recognizer: str | None = None) -> None:
+    """Raise UserError for what a round trip would end with, before anything that takes long."""
+    from . import round_trip
+
+    _check_writable(bundle)
+    round_trip.check(bundle, question, codec, recognizer or EMBEDDED)
+
+
+def add_round_trip(
+    bundle: str | Path,
+    question: str | Path,
+    *,
+    report: Mapping[str, Any] | None = None,
+    codec: Path | None = None,
+    recognizer: str | None = None,
+    device: str | None = None,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Let a bundle answer a recording, judge the answer by a speech recognizer, and add that to its report.
+
+    report: the bundle's, read from it if it is not given. codec: Mimi's weights, None for the bundle's. recognizer: one
+    of ``options.RECOGNIZERS``. device: None for MLX's choice. Report and card are written again; returns the report.
+    """
+    from ..model.mlx_device import computing_on
+    from ..speak.speaker import SpeakOptions
+    from . import round_trip
+
+    folder = Path(bundle)
+    before = reports.read(folder) if report is None else dict(report)
+    with computing_on(device):
+        answer = round_trip.run(folder, Path(question), SpeakOptions(codec=codec), recognizer or EMBEDDED, quiet)
+    failures = [one for one in before["verdict"]["failures"] if one["check"] != round_trip.CHECK]
+    failures += answer.pop("failures")
+    verdict = {"passed": not failures, "failures": failures}
+    found = reports.finish(before | {"round_trip": answer, "verdict": verdict})
+    reports.write(found, folder)
+    write_card(folder, found)
+    return found
+
+
+def as_json(found: Mapping[str, Any]) -> str:
+    """Return a report for a program to read, without the sound that its page plays."""
+    heard = found["round_trip"]
+    short = dict(found) | {"round_trip": heard and {key: heard[key] for key in heard if key != "audio"}}
+    return json.dumps(short, indent=1)
+
+
+def write_card(bundle: str | Path, report: Mapping[str, Any] | None = None) -> None:
+    """Write a bundle's model card; report: None for the one that the bundle has, if any."""
+    folder = Path(bundle)
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        with suppress(UserError):  # a report that cannot be read proves nothing
+            report = report or report_of(folder)
+        for name, content in card.files(manifest, report).items():
+            write_durably(folder / name, content)
+
+
+def text(found: Mapping[str, Any], bundle: Path) -> str:
+    """Return what a verification prints for people."""
+    verdict = "passes" if found["verdict"]["passed"] else "fails"
+    token_set = found["material"]
+    page = bundle / reports.FOLDER / reports.HTML
+    sequences = f"{token_set['sequences']} sequence{'s' if token_set['sequences'] > 1 else ''}"
+    if not found["predictions"]:
+        return f"{bundle} {verdict}: nothing was computed, it could not be read\nreport: {page}"
+    lines = [f"{bundle} {verdict} the comparison: {sequences} of {token_set['frames']} frames, {token_set['kind']}"]
+    lines.append(f"{'':<41}{'bundle':>8}  {'limit':>8}  {'noise floor':>11}")
+    for row in reports.figures(found):
+        bound = f"{row['sign']} {reports.short(row['bound'])}"
+        values = f"{reports.short(row['bundle']):>8}  {bound:>8}  {reports.short(row['noise']):>11}"
+        lines.append(f"{row['name']:<41}{values}{'' if row['passed'] else '  fails'}")
+    if replaced := reports.replaced(found):
+        mlx = f"MLX {found['ran_on']['libraries']['mlx']} on {found['ran_on']['device']['mlx']}"
+        lines.append(
+            f"{mlx} computes quantized_matmul wrongly; dequantized and multiplied instead: {'; '.join(replaced)}"
+        )
+    if found["looser_limits"]:
+        lines.append(f"its recipe allows more than is usual for its bits: {', '.join(found['looser_limits'])}")
+    if session := found["rollout"]:
+        first = session["first_difference"]
+        parts = f"parts at frame {first['frame']} ({first['stream']})" if first else "never parts"
+        share = f"{session['agreement_agent']:.0%} of the agent's tokens agree"
+        lines.append(f"a greedy session of {session['frames']} frames on both: {parts}; {share}")
+    if heard := found["round_trip"]:
+        lines += _round_trip(heard)
+    lines.append(f"report: {page}")
+    return "\n".join(lines)
+
+
+def _round_trip(heard: Mapping[str, Any]) -> list[str]:
+    """Return what is printed of a round trip."""
+    answer, floor = heard["answer"], heard["question"]["word_error_rate"]
+    wrong = answer["word_error_rate"]
+    line = "too few words to compare" if wrong is None else f"{wrong:.0%} of the words differ"
+    if floor is None or floor > heard["limits"]["floor"]:
+        line += f"; not judged by its words: {heard['recognizer']} does not understand the question through the codec"
+    else:
+        line += f" (of the question through the codec alone: {floor:.0%})"
+    return [
+        f"round trip: {answer['seconds']:.1f} s, {answer['silent']:.0%} of it silent; heard by {heard['recognizer']}",
+        f"  means  {answer['text'] or '(nothing)'}",
+        f"  heard  {answer['heard'] or '(nothing)'}",
+        f"  {line}",
+    ]
+
+
+def fail_if_failed(found: Mapping[str, Any]) -> None:
+    """Raise CheckFailed with the reasons why a report does not pass."""
+    failures = found["verdict"]["failures"]
+    if failures:
+        more = f"; and {len(failures) - _SAID} more, in the report" if len(failures) > _SAID else ""
+        raise CheckFailed("; ".join(failure["message"] for failure in failures[:_SAID]) + more)
