@@ -9,6 +9,7 @@ from itertools import product
 from ..convert.bundle.describe import size as described
 from ..convert.bundle.output_tensor import Output
 from ..convert.bundle.plan import Inventory, Plan, make_plan
+from ..convert.bundle.ranges import ranges_of
 from ..convert.bundle.recipe import Recipe, Rule
 from ..convert.bundle.targets import TARGETS
 from ..convert.errors import UserError
@@ -253,19 +254,8 @@ def _rules(settings: dict[TensorGroup, QuantizationConfig | None]) -> list[Rule]
             quantization,
             (component,),
             (modules,),
-            _ranges([part.layer for part in parts if part.layer is not None]),
-            _ranges([part.step for part in parts if part.step is not None]),
+            ranges_of([part.layer for part in parts if part.layer is not None]),
+            ranges_of([part.step for part in parts if part.step is not None]),
         )
         for (component, modules, quantization), parts in together.items()
     ]
-
-
-def _ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return inclusive ranges that hold just these numbers."""
-    found: list[tuple[int, int]] = []
-    for number in sorted(numbers):
-        if found and number == found[-1][1] + 1:
-            found[-1] = (found[-1][0], number)
-        else:
-            found.append((number, number))
-    return tuple(found)

@@ -15,7 +15,6 @@ from ..quant.affine import QuantizationConfig, Quantized, unpack
 from ..quant.gptq import assemble
 
 CODES, SIDES = 1e-2, 1e-3  # learning rates: in codes, and relative to a scale
-_TORCH = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class TrainableMatrix:
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """Return scales and biases ``[rows, groups]`` as they will be stored."""
-        (scale, bias), storage = self.first, _TORCH[self.dtype]
+        (scale, bias), storage = self.first, getattr(torch, DTYPES[self.dtype].name)
         found = (scale * (1 + self.scales), bias + scale * self.biases)
         return _as_if(found[0], found[0].to(storage).float()), _as_if(found[1], found[1].to(storage).float())
 

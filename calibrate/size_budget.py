@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..convert.bundle.describe import size
 from ..convert.bundle.destination import check_file, check_new_file
-from ..convert.bundle.recipe import to_toml
+from ..convert.bundle.recipe_file import to_toml
 from ..convert.bundle.workspace import write_durably
 from ..convert.conversion import OpenConversion
 from ..convert.errors import UserError

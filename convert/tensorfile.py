@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import UserError, reason
 from .regular_files import open_regular
 
-DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {  # safetensors code -> values, little-endian
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
@@ -36,7 +36,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _LARGEST_HEADER = 16 << 20  # bytes; the 7B model's has 60 thousand
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODES = {dtype.name: code for code, dtype in DTYPES.items()}  # numpy's, MLX's and PyTorch's name -> code
+FLOATS = ("BF16", "F16", "F32")  # what weights may be stored as
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 A program takes two to three seconds to import PyTorch, MLX and matplotlib, and a run of the tests starts hundreds of
 them. Each command still runs in a process of its own, with its own arguments, folder, environment, output and exit
 status, as ``python -m MODULE`` would. The server must have computed nothing when it forks: threads don't survive.
+
+On macOS each command is started afresh instead: Apple's frameworks, which PyTorch and MLX load, may crash in a fork.
 """
 
 import atexit
@@ -23,7 +25,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import stopping
 from stopping import Moment, stop_at
+
+FORKS = sys.platform != "darwin"
 
 LIBRARIES = (
     "filelock",
@@ -58,9 +63,10 @@ class Programs:
     import it themselves.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        """environment: the usual one. Libraries look there for their caches."""
+    def __init__(self, environment: Mapping[str, str], forks: bool = FORKS) -> None:
+        """environment: the usual one; libraries look there for their caches. forks: whether to use servers at all."""
         self.environment = dict(environment)
+        self.forks = forks
         self.servers: dict[bool, subprocess.Popen[str]] = {}
 
     def run(
@@ -76,6 +82,8 @@ class Programs:
 
         stop: a moment, and the signal that the program gets then.
         """
+        if not self.forks:
+            return run_afresh(module, arguments, cwd, environment, stop, timeout)
         with tempfile.TemporaryDirectory() as folder:
             asked: dict[str, Any] = {
                 "module": module,
@@ -112,6 +120,35 @@ class Programs:
             server.communicate()
 
 
+def run_afresh(
+    module: str,
+    arguments: Sequence[str],
+    cwd: Path,
+    environment: Mapping[str, str],
+    stop: tuple[Moment, int] | None,
+    timeout: float,
+) -> subprocess.CompletedProcess[str]:
+    """Run a module in a new process, as ``Programs.run`` does."""
+    way = ["-m"] if stop is None else [stopping.__file__, str(stop[0]), signal.Signals(stop[1]).name]
+    with subprocess.Popen(
+        [sys.executable, *way, module, *arguments],
+        text=True,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            out, err = process.communicate()
+            raise subprocess.TimeoutExpired([module, *arguments], timeout, out, err) from None
+    return subprocess.CompletedProcess([module, *arguments], process.returncode, out, err)
+
+
 def become(asked: dict[str, Any]) -> None:
     """Turn a forked process into the program, until it ends."""
     os.setsid()
@@ -142,9 +179,8 @@ def become(asked: dict[str, Any]) -> None:
     os._exit(status)  # taking the libraries down takes longer than many a command
 
 
-def wait(child: int, timeout: float) -> int | None:
-    """Return a child's exit status as subprocess gives it; None if it had to be ended after ``timeout`` seconds."""
-    end = time.monotonic() + timeout
+def wait(child: int, end: float) -> int | None:
+    """Return a child's exit status as subprocess gives it; None if it had to be ended at a time of the clock."""
     pause = 0.001
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -152,7 +188,7 @@ def wait(child: int, timeout: float) -> int | None:
             return os.waitstatus_to_exitcode(status)
         time.sleep(pause)
         pause = min(2 * pause, 0.05)
-    os.killpg(child, signal.SIGKILL)
+    os.killpg(child, signal.SIGKILL)  # and what it started
     os.waitpid(child, 0)
     return None
 
@@ -181,7 +217,7 @@ def serve(modules: Sequence[str]) -> None:
         if child == 0:
             answers.close()
             become(asked)
-        answers.write(json.dumps(wait(child, asked["timeout"])) + "\n")
+        answers.write(json.dumps(wait(child, time.monotonic() + asked["timeout"])) + "\n")
         answers.flush()
 
 

@@ -1,6 +1,6 @@
 """Sends a program a signal at an exact moment of its work, from inside, by Python's audit events.
 
-``python tests/stopping.py MOMENT SIGNAL MODULE ARGUMENT...`` runs a module so.
+``python tests/stopping.py EVENT:NAME:NUMBER:(before|after) SIGNAL MODULE ARGUMENT...`` runs a module so.
 The server of programs does it in a fork.
 """
 
@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,16 @@ class Moment:
     name: str
     number: int = 1
     after: bool = False
+
+    def __str__(self) -> str:
+        """Return it as ``parse`` reads it; file names must not hold colons."""
+        return f"{self.event}:{self.name}:{self.number}:{'after' if self.after else 'before'}"
+
+
+def parse(text: str) -> Moment:
+    """Read a moment from a command line."""
+    event, name, number, when = text.split(":")
+    return Moment(event, name, int(number), {"before": False, "after": True}[when])
 
 
 def stop_at(moment: Moment, number: int) -> None:
@@ -53,7 +64,8 @@ def stop_at(moment: Moment, number: int) -> None:
 
 if __name__ == "__main__":
     description, number, module, *arguments = sys.argv[1:]
-    event, name = description.split(":")
-    stop_at(Moment(event, name, after=True), signal.Signals[number])
+    sys.path[0] = str(Path.cwd())  # as for python -m
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells let background processes ignore
+    stop_at(parse(description), signal.Signals[number])
     sys.argv = ["-m", *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

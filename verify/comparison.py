@@ -27,7 +27,6 @@ from . import weights
 from .metrics import Predictions, difference, mean_of
 
 _LOGITS = 1 << 24  # logits held at a time, of each model
-_TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -138,7 +137,7 @@ def compare(
     MLX multiplies by packed weights. The bar
     advances by the checkpoint's bytes. Raises UserError for files that break off.
     """
-    noise = reference_of(source.checkpoint, _TORCH[stored.manifest.dtype], device)
+    noise = reference_of(source.checkpoint, getattr(torch, stored.manifest.dtype), device)
     reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, matmul)
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx") as pool, torch.inference_mode():
         comparison = Comparison(source, stored, reference, noise, bundle, token_set, Measured(), pool, bar)

@@ -1,7 +1,6 @@
 """What a bundle is held to, and the verdict. Why the limits are what they are: docs/verification.md."""
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -9,6 +8,7 @@ from typing import Any
 
 from ..convert.bundle.manifest import Manifest
 from ..convert.bundle.output_tensor import Output
+from ..convert.bundle.recipe_file import limits_in
 from ..convert.bundle.records import RecipeRecord
 from ..convert.errors import printable
 
@@ -50,14 +50,7 @@ def limits_of(manifest: Manifest, outputs: Iterable[Output], agent_steps: int) -
     ]
     bits = min((quantization.bits for quantization in quantizations), default=16)
     limits = dict(zip(FIGURES, DEFAULTS[bits], strict=True))
-    try:
-        parity = tomllib.loads(manifest.recipe.text).get("parity", {})
-    except ValueError:
-        parity = {}
-    if not isinstance(parity, dict):
-        return limits
-    named = {key: parity[key] for key in FIGURES if type(parity.get(key)) in (int, float)}
-    return limits | {key: value for key, value in named.items() if 0 <= value < math.inf}
+    return limits | limits_in(manifest.recipe.text)
 
 
 def looser(limits: Mapping[str, float], manifest: Manifest, outputs: Iterable[Output], steps: int) -> list[str]:

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..model.matmul import QuantizedMatmul
 from ..model.mlx_device import computing_on, on_gpu, streams
 from ..model.prompt import PROMPT, prompt_tokens
 from ..model.session import PAUSE
-from ..model.tokens import DEFAULT_FRAMES, DEFAULT_SEQUENCES, TokenSet, from_system_prompt, read_tokens
+from ..model.tokens import DEFAULT_FRAMES, DEFAULT_SEQUENCES, TokenSet, evenly_spaced, from_system_prompt, read_tokens
 from . import limits, rollout, structure
 from .comparison import Measured, compare
 from .options import VerifyOptions
@@ -44,15 +44,9 @@ def token_set_of(source: Source, request: VerifyOptions) -> TokenSet:
 
         return read_audio(request.audio, source, request.frames)
     voices = [voice.name for voice in source.voices]
-    chosen = _spread(voices, request.sequences or DEFAULT_SEQUENCES)
+    chosen = [voices[index] for index in evenly_spaced(len(voices), request.sequences or DEFAULT_SEQUENCES)]
     text = prompt_tokens(folder / TOKENIZER, a, PROMPT)
     return from_system_prompt(a, source.voices, chosen, text, request.frames or DEFAULT_FRAMES, PROMPT)
-
-
-def _spread(names: Sequence[str], count: int) -> list[str]:
-    """Return so many names, evenly spread over them: voices of every kind."""
-    count = min(count, len(names))
-    return [names[index * len(names) // count] for index in range(count)]
 
 
 def verify(

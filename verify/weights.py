@@ -14,8 +14,9 @@ from ..convert.bundle.output_tensor import Output
 from ..convert.bundle.reader import Bundle
 from ..convert.parallel import in_order_on
 from ..convert.source.checkpoint import Checkpoint
-from ..convert.tensorfile import DTYPES
+from ..convert.tensorfile import CODES, DTYPES
 from ..model.forward import Floats
+from ..model.matmul import name_of
 from ..model.mlx_weights import Matrix, Packing, read_matrix
 from ..quant.affine import BFLOAT16
 from ..quant.casting import cast
@@ -109,14 +110,11 @@ def _look(values: Floats, stored: Matrix, source: NDArray[Any], first: int) -> S
     found = Sums(error, norm, length, along=float(np.dot(flat[1], flat[2])))
     found.max_abs, found.at = float(abs(apart[row, column])), (first + row, column)
     if stored.packing is None:
-        expected = cast(source, DTYPES[_CODES[stored.weight.dtype]]).array
+        expected = cast(source, DTYPES[CODES[name_of(stored.weight.dtype)]]).array
         found.unequal = int(np.count_nonzero(_float32(expected) != values))
     else:
         found.clipped = _clipped(wide, stored.packing)
     return found
-
-
-_CODES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32"}
 
 
 def _float32(array: NDArray[Any]) -> Floats:

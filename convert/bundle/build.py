@@ -21,7 +21,8 @@ from .manifest import fingerprint as plan_fingerprint
 from .plan import Plan, PlannedFile, voice_specs
 from .quantized_store import LayerwiseQuantizer, QuantizedStore
 from .readback import check_hash, check_tensors
-from .recipe import DTYPES, Recipe, to_toml
+from .recipe import DTYPES, Recipe
+from .recipe_file import to_toml
 from .records import TensorRecord, VoiceRecord, WrittenFile
 from .workspace import Workspace, clear_leftovers
 from .writer import write_copy, write_tensors, write_text, write_voice

@@ -7,6 +7,7 @@ from ..file_names import MANIFEST
 from ..tensorfile import Spec
 from .manifest import Manifest
 from .plan import Plan
+from .ranges import format_ranges, ranges_of
 
 _LISTED = 3  # names of what is dropped for one reason
 
@@ -67,7 +68,8 @@ def text(plan: Plan, workers: int) -> str:
             current = entry["file"]
             lines.append(f"{current} ({size(said['files'][current])})")
         what = f"{entry['component']} {entry['module']}"
-        where = "; ".join(f"{place} {_ranges(entry[place])}" for place in ("layers", "steps") if place in entry)
+        places = [place for place in ("layers", "steps") if place in entry]
+        where = "; ".join(f"{place} {format_ranges(ranges_of(entry[place]))}" for place in places)
         counts = f"{entry['tensors']:>7}  {entry['parameters']:>12,}  {size(entry['bytes']):>9}"
         lines.append(f"{counts}  {what:<32}  {entry['fate']:<16}  {where}".rstrip())
     voices = [file for file in plan.files if file.voice]
@@ -93,17 +95,6 @@ def text(plan: Plan, workers: int) -> str:
         f"and {size(said['free_disk_bytes'])} of free disk",
     ]
     return "\n".join(lines)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Return numbers as a recipe writes them: ``0-3,31``."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in parts)
 
 
 def size(nbytes: float) -> str:

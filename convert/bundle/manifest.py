@@ -17,7 +17,7 @@ from ..source.scan import Fingerprint
 from ..source.source import Source
 from .manifest_schema import problem_of
 from .plan import Plan
-from .recipe import to_toml
+from .recipe_file import to_toml
 from .records import (
     CalibrationRecord,
     RecipeRecord,

@@ -8,16 +8,7 @@ import mlx.core as mx
 
 from ..errors import CheckFailed
 from ..source.scan import BLOCK
-from ..tensorfile import Spec
-
-MLX_DTYPES = {
-    "BF16": mx.bfloat16,
-    "F16": mx.float16,
-    "F32": mx.float32,
-    "I64": mx.int64,
-    "I32": mx.int32,
-    "U32": mx.uint32,
-}
+from ..tensorfile import DTYPES, Spec
 
 
 def check_hash(path: Path, size: int, sha256: str) -> None:
@@ -37,7 +28,7 @@ def check_hash(path: Path, size: int, sha256: str) -> None:
 def check_tensors(path: Path, specs: Sequence[Spec]) -> None:
     """Open a file with ``mx.load`` and compare names, shapes and dtypes with the plan; raises CheckFailed."""
     loaded = mx.load(str(path))
-    expected = {spec.name: (spec.shape, MLX_DTYPES[spec.dtype]) for spec in specs}
+    expected = {spec.name: (spec.shape, getattr(mx, DTYPES[spec.dtype].name)) for spec in specs}
     if not isinstance(loaded, dict):
         raise CheckFailed(f"{path}: mlx reads a single array there, not named tensors")
     found = {name: (tuple(array.shape), array.dtype) for name, array in loaded.items()}

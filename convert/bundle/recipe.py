@@ -1,15 +1,16 @@
-"""A recipe: which tensors are quantized how, for which target. A plain value; its files are read in ``recipes``."""
+"""A recipe: which tensors are quantized how, for which target. A plain value; ``recipe_file`` reads and writes it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from ...quant.affine import DATA_DRIVEN, QuantizationConfig
 from ..source.tensors import Role
+from ..tensorfile import CODES
+from .ranges import Ranges
 
 LIMITS = ("text_kl", "codebook0_kl", "agent_kl", "agent_top1")  # the figures of a verification that a recipe may limit
-DTYPES = {"bfloat16": "BF16", "float16": "F16"}  # what stays float, and scales and biases: recipe's name -> file's
+DTYPES = {name: CODES[name] for name in ("bfloat16", "float16")}  # of floats, scales and biases: name -> code
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Rule:
     quantization: QuantizationConfig | None
     components: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
-    layers: tuple[tuple[int, int], ...] = ()
-    steps: tuple[tuple[int, int], ...] = ()
+    layers: Ranges = ()
+    steps: Ranges = ()
     line: int = 0
 
     def matches(self, role: Role, step: int | None) -> bool:
@@ -37,7 +38,7 @@ class Rule:
         )
 
 
-def _within(number: int | None, ranges: tuple[tuple[int, int], ...]) -> bool:
+def _within(number: int | None, ranges: Ranges) -> bool:
     return number is not None and any(first <= number <= last for first, last in ranges)
 
 
@@ -90,31 +91,3 @@ def uniform(quantization: QuantizationConfig | None, target: str, dtype: str, co
     return Recipe(
         name, target, dtype, (Rule(quantization, components),), f"{quantization.label}: {', '.join(components)}"
     )
-
-
-def to_toml(recipe: Recipe) -> str:
-    """Write a recipe as the TOML that its loader reads."""
-    pairs = (("description", recipe.description), ("target", recipe.target), ("dtype", recipe.dtype))
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in pairs]
-    if recipe.depformer_steps is not None:
-        lines.append(f"depformer_steps = {recipe.depformer_steps}")
-    for rule in recipe.rules:
-        lines += ["", "[[rules]]"]
-        lines += [
-            f"{key} = {json.dumps(list(values), ensure_ascii=False)}"
-            for key, values in (("components", rule.components), ("modules", rule.modules))
-            if values
-        ]
-        lines += [
-            f'{key} = "{",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)}"'
-            for key, ranges in (("layers", rule.layers), ("steps", rule.steps))
-            if ranges
-        ]
-        if rule.quantization is None:
-            lines.append("keep = true")
-        else:
-            lines += [f"bits = {rule.quantization.bits}", f"group_size = {rule.quantization.group_size}"]
-            lines.append(f'method = "{rule.quantization.method}"')
-    if recipe.parity:
-        lines += ["", "[parity]"] + [f"{key} = {value}" for key, value in recipe.parity.items()]
-    return "\n".join(lines) + "\n"

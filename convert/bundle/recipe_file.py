@@ -1,5 +1,6 @@
-"""Reading recipes: TOML files, checked whole, with the line of every mistake."""
+"""Recipes as TOML: read and checked whole, with the line of every mistake, and written."""
 
+import json
 import math
 import re
 import tomllib
@@ -11,6 +12,7 @@ from ...quant.affine import DEFAULT_METHOD, QuantizationConfig
 from ..errors import UserError, check_name, refuse
 from ..regular_files import read_regular
 from ..source.tensors import COMPONENTS
+from .ranges import Ranges, format_ranges, parse_ranges
 from .recipe import DTYPES, LIMITS, Recipe, Rule
 from .targets import DEFAULT as DEFAULT_TARGET
 from .targets import TARGETS
@@ -74,10 +76,26 @@ def parse(text: str, name: str, where: str, override: str | None = None) -> Reci
     for key, value in parity.items():
         if key not in LIMITS:
             wrong(f"parity.{key}", f"unknown limit {key!r}: use {', '.join(LIMITS)}")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        elif not _is_limit(value):
             wrong(f"parity.{key}", f"{key} is {value!r}: a number of at least 0 is needed")
     refuse([message for _, message in sorted(problems)])
     return Recipe(name, str(target), str(dtype), tuple(rules), str(description), parity, text, kept)
+
+
+def limits_in(text: str) -> dict[str, float]:
+    """Return the limits that a recipe's text sets, by figure. Skips what is not a limit and ignores all other keys.
+
+    Manifests of any version hold such texts: one that is not TOML sets no limits.
+    """
+    try:
+        parity = tomllib.loads(text).get("parity")
+    except (ValueError, RecursionError):
+        return {}
+    return {key: parity[key] for key in LIMITS if _is_limit(parity.get(key))} if isinstance(parity, dict) else {}
+
+
+def _is_limit(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _rule(data: dict[str, Any], number: int, line: int, wrong: Wrong) -> Rule:
@@ -121,18 +139,14 @@ def _names(data: dict[str, Any], key: str, number: int, wrong: Wrong) -> tuple[s
     return tuple(value)
 
 
-def _ranges(data: dict[str, Any], key: str, number: int, wrong: Wrong) -> tuple[tuple[int, int], ...]:
+def _ranges(data: dict[str, Any], key: str, number: int, wrong: Wrong) -> Ranges:
     if key not in data:
         return ()
-    parts = re.findall(r"(\d{1,4})(?:-(\d{1,4}))?", str(data[key]))
-    text = ",".join(f"{first}-{last}" if last else first for first, last in parts)
-    if not parts or text != str(data[key]).replace(" ", ""):
-        wrong(key, f'{key} is {data[key]!r}: write ranges such as "0-3,31"', number)
+    try:
+        return parse_ranges(str(data[key]))
+    except ValueError as error:
+        wrong(key, f"{key} is {data[key]!r}: {error}", number)
         return ()
-    ranges = tuple((int(first), int(last or first)) for first, last in parts)
-    if any(first > last for first, last in ranges):
-        wrong(key, f"{key} is {data[key]!r}: a range runs backwards", number)
-    return ranges
 
 
 def _lines(text: str) -> dict[tuple[int, str], int]:
@@ -151,3 +165,31 @@ def _lines(text: str) -> dict[tuple[int, str], int]:
         elif key := re.match(r"\s*[\"']?([\w-]+)[\"']?\s*=", line):
             lines.setdefault((rule, prefix + key[1]), number)
     return lines
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Write a recipe as the TOML text that ``parse`` reads."""
+    pairs = (("description", recipe.description), ("target", recipe.target), ("dtype", recipe.dtype))
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in pairs]
+    if recipe.depformer_steps is not None:
+        lines.append(f"depformer_steps = {recipe.depformer_steps}")
+    for rule in recipe.rules:
+        lines += ["", "[[rules]]"]
+        lines += [
+            f"{key} = {json.dumps(list(values), ensure_ascii=False)}"
+            for key, values in (("components", rule.components), ("modules", rule.modules))
+            if values
+        ]
+        lines += [
+            f'{key} = "{format_ranges(ranges)}"'
+            for key, ranges in (("layers", rule.layers), ("steps", rule.steps))
+            if ranges
+        ]
+        if rule.quantization is None:
+            lines.append("keep = true")
+        else:
+            lines += [f"bits = {rule.quantization.bits}", f"group_size = {rule.quantization.group_size}"]
+            lines.append(f'method = "{rule.quantization.method}"')
+    if recipe.parity:
+        lines += ["", "[parity]"] + [f"{key} = {value}" for key, value in recipe.parity.items()]
+    return "\n".join(lines) + "\n"

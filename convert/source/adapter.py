@@ -12,7 +12,7 @@ from ..errors import UserError, check_name, refuse
 from ..file_names import CONFIG
 from ..progress import byte_bar
 from ..regular_files import read_json
-from ..tensorfile import TensorFile
+from ..tensorfile import FLOATS, TensorFile
 from . import hub
 from .architecture import Architecture
 from .scan import Fingerprint, scan_tensors
@@ -21,7 +21,6 @@ from .tensors import Role, roles
 
 WEIGHTS = "lora.safetensors"
 RANK, SCALING = 128, 2.0  # moshi-finetune's
-_FLOATS = ("BF16", "F16", "F32")
 _KEY = re.compile(r"(?P<stem>.+)\.lora_(?P<side>[AB])\.weight")
 _STACKED = re.compile(r"(.+\.self_attn)\.(in|out)_projs\.(\d{1,3})")
 _LARGEST_CONFIG = 1 << 20
@@ -157,7 +156,7 @@ def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str,
     stems: dict[str, set[str]] = {}
     for name in file.offsets:
         match = _KEY.fullmatch(name)
-        if not match or name in file.unknown or file.specs[name].dtype not in _FLOATS:
+        if not match or name in file.unknown or file.specs[name].dtype not in FLOATS:
             problems.append(f"{name}: not a matrix of a LoRA (its names end in lora_A.weight and lora_B.weight)")
         else:
             stems.setdefault(match["stem"], set()).add(match["side"])

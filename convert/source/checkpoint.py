@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UserError, refuse
-from ..tensorfile import DTYPES, Spec, TensorFile
+from ..tensorfile import DTYPES, FLOATS, Spec, TensorFile
 from .architecture import PERSONAPLEX_STEPS, Architecture
 from .tensors import Role, roles
 
-FLOATS = ("BF16", "F16", "F32")
 MOSHI_STEPS = 8
 ZEROS = "zeros"
 

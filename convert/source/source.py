@@ -21,7 +21,7 @@ from .tokenizer import open_tokenizer
 from .voices import Voice, read_voices
 
 DEFAULT = "nvidia/personaplex-7b-v1"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
+HUB_ID = re.compile(r"(?!.*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")  # USER/NAME
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def locate_here(source: str, revision: str | None = None, quiet: bool = False) -
 def is_hub_id(source: str) -> bool:
     """Tell whether a source is looked for on the Hub: it is no demo and nothing on this machine, and has its form."""
     local = source in demo.SIZES or source.startswith((".", os.sep, "~")) or Path(source).exists()
-    return not local and _HUB_ID.fullmatch(source) is not None
+    return not local and HUB_ID.fullmatch(source) is not None
 
 
 def _local(source: str, quiet: bool) -> Location:

@@ -108,7 +108,13 @@ def test_other_settings_do_not_touch_an_unfinished_conversion(kill, tmp_path, pr
 
 def test_two_conversions_of_one_folder_do_not_meet(uninterrupted, tmp_path, program):
     stopping = str(Path(__file__).parent.parent / "stopping.py")
-    options = ["os.rename:.journal.json", "SIGSTOP", "ppx.recipes.cli.convert", *map(str, OPTIONS), "--no-verify"]
+    options = [
+        str(after("os.rename", ".journal.json")),
+        "SIGSTOP",
+        "ppx.recipes.cli.convert",
+        *map(str, OPTIONS),
+        "--no-verify",
+    ]
     process = subprocess.Popen([sys.executable, stopping, *options], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])

@@ -1,9 +1,14 @@
 import dataclasses
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ppx.convert.bundle import recipe_file, shipped
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
-from ppx.convert.bundle.recipe import LIMITS, Recipe, Rule, to_toml, uniform
+from ppx.convert.bundle.ranges import format_ranges, parse_ranges, ranges_of
+from ppx.convert.bundle.recipe import LIMITS, Recipe, Rule, uniform
+from ppx.convert.bundle.recipe_file import limits_in, to_toml
 from ppx.convert.bundle.targets import TARGETS
 from ppx.convert.errors import UserError
 from ppx.quant.affine import QuantizationConfig
@@ -151,3 +156,26 @@ def test_rows_that_a_group_does_not_divide_are_all_named(pico):
     said = "\n".join(caught.value.problems)
     assert "temporal gating.linear_out: rows of 704 weights are not divided by groups of 128 (2 tensors)" in said
     assert "use group size 64 or 32" in said
+
+
+@given(st.sets(st.integers(0, 9999), min_size=1))
+def test_ranges_survive_the_way_to_text_and_back(numbers):
+    ranges = ranges_of(numbers)
+    assert {number for first, last in ranges for number in range(first, last + 1)} == numbers
+    assert all(before[1] + 1 < after[0] for before, after in pairwise(ranges)), "ranges that touch are one"
+    assert parse_ranges(format_ranges(ranges)) == ranges
+
+
+def test_ranges_are_written_as_people_write_them():
+    assert format_ranges(ranges_of([31, 2, 1, 0, 3])) == "0-3,31"
+    assert parse_ranges("31, 0-3") == ((31, 31), (0, 3))
+    for wrong in ("", "a", "1-", "-1", "1--2", "1,,2", "1;2", "12345", "3-1"):
+        with pytest.raises(ValueError, match="range"):
+            parse_ranges(wrong)
+
+
+def test_limits_are_read_from_recipes_of_any_version():
+    text = '{}[parity]\ntext_kl = 1\nagent_kl = -1\ncodebook0_kl = true\nagent_top1 = "x"\nsomething = 2\n'
+    assert limits_in(text.format("a_key_of_tomorrow = 1\n")) == {"text_kl": 1}
+    for none in ("", "parity = 3", "not TOML", "x = " + "[" * 5000):
+        assert limits_in(none) == {}

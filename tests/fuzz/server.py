@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent.parent))  # where the tests' other helpers are
+from program_server import wait
+
 LIBRARIES = ("jinja2", "matplotlib.figure", "matplotlib.backends.backend_svg", "mlx.core", "numba", "torch", "typer")
 MODULES = (
     *("allocate", "bench", "calibrate", "convert", "inspect", "publish", "speak", "verify"),
@@ -120,20 +123,6 @@ def begin(command: Command, folder: Path, allowed: tuple[Path, ...]) -> tuple[in
         _become(command, folder, allowed, [folder / ".out", folder / ".err"], writing)
     os.close(writing)
     return child, reading
-
-
-def wait(child: int, end: float) -> int | None:
-    """Return a child's exit status, negative for a signal; None if it took too long, and had to be ended."""
-    pause = 0.001
-    while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(pause)
-        pause = min(2 * pause, 0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
 
 
 def _judge(status: int | None, out: bytes, err: bytes, memory: int) -> tuple[str, str]:

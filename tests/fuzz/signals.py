@@ -19,8 +19,9 @@ from pathlib import Path
 from random import Random
 
 from base import FILES, PICO
+from program_server import wait
 from safetensors.numpy import load_file, save_file
-from server import Command, begin, preload, wait
+from server import Command, begin, preload
 
 PLAIN = Command("convert", ("pico", "--recipe", "4bit", "--no-verify", "-o", "out"))
 DATA_DRIVEN = Command(

@@ -17,7 +17,7 @@ from hub_server import running
 from ppx.convert.bundle import recipe_file, shipped
 from ppx.convert.bundle.describe import size
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
-from ppx.convert.bundle.recipe import to_toml
+from ppx.convert.bundle.recipe_file import to_toml
 from ppx.verify import limits
 from safetensors.numpy import load_file, save_file
 

@@ -18,13 +18,13 @@ from ...convert.bundle.workspace import write_durably
 from ...convert.errors import CheckFailed, UserError, printable, refuse
 from ...convert.file_names import MANIFEST
 from ...convert.progress import byte_bar
+from ...convert.source.source import HUB_ID
 from .. import report as reports
 from . import card
 from .upload import Local, PublishOptions, check_token, upload
 
 __all__ = ["PublishOptions", "UploadPlan", "check_name", "check_token", "publish", "ready"]
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _TOKEN = re.compile(rb"(?:hf|api_org)_[A-Za-z0-9]{20,}")
 _HOMES = re.compile(rb"/(?:home|Users)/[^/\s\"'<>]{1,64}/")
 _TEXT = (".json", ".md", ".html", ".txt", ".toml")
@@ -60,7 +60,7 @@ class Published:
 
 def check_name(repository: str) -> None:
     """Raise UserError for what is no name of a repository."""
-    if not _NAME.fullmatch(repository) or "--" in repository or ".." in repository:
+    if not HUB_ID.fullmatch(repository):
         raise UserError(f"{repository}: not the name of a repository: give USER/NAME")
 
 
