@@ -15,11 +15,10 @@ from ..convert.bundle.reader import Layout
 from ..convert.schema import Leaf, number, whole
 from ..quant.affine import QuantizationConfig, Quantized, dequantize
 from . import matmul as products
-from .matmul import QuantizedMatmul, Shape, shares
+from .matmul import FLOAT_DTYPES, QuantizedMatmul, Shape, shares
 from .mlx_device import device_name, on_gpu
 from .mlx_weights import Matrix, Packing
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 _ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 _TF32 = 2.0**-11  # what GPUs make of float32 before they multiply, where they may
 _PERIOD = 251  # different rows of a weight; below them the same again, out of step with any kernel's tiles
@@ -28,7 +27,9 @@ _BLOCK = 64  # rows of a weight whose error is looked at apart, so that a wrong 
 
 _Size = Annotated[int, whole(1)]
 _Amount = Annotated[float, number(0)]
-_Dtype = Annotated[str, Leaf(f"one of {', '.join(DTYPES)}", lambda value: isinstance(value, str) and value in DTYPES)]
+_Dtype = Annotated[
+    str, Leaf(f"one of {', '.join(FLOAT_DTYPES)}", lambda value: isinstance(value, str) and value in FLOAT_DTYPES)
+]
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _try(shape: Shape, matmul: QuantizedMatmul) -> list[KernelRow]:
     """Return the rows of one shape."""
     random = np.random.Generator(np.random.PCG64(7))
     matrix, plain = _weight(shape, random)
-    dtype = DTYPES[shape.activations]
+    dtype = FLOAT_DTYPES[shape.activations]
     inputs = mx.array(random.standard_normal((max(matmul.tried), shape.columns), np.float32)).astype(dtype)
     few = np.array(inputs.astype(mx.float32)).astype(np.float64) @ plain.T.astype(np.float64)
     tested = []
@@ -173,7 +174,7 @@ def _weight(shape: Shape, random: np.random.Generator) -> tuple[Matrix, NDArray[
     codes = random.integers(0, 1 << 32, (height, shape.columns * shape.bits // 32), np.uint32)
     scales = random.uniform(0.5, 1.5, (height, shape.columns // shape.group_size)).astype(np.float32)
     biases = scales * random.uniform(-1.1, -0.9, scales.shape).astype(np.float32) * ((1 << shape.bits) - 1) / 2
-    sides = [mx.array(side.astype(np.float32)).astype(DTYPES[shape.scales]) for side in (scales, biases)]
+    sides = [mx.array(side.astype(np.float32)).astype(FLOAT_DTYPES[shape.scales]) for side in (scales, biases)]
     exact = [np.array(side.astype(mx.float32)) for side in sides]
     plain = dequantize(Quantized(codes, exact[0], exact[1], 0.0, 0.0, 0, 0), quantization)
     again = mx.array(np.arange(shape.rows) % height)

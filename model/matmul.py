@@ -6,11 +6,13 @@ from itertools import pairwise
 
 import mlx.core as mx
 
+from ..convert.tensorfile import DTYPES, FLOATS
 from .mlx_weights import Matrix
 
 TRIED = (1, 4, 8)  # rows of input that kernels are tested with; on processors the same loop takes every row
 TILE = 64  # GPUs have kernels of their own for some numbers of rows: more than one are filled up to multiples of this
 TRIED_TILES = (1, TILE, 17 * TILE)  # a row, one tile, and many, in a number that no larger tile divides
+FLOAT_DTYPES: dict[str, mx.Dtype] = {DTYPES[code].name: getattr(mx, DTYPES[code].name) for code in FLOATS}
 Packed = Callable[..., mx.array]  # of the signature of mx.quantized_matmul
 Plain = Callable[[mx.array, Matrix, mx.Stream | mx.Device | None], mx.array]
 

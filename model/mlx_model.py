@@ -11,8 +11,8 @@ from ..convert.bundle.reader import Bundle
 from ..convert.source.architecture import Architecture
 from .blocks import Block
 from .forward import EPSILON, Floats, KVCache, Tokens
-from .kernel_test import DTYPES, default_matmul
-from .matmul import QuantizedMatmul, shares
+from .kernel_test import default_matmul
+from .matmul import FLOAT_DTYPES, QuantizedMatmul, shares
 from .mlx_device import on_gpu, streams
 from .mlx_weights import Matrix, joined, read_by_name, read_matrix
 
@@ -176,5 +176,12 @@ def model_of(bundle: Bundle, dtype: str = "float32", matmul: QuantizedMatmul | N
     context, steps_seen = bundle.reach()
     how = matmul or default_matmul()
     return MlxModel(
-        bundle.architecture, partial(read_by_name, bundle), lookup, DTYPES[dtype], context, steps_seen, streams(), how
+        bundle.architecture,
+        partial(read_by_name, bundle),
+        lookup,
+        FLOAT_DTYPES[dtype],
+        context,
+        steps_seen,
+        streams(),
+        how,
     )

@@ -9,8 +9,7 @@ import numpy as np
 from ..convert.bundle.reader import Bundle
 from ..convert.source.tensors import COMPONENTS
 from ..model.blocks import Block, blocks_of
-from ..model.kernel_test import DTYPES
-from ..model.matmul import shares
+from ..model.matmul import FLOAT_DTYPES, shares
 from ..model.mlx_device import on_gpu, streams
 from ..model.mlx_weights import Matrix, Packing, joined, read_by_name
 from .language_model import DepformerStep, Layer, Linear, Runtime, Table
@@ -29,7 +28,7 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
     few: to hold it for as few operations a frame as it goes, in a little more memory; None for on a GPU only.
     """
     a = bundle.architecture
-    kind, shared = DTYPES[dtype], streams()
+    kind, shared = FLOAT_DTYPES[dtype], streams()
 
     def linear(name: str, step: int | None = None) -> Linear:
         matrix = _cast(read_by_name(bundle, name, step), kind)

@@ -16,7 +16,7 @@ from ppx.convert.errors import CheckFailed
 from ppx.convert.progress import bar
 from ppx.convert.source.source import locate, open_source
 from ppx.model import kernel_test, mlx_device
-from ppx.model.matmul import TRIED_TILES, QuantizedMatmul, Shape, shape_of
+from ppx.model.matmul import FLOAT_DTYPES, TRIED_TILES, QuantizedMatmul, Shape, shape_of
 from ppx.model.session import SILENCE, system_prompt
 from ppx.quant.affine import BITS, GROUP_SIZES
 from ppx.speak import kernel_cache, loader
@@ -80,7 +80,7 @@ def size(model):
 def test_this_mlx_is_within_what_rounding_explains():
     """Measured on two processors, with one thread and two: at most .35 of the bound, which holds for a sum in order."""
     shares = []
-    for dtype in kernel_test.DTYPES:
+    for dtype in FLOAT_DTYPES:
         shapes = [Shape(96, 384, bits, size, dtype, dtype) for bits in BITS for size in GROUP_SIZES]
         rows, matmul = kernel_test.check(shapes)
         assert len(rows) == 3 * len(shapes)
