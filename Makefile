@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # threads would spin, and keep each other from the cores.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint style types picture clean
 
 demo: $(VENV)/installed
 	$(BIN)/ppx-convert demo --bits 4 --group-size 64 --output demo-bundle
@@ -21,13 +21,21 @@ test: $(VENV)/tested lint
 check: $(VENV)/tested lint
 	$(PYTEST) -m 'not slow'
 
-# Types are checked under the names that users import: a link makes the checkout look like the installed package.
-# pyproject.toml names the folders: the packages through the link, the tests and the benchmarks as they are.
-lint: $(VENV)/tested
+lint: style types
+
+style: $(VENV)/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Types are checked under the names that users import: a link makes the checkout look like the installed package.
+# pyproject.toml names the folders: the packages through the link, the tests and the benchmarks as they are.
+types: $(VENV)/tested
 	mkdir -p build/types && ln -sfn ../.. build/types/ppx
 	$(BIN)/mypy
+
+# docs/architecture.svg, from the imports of the code as it is.
+picture: $(VENV)/installed
+	$(BIN)/python docs/architecture.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: give it as PYTHON=")'
