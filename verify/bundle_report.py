@@ -1,24 +1,24 @@
-"""Verifying a bundle as a whole: compare it, leave report and model card in it, say what came of it."""
+"""Verifying a bundle as a whole: compare it, write report and model card into it, and show the result."""
 
 import json
 import os
-from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ..convert.bundle.manifest import manifest_of, read_manifest
-from ..convert.bundle.records import files_to_json
 from ..convert.bundle.workspace import write_durably
 from ..convert.errors import CheckFailed, UserError
 from ..convert.preparation import open_merged, trimmed
 from ..convert.source.source import Source, locate
+from ..model.kernel_test import workarounds
 from . import report as reports
 from .options import EMBEDDED, VerifyOptions
 from .provenance import adapter_of, check_adapter, command_of, reference_of
 from .publishing import card
+from .records import Report, RoundTrip, Verdict
 
-_SAID = 3  # reasons that are printed; the report has them all
+_SHOWN = 3  # reasons that are printed; the report has them all
 
 
 def _check_writable(bundle: Path) -> None:
@@ -34,13 +34,13 @@ def verify(
     options: VerifyOptions | None = None,
     same_source: bool = False,
     quiet: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Compare a bundle with its checkpoint; write the report and the card into it, and return the report.
 
     Example::
 
         report = verify("my-bundle", "demo")
-        report["verdict"]["passed"]
+        report.verdict.passed
 
     reference: a Hub id, a folder, ``demo``, or an open source; the checkpoint it was made from if that can be found.
     adapter: the LoRA that was merged, if it cannot be found. options: what to read. same_source: whether an open source
@@ -52,7 +52,7 @@ def verify(
     made_from, steps = manifest.source, manifest.architecture.steps
     if isinstance(reference, Source):
         command = command_of(folder, reference.location.identity, adapter, options)
-        found = _leave_report(trimmed(reference, steps), folder, options, command, same_source, quiet)
+        report = _leave_report(trimmed(reference, steps), folder, options, command, same_source, quiet)
     else:
         named = None if reference is None else str(reference)
         location = locate(*reference_of(folder, named, made_from), quiet=quiet)
@@ -60,32 +60,30 @@ def verify(
         with open_merged(location, merged, bool(made_from.copied_steps), quiet=quiet) as opened:
             check_adapter(opened, made_from)
             command = command_of(folder, named, merged, options)
-            found = _leave_report(trimmed(opened, steps), folder, options, command, False, quiet)
-    write_card(folder, found)
-    return found
+            report = _leave_report(trimmed(opened, steps), folder, options, command, False, quiet)
+    write_card(folder, report)
+    return report
 
 
 def _leave_report(
     source: Source, bundle: Path, options: VerifyOptions, command: str, same_source: bool, quiet: bool
-) -> dict[str, Any]:
+) -> Report:
     """Compare a bundle with an open source, write its report beside it, and return it."""
     _check_writable(bundle)
     from .verification import verify as compare_with  # imports torch and mlx: seconds that --help does not need
 
-    found = reports.finish(compare_with(source, bundle, options, command, quiet, same_source))
-    reports.write(found, bundle)
-    return found
+    report = reports.finish(compare_with(source, bundle, options, command, quiet, same_source))
+    reports.write(report, bundle)
+    return report
 
 
-def report_of(bundle: Path) -> dict[str, Any] | None:
+def report_of(bundle: Path) -> Report | None:
     """Return the report that a bundle has, None if it has none, or one of other files."""
     manifest = manifest_of(bundle)
     if not (bundle / reports.FOLDER / reports.JSON).is_file():
         return None
-    found = reports.read(bundle)
-    about = found["bundle"]
-    same = about.get("fingerprint") == manifest.fingerprint and about.get("files") == files_to_json(manifest.files)
-    return found if same else None
+    report = reports.read(bundle)
+    return report if report.is_about(manifest) else None
 
 
 def check_round_trip(bundle: Path, question: Path, codec: Path | None = None, recognizer: str | None = None) -> None:
@@ -100,12 +98,12 @@ def add_round_trip(
     bundle: str | Path,
     question: str | Path,
     *,
-    report: Mapping[str, Any] | None = None,
+    report: Report | None = None,
     codec: Path | None = None,
     recognizer: str | None = None,
     device: str | None = None,
     quiet: bool = True,
-) -> dict[str, Any]:
+) -> Report:
     """Let a bundle answer a recording, judge the answer by a speech recognizer, and add that to its report.
 
     report: the bundle's, read from it if it is not given. codec: Mimi's weights, None for the bundle's. recognizer: one
@@ -116,26 +114,27 @@ def add_round_trip(
     from . import round_trip
 
     folder = Path(bundle)
-    before = reports.read(folder) if report is None else dict(report)
+    before = report or reports.read(folder)
     with computing_on(device):
-        answer = round_trip.run(folder, Path(question), SpeakOptions(codec=codec), recognizer or EMBEDDED, quiet)
-    failures = [one for one in before["verdict"]["failures"] if one["check"] != round_trip.CHECK]
-    failures += answer.pop("failures")
-    verdict = {"passed": not failures, "failures": failures}
-    found = reports.finish(before | {"round_trip": answer, "verdict": verdict})
-    reports.write(found, folder)
-    write_card(folder, found)
-    return found
+        spoken = round_trip.run(folder, Path(question), SpeakOptions(codec=codec), recognizer or EMBEDDED, quiet)
+    failures = [failure for failure in before.verdict.failures if failure.check != round_trip.CHECK]
+    failures += round_trip.failures(spoken.answer, spoken.question.word_error_rate)
+    verdict = Verdict(passed=not failures, failures=tuple(failures))
+    finished = reports.finish(replace(before, round_trip=spoken, verdict=verdict))
+    reports.write(finished, folder)
+    write_card(folder, finished)
+    return finished
 
 
-def as_json(found: Mapping[str, Any]) -> str:
-    """Return a report for a program to read, without the sound that its page plays."""
-    heard = found["round_trip"]
-    short = dict(found) | {"round_trip": heard and {key: heard[key] for key in heard if key != "audio"}}
-    return json.dumps(short, indent=1)
+def as_json(report: Report) -> str:
+    """Return a report for a program to read, without the audio that its page plays."""
+    data = report.to_json()
+    if data["round_trip"]:
+        del data["round_trip"]["audio"]
+    return json.dumps(data, indent=1)
 
 
-def write_card(bundle: str | Path, report: Mapping[str, Any] | None = None) -> None:
+def write_card(bundle: str | Path, report: Report | None = None) -> None:
     """Write a bundle's model card; report: None for the one that the bundle has, if any."""
     folder = Path(bundle)
     manifest = read_manifest(folder)
@@ -146,58 +145,58 @@ def write_card(bundle: str | Path, report: Mapping[str, Any] | None = None) -> N
             write_durably(folder / name, content)
 
 
-def text(found: Mapping[str, Any], bundle: Path) -> str:
+def text(report: Report, bundle: Path) -> str:
     """Return what a verification prints for people."""
-    verdict = "passes" if found["verdict"]["passed"] else "fails"
-    token_set = found["material"]
+    verdict = "passes" if report.verdict.passed else "fails"
+    tokens = report.tokens
     page = bundle / reports.FOLDER / reports.HTML
-    sequences = f"{token_set['sequences']} sequence{'s' if token_set['sequences'] > 1 else ''}"
-    if not found["predictions"]:
+    sequences = f"{tokens.sequences} sequence{'s' if tokens.sequences > 1 else ''}"
+    if not report.predictions:
         return f"{bundle} {verdict}: nothing was computed, it could not be read\nreport: {page}"
-    lines = [f"{bundle} {verdict} the comparison: {sequences} of {token_set['frames']} frames, {token_set['kind']}"]
+    lines = [f"{bundle} {verdict} the comparison: {sequences} of {tokens.frames} frames, {tokens.kind}"]
     lines.append(f"{'':<41}{'bundle':>8}  {'limit':>8}  {'noise floor':>11}")
-    for row in reports.figures(found):
-        bound = f"{row['sign']} {reports.short(row['bound'])}"
-        values = f"{reports.short(row['bundle']):>8}  {bound:>8}  {reports.short(row['noise']):>11}"
-        lines.append(f"{row['name']:<41}{values}{'' if row['passed'] else '  fails'}")
-    if replaced := reports.replaced(found):
-        mlx = f"MLX {found['ran_on']['libraries']['mlx']} on {found['ran_on']['device']['mlx']}"
+    for row in reports.figures(report):
+        bound = f"{row.sign} {reports.short(row.bound)}"
+        values = f"{reports.short(row.bundle):>8}  {bound:>8}  {reports.short(row.noise):>11}"
+        lines.append(f"{row.name:<41}{values}{'' if row.passed else '  fails'}")
+    if replaced := workarounds(report.kernels):
+        mlx = f"MLX {report.ran_on.libraries.get('mlx')} on {report.ran_on.device.mlx}"
         lines.append(
             f"{mlx} computes quantized_matmul wrongly; dequantized and multiplied instead: {'; '.join(replaced)}"
         )
-    if found["looser_limits"]:
-        lines.append(f"its recipe allows more than is usual for its bits: {', '.join(found['looser_limits'])}")
-    if session := found["rollout"]:
-        first = session["first_difference"]
-        parts = f"parts at frame {first['frame']} ({first['stream']})" if first else "never parts"
-        share = f"{session['agreement_agent']:.0%} of the agent's tokens agree"
-        lines.append(f"a greedy session of {session['frames']} frames on both: {parts}; {share}")
-    if heard := found["round_trip"]:
-        lines += _round_trip(heard)
+    if report.looser_limits:
+        lines.append(f"its recipe allows more than is usual for its bits: {', '.join(report.looser_limits)}")
+    if session := report.rollout:
+        first = session.first_difference
+        where = f"the first difference is at frame {first.frame} ({first.stream})" if first else "no difference"
+        share = f"{session.agreement_agent:.0%} of the agent's tokens agree"
+        lines.append(f"a greedy session of {session.frames} frames on both: {where}; {share}")
+    if report.round_trip:
+        lines += _round_trip(report.round_trip)
     lines.append(f"report: {page}")
     return "\n".join(lines)
 
 
-def _round_trip(heard: Mapping[str, Any]) -> list[str]:
+def _round_trip(spoken: RoundTrip) -> list[str]:
     """Return what is printed of a round trip."""
-    answer, floor = heard["answer"], heard["question"]["word_error_rate"]
-    wrong = answer["word_error_rate"]
+    answer, floor = spoken.answer, spoken.question.word_error_rate
+    wrong = answer.word_error_rate
     line = "too few words to compare" if wrong is None else f"{wrong:.0%} of the words differ"
-    if floor is None or floor > heard["limits"]["floor"]:
-        line += f"; not judged by its words: {heard['recognizer']} does not understand the question through the codec"
+    if floor is None or floor > spoken.limits.floor:
+        line += f"; not judged by its words: {spoken.recognizer} does not understand the question through the codec"
     else:
         line += f" (of the question through the codec alone: {floor:.0%})"
     return [
-        f"round trip: {answer['seconds']:.1f} s, {answer['silent']:.0%} of it silent; heard by {heard['recognizer']}",
-        f"  means  {answer['text'] or '(nothing)'}",
-        f"  heard  {answer['heard'] or '(nothing)'}",
+        f"round trip: {answer.seconds:.1f} s, {answer.silent:.0%} of it silent; transcribed by {spoken.recognizer}",
+        f"  text        {answer.text or '(nothing)'}",
+        f"  transcript  {answer.transcript or '(nothing)'}",
         f"  {line}",
     ]
 
 
-def fail_if_failed(found: Mapping[str, Any]) -> None:
+def fail_if_failed(report: Report) -> None:
     """Raise CheckFailed with the reasons why a report does not pass."""
-    failures = found["verdict"]["failures"]
+    failures = report.verdict.failures
     if failures:
-        more = f"; and {len(failures) - _SAID} more, in the report" if len(failures) > _SAID else ""
-        raise CheckFailed("; ".join(failure["message"] for failure in failures[:_SAID]) + more)
+        more = f"; and {len(failures) - _SHOWN} more, in the report" if len(failures) > _SHOWN else ""
+        raise CheckFailed("; ".join(failure.message for failure in failures[:_SHOWN]) + more)

@@ -24,6 +24,7 @@ from ..model.reference import TorchModel, reference_of
 from ..model.tokens import TokenSet
 from ..model.walk import run_block, step_inputs, walk
 from . import weights
+from .figures import ActivationRow, StreamFigures, WeightRow
 from .metrics import Predictions, difference, mean_of
 
 _LOGITS = 1 << 24  # logits held at a time, of each model
@@ -31,11 +32,11 @@ _LOGITS = 1 << 24  # logits held at a time, of each model
 
 @dataclass
 class Measured:
-    """What a comparison found; its rows are those of the report (docs/verification.md)."""
+    """Rows and figures of a comparison, as a report has them."""
 
-    weights: list[dict[str, Any]] = field(default_factory=list)
-    activations: list[dict[str, Any]] = field(default_factory=list)
-    predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    weights: list[WeightRow] = field(default_factory=list)
+    activations: list[ActivationRow] = field(default_factory=list)
+    predictions: dict[str, StreamFigures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,18 +108,27 @@ def _belongs(name: str, block: Block) -> bool:
     return any(name.startswith(f"{block.prefix}.{part}.") for part in parts)
 
 
-def _rows(block: Block, added: Floats, once: dict[str, Floats], after: dict[str, Floats]) -> list[dict[str, Any]]:
+def _rows(block: Block, added: Floats, once: dict[str, Floats], after: dict[str, Floats]) -> list[ActivationRow]:
     """Return a block's row, or one for each depformer step."""
     steps = range(added.shape[1]) if block.component == "depformer" else (None,)
-    found = []
+    rows = []
     for step in steps:
         part = slice(None) if step is None else (slice(None), step)
-        row: dict[str, Any] = {"component": block.component, "layer": block.layer, "part": block.sublayer, "step": step}
-        for name, prefix in (("bundle", ""), ("noise", "noise_")):
-            row[f"{prefix}local"] = difference(once[name][part], added[part])
-            row[f"{prefix}accumulated"] = difference(after[name][part], after["reference"][part])
-        found.append(row)
-    return found
+        local = {name: difference(once[name][part], added[part]) for name in ("bundle", "noise")}
+        drift = {name: difference(after[name][part], after["reference"][part]) for name in ("bundle", "noise")}
+        rows.append(
+            ActivationRow(
+                component=block.component,
+                layer=block.layer,
+                sublayer=block.sublayer,
+                step=step,
+                local=local["bundle"],
+                accumulated=drift["bundle"],
+                noise_local=local["noise"],
+                noise_accumulated=drift["noise"],
+            )
+        )
+    return rows
 
 
 def compare(
@@ -164,14 +174,11 @@ def _temporal(comparison: Comparison, voices: Sequence[Voice]) -> dict[str, Floa
     return streams
 
 
-def _edge(name: str, streams: dict[str, Floats], step: int | None = None) -> list[dict[str, Any]]:
-    """Return the row of what stands between blocks: its error is accumulated, it has none of its own."""
-    found = {key: difference(streams[key], streams["reference"]) for key in ("bundle", "noise")}
+def _edge(name: str, streams: dict[str, Floats], step: int | None = None) -> list[ActivationRow]:
+    """Return the row of what stands between blocks, which has an accumulated error only."""
+    drift = {key: difference(streams[key], streams["reference"]) for key in ("bundle", "noise")}
     component = "depformer" if name == "input" else "temporal"
-    row = {"component": component, "layer": None, "part": name, "step": step}
-    return [
-        row | {"local": None, "accumulated": found["bundle"], "noise_local": None, "noise_accumulated": found["noise"]}
-    ]
+    return [ActivationRow(component, None, name, step, None, drift["bundle"], None, drift["noise"])]
 
 
 def _text(comparison: Comparison, hidden: dict[str, Floats]) -> None:
@@ -215,9 +222,9 @@ def _audio(comparison: Comparison, hidden: dict[str, Floats]) -> None:
     for name, streams_of in (("agent", of[:half]), ("user", of[half:])):
         if not streams_of:  # a model without the user's steps
             continue
-        measured.predictions[name] = {
-            key: mean_of([stream[key] for stream in streams_of]) for key in ("bundle", "noise")
-        }
+        measured.predictions[name] = StreamFigures(
+            mean_of([stream.bundle for stream in streams_of]), mean_of([stream.noise for stream in streams_of])
+        )
 
 
 def _head(model: Model, step: int) -> Callable[[Floats], Floats]:
@@ -230,14 +237,14 @@ def _predict(
     targets: Tokens | None,
     sequences: NDArray[np.int64],
     card: int,
-) -> dict[str, Any]:
+) -> StreamFigures:
     """Return the figures of one stream's predictions, for the bundle and for the noise floor."""
-    seen = {"bundle": Predictions(), "noise": Predictions()}
+    compared = {"bundle": Predictions(), "noise": Predictions()}
     height = max(1, _LOGITS // card)
     for first in range(0, len(states["reference"]), height):
         rows = slice(first, first + height)
         reference = heads["reference"](states["reference"][rows])
-        for name, predictions in seen.items():
+        for name, predictions in compared.items():
             tokens = None if targets is None else targets[rows]
             predictions.add(heads[name](states[name][rows]), reference, tokens, sequences[rows])
-    return {name: predictions.summary() for name, predictions in seen.items()}
+    return StreamFigures(compared["bundle"].summary(), compared["noise"].summary())

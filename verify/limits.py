@@ -1,28 +1,30 @@
-"""What a bundle is held to, and the verdict. Why the limits are what they are: docs/verification.md."""
+"""The limits of a bundle, and the reasons why it fails. Why the limits are what they are: docs/verification.md."""
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Annotated
 
 from ..convert.bundle.manifest import Manifest
 from ..convert.bundle.output_tensor import Output
 from ..convert.bundle.recipe_file import limits_in
 from ..convert.bundle.records import RecipeRecord
 from ..convert.errors import printable
+from ..convert.typed_json import MAY_BE_MISSING
+from .figures import ActivationRow, PredictionFigures, StreamFigures, WeightRow, finite_or_infinite
 
-FIGURES = {  # limit -> stream and figure of the predictions
-    "text_kl": ("text", "kl", "mean"),
-    "codebook0_kl": ("codebook_0", "kl", "mean"),
-    "agent_kl": ("agent", "kl", "mean"),
-    "agent_top1": ("agent", "top1", "agreement"),
-}
+FIGURES = {
+    "text_kl": "text",
+    "codebook0_kl": "codebook_0",
+    "agent_kl": "agent",
+    "agent_top1": "agent",
+}  # limit -> stream
 NAMES = {
     "text_kl": "KL of text",
     "codebook0_kl": "KL of codebook 0",
     "agent_kl": "KL of the agent's codebooks",
-    "agent_top1": "agreement on the agent's likeliest token",
+    "agent_top1": "top-1 agreement of the agent's codebooks",
 }
 AT_LEAST = {"agent_top1"}
 DEFAULTS: dict[int, tuple[float, float, float, float]] = {  # bits of the coarsest tensor that counts -> in that order
@@ -61,6 +63,21 @@ def looser(limits: Mapping[str, float], manifest: Manifest, outputs: Iterable[Ou
     ]
 
 
+@dataclass(frozen=True)
+class Limited:
+    """A figure that a limit applies to, and its standard error over sequences."""
+
+    value: float | None
+    standard_error: float | None
+
+
+def limited(figures: PredictionFigures, limit: str) -> Limited | None:
+    """Return the figure that a limit applies to, None if no position counts."""
+    if limit in AT_LEAST:
+        return Limited(figures.top1.agreement, figures.top1.standard_error) if figures.top1 else None
+    return Limited(figures.kl.mean, figures.kl.standard_error) if figures.kl else None
+
+
 @cache
 def gaussian_rmse(bits: int, group_size: int) -> float:
     """Return the relative error of Gaussian weights rounded to ``2**bits`` even steps between a group's ends.
@@ -73,6 +90,18 @@ def gaussian_rmse(bits: int, group_size: int) -> float:
     return expected_range / ((1 << bits) - 1) / math.sqrt(12)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A reason why a bundle does not pass. check: what was looked at. limit: which one ``value`` is beyond, if any."""
+
+    check: str
+    limit: str | None
+    place: Annotated[str | None, MAY_BE_MISSING]
+    message: str
+    value: Annotated[float | None, MAY_BE_MISSING]
+    bound: Annotated[float | None, MAY_BE_MISSING]
+
+
 def failure(
     check: str,
     place: str,
@@ -80,50 +109,46 @@ def failure(
     value: float | None = None,
     bound: float | None = None,
     limit: str | None = None,
-) -> dict[str, Any]:
-    """Return one entry of a verdict; names of a stranger's cannot command the terminal that they are printed on."""
-    place, message = printable(place), printable(message)
-    return {"check": check, "limit": limit, "place": place, "message": message, "value": value, "bound": bound}
+) -> Failure:
+    """Return a failure whose texts are safe to print: names in files from others may hold control characters."""
+    return Failure(
+        check=check, limit=limit, place=printable(place), message=printable(message), value=value, bound=bound
+    )
 
 
-def weight_failures(rows: Iterable[dict[str, Any]], manifest: Manifest) -> list[dict[str, Any]]:
-    """Return tensors that are not what their setting makes of the checkpoint, or not what the conversion measured."""
-    found = []
+def weight_failures(rows: Iterable[WeightRow], manifest: Manifest) -> list[Failure]:
+    """Return tensors that are not what their quantization makes of the checkpoint, or not what the manifest records."""
+    failures = []
     sums: dict[tuple[str, str], dict[int | None, list[float]]] = {}
     for row in rows:
-        place = name_of(row)
-        if row["bits"] is None:
-            if row["unequal"]:
-                found.append(
-                    failure(
-                        "weights",
-                        place,
-                        f"{place}: {row['unequal']} of {row['parameters']} values are not the source's; the largest "
-                        f"difference is {row['max_abs']:.3g} at {row['max_abs_at']}",
-                        row["relative_rmse"],
-                        0.0,
-                    )
+        error = finite_or_infinite(row.relative_rmse)
+        if row.bits is None or row.group_size is None:
+            if row.unequal:
+                message = (
+                    f"{row.name}: {row.unequal} of {row.parameters} values are not the source's; the largest "
+                    f"difference is {finite_or_infinite(row.max_abs):.3g} at {list(row.max_abs_at)}"
                 )
+                failures.append(failure("weights", row.name, message, error, 0.0))
             continue
-        bound = min(_LARGEST_ERROR, TIMES_GAUSSIAN * gaussian_rmse(row["bits"], row["group_size"]))
-        if not row["relative_rmse"] <= bound:
-            message = f"{place}: relative error {row['relative_rmse']:.2%}, at most {bound:.2%} at {row['bits']} bit"
-            found.append(failure("weights", place, message, row["relative_rmse"], bound))
-        total = sums.setdefault((row["file"], row["tensor"]), {}).setdefault(row["step"], [0.0, 0.0])
-        total[0] += row["squared_error"]
-        total[1] += row["squared_norm"]
-    return found + _not_as_recorded(sums, manifest)
+        bound = min(_LARGEST_ERROR, TIMES_GAUSSIAN * gaussian_rmse(row.bits, row.group_size))
+        if not error <= bound:
+            message = f"{row.name}: relative error {error:.2%}, at most {bound:.2%} at {row.bits} bit"
+            failures.append(failure("weights", row.name, message, error, bound))
+        total = sums.setdefault((row.file, row.tensor), {}).setdefault(row.step, [0.0, 0.0])
+        total[0] += row.squared_error
+        total[1] += row.squared_norm
+    return failures + _not_as_recorded(sums, manifest)
 
 
 def _not_as_recorded(
     sums: Mapping[tuple[str, str], Mapping[int | None, list[float]]], manifest: Manifest
-) -> list[dict[str, Any]]:
+) -> list[Failure]:
     """Return tensors whose error is not the one that the conversion measured, whole and for each stacked step.
 
     sums: squared error and squared norm by file, tensor and step.
     """
     recorded = {(tensor.file, tensor.outputs[0]): tensor for tensor in manifest.tensors if tensor.bits is not None}
-    found = []
+    failures = []
     for (file, name), of_steps in sums.items():
         tensor = recorded.get((file, name))
         whole, by_step = (tensor.relative_rmse, tensor.relative_rmse_by_step) if tensor else (None, ())
@@ -136,76 +161,66 @@ def _not_as_recorded(
             if figure is None or not abs(now - figure) <= RECORDED_WITHIN * max(figure, 1e-6):
                 measured = "nothing" if figure is None else f"{figure:.4%}"
                 message = f"{place}: relative error {now:.4%}, where the conversion measured {measured}"
-                found.append(failure("weights", place, message, now, figure))
-    return found
+                failures.append(failure("weights", place, message, now, figure))
+    return failures
 
 
-def name_of(row: Mapping[str, Any]) -> str:
-    """Return what to call a row of the weights."""
-    step = "" if row["step"] is None else f" step {row['step']}"
-    return f"{row['tensor']}{step}" + (f" {row['part']}" if row["part"] else "")
-
-
-def with_noise(limits: Mapping[str, float], predictions: Mapping[str, Any]) -> dict[str, float]:
-    """Return the limits for a bundle that was computed in 16 bit: some noise floors more are allowed."""
-    found = dict(limits)
+def with_noise(limits: Mapping[str, float], predictions: Mapping[str, StreamFigures]) -> dict[str, float]:
+    """Return the limits for a bundle that was computed in 16 bit: three noise floors are added."""
+    wider = dict(limits)
     for limit in limits:
-        stream, figure, key = FIGURES[limit]
-        if noise := predictions[stream]["noise"][figure]:
-            found[limit] += -_NOISES * (1 - noise[key]) if limit in AT_LEAST else _NOISES * noise[key]
-    return found
+        if noise := limited(predictions[FIGURES[limit]].noise, limit):
+            value = finite_or_infinite(noise.value)
+            wider[limit] += -_NOISES * (1 - value) if limit in AT_LEAST else _NOISES * value
+    return wider
 
 
 def prediction_failures(
-    predictions: Mapping[str, Any],
+    predictions: Mapping[str, StreamFigures],
     limits: Mapping[str, float],
-    activations: list[dict[str, Any]],
+    activations: Iterable[ActivationRow],
     agent_steps: int,
-) -> list[dict[str, Any]]:
+) -> list[Failure]:
     """Return the limits that predictions are beyond, each with the block where that starts."""
-    found = []
+    failures = []
     for limit, bound in limits.items():
-        stream, figure, key = FIGURES[limit]
-        figures = predictions[stream]["bundle"][figure]
-        if figures is None:
-            found.append(
-                failure("predictions", stream, f"{NAMES[limit]} is not known: nothing told of it", None, bound, limit)
-            )
+        stream, at_least = FIGURES[limit], limit in AT_LEAST
+        figure = limited(predictions[stream].bundle, limit)
+        if figure is None:
+            message = f"{NAMES[limit]} is not known: no position counts"
+            failures.append(failure("predictions", stream, message, None, bound, limit))
             continue
-        value, at_least = figures[key], limit in AT_LEAST
+        value = finite_or_infinite(figure.value)
         if (value >= bound) if at_least else (value <= bound):
             continue
-        last = {"text": -1, "codebook_0": 0}.get(stream, agent_steps - 1)
-        place = start(activations, last)
+        place = start(activations, {"text": -1, "codebook_0": 0}.get(stream, agent_steps - 1))
         word = "at least" if at_least else "at most"
         message = f"{NAMES[limit]} is {value:.4g}, {word} {bound:.4g} is allowed: {place}"
-        found.append(failure("predictions", place, message, value, bound, limit))
-    return found
+        failures.append(failure("predictions", place, message, value, bound, limit))
+    return failures
 
 
-def start(activations: list[dict[str, Any]], last_step: int) -> str:
-    """Return where an error starts: the first block whose own error stands out among its kind.
+def start(activations: Iterable[ActivationRow], last_step: int) -> str:
+    """Return where an error starts: the first block whose local error stands out among its kind.
 
     last_step: blocks of later depformer steps do not reach the figure in question; -1 for a figure of the text.
     """
-    rows = [row for row in activations if row["local"] and (row["step"] is None or row["step"] <= last_step)]
+    rows = [row for row in activations if row.local and (row.step is None or row.step <= last_step)]
     errors: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        errors.setdefault((row["component"], row["part"]), []).append(row["local"]["relative_l2"])
+        errors.setdefault((row.component, row.sublayer), []).append(_local(row))
     for row in rows:
-        own, kind = row["local"]["relative_l2"], sorted(errors[row["component"], row["part"]])
+        local, kind = _local(row), sorted(errors[row.component, row.sublayer])
         usual = kind[len(kind) // 4]
-        if not own <= _STANDS_OUT * max(usual, row["noise_local"]["relative_l2"]):
-            return f"it starts at {block_name(row)}, whose own error is {own:.3g} (usual there: {usual:.3g})"
+        noise = finite_or_infinite(row.noise_local.relative_l2) if row.noise_local else 0.0
+        if not local <= _STANDS_OUT * max(usual, noise):
+            return f"it starts at {row.name}, whose local error is {local:.3g} (usual there: {usual:.3g})"
     if not rows:
         return "it starts before the first block"
-    worst = max(rows, key=lambda row: row["local"]["relative_l2"])
-    first, most = (f"{block_name(row)} (own error {row['local']['relative_l2']:.3g})" for row in (rows[0], worst))
+    worst = max(rows, key=_local)
+    first, most = (f"{row.name} (local error {_local(row):.3g})" for row in (rows[0], worst))
     return f"no block stands out: it starts at {first} and builds up; the largest is {most}"
 
 
-def block_name(row: Mapping[str, Any]) -> str:
-    """Return what to call a row of the activations."""
-    layer = "" if row["layer"] is None else f" layer {row['layer']}"
-    step = "" if row["step"] is None else f" of step {row['step']}"
-    return f"{row['component']}{layer} {row['part']}{step}"
+def _local(row: ActivationRow) -> float:
+    return finite_or_infinite(row.local.relative_l2 if row.local else None)

@@ -1,6 +1,7 @@
 """Figures of how far two arrays, or two predictions, are apart. Always (actual, expected), as in torch.testing."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,13 @@ from numpy.typing import NDArray
 
 from ..model.divergence import kl_divergence
 from ..model.forward import Floats, Tokens
+from .figures import Difference, Divergence, Loss, PredictionFigures, Top1, finite_or_infinite
 
 PERCENTILES = {"median": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
-_BLOCK = 1 << 22  # logits looked at in float64 at a time
+_BLOCK = 1 << 22  # logits in float64 at a time
 
 
-def difference(actual: Floats, expected: Floats) -> dict[str, float]:
+def difference(actual: Floats, expected: Floats) -> Difference:
     """Return relative L2 error, cosine and the largest absolute difference of two arrays of one shape.
 
     The relative error is the norm of the difference over the norm of ``expected``.
@@ -24,11 +26,11 @@ def difference(actual: Floats, expected: Floats) -> dict[str, float]:
     apart = actual - expected
     error, norm, length = (float(np.einsum("i,i->", x, x, dtype=np.float64)) for x in (apart, expected, actual))
     along = float(np.einsum("i,i->", actual, expected, dtype=np.float64))
-    return {
-        "relative_l2": root_ratio(error, norm),
-        "cosine": along / math.sqrt(norm * length) if norm * length > 0 else float(norm == length),
-        "max_abs": float(np.abs(apart).max(initial=0.0)),
-    }
+    return Difference(
+        relative_l2=root_ratio(error, norm),
+        cosine=along / math.sqrt(norm * length) if norm * length > 0 else float(norm == length),
+        max_abs=float(np.abs(apart).max(initial=0.0)),
+    )
 
 
 def root_ratio(squared: float, squared_expected: float) -> float:
@@ -40,7 +42,7 @@ def root_ratio(squared: float, squared_expected: float) -> float:
 
 @dataclass
 class Predictions:
-    """What was seen of one stream's predictions, position by position.
+    """Figures of one stream's predictions, position by position.
 
     kl: Kullback-Leibler divergence from the expected to the actual distribution, in nats. same: whether the top-1
     tokens are equal. loss_actual, loss_expected: negative log-likelihood of the next token, in nats. sequences,
@@ -70,7 +72,7 @@ class Predictions:
                 for x, losses in ((q, self.loss_actual), (p, self.loss_expected)):
                     losses.append(-x[torch.from_numpy(known)].gather(1, tokens)[:, 0].numpy())
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> PredictionFigures:
         """Return the figures of the stream."""
         columns = (self.kl, self.same, self.loss_actual, self.loss_expected, self.sequences, self.scored)
         return summarize(*(_joined(parts) for parts in columns))
@@ -87,72 +89,84 @@ def summarize(
     loss_expected: NDArray[np.float64],
     sequences: NDArray[np.float64],
     scored: NDArray[np.float64],
-) -> dict[str, Any]:
-    """Return mean and spread of a stream's figures; None for those that no position tells.
-
-    ``by_sequence`` holds the mean of each sequence, from which standard errors come: neighbours are not independent.
-    """
+) -> PredictionFigures:
+    """Return mean and spread of a stream's figures; None for those that no position counts for."""
     if not len(kl):
-        return {"positions": 0, "kl": None, "top1": None, "loss": None}
-    percentiles = {name: float(np.percentile(kl, share)) for name, share in PERCENTILES.items()}
-    found: dict[str, Any] = {
-        "positions": len(kl),
-        "kl": {"mean": float(kl.mean()), **_error(kl, sequences), **percentiles, "max": float(kl.max())},
-        "top1": {"agreement": float(same.mean()), **_error(same, sequences)},
-        "loss": None,
-    }
-    if len(loss_expected):
-        change = loss_actual - loss_expected
-        found["loss"] = {
-            "positions": len(change),
-            "reference": float(loss_expected.mean()),
-            "bundle": float(loss_actual.mean()),
-            "change": float(change.mean()),
-            **_error(change, scored),
-            "perplexity_ratio": math.exp(min(float(change.mean()), 700.0)),
-        }
-    return found
+        return PredictionFigures(0, None, None, None)
+    means = _by_sequence(kl, sequences)
+    divergence = Divergence(
+        mean=float(kl.mean()),
+        standard_error=_standard_error(means),
+        by_sequence=means,
+        **{name: float(np.percentile(kl, share)) for name, share in PERCENTILES.items()},
+        max=float(kl.max()),
+    )
+    means = _by_sequence(same, sequences)
+    top1 = Top1(agreement=float(same.mean()), standard_error=_standard_error(means), by_sequence=means)
+    return PredictionFigures(len(kl), divergence, top1, _loss(loss_actual, loss_expected, scored))
 
 
-def _error(values: NDArray[np.float64], sequences: NDArray[np.float64]) -> dict[str, Any]:
-    """Return the mean of each sequence, and the standard error of the whole mean that their spread gives."""
-    means = [float(values[sequences == number].mean()) for number in np.unique(sequences)]
-    return {"standard_error": _standard_error(means), "by_sequence": means}
+def _loss(actual: NDArray[np.float64], expected: NDArray[np.float64], sequences: NDArray[np.float64]) -> Loss | None:
+    if not len(expected):
+        return None
+    change = actual - expected
+    means = _by_sequence(change, sequences)
+    return Loss(
+        positions=len(change),
+        reference=float(expected.mean()),
+        bundle=float(actual.mean()),
+        change=float(change.mean()),
+        standard_error=_standard_error(means),
+        by_sequence=means,
+        perplexity_ratio=_perplexity_ratio(float(change.mean())),
+    )
 
 
-def _standard_error(means: list[float]) -> float | None:
-    """Return the standard error of the mean of some sequences; None for a single one, which tells no spread."""
+def _by_sequence(values: NDArray[np.float64], sequences: NDArray[np.float64]) -> tuple[float, ...]:
+    """Return the mean of each sequence; standard errors come from their spread: neighbours are not independent."""
+    return tuple(float(values[sequences == number].mean()) for number in np.unique(sequences))
+
+
+def _standard_error(means: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of some sequences; None for a single one, which has no spread."""
     return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
 
 
-def mean_of(streams: list[dict[str, Any]]) -> dict[str, Any]:
+def _perplexity_ratio(change: float) -> float:
+    return math.exp(min(change, 700.0))  # above, it is infinite
+
+
+def mean_of(streams: Sequence[PredictionFigures]) -> PredictionFigures:
     """Return the mean of several streams' mean figures, and its standard error over sequences."""
-    known = [stream for stream in streams if stream["positions"]]
-    if not known:
-        return {"positions": 0, "kl": None, "top1": None, "loss": None}
-    losses = [stream["loss"] for stream in known if stream["loss"]]
-    change = _mean([loss["change"] for loss in losses])
-    return {
-        "positions": sum(stream["positions"] for stream in known),
-        "kl": _mean_and_error([stream["kl"] for stream in known], "mean"),
-        "top1": _mean_and_error([stream["top1"] for stream in known], "agreement"),
-        "loss": {
-            "reference": _mean([loss["reference"] for loss in losses]),
-            "bundle": _mean([loss["bundle"] for loss in losses]),
-            **_mean_and_error(losses, "change"),
-            "perplexity_ratio": math.exp(min(change, 700.0)),
-        }
+    counted = [stream for stream in streams if stream.positions]
+    divergences = [stream.kl for stream in counted if stream.kl]
+    agreements = [stream.top1 for stream in counted if stream.top1]
+    losses = [stream.loss for stream in counted if stream.loss]
+    if not counted:
+        return PredictionFigures(0, None, None, None)
+    change = _mean([loss.change for loss in losses])
+    return PredictionFigures(
+        sum(stream.positions for stream in counted),
+        Divergence(mean=_mean([kl.mean for kl in divergences]), standard_error=_joint_error(divergences)),
+        Top1(agreement=_mean([top1.agreement for top1 in agreements]), standard_error=_joint_error(agreements)),
+        Loss(
+            reference=_mean([loss.reference for loss in losses]),
+            bundle=_mean([loss.bundle for loss in losses]),
+            change=change,
+            standard_error=_joint_error(losses),
+            perplexity_ratio=_perplexity_ratio(change),
+        )
         if losses
         else None,
-    }
+    )
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+def _mean(values: Sequence[float | None]) -> float:
+    return sum(map(finite_or_infinite, values)) / len(values) if values else math.nan
 
 
-def _mean_and_error(figures: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    rows = [figure["by_sequence"] for figure in figures]
-    alike = len({len(row) for row in rows}) == 1  # every stream told of every sequence
-    means = [float(mean) for mean in np.mean(rows, axis=0)] if alike else []
-    return {key: _mean([figure[key] for figure in figures]), "standard_error": _standard_error(means)}
+def _joint_error(figures: Sequence[Divergence | Top1 | Loss]) -> float | None:
+    """Return the standard error of the mean of several streams; None where they are not of the same sequences."""
+    rows = [figure.by_sequence for figure in figures]
+    alike = len({len(row) for row in rows}) == 1
+    return _standard_error([float(mean) for mean in np.mean(rows, axis=0)]) if alike else None

@@ -1,4 +1,4 @@
-"""A greedy session on the checkpoint and on its bundle, each on its own words: when do they part, and how far?"""
+"""A greedy session on the checkpoint and on its bundle, each fed its own tokens: when do they differ, and how much?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from ..model.mlx_model import model_of
 from ..model.reference import reference_of
 from ..model.session import SILENCE, Frame, greedy, system_prompt
 from ..model.tokens import TokenSet
+from .figures import FirstDifference, Rollout
 
 _KEPT = 2 << 30  # bytes: a checkpoint up to this size is kept in memory, a larger one is read again for every frame
 
@@ -31,9 +32,9 @@ class Script:
 
 
 def script(source: Source, token_set: TokenSet, prompt: Sequence[int], frames: int) -> Script:
-    """Return the script of a session of so many frames with the material's first voice and its first user.
+    """Return the script of a session of so many frames with the first voice and user of the token set.
 
-    The user is silent where the material has no token (-1), and after its end.
+    The user is silent where it has no token (-1), and after its end.
     """
     half, card = source.architecture.n_q // 2, source.architecture.card
     silence = np.array([token % card for token in SILENCE[:half]])
@@ -58,8 +59,8 @@ def run(
     arithmetic: str = "float32",
     device: str = "cpu",
     matmul: QuantizedMatmul | None = None,
-) -> dict[str, Any]:
-    """Run a session on both; return where the agent's text and codebooks part, and how many tokens agree a frame."""
+) -> Rollout:
+    """Run a session on both; return where the agent's text and codebooks differ first, and how many tokens agree."""
     reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, matmul)
     if source.checkpoint.file.path.stat().st_size <= _KEPT:
         reference = replace(reference, weights=cache(reference.weights))
@@ -67,24 +68,24 @@ def run(
     frames = frames_of(source.architecture, played)
     sessions = []
     for model, voices in ((reference, source.voices), (bundle, stored.voices())):
-        # while it streams, the reference's ring of keys hides the oldest one
+        # while it streams, the reference's rotating KV cache hides the oldest key
         streaming = replace(model, context=model.context - 1, steps_seen=model.steps_seen - 1)
         voice = next(voice for voice in voices if voice.name == played.voice)
         sessions.append(_agent(streaming, source, voice, frames, len(played.user), bar))
     same = sessions[0] == sessions[1]
-    parted = np.argwhere(~same)
+    different = np.argwhere(~same)
     first = None
-    if len(parted):
-        frame, stream = (int(value) for value in parted[0])
-        first = {"frame": frame, "stream": "text" if stream == 0 else f"codebook {stream - 1}"}
-    return {
-        "voice": played.voice,
-        "frames": len(played.user),
-        "first_difference": first,
-        "agreement": [float(share) for share in same.mean(1)],
-        "agreement_text": float(same[:, 0].mean()),
-        "agreement_agent": float(same[:, 1:].mean()),
-    }
+    if len(different):
+        frame, stream = (int(value) for value in different[0])
+        first = FirstDifference(frame, "text" if stream == 0 else f"codebook {stream - 1}")
+    return Rollout(
+        voice=played.voice,
+        frames=len(played.user),
+        first_difference=first,
+        agreement=tuple(float(share) for share in same.mean(1)),
+        agreement_text=float(same[:, 0].mean()),
+        agreement_agent=float(same[:, 1:].mean()),
+    )
 
 
 def _agent(

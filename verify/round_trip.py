@@ -1,7 +1,7 @@
-"""Does the answer make sense to a listener? A bundle speaks, a recognizer writes down what it hears of it.
+"""A bundle answers a recording aloud, and a speech recognizer transcribes the answer.
 
-The model says its words twice, as text and as sound: where what is heard is not what was meant, one of them broke. The
-same recognizer on the question, once as it is and once through the codec alone, tells how much of that is its own.
+The model predicts its words twice, as text and as audio: where the transcript differs from the text, one of them broke.
+The recognizer also transcribes the question, as it is and through the codec alone: their difference is its own error.
 """
 
 import base64
@@ -23,19 +23,26 @@ from ..speak import audio_files
 from ..speak.codec import Codec
 from ..speak.speaker import SpeakOptions, open_speaker, text_of
 from . import recognizer
-from .limits import failure
+from .limits import Failure, failure
 from .options import EMBEDDED
+from .records import Answer, Question, RoundTrip, RoundTripLimits, Session, Sounds
 
 CHECK = "round trip"  # of the reasons in a verdict
-LIMITS = {
-    "word_error_rate": 0.75,  # of an answer; above, most words are lost
-    "silent": 0.98,  # share of frames
-    "clipped": 0.01,  # share of samples
-    "repeats": 5,  # of a phrase, one after another
-    "looped": 6.0,  # seconds in which two seconds of sound or less come again and again
-}
-_FLOOR = 0.5  # word error rate of the question through the codec, up to which the recognizer is believed
-_FEWEST = 3  # words from which an error rate says something
+_MOST_WRONG = 0.75  # word error rate of an answer; above, most words are lost
+_MOST_SILENT = 0.98  # share of frames
+_MOST_CLIPPED = 0.01  # share of samples
+_MOST_REPEATS = 5  # of a phrase, one after another
+_LONGEST_LOOP = 6.0  # seconds in which two seconds of sound or less are repeated
+_FLOOR = 0.5  # word error rate of the question through the codec, up to which the recognizer is trusted
+LIMITS = RoundTripLimits(
+    word_error_rate=_MOST_WRONG,
+    silent=_MOST_SILENT,
+    clipped=_MOST_CLIPPED,
+    repeats=_MOST_REPEATS,
+    looped=_LONGEST_LOOP,
+    floor=_FLOOR,
+)
+_FEWEST = 3  # words of which an error rate means something
 _QUIET = 10 ** (-50 / 20)  # root mean square below which a frame is silent
 _LOUD = 0.999
 _PHRASE = 8  # words
@@ -45,8 +52,8 @@ _SHOWN = 30  # seconds of sound in a report
 
 def run(
     bundle: Path, question: Path, options: SpeakOptions, listener: str = EMBEDDED, quiet: bool = False
-) -> dict[str, Any]:
-    """Let a bundle answer a recording, and judge the answer; return what a report says of it (docs/verification.md).
+) -> RoundTrip:
+    """Let a bundle answer a recording, and measure the answer (docs/verification.md); see ``failures``.
 
     Raises UserError for what cannot be read or loaded.
     """
@@ -57,23 +64,21 @@ def run(
         asked = np.concatenate(list(frames))
     speaker = open_speaker(bundle, options)
     with bar("speaking", len(asked) // FRAME, "frame", quiet) as progress:
-        said = []
-        for one in speaker.answer(asked.reshape(-1, FRAME)):
-            said.append(one)
+        frames_out = []
+        for frame in speaker.answer(asked.reshape(-1, FRAME)):
+            frames_out.append(frame)
             progress.update(1)
-    answer = np.concatenate([one.samples for one in said])[:count]
-    text, tokens = text_of(one.text for one in said), np.stack([one.agent for one in said])
+    answer = np.concatenate([frame.samples for frame in frames_out])[:count]
+    text, tokens = text_of(frame.text for frame in frames_out), np.stack([frame.agent for frame in frames_out])
     speaker.codec.reset()
-    floor = _floor(speaker.codec, asked, transcribe)
-    found = {
-        "question": {"file": printable(question.name), "seconds": count / RATE} | floor,
-        "answer": judged(answer, tokens, text, transcribe),
-        "scene": {"voice": options.voice, "prompt": options.prompt, "seed": options.seed, "folded": speaker.wrapped},
-        "recognizer": listener,
-        "limits": LIMITS | {"floor": _FLOOR},
-        "audio": {"question": _embedded(asked[:count]), "answer": _embedded(answer)},
-    }
-    return found | {"failures": failures(found)}
+    return RoundTrip(
+        question=_question(question, count, asked, speaker.codec, transcribe),
+        answer=judged(answer, tokens, text, transcribe),
+        session=Session(options.voice, options.prompt, options.seed, speaker.wrapped),
+        recognizer=listener,
+        limits=LIMITS,
+        audio=Sounds(_embedded(asked[:count]), _embedded(answer)),
+    )
 
 
 def check(bundle: Path, question: Path, codec: Path | None, listener: str = EMBEDDED) -> None:
@@ -90,49 +95,54 @@ def _listening(listener: str) -> recognizer.Transcribe:
     return lambda samples: printable(" ".join(transcribe(samples).split()))
 
 
-def _floor(codec: Codec, asked: Floats, transcribe: recognizer.Transcribe) -> dict[str, Any]:
-    """Return what is heard of a question as it is, and through the codec alone."""
+def _question(file: Path, count: int, asked: Floats, codec: Codec, transcribe: recognizer.Transcribe) -> Question:
+    """Return the transcripts of a question of ``count`` samples, as it is and through the codec alone."""
     through = np.concatenate([codec.decode(codec.encode(frame)) for frame in asked.reshape(-1, FRAME)])
-    heard, coded = (transcribe(resampled(samples)) for samples in (asked, through))
-    return {"heard": heard, "through_codec": coded, "word_error_rate": word_error_rate(heard, coded)}
+    transcript, coded = (transcribe(resampled(samples)) for samples in (asked, through))
+    return Question(
+        file=printable(file.name),
+        seconds=count / RATE,
+        transcript=transcript,
+        through_codec=coded,
+        word_error_rate=word_error_rate(transcript, coded),
+    )
 
 
-def judged(answer: Floats, tokens: Tokens, text: str, transcribe: recognizer.Transcribe) -> dict[str, Any]:
-    """Return what an answer is found to be; tokens ``[frames, codebooks]`` and text are what the model meant."""
+def judged(answer: Floats, tokens: Tokens, text: str, transcribe: recognizer.Transcribe) -> Answer:
+    """Return the figures of an answer; tokens ``[frames, codebooks]`` and text are the model's predictions."""
     loud = loudness(answer) >= _QUIET
-    heard = transcribe(resampled(answer))
-    return {
-        "seconds": len(answer) / RATE,
-        "text": text,
-        "heard": heard,
-        "word_error_rate": word_error_rate(text, heard),
-        "silent": float(1 - loud.mean()),
-        "clipped": float((np.abs(answer) >= _LOUD).mean()),
-        "repeats": repeated_words(text.lower().split()),
-        "looped": repeated_sound(tokens[: len(loud)], loud),
-    }
+    transcript = transcribe(resampled(answer))
+    return Answer(
+        seconds=len(answer) / RATE,
+        text=text,
+        transcript=transcript,
+        word_error_rate=word_error_rate(text, transcript),
+        silent=float(1 - loud.mean()),
+        clipped=float((np.abs(answer) >= _LOUD).mean()),
+        repeats=repeated_words(text.lower().split()),
+        looped=repeated_sound(tokens[: len(loud)], loud),
+    )
 
 
-def failures(found: dict[str, Any]) -> list[dict[str, str]]:
-    """Return why an answer does not pass."""
-    answer, floor = found["answer"], found["question"]["word_error_rate"]
+def failures(answer: Answer, floor: float | None) -> list[Failure]:
+    """Return why an answer does not pass; floor: word error rate of the question, None if it has too few words."""
     reasons = []
-    if answer["silent"] > LIMITS["silent"]:
+    if answer.silent > _MOST_SILENT:
         reasons.append("the answer is silent")
-    if answer["clipped"] > LIMITS["clipped"]:
-        reasons.append(f"{answer['clipped']:.1%} of the answer's samples are clipped")
-    if answer["repeats"] >= LIMITS["repeats"]:
-        reasons.append(f"the answer says the same {answer['repeats']} times over")
-    if answer["looped"] >= LIMITS["looped"]:
-        reasons.append(f"the answer repeats the same sound for {answer['looped']:.1f} s")
-    rate = answer["word_error_rate"]
-    if rate is not None and rate > LIMITS["word_error_rate"] and floor is not None and floor <= _FLOOR:
-        reasons.append(f"the recognizer hears other words than the model means: {rate:.0%} are wrong")
+    if answer.clipped > _MOST_CLIPPED:
+        reasons.append(f"{answer.clipped:.1%} of the answer's samples are clipped")
+    if answer.repeats >= _MOST_REPEATS:
+        reasons.append(f"the answer repeats a phrase {answer.repeats} times in a row")
+    if answer.looped >= _LONGEST_LOOP:
+        reasons.append(f"the answer repeats the same sound for {answer.looped:.1f} s")
+    rate = answer.word_error_rate
+    if rate is not None and rate > _MOST_WRONG and floor is not None and floor <= _FLOOR:
+        reasons.append(f"the transcript of the answer is not its text: {rate:.0%} of the words are wrong")
     return [failure(CHECK, "answer", reason) for reason in reasons]
 
 
-def word_error_rate(meant: str, heard: str) -> float | None:
-    """Return how many words are wrong, over those that were meant; None for so few that it says nothing."""
+def word_error_rate(text: str, transcript: str) -> float | None:
+    """Return how many words of a transcript are wrong, over those of the text; None for fewer than three words."""
     try:
         import jiwer
     except ImportError:
@@ -144,28 +154,28 @@ def word_error_rate(meant: str, heard: str) -> float | None:
         jiwer.Strip(),
     ]
     plain = jiwer.Compose(steps)
-    if len(plain(meant).split()) < _FEWEST:
+    if len(plain(text).split()) < _FEWEST:
         return None
-    return float(jiwer.wer(plain(meant), plain(heard)))
+    return float(jiwer.wer(plain(text), plain(transcript)))
 
 
 def loudness(samples: Floats) -> NDArray[np.float64]:
     """Return the root mean square of each frame, 1 for full scale."""
     padded = np.pad(samples, (0, -len(samples) % FRAME)).reshape(-1, FRAME)
-    found: NDArray[np.float64] = np.sqrt(np.square(padded, dtype=np.float64).mean(1))
-    return found
+    frames: NDArray[np.float64] = np.sqrt(np.square(padded, dtype=np.float64).mean(1))
+    return frames
 
 
 def repeated_words(words: Sequence[str]) -> int:
-    """Return how many times in a row a phrase of up to eight words is said, at most."""
+    """Return how many times in a row a phrase of up to eight words occurs, at most."""
     return max((_run(words, size) for size in range(1, _PHRASE + 1)), default=1)
 
 
 def repeated_sound(tokens: Tokens, loud: NDArray[np.bool_]) -> float:
     """Return for how many seconds two seconds of sound or less come again, token for token, three times at least."""
     frames = [
-        tuple(frame) if heard else number
-        for number, (frame, heard) in enumerate(zip(tokens.tolist(), loud, strict=False))
+        tuple(frame) if is_loud else number
+        for number, (frame, is_loud) in enumerate(zip(tokens.tolist(), loud, strict=False))
     ]
     runs = [(_run(frames, size), size) for size in range(1, _LOOP + 1)]
     return max((times * size for times, size in runs if times >= 3), default=0) * FRAME / RATE
@@ -184,8 +194,8 @@ def resampled(samples: Floats) -> Floats:
     """Return samples at the recognizers' rate."""
     import soxr
 
-    found: Floats = soxr.resample(samples, RATE, recognizer.RATE)
-    return found
+    slower: Floats = soxr.resample(samples, RATE, recognizer.RATE)
+    return slower
 
 
 def _embedded(samples: Floats) -> str:

@@ -1,4 +1,4 @@
-"""Weights as they are stored, against those of the checkpoint, tensor by tensor and step by step."""
+"""Stored weights against those of the checkpoint, tensor by tensor and step by step."""
 
 import math
 from collections.abc import Iterator
@@ -20,9 +20,10 @@ from ..model.matmul import name_of
 from ..model.mlx_weights import Matrix, Packing, read_matrix
 from ..quant.affine import BFLOAT16
 from ..quant.casting import cast
+from .figures import WeightRow
 from .metrics import root_ratio
 
-_BLOCK = 1 << 21  # weights looked at at a time
+_BLOCK = 1 << 21  # weights compared at a time
 _PACKED = ("q", "k", "v")
 
 
@@ -71,7 +72,7 @@ def pieces(output: Output) -> Iterator[Region]:
 
 def compare(
     bundle: Bundle, checkpoint: Checkpoint, output: Output, pool: ThreadPoolExecutor, kept: Floats | None = None
-) -> list[dict[str, Any]]:
+) -> list[WeightRow]:
     """Compare an output with the rows of the checkpoint that it was made from; return a row for each piece.
 
     pool: threads to work on, the same for all outputs: MLX gives each thread that it meets a stream for good. kept:
@@ -94,9 +95,9 @@ def compare(
             kept[first:last] = values
         return number, _look(values, stored, checkpoint.read(output.role.name, start + first, start + last), first)
 
-    for number, found in in_order_on(pool, look, blocks):
-        sums[number].add(found)
-    return [_row(piece, found, bundle) for piece, found in zip(pieces(output), sums, strict=True)]
+    for number, more in in_order_on(pool, look, blocks):
+        sums[number].add(more)
+    return [_row(region, total, bundle) for region, total in zip(pieces(output), sums, strict=True)]
 
 
 def _look(values: Floats, stored: Matrix, source: NDArray[Any], first: int) -> Sums:
@@ -107,14 +108,14 @@ def _look(values: Floats, stored: Matrix, source: NDArray[Any], first: int) -> S
     row, column = divmod(place, source.shape[1])
     flat = [array.reshape(-1) for array in (apart, wide, values)]
     error, norm, length = (float(np.dot(array, array)) for array in flat)
-    found = Sums(error, norm, length, along=float(np.dot(flat[1], flat[2])))
-    found.max_abs, found.at = float(abs(apart[row, column])), (first + row, column)
+    sums = Sums(error, norm, length, along=float(np.dot(flat[1], flat[2])))
+    sums.max_abs, sums.at = float(abs(apart[row, column])), (first + row, column)
     if stored.packing is None:
         expected = cast(source, DTYPES[CODES[name_of(stored.weight.dtype)]]).array
-        found.unequal = int(np.count_nonzero(_float32(expected) != values))
+        sums.unequal = int(np.count_nonzero(_float32(expected) != values))
     else:
-        found.clipped = _clipped(wide, stored.packing)
-    return found
+        sums.clipped = _clipped(wide, stored.packing)
+    return sums
 
 
 def _float32(array: NDArray[Any]) -> Floats:
@@ -136,30 +137,31 @@ def _clipped(weights: Floats, packing: Packing) -> int:
     return int(np.count_nonzero(beyond))
 
 
-def _row(piece: Region, found: Sums, bundle: Bundle) -> dict[str, Any]:
-    output = piece.output
-    count = (piece.last - piece.first) * output.shape[-1]
-    role = output.role
-    return {
-        "tensor": output.name,
-        "source": role.name,
-        "file": bundle.layout.files[output],
-        "component": role.component,
-        "module": role.module,
-        "layer": role.layer,
-        "step": piece.step,
-        "part": piece.part,
-        "bits": output.quantization.bits if output.quantization else None,
-        "group_size": output.quantization.group_size if output.quantization else None,
-        "bits_per_weight": 8 * output.nbytes / math.prod(output.shape),
-        "parameters": count,
-        "relative_rmse": root_ratio(found.error, found.norm),
-        "sqnr_db": 10 * math.log10(found.norm / found.error) if found.error > 0 and found.norm > 0 else None,
-        "cosine": found.along / math.sqrt(found.norm * found.length) if found.norm * found.length > 0 else None,
-        "max_abs": found.max_abs,
-        "max_abs_at": list(found.at),
-        "clipped": found.clipped / count if output.quantization else None,
-        "unequal": None if output.quantization else found.unequal,
-        "squared_error": found.error,
-        "squared_norm": found.norm,
-    }
+def _row(region: Region, sums: Sums, bundle: Bundle) -> WeightRow:
+    output, role = region.output, region.output.role
+    count = (region.last - region.first) * output.shape[-1]
+    quantization = output.quantization
+    both = sums.norm * sums.length
+    return WeightRow(
+        tensor=output.name,
+        source=role.name,
+        file=bundle.layout.files[output],
+        component=role.component,
+        module=role.module,
+        layer=role.layer,
+        step=region.step,
+        projection=region.part,
+        bits=quantization.bits if quantization else None,
+        group_size=quantization.group_size if quantization else None,
+        bits_per_weight=8 * output.nbytes / math.prod(output.shape),
+        parameters=count,
+        relative_rmse=root_ratio(sums.error, sums.norm),
+        sqnr_db=10 * math.log10(sums.norm / sums.error) if sums.error > 0 and sums.norm > 0 else None,
+        cosine=sums.along / math.sqrt(both) if both > 0 else None,
+        max_abs=sums.max_abs,
+        max_abs_at=sums.at,
+        clipped=sums.clipped / count if quantization else None,
+        unequal=None if quantization else sums.unequal,
+        squared_error=sums.error,
+        squared_norm=sums.norm,
+    )

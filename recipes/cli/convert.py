@@ -6,7 +6,7 @@ import typer
 
 from ...calibrate import quantizer, size_budget
 from ...calibrate.allocation import request_of
-from ...convert import conversion, preparation
+from ...convert import conversion, preparation, typed_json
 from ...convert.bundle import describe, recipe_choice, targets
 from ...convert.errors import UserError
 from ...convert.parallel import cores
@@ -102,7 +102,7 @@ def convert(
         report = bundle_report.verify(done.folder, opened.source, **same) if verify else None
     bundle_report.write_card(done.folder, report)
     if as_json:
-        console.show_json(done.to_json() | ({"verdict": report["verdict"]} if report else {}))
+        console.show_json(done.to_json() | ({"verdict": typed_json.to_json(report.verdict)} if report else {}))
     if report:
         show(bundle_report.text(report, done.folder)) if not as_json else None
         bundle_report.fail_if_failed(report)

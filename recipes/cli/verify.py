@@ -79,7 +79,7 @@ def verify_bundle(
             raise UserError("two bundles are compared by their reports: leave all options but --json out")
         figures = compare_reports.compare_reports(bundle, other)
         names = (str(bundle), str(other))
-        console.show_json(figures) if as_json else console.show(compare_reports.text(names, figures))
+        console.show_json(figures.to_json()) if as_json else console.show(compare_reports.text(names, figures))
         return
     if audio and sequences:
         raise UserError("--sequences has no effect with --audio, which is one sequence: leave it out")

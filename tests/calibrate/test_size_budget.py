@@ -253,6 +253,17 @@ def test_a_file_of_them_comes_back_as_it_was(measured, tmp_path):
             sensitivity.read(path)
 
 
+def test_files_of_earlier_versions_are_read(tmp_path):
+    earlier = Path(__file__).parents[1] / "data" / "earlier"
+    whole, lacking = (sensitivity.read(earlier / name) for name in ("sensitivity.json", "sensitivity-lacking.json"))
+    assert whole.measured_on == "2 of 2 sequences of 24 frames"
+    assert lacking.measured_on == "2 sequences of 24 frames"
+    assert list(lacking.costs) == list(whole.costs)[:2]
+    assert all(lacking.costs[part] == whole.costs[part] for part in lacking.costs)
+    sensitivity.write(whole, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (earlier / "sensitivity.json").read_bytes()
+
+
 @pytest.mark.parametrize("budget", [Budget(None, 3.2), Budget(None, 4.5), Budget(3_400_000)], ids=str)
 def test_a_recipe_is_within_its_budget_and_beats_uniform_ones(budget, measured):
     source, _, found = measured

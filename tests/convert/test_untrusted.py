@@ -275,7 +275,7 @@ def test_a_forged_report_is_not_published(change, message, reported, tmp_path):
 
 
 def test_a_report_as_it_is_written_fits(reported):
-    assert report.read(reported)["verdict"]["passed"]
+    assert report.read(reported).verdict.passed
     assert gate.ready(reported, "me/it", quiet=True).objections == []
 
 

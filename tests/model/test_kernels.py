@@ -26,6 +26,7 @@ from ppx.verify import report as reports
 from ppx.verify import rollout
 from ppx.verify.options import VerifyOptions
 from ppx.verify.publishing import card
+from ppx.verify.records import Report, Verdict
 from ppx.verify.verification import verify
 
 SWIFT = ("--recipe", "4bit")
@@ -157,13 +158,15 @@ def test_a_verification_works_around_a_kernel_and_says_so(bundle, source, share)
     folder, broken = bundle(*SWIFT), Broken(share, fewest=1)
     right = verify(source, folder, QUICK, "", quiet=True)
     found = verify(source, folder, QUICK, "", quiet=True, matmul=QuantizedMatmul(packed=broken))
-    assert found["verdict"] == {"passed": True, "failures": []}
-    assert {(row["rows"], row["columns"]) for row in found["kernels"] if row["replaced"]} == {share}
+    assert found.verdict == Verdict(passed=True, failures=())
+    assert {(row.rows, row.columns) for row in found.kernels if row.replaced} == {share}
     assert [rows for rows, size in broken.calls if size == share] == [1, 4, 8]  # in the test alone
     for stream in ("text", "agent"):
-        one, other = (report["predictions"][stream]["bundle"]["kl"]["mean"] for report in (right, found))
-        assert one == pytest.approx(other, rel=1e-3)  # float32, in another order
-    report = json.loads(json.dumps(reports.finish(found)))
+        one, other = (report.predictions[stream].bundle.kl for report in (right, found))
+        assert one
+        assert other
+        assert one.mean == pytest.approx(other.mean, rel=1e-3)  # float32, in another order
+    report = Report.from_json(json.loads(json.dumps(reports.finish(found).to_json())))
     manifest = manifest_of(folder)
     for page in (reports.markdown(report), reports.html(report), card.files(manifest, report)["README.md"]):
         assert f"{share[0]}x{share[1]}, 4 bit group 64, float32, 1, 4, 8 rows of input" in page
@@ -181,7 +184,7 @@ def test_a_rollout_works_around_a_kernel(opened, source, share):
     played = rollout.Script(source.voices[0].name, [5], [silence])
     with bar("", 0, "frame", quiet=True) as progress:
         found = rollout.run(source, opened, played, progress, matmul=matmul)
-    assert len(found["agreement"]) == 1
+    assert len(found.agreement) == 1
     assert [rows for rows, size in broken.calls if size == share] == [1, 4, 8]  # in the test alone
 
 
@@ -195,10 +198,10 @@ def no_cache(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("no_cache")
 def test_with_nothing_to_work_around_with_mlx_is_blamed_and_not_the_bundle(bundle, source, share, size, model):
     hopeless = QuantizedMatmul(packed=Broken(share), plain=wrong_product)
-    found = verify(source, bundle(*SWIFT), QUICK, "", quiet=True, matmul=hopeless)["verdict"]["failures"]
-    assert {failure["check"] for failure in found} == {"kernels"}
+    found = verify(source, bundle(*SWIFT), QUICK, "", quiet=True, matmul=hopeless).verdict.failures
+    assert {failure.check for failure in found} == {"kernels"}
     for words in ("MLX ", "computes wrongly on this device (cpu ", "the bundle may be sound", f"{share[0]}x{share[1]}"):
-        assert words in found[0]["message"]
+        assert words in found[0].message
     with pytest.raises(CheckFailed, match="the bundle may be sound"):
         kernel_cache.on_tested_kernels(model, matmul=replace(hopeless, packed=Broken(size)))
 

@@ -22,7 +22,9 @@ from ppx.convert.source.license import NVIDIA, License, from_json, license_of
 from ppx.model.tokens import SELF_GENERATED
 from ppx.recipes.cli import convert
 from ppx.verify import report as reports
+from ppx.verify.limits import failure
 from ppx.verify.publishing import card
+from ppx.verify.records import Report, Verdict
 from typer.testing import CliRunner
 
 SOURCE = {"id": "nvidia/personaplex-7b-v1", "revision": "c0ffee" + "0" * 34}
@@ -40,12 +42,11 @@ def verified(program, pico, tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(verified):
     """Manifest and report of a bundle."""
-    read = lambda name: json.loads((verified / "bundle" / name).read_text())  # noqa: E731
-    return read("manifest.json"), read("parity/report.json")
+    return json.loads((verified / "bundle" / "manifest.json").read_text()), reports.read(verified / "bundle")
 
 
 def rendered(
-    made: tuple[dict[str, Any], dict[str, Any]],
+    made: tuple[dict[str, Any], Report],
     repository: str = "me/mine",
     objections: Sequence[str] = (),
     target: str | None = None,
@@ -133,7 +134,7 @@ def test_it_says_all_that_the_report_and_the_manifest_prove(made):
     text = rendered(made)[0].text
     assert "**It passes** the comparison" in text
     for row in reports.figures(report):
-        assert f"| {row['name']} | {reports.short(row['bundle'])} | {row['sign']} " in text
+        assert f"| {row.name} | {reports.short(row.bundle)} | {row.sign} " in text
     for name, record in {**manifest["files"], **manifest["source"]["files"]}.items():
         assert name in text
         assert record["sha256"] in text
@@ -231,9 +232,11 @@ def test_the_example_loads_all_shards(pico, tmp_path, monkeypatch):
 
 def test_a_bundle_that_was_not_compared_or_fails(made):
     manifest, report = copy.deepcopy(made)
-    assert "It was not compared with the original." in card.files(Manifest.from_json(manifest), None)["README.md"]
-    report["verdict"] = {"passed": False, "failures": [{"limit": "text_kl", "message": "x"}]}
-    text = card.files(Manifest.from_json(manifest), report, objections=["its report fails: x"])["README.md"]
+    checked = Manifest.from_json(manifest)
+    assert "It was not compared with the original." in card.files(checked, None)["README.md"]
+    failed = Verdict(passed=False, failures=(failure("predictions", "text", "x", limit="text_kl"),))
+    report = dataclasses.replace(report, verdict=failed)
+    text = card.files(checked, report, objections=["its report fails: x"])["README.md"]
     assert "**It fails** the comparison" in text
     assert text.index("Published with `--force`") < text.index("# Use")
 
@@ -268,7 +271,7 @@ def test_strangers_strings_command_neither_yaml_nor_markdown(made):
         recipe=RecipeRecord(evil, "description = 'x'\n```\n<script>\n"),
         target=evil,
     )
-    report["material"]["kind"] = evil
+    report = dataclasses.replace(report, tokens=dataclasses.replace(report.tokens, kind=evil))
     found = ModelCard(card.files(checked, report, "me/mine", [evil])["README.md"])
     assert found.data["license"] == "a: [b"
     outside = re.sub(r"```.*?```", "", found.text, flags=re.DOTALL)

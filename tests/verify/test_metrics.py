@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
+from ppx.verify.figures import ActivationRow, Difference, Divergence, PredictionFigures, Top1
 from ppx.verify.limits import gaussian_rmse, start
 from ppx.verify.metrics import Predictions, difference, mean_of
 
@@ -39,12 +39,14 @@ def test_a_prediction_compared_with_itself():
     seen = Predictions()
     seen.add(logits, logits, np.arange(40, dtype=np.int32) % 9, np.arange(40) // 20)
     found = seen.summary()
-    assert found["kl"]["mean"] == found["kl"]["max"] == 0
-    assert found["top1"] == {"agreement": 1.0, "standard_error": 0.0, "by_sequence": [1.0, 1.0]}
-    assert found["loss"]["change"] == 0
-    assert found["loss"]["perplexity_ratio"] == 1
+    assert found.kl
+    assert found.loss
+    assert found.kl.mean == found.kl.max == 0
+    assert found.top1 == Top1(agreement=1.0, standard_error=0.0, by_sequence=(1.0, 1.0))
+    assert found.loss.change == 0
+    assert found.loss.perplexity_ratio == 1
     expected = -np.log(softmax(logits)[np.arange(40), np.arange(40) % 9]).mean()
-    assert found["loss"]["reference"] == pytest.approx(float(expected))
+    assert found.loss.reference == pytest.approx(float(expected))
 
 
 def test_spread_and_standard_error():
@@ -55,14 +57,18 @@ def test_spread_and_standard_error():
     seen.add(second, first, targets, np.arange(1000) // 250)
     found = seen.summary()
     kl = np.log(0.5) - 0.5 * (np.log(softmax(second)).sum(-1)).astype(float)
-    assert found["positions"] == 1000
-    assert found["loss"]["positions"] == 10
-    assert found["kl"]["mean"] == pytest.approx(kl.mean())
-    assert found["kl"]["p99_9"] == pytest.approx(np.percentile(kl, 99.9))
+    assert found.positions == 1000
+    assert found.kl
+    assert found.loss
+    assert found.loss.positions == 10
+    assert found.kl.mean == pytest.approx(kl.mean())
+    assert found.kl.p99_9 == pytest.approx(np.percentile(kl, 99.9))
     means = kl.reshape(4, 250).mean(1)  # sequences are independent, their positions are not
-    assert found["kl"]["standard_error"] == pytest.approx(means.std(ddof=1) / 2)
-    assert found["loss"]["standard_error"] is None  # all known tokens are in one sequence
-    assert found["kl"]["median"] < found["kl"]["p90"] < found["kl"]["p99"] < found["kl"]["max"]
+    assert found.kl.standard_error == pytest.approx(means.std(ddof=1) / 2)
+    assert found.loss.standard_error is None  # all known tokens are in one sequence
+    spread = [value for value in (found.kl.median, found.kl.p90, found.kl.p99, found.kl.max) if value is not None]
+    assert sorted(set(spread)) == spread
+    assert len(spread) == 4
 
 
 def test_long_inputs_in_pieces():
@@ -79,21 +85,19 @@ def test_long_inputs_in_pieces():
 
 
 def test_the_mean_of_streams():
-    streams: list[dict[str, Any]] = [{"positions": 0, "kl": None, "top1": None, "loss": None}]
-    assert mean_of(streams)["kl"] is None
+    streams = [PredictionFigures(0, None, None, None)]
+    assert mean_of(streams).kl is None
     for means in ([0.1, 0.3], [0.4, 0.4]):
-        streams.append(
-            {
-                "positions": 10,
-                "kl": {"mean": np.mean(means), "standard_error": 9, "by_sequence": means},
-                "top1": {"agreement": 0.5, "standard_error": 9, "by_sequence": [0.5, 0.5]},
-                "loss": None,
-            }
-        )
+        kl = Divergence(mean=sum(means) / 2, standard_error=9, by_sequence=tuple(means))
+        top1 = Top1(agreement=0.5, standard_error=9, by_sequence=(0.5, 0.5))
+        streams.append(PredictionFigures(10, kl, top1, None))
     found = mean_of(streams)  # the sequences' means are .25 and .35
-    assert found["kl"] == {"mean": pytest.approx(0.3), "standard_error": pytest.approx(0.05)}
-    assert found["top1"] == {"agreement": 0.5, "standard_error": 0}
-    assert found["positions"] == 20
+    assert found.kl
+    assert found.kl.mean == pytest.approx(0.3)
+    assert found.kl.standard_error == pytest.approx(0.05)
+    assert found.kl.median is None
+    assert found.top1 == Top1(agreement=0.5, standard_error=0)
+    assert found.positions == 20
 
 
 @settings(max_examples=50, deadline=None)
@@ -103,17 +107,20 @@ def test_difference_of_arrays(first, second):
     norm = float(np.linalg.norm(second.astype(np.longdouble)))
     apart = float(np.linalg.norm(second.astype(np.longdouble) - first))
     if norm:
-        assert found["relative_l2"] == pytest.approx(apart / norm, rel=1e-5)
+        assert found.relative_l2 == pytest.approx(apart / norm, rel=1e-5)
     else:
-        assert found["relative_l2"] == (math.inf if apart else 0)
-    assert found["max_abs"] == np.abs(first - second).max()
-    assert -1.0001 <= found["cosine"] <= 1.0001
-    assert difference(first, first) == {"relative_l2": 0, "cosine": pytest.approx(1), "max_abs": 0}
+        assert found.relative_l2 == (math.inf if apart else 0)
+    assert found.max_abs == np.abs(first - second).max()
+    assert found.cosine is not None
+    assert -1.0001 <= found.cosine <= 1.0001
+    same = difference(first, first)
+    assert (same.relative_l2, same.max_abs) == (0, 0)
+    assert same.cosine == pytest.approx(1)
 
 
 def test_what_is_not_finite_stays_visible():
     broken = np.array([1.0, np.nan], np.float32)
-    assert math.isnan(difference(broken, np.ones(2, np.float32))["relative_l2"])
+    assert np.isnan(difference(broken, np.ones(2, np.float32)).relative_l2 or 0.0)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -122,22 +129,16 @@ def test_the_expected_error_of_gaussian_weights(bits, size):
     weights = mx.array(np.random.default_rng(2).standard_normal((256, 1024), np.float32))
     packed = mx.quantize(weights, group_size=size, bits=bits, stream=mx.cpu)
     back = np.array(mx.dequantize(*packed, group_size=size, bits=bits, stream=mx.cpu))
-    found = difference(back, np.array(weights))["relative_l2"]
+    found = difference(back, np.array(weights)).relative_l2
     assert found == pytest.approx(gaussian_rmse(bits, size), rel=0.2 if bits == 2 else 0.06)
 
 
 def rows(
     errors: Sequence[float], component: str = "temporal", part: str = "mlp", step: int | None = None
-) -> list[dict[str, Any]]:
+) -> list[ActivationRow]:
+    noise, drift = Difference(0.001, 1.0, 0.0), Difference(0.0, 1.0, 0.0)
     return [
-        {
-            "component": component,
-            "layer": layer,
-            "part": part,
-            "step": step,
-            "local": {"relative_l2": error},
-            "noise_local": {"relative_l2": 0.001},
-        }
+        ActivationRow(component, layer, part, step, Difference(error, 1.0, 0.0), drift, noise, drift)
         for layer, error in enumerate(errors)
     ]
 

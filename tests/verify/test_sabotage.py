@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from ppx.convert.errors import UserError
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.convert.tensorfile import TensorFile
-from ppx.verify.limits import prediction_failures
+from ppx.verify.figures import PredictionFigures, StreamFigures, finite_or_infinite
+from ppx.verify.limits import Failure, prediction_failures
 from ppx.verify.options import VerifyOptions
+from ppx.verify.records import Verdict
 from ppx.verify.verification import verify
 
 UNEVEN = str(Path(__file__).parent.parent / "data" / "uneven.toml")
@@ -49,9 +51,9 @@ def reasons(source):
     """Verify a bundle that must fail; return its reasons."""
 
     def run(folder, request=QUICK):
-        found = verify(source, folder, request, "", quiet=True)["verdict"]
-        assert not found["passed"]
-        return found["failures"]
+        verdict = verify(source, folder, request, "", quiet=True).verdict
+        assert not verdict.passed
+        return verdict.failures
 
     return run
 
@@ -83,10 +85,10 @@ def seal(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def named(failures: Sequence[Mapping[str, str]], *words: str, check: str | None = None) -> bool:
+def named(failures: Sequence[Failure], *words: str, check: str | None = None) -> bool:
     """Tell whether some reason of a kind holds all words."""
     return any(
-        all(word in failure["message"] for word in words) and check in (None, failure["check"]) for failure in failures
+        all(word in failure.message for word in words) and check in (None, failure.check) for failure in failures
     )
 
 
@@ -106,8 +108,10 @@ def swap(first: int, last: int, other: int) -> Callable[[NDArray[Any]], NDArray[
 def test_an_untouched_bundle_passes(source, bundle):
     for options in (SWIFT, ("--recipe", "moshi-q4"), ("--recipe", UNEVEN)):
         found = verify(source, bundle(*options), QUICK, "", quiet=True)
-        assert found["verdict"] == {"passed": True, "failures": []}
-        assert found["predictions"]["agent"]["bundle"]["kl"]["mean"] > 0.001
+        assert found.verdict == Verdict(passed=True, failures=())
+        divergence = found.predictions["agent"].bundle.kl
+        assert divergence
+        assert finite_or_infinite(divergence.mean) > 0.001
 
 
 def flip(array: NDArray[Any]) -> NDArray[Any]:
@@ -132,7 +136,7 @@ def test_one_flipped_bit_of_a_packed_weight(broken, reasons):
     found = reasons(folder)
     assert named(found, "temporal.safetensors", "sha256", check="structure")
     assert named(found, "temporal.safetensors: layers.1.gating.linear_in.weight: its bytes", check="structure")
-    assert sum("its bytes" in failure["message"] for failure in found) == 1
+    assert sum("its bytes" in failure.message for failure in found) == 1
 
 
 @pytest.mark.parametrize("sealed", [False, True])
@@ -212,7 +216,7 @@ def test_one_voice_zeroed(sealed, broken, reasons):
         seal(folder)
     found = reasons(folder)
     assert named(found, "voice VARM3: embeddings", "not the source's", check="structure")
-    assert {failure["check"] for failure in found} == {"structure"}  # the rest was compared, and is sound
+    assert {failure.check for failure in found} == {"structure"}  # the rest was compared, and is sound
     assert not named(found, "voice VARM2")
 
 
@@ -302,16 +306,17 @@ def test_the_depformers_context_clipped_to_eight(sealed, options, key, broken, r
     if sealed:
         seal(folder)
     assert named(reasons(folder), f"config.json: {key} is 8, where 16 is expected", check="structure")
-    clipped, whole = (own_errors(source, path) for path in (folder, bundle(*options)))
+    clipped, whole = (local_errors(source, path) for path in (folder, bundle(*options)))
     assert clipped[:8] == whole[:8]
     assert all(now > before for now, before in zip(clipped[8:], whole[8:], strict=True))
 
 
-def own_errors(source: Source, folder: Path) -> list[float]:
-    """The own error of the depformer's first attention at each step."""
-    rows = verify(source, folder, QUICK, "", quiet=True)["activations"]
-    place = ("depformer", 0, "attention")
-    return [row["local"]["relative_l2"] for row in rows if (row["component"], row["layer"], row["part"]) == place]
+def local_errors(source: Source, folder: Path) -> list[float]:
+    """The local error of the depformer's first attention at each step."""
+    rows = verify(source, folder, QUICK, "", quiet=True).activations
+    block = ("depformer", 0, "attention")
+    local = [row.local for row in rows if (row.component, row.layer, row.sublayer) == block]
+    return [finite_or_infinite(difference.relative_l2) for difference in local if difference]
 
 
 def min_max(weights: NDArray[Any], bits: int, size: int) -> dict[str, NDArray[Any]]:
@@ -359,9 +364,9 @@ def test_two_bits_min_max_under_the_limits_of_four(pico, source, program, tmp_pa
     (folder / "manifest.json").write_text(json.dumps(manifest))
     seal(folder)
     found = reasons(folder)
-    assert {failure["check"] for failure in found} == {"predictions"}, found
+    assert {failure.check for failure in found} == {"predictions"}, found
     assert named(found, "KL of the agent's codebooks is", "at most 0.11 is allowed", "it starts at temporal layer 0")
-    assert all(failure["value"] is not None and failure["bound"] is not None for failure in found)
+    assert all(failure.value is not None and failure.bound is not None for failure in found)
 
 
 class TestByAStrangerWhoSealsWhatHeDid:
@@ -453,8 +458,8 @@ class TestByAStrangerWhoSealsWhatHeDid:
         text = "[parity]\ntext_kl = inf\nagent_kl = 1000\nagent_top1 = 0.0\n"
         self.edit(folder, lambda manifest: manifest["recipe"].update({"text": text}))
         report = verify(source, folder, QUICK, "", quiet=True)
-        assert report["limits"]["text_kl"] == 0.015  # no number
-        assert report["looser_limits"] == ["agent_kl", "agent_top1"]
+        assert report.limits["text_kl"] == 0.015  # no number
+        assert report.looser_limits == ("agent_kl", "agent_top1")
 
     @pytest.mark.parametrize(
         "damage",
@@ -491,8 +496,8 @@ def test_names_cannot_command_a_terminal(broken, reasons):
     (folder / "a\x1b[31mred").write_text("")
     (folder / "config.json").write_text(json.dumps({"\x1b[2J": 1, "\ud800": 2}))
     for failure in reasons(folder):
-        assert failure["message"].isprintable()
-        failure["message"].encode()
+        assert failure.message.isprintable()
+        failure.message.encode()
 
 
 def test_a_context_beyond_all_bounds(broken, reasons):
@@ -503,7 +508,7 @@ def test_a_context_beyond_all_bounds(broken, reasons):
 
 
 def test_a_figure_that_nothing_told_of_does_not_pass():
-    nothing = {"bundle": {"kl": None, "top1": None}, "noise": {"kl": None, "top1": None}}
-    predictions = dict.fromkeys(("text", "codebook_0", "agent"), nothing)
+    nothing = PredictionFigures(0, None, None, None)
+    predictions = dict.fromkeys(("text", "codebook_0", "agent"), StreamFigures(nothing, nothing))
     found = prediction_failures(predictions, {"text_kl": 1.0, "agent_top1": 0.0}, [], 8)
-    assert [failure["place"] for failure in found] == ["text", "agent"]
+    assert [failure.place for failure in found] == ["text", "agent"]

@@ -37,7 +37,7 @@ def test_an_untouched_float_bundle_passes_with_its_noise_floor(mine, program, pi
     folder = mine(*FLOAT)
     done = program("ppx-verify", folder, "--reference", pico, *QUICK, "--rollout", "8", cwd=tmp_path)
     assert "passes the comparison: 1 sequence of 40 frames, system prompt" in done.stdout
-    assert "a greedy session of 8 frames on both: never parts; 100% of the agent's tokens agree" in done.stdout
+    assert "a greedy session of 8 frames on both: no difference; 100% of the agent's tokens agree" in done.stdout
     report = left(folder)
     assert report["verdict"] == {"passed": True, "failures": []}
     for stream in ("text", "codebook_0", "agent"):
@@ -180,7 +180,7 @@ def test_two_bundles_side_by_side(mine, program, pico, tmp_path):
     files = [folder / "parity" / "report.json" for folder in folders]
     found = json.loads(program("ppx-verify", *files, "--json", cwd=tmp_path).stdout)
     better = {row["name"]: row["better"] for row in found["sizes"] + found["figures"]}
-    assert (better["bytes"], better["KL of text"], better["agreement on the agent's likeliest token"]) == (
+    assert (better["bytes"], better["KL of text"], better["top-1 agreement of the agent's codebooks"]) == (
         "a",
         "b",
         "b",
@@ -190,7 +190,10 @@ def test_two_bundles_side_by_side(mine, program, pico, tmp_path):
     assert len(found["blocks"]["most_different"]) == 5
     program("ppx-verify", folders[1], "--reference", pico, "--frames", "30", cwd=tmp_path)
     said = program("ppx-verify", *folders, cwd=tmp_path).stdout
-    assert "different material: kind system prompt, sequences 1, frames 40 and kind system prompt, sequences 3" in said
+    assert (
+        "different evaluation tokens: kind system prompt, sequences 1, frames 40 and kind system prompt, sequences 3"
+        in said
+    )
     names = [row["name"] for row in found["figures"]]
     assert len(names) == len(set(names))
 

@@ -1,7 +1,7 @@
 """The model card of a bundle, ``README.md``, and its ``NOTICE``: rendered from the manifest and the report alone."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files as resources
 from typing import Any
 
@@ -15,8 +15,10 @@ from ...convert.source import demo
 from ...convert.source.license import UNKNOWN, License
 from ...convert.source.source import is_hub_id
 from ...convert.source.tensors import roles
+from ...model.kernel_test import workarounds
 from ...model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED
 from .. import report as reports
+from ..records import Report
 
 README, NOTICE = "README.md", "NOTICE"
 PIPELINE = "audio-to-audio"
@@ -26,7 +28,7 @@ NVIDIA_NOTICE = "Licensed by NVIDIA Corporation under the NVIDIA Open Model Lice
 
 def files(
     manifest: Manifest,
-    report: Mapping[str, Any] | None,
+    report: Report | None,
     repository: str = "USER/NAME",
     objections: Sequence[str] = (),
 ) -> dict[str, str]:
@@ -42,7 +44,7 @@ def files(
         manifest=manifest,
         report=report,
         figures=reports.figures(report) if report else [],
-        replaced=reports.replaced(report) if report else [],
+        replaced=workarounds(report.kernels) if report else [],
         repository=repository,
         objections=objections,
         license=source_license,

@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from ...convert.bundle.describe import size
 from ...convert.bundle.manifest import Manifest, manifest_of
-from ...convert.bundle.records import files_to_json
 from ...convert.bundle.workspace import write_durably
 from ...convert.errors import CheckFailed, UserError, printable, refuse
 from ...convert.file_names import MANIFEST
 from ...convert.progress import byte_bar
 from ...convert.source.source import HUB_ID
 from .. import report as reports
+from ..records import Report
 from . import card
 from .upload import Local, PublishOptions, check_token, upload
 
@@ -98,7 +98,7 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
             f"{bundle}: not published: {'; '.join(objections)} (--force publishes it, and the card says so)"
         )
     try:
-        written = reports.pages(report) if report else {}  # what is in the folder may say something else
+        written = reports.pages(report) if report else {}  # those in the folder may be of another report
         written |= card.files(manifest, report, repository, objections)
     except (UndefinedError, LookupError, TypeError) as error:
         raise UserError(f"{bundle}: manifest or report is of another version ({error}): make them again") from None
@@ -137,8 +137,8 @@ def publish(
     return Published(done.page, done.changed, done.others, printable(line))
 
 
-def _report(bundle: Path, manifest: Manifest) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return a bundle's report, and what it objects to."""
+def _report(bundle: Path, manifest: Manifest) -> tuple[Report | None, list[str]]:
+    """Return a bundle's report, and its objections to publishing."""
     path = bundle / reports.FOLDER / reports.JSON
     if not path.is_file():
         return None, ["it has no report: run ppx-verify first"]
@@ -148,22 +148,14 @@ def _report(bundle: Path, manifest: Manifest) -> tuple[dict[str, Any] | None, li
         wrong = str(error).partition(": ")[2] or str(error)
         return None, [f"its report cannot be read: run ppx-verify again ({wrong})"]
     objections = []
-    beyond = [row["name"] for row in reports.figures(report) if _is_beyond(row)]
-    if not report["verdict"]["passed"]:
-        failures = report["verdict"]["failures"]
-        objections.append(f"its report fails: {failures[0]['message'] if failures else 'no reason given'}")
-    elif report["verdict"]["failures"] or beyond or not report["predictions"]:
+    failures = report.verdict.failures
+    if not report.verdict.passed:
+        objections.append(f"its report fails: {failures[0].message if failures else 'no reason given'}")
+    elif failures or any(figure.is_beyond for figure in reports.figures(report)) or not report.predictions:
         objections.append("its report says that it passes, and contradicts itself")
-    about = report["bundle"]
-    if about.get("files") != files_to_json(manifest.files) or about.get("fingerprint") != manifest.fingerprint:
+    if not report.is_about(manifest):
         objections.append("its report is older, or about other files: run ppx-verify again")
     return report, objections
-
-
-def _is_beyond(row: dict[str, Any]) -> bool:
-    if row["bundle"] is None:
-        return True
-    return bool(row["bundle"] < row["bound"] if row["sign"] == "≥" else row["bundle"] > row["bound"])
 
 
 def _look(bundle: Path, names: Iterable[str], private: Private, quiet: bool) -> tuple[list[Local], list[str]]:

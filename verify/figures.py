@@ -1,0 +1,168 @@
+"""The rows of a report: weights, activations and predictions of a bundle against those of its checkpoint.
+
+Where a field is None although something was measured, JSON has no number for the figure: it is not finite.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from ..convert.schema import number, whole
+from ..convert.typed_json import MAY_BE_MISSING, NOT_STORED, Key
+
+Amount = Annotated[float, number(0)]
+Share = Annotated[float, number(0, 1)]
+Index = Annotated[int, whole(0, 1 << 20)]
+_BySequence = Annotated[tuple[float, ...], NOT_STORED]  # the mean of each sequence, from which standard errors come
+
+
+def finite_or_infinite(value: float | None) -> float:
+    """Return a figure for comparing: infinity where a report has None."""
+    return math.inf if value is None else value
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an array is from the expected one; ``relative_l2`` is over the norm of the expected one."""
+
+    relative_l2: Amount | None
+    cosine: float | None
+    max_abs: Amount | None
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """A stored tensor, or a depformer step's or projection's rows of it, against the checkpoint's.
+
+    tensor: its name in ``file``; source: in the checkpoint. projection: ``q``, ``k`` or ``v`` of a packed matrix.
+    parameters: how many were compared. clipped: share of weights beyond the range of their group's codes; unequal:
+    values that are not the checkpoint's in the bundle's dtype; one of them is None. squared_error, squared_norm: sums
+    that the verdict needs.
+    """
+
+    tensor: str
+    source: str
+    file: str
+    component: str
+    module: str
+    layer: Index | None
+    step: Index | None
+    projection: Annotated[str | None, Key("part")]
+    bits: Index | None
+    group_size: Index | None
+    bits_per_weight: Amount
+    parameters: int
+    relative_rmse: Amount | None
+    sqnr_db: float | None
+    cosine: float | None
+    max_abs: Amount | None
+    max_abs_at: tuple[int, ...]
+    clipped: Share | None
+    unequal: int | None
+    squared_error: Annotated[float, NOT_STORED] = 0.0
+    squared_norm: Annotated[float, NOT_STORED] = 0.0
+
+    @property
+    def name(self) -> str:
+        """The tensor with its step and projection."""
+        step = "" if self.step is None else f" step {self.step}"
+        return f"{self.tensor}{step}" + (f" {self.projection}" if self.projection else "")
+
+
+@dataclass(frozen=True)
+class ActivationRow:
+    """The output of a block, or of what stands between blocks, at one depformer step.
+
+    local: of a block whose input is the reference's, over what it adds; accumulated: of a block whose input is the
+    bundle's own, over the whole stream. The noise floor is the checkpoint itself in 16 bit.
+    """
+
+    component: str
+    layer: Index | None
+    sublayer: Annotated[str, Key("part")]
+    step: Index | None
+    local: Difference | None
+    accumulated: Difference
+    noise_local: Difference | None
+    noise_accumulated: Difference
+
+    @property
+    def name(self) -> str:
+        """The block, in words."""
+        layer = "" if self.layer is None else f" layer {self.layer}"
+        step = "" if self.step is None else f" of step {self.step}"
+        return f"{self.component}{layer} {self.sublayer}{step}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """KL(reference || bundle) in nats/token. The mean of several streams has no percentiles."""
+
+    mean: Amount | None
+    standard_error: Amount | None
+    by_sequence: _BySequence = ()
+    median: Amount | None = None
+    p90: Amount | None = None
+    p99: Amount | None = None
+    p99_9: Amount | None = None
+    max: Amount | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Top1:
+    """How often the top-1 tokens of both are equal."""
+
+    agreement: Share | None
+    standard_error: Amount | None
+    by_sequence: _BySequence = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """Negative log-likelihood of the next token in nats/token, and by how much the bundle's is larger."""
+
+    positions: int | None = None
+    reference: float | None
+    bundle: float | None
+    change: float | None
+    standard_error: Amount | None
+    by_sequence: _BySequence = ()
+    perplexity_ratio: Amount | None
+
+
+@dataclass(frozen=True)
+class PredictionFigures:
+    """Predictions of one stream, or the mean of several, against the reference's; None where no position counts."""
+
+    positions: int
+    kl: Divergence | None
+    top1: Top1 | None
+    loss: Loss | None
+
+
+@dataclass(frozen=True)
+class StreamFigures:
+    """One stream's predictions by the bundle, and by the checkpoint in 16 bit, the noise floor."""
+
+    bundle: PredictionFigures
+    noise: PredictionFigures
+
+
+@dataclass(frozen=True)
+class FirstDifference:
+    """Where two greedy sessions first differ."""
+
+    frame: int
+    stream: str
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A greedy session on the checkpoint and on the bundle; agreement: share of equal tokens, frame by frame."""
+
+    voice: Annotated[str | None, MAY_BE_MISSING]
+    frames: int
+    first_difference: FirstDifference | None
+    agreement: tuple[Share, ...]
+    agreement_text: Annotated[Share | None, MAY_BE_MISSING]
+    agreement_agent: Share
