@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from ppx.convert.tensorfile import TensorFile
 from ppx.verify import report as reports
+from ppx.verify.records import Report
 from safetensors.numpy import load_file, save_file
 
 QUICK = ("--sequences", "1", "--frames", "40")
@@ -324,7 +325,7 @@ def test_a_report_of_strange_names_is_escaped(mine, program, pico, tmp_path):
     report = left(folder)
     report["source"]["id"] = report["command"] = '<script>alert("x")</script>'
     report["weights"][0]["tensor"] = "<img src=x>"
-    page = reports.html(report)
+    page = reports.html(Report.from_json(report))
     assert "<script>alert" not in page
     assert "<img" not in page
     assert "&lt;script&gt;" in page
