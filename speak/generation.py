@@ -2,13 +2,18 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from tqdm import tqdm
 
+from ..convert.progress import long_step
 from ..convert.source.voices import Voice
 from ..model.forward import Tokens
+from ..model.mlx_device import on_gpu
 from ..model.session import UNKNOWN, Columns, Frame
 from .language_model import Runtime
 from .sampling import Sampling
@@ -43,6 +48,20 @@ class Conversation:
         self._key = mx.random.key(self.seed)
         self._temporal, self._depformer = self.runtime.temporal(), self.runtime.depformer(self.sampling)
 
+    def compile(self) -> None:
+        """Compute the next frame as if nothing were heard in it, and forget it: what a frame needs is compiled then.
+
+        What it writes into the keys and values, the frame itself writes over.
+        """
+        kv_cache = self.kv_cache
+        kv_cache.grow()
+        architecture = self.runtime.architecture
+        column = mx.zeros(1 + architecture.n_q, mx.int32)
+        number = mx.array(kv_cache.frames)
+        hidden, text_logits, *_ = self._temporal(column, number, list(kv_cache.keys), list(kv_cache.values))
+        given = mx.full(1 + len(self.runtime.steps), UNKNOWN, mx.int32)
+        mx.eval(self._depformer(hidden, text_logits, given, mx.random.key(self.seed)), kv_cache.keys, kv_cache.values)
+
     def step(self, user: Sequence[int] | Tokens) -> tuple[int, Tokens]:
         """Take the user's tokens of a frame; return what is said in it: a text token, and the newest whole agent frame.
 
@@ -70,7 +89,7 @@ class Conversation:
         return self.column, [int(target[stream]) if stream in held else UNKNOWN for stream in streams]
 
     def _temporal_step(self, column: Tokens) -> mx.array:
-        """Let the temporal transformer go on by a frame; return its output, which is still to be computed."""
+        """Let the temporal transformer go on by a frame; return its output, which is being computed."""
         kv_cache = self.kv_cache
         kv_cache.grow()
         number = mx.array(kv_cache.frames)
@@ -80,13 +99,22 @@ class Conversation:
         )
         kv_cache.keys, kv_cache.values = keys, values  # the old ones can be written over: nothing else holds them
         kv_cache.frames += 1
+        mx.async_eval(hidden, self.text_logits)  # it is under way while the depformer's operations are put together
         return hidden
 
     def _depformer_step(self, hidden: mx.array, given: list[int]) -> tuple[int, Tokens]:
-        """Let the depformer complete the column, in one evaluation with what is still to be computed."""
+        """Let the depformer complete the column, and wait for it."""
         self._key, key = mx.random.split(self._key)
         said, self.audio_logits = self._depformer(hidden, self.text_logits, mx.array(given, mx.int32), key)
         mx.eval(said, self.kv_cache.keys, self.kv_cache.values, self._key)
         self.said = np.array(said)
         self._target[: len(given)] = self.said
         return int(self.said[0]), self._columns.advance()[1 : 1 + self.half]
+
+
+def compilation_progress(silent: bool) -> AbstractContextManager["tqdm[Any]"]:
+    """Return what is shown while the prompt is run and a frame is compiled: two steps, and nothing but on a GPU.
+
+    On a GPU MLX compiles each kernel on its first use, which takes up to a minute.
+    """
+    return long_step("MLX compiles the prompt and a frame", 2, "step", silent or not on_gpu())

@@ -21,7 +21,8 @@ from ..model import kernel_test
 from ..model.kernel_test import KernelRow
 from ..model.matmul import QuantizedMatmul, Shape, shape_of
 from ..model.mlx_device import device_name, on_gpu
-from .language_model import Linear, Runtime
+from .language_model import Runtime
+from .layers import Linear
 
 _FORMAT = 1  # of the file, and of what is tested
 _LARGEST = 1 << 22  # bytes

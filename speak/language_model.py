@@ -4,7 +4,8 @@ What predicts the user's codebooks is left out: in a conversation they are given
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -13,93 +14,13 @@ from ..convert.source.architecture import Architecture
 from ..model.forward import EPSILON, Floats, Tokens
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_device import on_gpu
-from ..model.mlx_weights import Matrix
 from ..model.session import UNKNOWN
 from .kv_cache import RotatingKVCache
+from .layers import DepformerStep, Layer, Linear, Table, arrays
 from .sampling import Sampling, draw
 
 _FIRST_ROOM = 256  # frames that a ring holds before it grows
 _CHUNK = 256  # frames of a prompt that go through the model together
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A matrix in memory, in the dtype of activations, its rows shared out over streams, and how it is multiplied."""
-
-    parts: tuple[tuple[Matrix, mx.Stream | None], ...]
-    matmul: QuantizedMatmul = field(default_factory=QuantizedMatmul)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Return ``x @ matrix.T`` for ``x [..., columns]``."""
-        flat = x.reshape(-1, x.shape[-1])
-        found = [self.matmul(flat, matrix, stream) for matrix, stream in self.parts]
-        result = found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
-        return result.reshape(*x.shape[:-1], -1)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a product reads."""
-        return sum(sum(array.nbytes for array in arrays(matrix)) for matrix, _ in self.parts)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A layer of the temporal transformer, or one step's share of a depformer layer; norms ``[dim]``."""
-
-    norm1: mx.array
-    in_proj: Linear
-    out_proj: Linear
-    norm2: mx.array
-    linear_in: Linear
-    linear_out: Linear
-
-    def linears(self) -> tuple[Linear, ...]:
-        """Return its matrices."""
-        return self.in_proj, self.out_proj, self.linear_in, self.linear_out
-
-    def heads(self, x: mx.array, count: int) -> mx.array:
-        """Return queries, keys and values ``[3, batch, heads, length, width]`` of ``x [batch, length, dim]``."""
-        packed = self.in_proj(mx.fast.rms_norm(x, self.norm1, EPSILON))
-        return packed.reshape(*x.shape[:2], 3, count, -1).transpose(2, 0, 3, 1, 4)
-
-    def packed(self, x: mx.array, count: int) -> mx.array:
-        """Return queries, keys and values of one frame below each other: ``[1, 3 * heads, 1, width]``, no copy."""
-        return self.in_proj(mx.fast.rms_norm(x, self.norm1, EPSILON)).reshape(1, 3 * count, 1, -1)
-
-    def rest(self, x: mx.array, attended: mx.array) -> mx.array:
-        """Return the stream after the layer, given what its heads found, ``[batch, heads, length, width]``."""
-        x = x + self.out_proj(attended.transpose(0, 2, 1, 3).reshape(x.shape))
-        gate, up = mx.split(self.linear_in(mx.fast.rms_norm(x, self.norm2, EPSILON)), 2, axis=-1)
-        return x + self.linear_out(_gated(gate, up))
-
-
-@dataclass(frozen=True)
-class Table:
-    """Embedding tables of one form below each other. first: the row at which each stream's begins, by the stream."""
-
-    rows: Matrix
-    first: dict[int, int]
-
-    def __call__(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
-        """Sum the embeddings of ``tokens [streams, frames]``; -1 adds nothing. Returns ``[frames, dim]``."""
-        held = tokens[mx.array(list(self.first))]
-        rows = mx.maximum(held, 0) + mx.array(list(self.first.values()))[:, None]
-        found = self.rows.take(rows.reshape(-1)).float32().astype(dtype).reshape(*held.shape, -1)
-        return mx.where((held >= 0)[..., None], found, mx.zeros_like(found)).sum(0)
-
-
-@dataclass(frozen=True)
-class DepformerStep:
-    """One depformer step: the hidden state's projection, the previous token's embeddings, layers and head."""
-
-    project: Linear
-    table: Matrix
-    layers: tuple[Layer, ...]
-    head: Linear
-
-
-def _gated(gate: mx.array, up: mx.array) -> mx.array:
-    return gate * mx.sigmoid(gate) * up
 
 
 Temporal = Callable[[mx.array, mx.array, list[mx.array], list[mx.array]], tuple[Any, ...]]
@@ -200,11 +121,10 @@ class Runtime:
         """Return the function of a frame that is compiled once: a column ``[streams]`` and its number, keys, values.
 
         It returns the hidden state ``[1, 1, dim]``, text logits ``[text_card]``, and the keys and values with the
-        frame's own in place. sliced: to compute uncompiled, keys and values being slices; None for on a GPU only.
+        frame's own in place. sliced: to compile it in parts, keys and values being slices; None for on a GPU only.
         """
-
         if on_gpu() if sliced is None else sliced:
-            return self._frame
+            return self._sliced()
 
         def step(column: mx.array, number: mx.array, keys: list[mx.array], values: list[mx.array]) -> tuple[Any, ...]:
             x = self.embed(column[:, None])[None]
@@ -224,23 +144,45 @@ class Runtime:
 
         return mx.compile(step)
 
-    def _frame(
-        self, column: mx.array, number: mx.array, keys: list[mx.array], values: list[mx.array]
-    ) -> tuple[Any, ...]:
-        """Compute the same uncompiled: a GPU's attention takes no mask for one frame, so what is seen is a slice."""
-        heads, frame = self.architecture.num_heads, int(number)
-        x = self.embed(column[:, None])[None]
-        slot, seen = frame % keys[0].shape[2], min(frame + 1, keys[0].shape[2])
-        for index, layer in enumerate(self.layers):
+    def _sliced(self) -> Temporal:
+        """Return the same in parts: a GPU's attention takes no mask for one frame, so what is seen is a slice.
+
+        What lies between two attentions is compiled as one; slices are of another length each frame.
+        """
+        heads = self.architecture.num_heads
+
+        def entered(layer: Layer, x: mx.array, number: mx.array) -> list[mx.array]:
             packed = layer.packed(x, heads)
             turned = self._turned(packed[:, : 2 * heads], number)
-            keys[index][:, :, slot : slot + 1] = turned[:, heads:]
-            values[index][:, :, slot : slot + 1] = packed[:, 2 * heads :]
-            k, v = keys[index][:, :, :seen], values[index][:, :, :seen]
-            q = turned[:, :heads]
-            x = layer.rest(x, mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5))
-        hidden = mx.fast.rms_norm(x, self.out_norm, EPSILON)
-        return hidden, self.text_head(hidden)[0, 0], keys, values
+            return [x, turned[:, :heads], turned[:, heads:], packed[:, 2 * heads :]]
+
+        def begin(column: mx.array, number: mx.array) -> list[mx.array]:
+            return entered(self.layers[0], self.embed(column[:, None]), number)
+
+        def between(one: Layer, other: Layer) -> Callable[[mx.array, mx.array, mx.array], list[mx.array]]:
+            return mx.compile(lambda x, found, number: entered(other, one.rest(x, found), number))
+
+        def end(x: mx.array, found: mx.array) -> tuple[mx.array, mx.array]:
+            hidden = mx.fast.rms_norm(self.layers[-1].rest(x, found), self.out_norm, EPSILON)
+            return hidden[None], self.text_head(hidden).reshape(-1)
+
+        first, last = mx.compile(begin), mx.compile(end)
+        others = [between(*pair) for pair in pairwise(self.layers)]
+
+        def step(column: mx.array, number: mx.array, keys: list[mx.array], values: list[mx.array]) -> tuple[Any, ...]:
+            frame, room = int(number), keys[0].shape[2]
+            slot, seen = frame % room, min(frame + 1, room)
+            x, q, k, v = first(column, number)
+            for index in range(len(self.layers)):
+                keys[index][:, :, slot : slot + 1] = k
+                values[index][:, :, slot : slot + 1] = v
+                held = keys[index][:, :, :seen], values[index][:, :, :seen]
+                found = mx.fast.scaled_dot_product_attention(q, *held, scale=q.shape[-1] ** -0.5)
+                if index < len(others):
+                    x, q, k, v = others[index](x, found, number)
+            return *last(x, found), keys, values
+
+        return step
 
     def depformer(self, sampling: Sampling) -> Depformer:
         """Return the function of a frame that is compiled once: it says the text and the agent's codebooks.
@@ -250,49 +192,44 @@ class Runtime:
         """
 
         def step(hidden: mx.array, text: mx.array, given: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
-            keys = mx.random.split(key, 1 + len(self.steps))
-            tokens = [_said(text, given[0], sampling.text_temperature, sampling.text_top_k, keys[0])]
+            count, heads = len(self.steps), self.architecture.depformer_num_heads
+            keys = [one.reshape(-1) for one in mx.split(mx.random.split(key, 1 + count), 1 + count)]
+            asked = mx.split(given, 1 + count)
+            tokens = [_said(text, asked[0], sampling.text_temperature, sampling.text_top_k, keys[0])]
             found: list[mx.array] = []
-            heads = self.architecture.depformer_num_heads
             past: list[mx.array | None] = [None] * self.architecture.depformer_num_layers  # keys, and values below them
-            projected = self._projected(hidden)
+            places = mx.arange(count)[:, None]
+            projected = self._projected(hidden.reshape(1, -1))
             for number, one in enumerate(self.steps):
                 x = projected[number] + self._previous(one, tokens[-1])
                 for index, layer in enumerate(one.layers):
                     packed = layer.packed(x, heads)
                     q, new, seen = packed[:, :heads], packed[:, heads:], past[index]
                     if seen is None:  # what the first step sees alone has all its attention
-                        attended, seen = new[:, heads:], mx.pad(new, [(0, 0), (0, 0), (0, len(self.steps) - 1), (0, 0)])
-                    else:
-                        seen[:, :, number : number + 1] = new
+                        attended, past[index] = new[:, heads:], new
+                    else:  # slices would be written in place or not, as it happens; this is one operation each time
+                        seen = past[index] = mx.where(places == number, new, seen)
                         k, v = seen[:, :heads, : number + 1], seen[:, heads:, : number + 1]
                         attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-                    past[index] = seen
                     x = layer.rest(x, attended)
-                found.append(one.head(x)[0, 0])
+                found.append(one.head(x).reshape(-1))
                 top = sampling.audio_top_k
-                tokens.append(_said(found[-1], given[number + 1], sampling.audio_temperature, top, keys[number + 1]))
-            return mx.stack(tokens), mx.stack(found)
+                tokens.append(_said(found[-1], asked[number + 1], sampling.audio_temperature, top, keys[number + 1]))
+            return mx.concatenate(tokens), mx.stack(found)
 
         return mx.compile(step)
 
     def _projected(self, hidden: mx.array) -> list[mx.array]:
-        """Return what each step's projection makes of the hidden state, ``[1, 1, dim]`` each."""
+        """Return what each step's projection makes of the hidden state, ``[1, dim]`` each."""
         if self.projections is None:
             return [step.project(hidden) for step in self.steps]
         return list(mx.split(self.projections(hidden), len(self.steps), axis=-1))
 
     def _previous(self, step: DepformerStep, token: mx.array) -> mx.array:
-        """Look the last token up, ``[1, 1, dim]``; -1 adds nothing."""
-        found = step.table.take(mx.maximum(token, 0)[None]).float32().astype(self.dtype)[None]
+        """Look the last token ``[1]`` up, ``[1, dim]``; -1 adds nothing."""
+        found = step.table.take(mx.maximum(token, 0)).float32().astype(self.dtype)
         return mx.where(token >= 0, found, mx.zeros_like(found))
 
 
 def _said(logits: mx.array, given: mx.array, temperature: float, top_k: int, key: mx.array) -> mx.array:
     return mx.where(given == UNKNOWN, draw(logits, temperature, top_k, key), given)
-
-
-def arrays(matrix: Matrix) -> list[mx.array]:
-    """Return what a matrix is stored in."""
-    packing = matrix.packing
-    return [matrix.weight] + ([packing.scales, packing.biases] if packing else [])

@@ -12,7 +12,8 @@ from ..model.blocks import Block, blocks_of
 from ..model.matmul import FLOAT_DTYPES, shares
 from ..model.mlx_device import on_gpu, streams
 from ..model.mlx_weights import Matrix, Packing, joined, read_by_name
-from .language_model import DepformerStep, Layer, Linear, Runtime, Table
+from .language_model import Runtime
+from .layers import DepformerStep, Layer, Linear, Table
 
 _SHARED = 1 << 18  # weights from which on a CPU's processors share a matrix: smaller ones cost more to hand out
 
@@ -39,7 +40,8 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
         return Linear(tuple(zip(parts, among, strict=True)))
 
     def norm(name: str, step: int | None = None) -> mx.array:
-        return read_by_name(bundle, name, step).weight.reshape(-1).astype(kind)
+        weight = read_by_name(bundle, name, step).weight.reshape(-1).astype(kind)
+        return _owned(Matrix(weight)).weight  # what is not yet computed would be computed again in each frame
 
     def layer(block: Block, step: int | None = None) -> Layer:
         prefix, gating = block.prefix, f"{block.prefix}.gating" + ("" if step is None else f".{step}")

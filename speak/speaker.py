@@ -10,18 +10,16 @@ from typing import Any
 from ..convert.bundle.reader import open_bundle
 from ..convert.errors import UserError, printable
 from ..convert.file_names import CODEC, CONFIG, TOKENIZER
-from ..convert.progress import long_step
 from ..convert.source.architecture import read_config
 from ..convert.source.tokenizer import open_tokenizer
 from ..model.forward import Floats, Tokens
 from ..model.matmul import QuantizedMatmul
-from ..model.mlx_device import on_gpu
 from ..model.mlx_model import arithmetic_of
 from ..model.prompt import PROMPT, VOICE, prompt_tokens
 from ..model.session import system_prompt
 from . import loader
 from .codec import Codec
-from .generation import Conversation
+from .generation import Conversation, compilation_progress
 from .kernel_cache import on_tested_kernels
 from .sampling import Sampling, sampling_of
 
@@ -95,8 +93,11 @@ def open_speaker(
         model = loader.load(bundle, arithmetic_of(options.arithmetic, bundle.manifest.dtype))
     model = on_tested_kernels(model, silent, matmul)
     sampling = options.sampling or sampling_of(read_config(folder / CONFIG))
-    with long_step("MLX compiles what a conversation needs", 1, "step", silent or not on_gpu()):
+    with compilation_progress(silent) as progress:
         conversation = Conversation(model, voices[options.voice], prompt, sampling, options.seed)
+        progress.update()
+        conversation.compile()
+        progress.update()
     return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
 
 
