@@ -99,7 +99,8 @@ class Conversation:
         )
         kv_cache.keys, kv_cache.values = keys, values  # the old ones can be written over: nothing else holds them
         kv_cache.frames += 1
-        mx.async_eval(hidden, self.text_logits)  # it is under way while the depformer's operations are put together
+        # it is computed while the depformer's operations are put together
+        mx.async_eval(hidden, self.text_logits)  # type: ignore[no-untyped-call]
         return hidden
 
     def _depformer_step(self, hidden: mx.array, given: list[int]) -> tuple[int, Tokens]:

@@ -60,8 +60,8 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
     )
     for step in range(min(a.steps, a.n_q // 2)):
         table = read_by_name(bundle, f"depformer_emb.{step - 1}.weight" if step else "depformer_text_emb.weight")
-        if few:  # one look-up in place of codes', scales' and biases'
-            table = _owned(Matrix(table.float32().astype(kind)))
+        # decoded, it takes one look-up in place of codes', scales' and biases'
+        table = _owned(Matrix(table.float32().astype(kind)) if few else table)
         layers = tuple(layer(block, step) for block in depformer)
         steps.append(
             DepformerStep(linear(f"depformer_in.{step}.weight"), table, layers, linear(f"linears.{step}.weight"))

@@ -1,7 +1,8 @@
 """Conversations as users run them, against the reference's golden session and against the slow models."""
 
+import io
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -233,3 +234,63 @@ def test_the_gpus_way_forgets_only_what_is_too_old(opened, monkeypatch):
             states.append(np.array(hidden[0, 0]))
         found.append(np.stack(states))
     np.testing.assert_allclose(found[1], found[0], atol=2e-4)
+
+
+def arrays_in(value):
+    """Yield every array that a model holds."""
+    if isinstance(value, mx.array):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from arrays_in(part)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from arrays_in(getattr(value, field.name))
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_loaded_model_has_nothing_left_to_compute(bundle, few):
+    """What a compiled function finds unevaluated becomes part of it, and is computed again in each frame."""
+    folder = bundle(*QUANTIZED["moshi-mlx"])
+    with closing(Bundle(folder, *layout_of(folder))) as held:
+        model = loader.load(held, "bfloat16", few=few)
+    found = list(arrays_in(model))
+    assert len(found) > 300
+    for array in found:
+        graph = io.StringIO()
+        mx.export_to_dot(graph, array)
+        assert "rectangle" not in graph.getvalue()  # an operation
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_compiling_ahead_changes_nothing_that_is_said(bundle, golden, monkeypatch, sliced):
+    """Also where the cache is full, and the forgotten frame is written over the oldest."""
+    folder = bundle(*QUANTIZED["moshi-mlx"])
+    with closing(Bundle(folder, *layout_of(folder))) as held:
+        model, voice = loader.load(held, "float32"), held.voices()[0]
+    monkeypatch.setattr(language_model, "on_gpu", lambda: sliced)
+    prompt = system_prompt(model.architecture, golden["text_prompt"].tolist())
+    said = []
+    for ahead in (False, True):
+        session = Conversation(model, voice, prompt, Sampling(), seed=3)
+        assert session.kv_cache.frames > session.kv_cache.capacity
+        frames = []
+        for user in golden["user_tokens"][:6]:
+            if ahead:
+                session.compile()
+            text, agent = session.step(user)
+            frames.append((text, *agent.tolist()))
+        said.append(frames)
+    assert said[0] == said[1]
+
+
+def test_a_depformer_is_the_same_operations_whatever_is_still_in_use(opened):
+    """A slice is written in place or into a copy, as it happens: a GPU's graphs would differ from frame to frame."""
+    model, _ = opened(*QUANTIZED["moshi-mlx"])
+    hidden = mx.zeros((1, 1, model.architecture.dim))
+    text = mx.zeros(model.architecture.text_card)
+    given = mx.full(1 + len(model.steps), -2, mx.int32)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, model.depformer(GREEDY)(hidden, text, given, mx.random.key(0))[0])
+    assert "QuantizedMatmul" in graph.getvalue()
+    assert "SliceUpdate" not in graph.getvalue()

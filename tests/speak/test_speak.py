@@ -5,7 +5,7 @@ import math
 import shlex
 import shutil
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +20,9 @@ from ppx.convert.source.mimi import FRAME, RATE
 from ppx.model.forward import Floats, Tokens
 from ppx.model.prompt import PROMPT, prompt_tokens
 from ppx.recipes.cli import speak, verify
-from ppx.speak import audio_files, microphone
+from ppx.speak import audio_files, benchmark, generation, microphone
 from ppx.speak.benchmark import text as bench_text
+from ppx.speak.language_model import Runtime
 from ppx.speak.sampling import GREEDY
 from ppx.speak.speaker import SpeakOptions, Words, open_speaker, text_of
 from ppx.verify import bundle_report, recognizer, round_trip
@@ -119,6 +120,41 @@ def test_mistakes_are_told_in_one_line(demos, codec, bundle, tmp_path, monkeypat
         assert len(done.stderr.splitlines()) == 1
         assert reason in done.stderr, done.stderr
     assert not (tmp_path / "a.wav").exists()
+
+
+@pytest.mark.parametrize("name", ["ppx-speak", "ppx-bench"])
+def test_what_compiles_on_a_gpu_is_announced(demos, codec, monkeypatch, name):
+    """Both transformers' functions run for the first time, which compiles them, while it is shown."""
+    events = []
+
+    def noted(method):
+        def made(*arguments):
+            function = method(*arguments)
+
+            def run(*inputs):
+                events.append(method.__name__)
+                return function(*inputs)
+
+            return run
+
+        return made
+
+    @contextmanager
+    def shown(label, _total, _unit, silent):
+        events.append((label, silent))
+        yield SimpleNamespace(update=lambda: events.append("update"))
+        events.append("end")
+
+    for method in (Runtime.temporal, Runtime.depformer):
+        monkeypatch.setattr(Runtime, method.__name__, noted(method))
+    monkeypatch.setattr(generation, "long_step", shown)
+    monkeypatch.setattr(generation, "on_gpu", lambda: True)
+    if name == "ppx-speak":
+        open_speaker(demos / "mlx", SpeakOptions(codec=codec))
+    else:
+        benchmark.measure(demos / "mlx", 2, codec=codec, silent=False)
+    announced = ("MLX compiles the prompt and a frame", False)
+    assert events[:6] == [announced, "update", "temporal", "depformer", "update", "end"]
 
 
 @pytest.fixture(scope="module")
