@@ -191,14 +191,16 @@ class Runtime:
         key; it returns tokens ``[1 + steps]`` and logits ``[steps, card]``.
         """
 
+        count, heads = len(self.steps), self.architecture.depformer_num_heads
+        # arrays: a number would become part of a kernel's source, and each would be compiled for itself
+        places = [mx.array([[place == number] for place in range(count)]) for number in range(count)]
+
         def step(hidden: mx.array, text: mx.array, given: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
-            count, heads = len(self.steps), self.architecture.depformer_num_heads
             keys = [one.reshape(-1) for one in mx.split(mx.random.split(key, 1 + count), 1 + count)]
             asked = mx.split(given, 1 + count)
             tokens = [_said(text, asked[0], sampling.text_temperature, sampling.text_top_k, keys[0])]
             found: list[mx.array] = []
             past: list[mx.array | None] = [None] * self.architecture.depformer_num_layers  # keys, and values below them
-            places = mx.arange(count)[:, None]
             projected = self._projected(hidden.reshape(1, -1))
             for number, one in enumerate(self.steps):
                 x = projected[number] + self._previous(one, tokens[-1])
@@ -208,7 +210,7 @@ class Runtime:
                     if seen is None:  # what the first step sees alone has all its attention
                         attended, past[index] = new[:, heads:], new
                     else:  # slices would be written in place or not, as it happens; this is one operation each time
-                        seen = past[index] = mx.where(places == number, new, seen)
+                        seen = past[index] = mx.where(places[number], new, seen)
                         k, v = seen[:, :heads, : number + 1], seen[:, heads:, : number + 1]
                         attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
                     x = layer.rest(x, attended)
