@@ -113,7 +113,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         axis.annotate(name, (row["bytes"] / 1e6, row["agent"]), xytext=(5, 3), textcoords="offset points", fontsize=6.5)
     axis.set_yscale("log")
     axis.set_xlabel("MB of the model")
-    axis.set_ylabel("divergence of the agent's codebooks, nats a token")
+    axis.set_ylabel("divergence of the agent's codebooks, nats/token")
     axis.grid(alpha=0.25, which="both")
     figure.savefig(path, metadata={"Date": None})
 

@@ -47,7 +47,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A recipe and what it is expected to cost each stream, in nats a token; bound: no recipe could cost less in sum.
+    """A recipe and what it is expected to cost each stream, in nats/token; bound: no recipe could cost less in sum.
 
     settings: what each part gets, None to keep it. left: bytes of the budget that it leaves. measured_on: how much
     material the sensitivities were measured on.
@@ -64,8 +64,12 @@ class Allocation:
     @property
     def forecast(self) -> str:
         """What is expected, in words."""
-        streams = ", ".join(f"{stream} {value:.2g}" for stream, value in self.expected.items())
-        return f"expected divergence in nats a token: {streams}"
+        return f"expected divergence in nats/token: {self.streams}"
+
+    @property
+    def streams(self) -> str:
+        """The expected divergence of each stream, in words."""
+        return ", ".join(f"{stream} {value:.2g}" for stream, value in self.expected.items())
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def best_recipe(inventory: Inventory, wanted: AllocationRequest, found: Sensitiv
     if missing:
         raise UserError(f"the sensitivities are of another model (they lack {missing[0]}): measure them again")
     allocation = (_mixed if TARGETS[wanted.target].mixes else _uniform)(inventory, wanted, recipe, plain, found)
-    text = f"within {wanted.budget.name} by {wanted.method}; {allocation.forecast}, measured on {found.measured_on}"
+    expected = f"expected divergence in nats a token: {allocation.streams}"  # stored in recipes: its words stay
+    text = f"within {wanted.budget.name} by {wanted.method}; {expected}, measured on {found.measured_on}"
     return replace(allocation, recipe=replace(allocation.recipe, description=text), measured_on=found.measured_on)
 
 
@@ -203,7 +208,7 @@ def _too_small(budget: Budget, smallest: Plan) -> UserError:
     """Return what is said where even the smallest bundle is larger than a budget."""
     return UserError(
         f"{budget.name}: the smallest bundle for {smallest.target.name} is larger ({described(smallest.nbytes)} or "
-        f"{smallest.nbytes} bytes, {smallest.bits_per_weight:.2f} bits a weight): give at least that"
+        f"{smallest.nbytes} bytes, {smallest.bits_per_weight:.2f} bits per weight): give at least that"
     )
 
 

@@ -8,7 +8,7 @@ from .svg import INK, STYLE, above_floor, add_legend, as_svg, new_figure, plain_
 def sensitivities(costs: Mapping[str, Mapping[int, float]], chosen: Mapping[str, float]) -> str:
     """Draw what each part costs at each number of bits, and what was chosen for it, as SVG.
 
-    costs: nats a token, by part and bits. The colours stand for themselves, as the picture stands alone.
+    costs: nats/token, by part and bits. The colours are fixed, since the picture is not part of a page.
     """
     import matplotlib as mpl
 
@@ -28,6 +28,6 @@ def sensitivities(costs: Mapping[str, Mapping[int, float]], chosen: Mapping[str,
         plain_labels(axis.xaxis)
         axis.set_yticks(range(len(names)), names, fontsize=6)
         axis.invert_yaxis()
-        axis.set_xlabel("divergence of text and agent, nats a token, when it alone is quantized")
+        axis.set_xlabel("divergence of text and agent, nats/token, when only it is quantized")
         add_legend(axis)
         return as_svg(figure).replace("var(--ink)", "#555").replace("var(--faint)", "#999")

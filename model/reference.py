@@ -1,7 +1,7 @@
 """PersonaPlex's forward pass in PyTorch, over whichever weights it is given.
 
 Fed with a checkpoint in float32 it is the reference. Fed with the same in 16 bit it gives the noise floor, and with a
-bundle's dequantized weights a block's own error.
+bundle's dequantized weights a block's local error.
 """
 
 import math

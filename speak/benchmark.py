@@ -4,15 +4,17 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import closing, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..convert import typed_json
 from ..convert.bundle.describe import size
 from ..convert.bundle.reader import open_bundle
 from ..convert.errors import UserError
@@ -21,6 +23,7 @@ from ..convert.parallel import cores
 from ..convert.progress import bar
 from ..convert.source.architecture import read_config
 from ..convert.source.mimi import FRAME, RATE
+from ..convert.typed_json import Key
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_device import computing_on, streams
 from ..model.mlx_model import arithmetic_of
@@ -38,6 +41,70 @@ _MOVED = 1 << 28  # bytes that are copied to measure the memory's speed
 _ROUNDS = 5
 
 
+@dataclass(frozen=True)
+class FrameTimes:
+    """Seconds of a frame: percentiles and mean."""
+
+    p50: float
+    p95: float
+    p99: float
+    mean: float
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Seconds of the voice and the prompt, and how many frames they are."""
+
+    seconds: float
+    frames: int
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Peak bytes of the process, and of MLX."""
+
+    process: int
+    mlx: int
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Speed of a bundle on this machine; times in seconds.
+
+    real_time_factor: mean time of a frame, codec included, over its 80 ms. parts: mean time of each part of a frame,
+    evaluated apart. worked_around: kernels that MLX computes wrongly, a line each. bytes_per_frame: weights and KV
+    cache that a frame reads; bandwidth: bytes a second of the memory; bound: their ratio, the least time of a frame.
+    """
+
+    frame: FrameTimes
+    real_time_factor: float
+    first_frame: float
+    load: float
+    kernel_test: float
+    worked_around: tuple[str, ...]
+    prefill: Prefill
+    parts: dict[str, float]
+    bytes_per_frame: Annotated[int, Key("bytes_a_frame")]
+    bandwidth: float
+    bound: float
+    peak_memory: PeakMemory
+    frames: int
+    steps: int
+    recipe: str
+    target: str
+    arithmetic: str
+    ran_on: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it for a program to read."""
+        return dict(typed_json.to_json(self))
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Benchmark":
+        """Return what ``ppx-bench --json`` printed; raises ValueError for anything else."""
+        return typed_json.from_json(cls, data)
+
+
 def measure(
     bundle: str | Path,
     frames: int = DEFAULT_FRAMES,
@@ -49,7 +116,7 @@ def measure(
     quiet: bool = True,
     silent: bool = True,
     matmul: QuantizedMatmul | None = None,
-) -> dict[str, Any]:
+) -> Benchmark:
     """Speak so many frames with a bundle; return what ``ppx-bench`` prints. Times in seconds.
 
     context_frames: frames of conversation that lie behind the first; 0 for a voice and a prompt. codec: Mimi's weights,
@@ -70,7 +137,7 @@ def _measure(
     progress: "tqdm[Any]",
     silent: bool,
     matmul: QuantizedMatmul | None,
-) -> dict[str, Any]:
+) -> Benchmark:
     began = time.perf_counter()
     with closing(open_bundle(folder)) as bundle:
         manifest, layout = bundle.manifest, bundle.layout
@@ -94,49 +161,48 @@ def _measure(
         conversation.compile()
         first_frame = time.perf_counter() - began
         compiled.update()
-    heard = random.integers(0, a.card, (_WARM_UP + frames, a.n_q // 2))
+    users = random.integers(0, a.card, (_WARM_UP + frames, a.n_q // 2))
     took = []
-    for number, user in enumerate(heard):
+    for number, user in enumerate(users):
         began = time.perf_counter()
         conversation.step(user)
         took.append(time.perf_counter() - began)
         progress.update(number >= _WARM_UP)
-    share = _parts(conversation, heard[_WARM_UP:])
+    share = _parts(conversation, users[_WARM_UP:])
     with nullcontext() if codec else suppress(UserError):  # a bundle's own may be a stand-in
         share |= _codec_parts(codec or folder / layout.target.copies[CODEC], a.n_q // 2, min(frames, 25))
-    memory = {"process": _peak(), "mlx": mx.get_peak_memory()}
     times = np.array(took[_WARM_UP:])
-    speed, read = bandwidth(), sum(model.weights.values()) + _remembered(conversation)
-    return {
-        "frame": {f"p{part}": float(np.percentile(times, part)) for part in (50, 95, 99)}
-        | {"mean": float(times.mean())},
-        "real_time_factor": float((times.mean() + share.get("codec", 0.0)) / (FRAME / RATE)),
-        "first_frame": first_frame,
-        "load": loaded,
-        "kernel_test": testing,
-        "worked_around": model.matmul.workarounds(),
-        "prefill": {"seconds": prefill, "frames": len(voice.embeddings) + len(prompt)},
-        "parts": share,
-        "bytes_a_frame": read,
-        "bandwidth": speed,
-        "bound": read / speed,
-        "peak_memory": memory,
-        "frames": frames,
-        "steps": len(model.steps),
-        "recipe": manifest.recipe.name,
-        "target": manifest.target,
-        "arithmetic": str(model.dtype).removeprefix("mlx.core."),
-        "ran_on": f"{platform.system()} {platform.machine()}, {cores()} cores, {mx.default_device()}",
-    }
+    speed, read = bandwidth(), sum(model.weights.values()) + _kv_cache_bytes(conversation)
+    p50, p95, p99 = (float(np.percentile(times, part)) for part in (50, 95, 99))
+    return Benchmark(
+        frame=FrameTimes(p50, p95, p99, mean=float(times.mean())),
+        real_time_factor=float((times.mean() + share.get("codec", 0.0)) / (FRAME / RATE)),
+        first_frame=first_frame,
+        load=loaded,
+        kernel_test=testing,
+        worked_around=tuple(model.matmul.workarounds()),
+        prefill=Prefill(prefill, len(voice.embeddings) + len(prompt)),
+        parts=share,
+        bytes_per_frame=read,
+        bandwidth=speed,
+        bound=read / speed,
+        peak_memory=PeakMemory(_peak(), mx.get_peak_memory()),
+        frames=frames,
+        steps=len(model.steps),
+        recipe=manifest.recipe.name,
+        target=manifest.target,
+        arithmetic=str(model.dtype).removeprefix("mlx.core."),
+        ran_on=f"{platform.system()} {platform.machine()}, {cores()} cores, {mx.default_device()}",
+    )
 
 
-def _parts(conversation: Conversation, heard: Any) -> dict[str, float]:
+def _parts(conversation: Conversation, users: NDArray[np.int64]) -> dict[str, float]:
     """Return the mean seconds of each transformer, evaluated apart."""
-    found = {"temporal": 0.0, "depformer": 0.0}
-    for user in heard:
+    means = {"temporal": 0.0, "depformer": 0.0}
+    for user in users:
         for name, seconds in conversation.timed(user).items():
-            found[name] += seconds / len(heard)
-    return found
+            means[name] += seconds / len(users)
+    return means
 
 
 def _codec_parts(path: Path, codebooks: int, frames: int) -> dict[str, float]:
@@ -151,7 +217,7 @@ def _codec_parts(path: Path, codebooks: int, frames: int) -> dict[str, float]:
     return {"codec": float(np.mean(took[_WARM_UP:]))}
 
 
-def _remembered(conversation: Conversation) -> int:
+def _kv_cache_bytes(conversation: Conversation) -> int:
     """Return the bytes of keys and values that a frame reads."""
     kv_cache = conversation.kv_cache
     return sum(array.nbytes for array in (*kv_cache.keys, *kv_cache.values))
@@ -174,23 +240,23 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def text(figures: Mapping[str, Any]) -> str:
+def text(figures: Benchmark) -> str:
     """Return what is printed for people."""
-    frame, parts, prefill = figures["frame"], figures["parts"], figures["prefill"]
-    factor, memory = figures["real_time_factor"], figures["peak_memory"]
-    fast = "fast enough to talk to" if frame["p95"] + parts.get("codec", 0) < FRAME / RATE else "too slow to talk to"
+    frame, parts, prefill = figures.frame, figures.parts, figures.prefill
+    factor, memory = figures.real_time_factor, figures.peak_memory
+    fast = "fast enough to talk to" if frame.p95 + parts.get("codec", 0) < FRAME / RATE else "too slow to talk to"
     total = sum(parts.values())
     shares = ", ".join(f"{name} {_ms(seconds)} ({seconds / total:.0%})" for name, seconds in parts.items())
     lines = [
-        f"{figures['recipe']} for {figures['target']}, activations in {figures['arithmetic']}; {figures['ran_on']}",
-        f"a frame: median {_ms(frame['p50'])}, 95% {_ms(frame['p95'])}, 99% {_ms(frame['p99'])}; it lasts 80 ms",
+        f"{figures.recipe} for {figures.target}, activations in {figures.arithmetic}; {figures.ran_on}",
+        f"a frame: median {_ms(frame.p50)}, 95% {_ms(frame.p95)}, 99% {_ms(frame.p99)}; it lasts 80 ms",
         f"real time factor {factor:.2f}{'' if 'codec' in parts else ', without a codec (none here loads)'}: {fast}",
         f"one by one: {shares}",
-        f"at least {_ms(figures['bound'])}: {size(figures['bytes_a_frame'])} a frame at {size(figures['bandwidth'])}/s",
-        f"voice and prompt: {prefill['seconds']:.2f} s for {prefill['frames']} frames; first frame "
-        f"{figures['first_frame']:.2f} s; loading {figures['load']:.2f} s",
-        *(f"MLX computes quantized_matmul wrongly here; worked around: {line}" for line in figures["worked_around"]),
-        f"peak memory: {size(memory['process'])} of the process, {size(memory['mlx'])} in MLX",
+        f"at least {_ms(figures.bound)}: {size(figures.bytes_per_frame)} a frame at {size(figures.bandwidth)}/s",
+        f"voice and prompt: {prefill.seconds:.2f} s for {prefill.frames} frames; first frame "
+        f"{figures.first_frame:.2f} s; loading {figures.load:.2f} s",
+        *(f"MLX computes quantized_matmul wrongly here; worked around: {line}" for line in figures.worked_around),
+        f"peak memory: {size(memory.process)} of the process, {size(memory.mlx)} in MLX",
     ]
     return "\n".join(lines)
 

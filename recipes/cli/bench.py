@@ -55,7 +55,7 @@ def bench(
         quiet=console.quiet(as_json),
         silent=as_json,
     )
-    console.show_json(figures) if as_json else console.show(benchmark.text(figures))
+    console.show_json(figures.to_json()) if as_json else console.show(benchmark.text(figures))
 
 
 def main() -> None:

@@ -329,7 +329,7 @@ def test_targets_of_one_setting_get_the_best_that_they_load(measured):
     assert chosen("moshi-mlx", 9) == [((8, 64), everything)]
     assert chosen("moshi-mlx", 17) == []
     assert chosen("speech-swift", 8)[0][1] in (("temporal",), ("temporal", "depformer"))
-    with pytest.raises(UserError, match=r"smallest bundle for moshi-mlx is larger \(.*5\.\d\d bits a weight\)"):
+    with pytest.raises(UserError, match=r"smallest bundle for moshi-mlx is larger \(.*5\.\d\d bits per weight\)"):
         chosen("moshi-mlx", 4)
     with pytest.raises(UserError, match="smallest bundle for mlx is larger"):
         chosen("mlx", 1.5)

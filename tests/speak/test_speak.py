@@ -21,6 +21,7 @@ from ppx.model.forward import Floats, Tokens
 from ppx.model.prompt import PROMPT, prompt_tokens
 from ppx.recipes.cli import speak, verify
 from ppx.speak import audio_files, benchmark, generation, microphone
+from ppx.speak.benchmark import Benchmark
 from ppx.speak.benchmark import text as bench_text
 from ppx.speak.language_model import Runtime
 from ppx.speak.sampling import GREEDY
@@ -290,9 +291,9 @@ def test_bench_counts_what_a_frame_takes(program, demos, codec, tmp_path):
     )
     assert longer["prefill"]["frames"] == 200
     assert "codec" not in longer["parts"]  # the demo's own is none
-    printed = bench_text(found)
+    printed = bench_text(Benchmark.from_json(found))
     assert "real time factor" in printed
-    assert "without a codec" in bench_text(longer)
+    assert "without a codec" in bench_text(Benchmark.from_json(longer))
 
 
 def meant(
