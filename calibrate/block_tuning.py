@@ -1,6 +1,6 @@
-"""Tuning one block at a time: so that, on the quantized model's stream, it leaves what the original leaves on its own.
+"""Fine-tuning one block at a time: on the quantized model's stream it is to give what the original gives on its own.
 
-For models of which no more than a block can be held with all that tuning needs.
+For models of which only one block fits into memory with everything that training needs.
 """
 
 from collections.abc import Mapping
@@ -13,31 +13,29 @@ from ..convert.bundle.quantized_store import MatrixKey
 from ..model.blocks import POSITIONS, Block
 from ..model.forward import Floats
 from ..model.reference import TorchModel
-from .parameters import TrainableMatrix, adam_for, set_rate, take_step, weights_of
+from .parameters import TrainableMatrix, adam_for, set_learning_rate, take_step, trainable_weights
 
 
 def tune_block(
     models: Mapping[str, TorchModel],
     block: Block,
-    tuned: Mapping[MatrixKey, TrainableMatrix],
+    matrices: Mapping[MatrixKey, TrainableMatrix],
     streams: Mapping[str, Floats],
     steps: int,
 ) -> None:
-    """Move a block's matrices for so many steps; streams: what the original and the quantized block read."""
-    adam = adam_for(tuned)
+    """Train a block's matrices for some steps; streams: the inputs of the block, by model as in ``models``."""
+    adam = adam_for(matrices)
     original, quantized = models["original"], models["quantized"]
-    moved = replace(quantized, weights=weights_of(tuned, quantized.weights))
+    trainable = replace(quantized, weights=trainable_weights(matrices, quantized.weights))
     count, length = streams["original"].shape[:2]
     height = min(count, max(1, POSITIONS // length) if block.component == "temporal" else POSITIONS)
     random = np.random.default_rng(0)
     for step in range(steps):
-        set_rate(adam, step, steps)
+        set_learning_rate(adam, step, steps)
         rows = random.choice(count, height, replace=False)
-        first, second = (
-            torch.from_numpy(streams[name][rows]).to(original.device) for name in ("original", "quantized")
-        )
+        inputs = {name: torch.from_numpy(x[rows]).to(original.device) for name, x in streams.items()}
         with torch.no_grad():
-            goal = first + original.added(block, first)
+            target = inputs["original"] + original.added(block, inputs["original"])
         with torch.enable_grad():
-            loss = (second + moved.added(block, second) - goal).square().mean()
-            take_step(adam, loss)
+            output = inputs["quantized"] + trainable.added(block, inputs["quantized"])
+            take_step(adam, (output - target).square().mean())

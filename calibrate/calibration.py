@@ -46,7 +46,7 @@ def calibrate(
         if tokens or audio:
             gathered = dataset.gather(opened, [Path(file) for file in tokens], [Path(file) for file in audio], frames)
         else:
-            gathered = self_generated.speak(opened, frames, sessions, quiet)
+            gathered = self_generated.generate(opened, frames, sessions, quiet)
             metadata = {"kind": SELF_GENERATED}
         found = dataset.statistics(gathered, opened)
     dataset.write(gathered, path, metadata)

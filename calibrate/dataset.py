@@ -16,11 +16,11 @@ from ..convert.tensorfile import Spec, TensorWriter
 from ..model.forward import Tokens
 from ..model.tokens import TokenSet, read_token_file, read_tokens
 from .layerwise import BlockTuning, quantize_model
-from .tuning import Schedule, fine_tune, reach
+from .tuning import Schedule, fine_tune, trainable_scope
 
-_REFINED = {  # what a manifest says of what was tuned, by what can be tuned as a whole
+_REFINED = {  # what a manifest records of fine-tuning, by its scope
     "codes": "codes, scales and biases, all together",
-    "sides": "codes, scales and biases block by block, then scales and biases together",
+    "scales": "codes, scales and biases block by block, then scales and biases together",
     None: "codes, scales and biases, block by block",
 }
 ENOUGH = 4  # frames for each column of the widest matrix, from which on more help little
@@ -29,21 +29,21 @@ ENOUGH = 4  # frames for each column of the widest matrix, from which on more he
 def quantizer_of(
     source: Source, plan: Plan, tokens: Path, steps: int = 0, quiet: bool = False, memory: int | None = None
 ) -> LayerwiseQuantizer:
-    """Return what solves a plan's matrices, and refines them for so many steps.
+    """Return what quantizes a plan's matrices with GPTQ, and fine-tunes them for some steps.
 
-    memory: bytes by which to choose what is refined as a whole, None for the device's. Raises UserError for tokens of
+    memory: bytes, by which the scope of fine-tuning is chosen; None for the device's. Raises UserError for tokens of
     another model.
     """
     token_set = read_tokens(tokens, source.architecture, None, None)
-    whole = reach(plan.outputs, memory) if steps else None
+    whole = trainable_scope(plan.outputs, memory) if steps else None
 
-    def solve(store: QuantizedStore) -> None:
+    def run(store: QuantizedStore) -> None:
         quantize_model(source, plan.outputs, token_set, store, BlockTuning(0 if whole == "codes" else steps), quiet)
         if whole:
             fine_tune(source, plan.outputs, token_set, store, Schedule(steps, whole == "codes"), quiet)
 
     refined = _REFINED[whole] if steps else "nothing"
-    return LayerwiseQuantizer(replace(record(token_set), refined_steps=steps, refined=refined), solve)
+    return LayerwiseQuantizer(replace(record(token_set), refined_steps=steps, refined=refined), run)
 
 
 def fingerprint(token_set: TokenSet) -> str:

@@ -1,8 +1,9 @@
-"""Quantizing a model layer by layer on what its layers really get: the outputs of the quantized layers before them.
+"""Layer-wise GPTQ: each layer is quantized on the inputs that it gets from the quantized layers before it.
 
-The original and the quantized model go through the calibration material side by side, as in a comparison. What a block
-has to quantize is solved (``quant.gptq``) before the streams go on through it. No more than one block's weights and
-moments are held, and the two streams. What is solved is on the disk, and a killed run only goes through it again.
+The original and the quantized model go through the calibration tokens side by side, as in a comparison. A block's
+matrices are quantized (``quant.gptq``) before the streams go through it. Memory holds the two streams, and the weights
+and moments of one block. Quantized matrices are on the disk: a killed run resumes from them, and only computes the
+streams again.
 """
 
 import sys
@@ -35,16 +36,16 @@ from ..quant.gptq import FALLBACK, Moments, Outcome, gptq_with_retries
 from . import weight_only
 from .block_tuning import tune_block
 from .moments import block_moments, moments_of
-from .parameters import begin
+from .parameters import trainable_matrix
 
-_STREAM = 1 << 29  # bytes of a stream, at most: of that many frames, evenly spread, a solution is made
-FINE_TUNED = "refined.safetensors"  # where a solution holds what was tuned as a whole
+_STREAM = 1 << 29  # bytes of a stream, at most: sequences or rows are chosen, evenly spaced, to fit
+FINE_TUNED = "refined.safetensors"  # in a quantized-weight store: the matrices that were fine-tuned together
 Streams = dict[str, Floats]  # of the models called original and quantized
 
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """How long each block is tuned. on_block: called with a block before it is."""
+    """Steps of fine-tuning for each block. on_block: called with a block before it is fine-tuned."""
 
     steps: int = 0
     on_block: Callable[[Block], None] | None = None
@@ -55,17 +56,17 @@ def _adjusted(outcome: Outcome) -> Adjustment:
     return Adjustment(outcome.reason, FALLBACK if outcome.damping is None else None, outcome.damping)
 
 
-def _told(outcome: Outcome) -> str:
+def _warning(outcome: Outcome) -> str:
     how = f"by its weights alone ({FALLBACK})" if outcome.damping is None else f"with damping {outcome.damping:g}"
     return f"{outcome.reason}: quantized {how}"
 
 
 @dataclass(frozen=True)
 class LayerwiseRun:
-    """The original and the quantized model, and what is known of the matrices to quantize.
+    """The original and the quantized model, and the matrices to quantize.
 
-    quantizations: how each matrix is quantized, and the dtype of its scales. models, kept: ``original`` and
-    ``quantized``, and the matrices that each keeps of a block. tuning: of each block after its matrices are quantized.
+    quantizations: of each matrix, with the dtype of its scales. models: ``original`` and ``quantized``. kept: the
+    weights of a block that each of them has read. tuning: of each block, after its matrices are quantized.
     """
 
     source: Source
@@ -76,15 +77,15 @@ class LayerwiseRun:
     tuning: BlockTuning
     bar: "tqdm[Any]"
 
-    def wanted(self, names: Sequence[str]) -> list[MatrixKey]:
-        """Return the parts of these tensors that are to be solved."""
+    def data_driven(self, names: Sequence[str]) -> list[MatrixKey]:
+        """Return the matrices of these tensors that are quantized by their inputs."""
         return [
-            part
-            for part in self.quantizations
-            if part[0] in names and self.quantizations[part][0].method in DATA_DRIVEN
+            key
+            for key, (quantization, _) in self.quantizations.items()
+            if key[0] in names and quantization.method in DATA_DRIVEN
         ]
 
-    def forget(self) -> None:
+    def release_weights(self) -> None:
         """Drop the weights that are kept."""
         for kept in self.kept.values():
             kept.clear()
@@ -97,48 +98,51 @@ class LayerwiseRun:
         """
         matrices = _matrices(block, self.source.architecture.steps)
         for names in matrices:
-            parts = [part for part in self.wanted(names) if part not in self.store.files]
-            if parts:
+            if keys := [key for key in self.data_driven(names) if key not in self.store.files]:
                 label = names[0].removesuffix("weight").rstrip("._")
-                self.solve(label, block_moments(self.models, block, parts, streams))
-        self.tune(block, self.wanted([name for names in matrices for name in names]), streams)
+                self.quantize(label, block_moments(self.models, block, keys, streams))
+        self.fine_tune(block, self.data_driven([name for names in matrices for name in names]), streams)
         yield {}
-        self.forget()
+        self.release_weights()
 
-    def tune(self, block: Block, parts: list[MatrixKey], streams: Streams) -> None:
-        """Tune a block's solved matrices, and keep them."""
+    def fine_tune(self, block: Block, keys: list[MatrixKey], streams: Streams) -> None:
+        """Fine-tune a block's quantized matrices, and store them."""
         label = f"{block.prefix}.{block.sublayer}.tuned"
-        if not (self.tuning.steps and parts) or self.store.files[parts[0]] in (f"{label}.safetensors", FINE_TUNED):
+        if not (self.tuning.steps and keys) or self.store.files[keys[0]] in (f"{label}.safetensors", FINE_TUNED):
             return
         if self.tuning.on_block:
             self.tuning.on_block(block)
         device, read = self.models["original"].device, source_weights(self.source.checkpoint)
-        tuned = {part: begin(part, *self.quantizations[part], self.store, device) for part in parts}
-        tune_block(self.models, block, tuned, streams, self.tuning.steps)
-        self.store.add(label, {part: one.finished(read(*part)) for part, one in tuned.items()})
-        for part in parts:
-            self.kept["quantized"].pop(part, None)
+        matrices = {key: trainable_matrix(key, *self.quantizations[key], self.store, device) for key in keys}
+        tune_block(self.models, block, matrices, streams, self.tuning.steps)
+        self.store.add(label, {key: matrix.quantized(read(*key)) for key, matrix in matrices.items()})
+        for key in keys:
+            self.kept["quantized"].pop(key, None)
 
-    def solve(self, block: str, found: dict[MatrixKey, Moments]) -> None:
-        """Quantize parts by their inputs' moments, and keep them."""
-        self.forget()  # solving needs the room; reading a block again takes little of its time
-        made: dict[MatrixKey, Quantized] = {}
+    def quantize(self, label: str, moments: dict[MatrixKey, Moments]) -> None:
+        """Quantize matrices by the moments of their inputs, and store them."""
+        self.release_weights()  # GPTQ needs the memory; reading a block again takes little of its time
+        matrices: dict[MatrixKey, Quantized] = {}
         adjusted: dict[MatrixKey, Adjustment] = {}
         read = source_weights(self.source.checkpoint)
-        for part, moments in found.items():
-            quantization, dtype = self.quantizations[part]
+        for key, of_inputs in moments.items():
+            quantization, dtype = self.quantizations[key]
             try:
-                outcome = gptq_with_retries(read(*part), moments, quantization, DTYPES[dtype])
+                outcome = gptq_with_retries(read(*key), of_inputs, quantization, DTYPES[dtype])
             except ValueError as error:
-                raise UserError(f"{part[0]}: {error}: give a recipe that keeps it float") from None
-            made[part] = outcome.made
+                raise UserError(f"{key[0]}: {error}: give a recipe that keeps it float") from None
+            matrices[key] = outcome.quantized
             if outcome.reason:
-                adjusted[part] = _adjusted(outcome)
-                stacked = self.source.checkpoint.tensors[part[0]].role.stacked > 1
-                step = f" step {part[1]}" if stacked else ""
-                self.bar.write(f"{part[0]}{step}: {_told(outcome)}", file=sys.stderr)
+                adjusted[key] = _adjusted(outcome)
+                step = f" step {key[1]}" if self.source.checkpoint.tensors[key[0]].role.stacked > 1 else ""
+                self.bar.write(f"{key[0]}{step}: {_warning(outcome)}", file=sys.stderr)
             self.bar.update(1)
-        self.store.add(block, made, adjusted)
+        self.store.add(label, matrices, adjusted)
+
+    def quantize_readers(self, label: str, names: Sequence[str], inputs: Streams) -> None:
+        """Quantize matrices that all read the same inputs."""
+        if keys := [key for key in self.data_driven(names) if key not in self.store.files]:
+            self.quantize(label, dict.fromkeys(keys, moments_of(inputs, self.models["original"].device)))
 
 
 def _matrices(block: Block, steps: int) -> tuple[list[str], list[str]]:
@@ -159,10 +163,10 @@ def quantize_model(
     tuning: BlockTuning | None = None,
     quiet: bool = False,
 ) -> None:
-    """Solve everything that a plan's outputs want solved, and leave it in ``solution``; tune each block if asked to.
+    """Quantize all matrices of a plan's outputs whose method needs data, into ``store``; fine-tune blocks if asked to.
 
     PyTorch computes on a GPU where there is one. A matrix whose inputs are not finite, or which GPTQ with its usual
-    damping cannot quantize, is named on standard error and in ``solution.adjusted``.
+    damping cannot quantize, is named on standard error and in ``store.adjusted``.
     """
     device = devices.device()
     quantizations = quantizations_of(outputs)
@@ -174,7 +178,7 @@ def quantize_model(
         "quantized": replace(model, weights=weights, rows=quantized_rows(source, quantizations)),
     }
     count = sum(quantization.method in DATA_DRIVEN for quantization, _ in quantizations.values())
-    with bar("solving", count, "matrix", quiet) as progress, torch.no_grad():
+    with bar("layer-wise GPTQ", count, "matrix", quiet) as progress, torch.no_grad():
         run = LayerwiseRun(source, quantizations, store, models, kept, tuning or BlockTuning(), progress)
         progress.update(len(store.files))
         fitting = token_set.chosen(_fitting(len(token_set.tokens), token_set.tokens.shape[2] * source.architecture.dim))
@@ -184,42 +188,37 @@ def quantize_model(
 def quantized_weights(
     source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]], store: QuantizedStore
 ) -> Weights:
-    """Return a way to read the quantized model's matrices: solved ones, others by their method, else the source's.
+    """Return a way to read the quantized model's matrices.
 
-    A matrix that is still to be solved is read as it is: what is asked for comes before it.
+    Those of data-driven methods come from the store (from the source, as long as they are not in it), others are
+    quantized by their method, and those without a quantization are the source's.
     """
     original = source_weights(source.checkpoint)
 
     def read(name: str, step: int | None) -> Tensor:
-        part, weight = (name, step or 0), original(name, step)
-        if part not in quantizations:
+        key, weight = (name, step or 0), original(name, step)
+        if key not in quantizations:
             return weight
-        quantization, dtype = quantizations[part]
+        quantization, dtype = quantizations[key]
         if quantization.method not in DATA_DRIVEN:
-            made = weight_only.quantized(
-                name, np.ascontiguousarray(weight.float().numpy()), quantization, DTYPES[dtype]
-            )
-        elif part in store.files:
-            made = store.read(part, 0, len(weight), DTYPES[dtype])
-        else:
+            return weight_only.dequantized(name, weight, quantization, DTYPES[dtype])
+        if key not in store.files:
             return weight
-        return torch.from_numpy(dequantize(made, quantization))
+        return torch.from_numpy(dequantize(store.read(key, 0, len(weight), DTYPES[dtype]), quantization))
 
     return read
 
 
 def quantized_rows(source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]]) -> Rows:
-    """Return a way to read rows of embedding tables as they will be."""
+    """Return a way to read rows of the quantized model's embedding tables."""
     original = source_rows(source.checkpoint)
 
     def read(name: str, tokens: Tokens) -> Tensor:
-        found = original(name, tokens)
+        rows = original(name, tokens)
         if (name, 0) not in quantizations:
-            return found
+            return rows
         quantization, dtype = quantizations[name, 0]
-        flat = np.ascontiguousarray(found.float().numpy().reshape(-1, found.shape[-1]))
-        made = weight_only.quantized(name, flat, quantization, DTYPES[dtype])
-        return torch.from_numpy(dequantize(made, quantization)).reshape(found.shape)
+        return weight_only.dequantized(name, rows, quantization, DTYPES[dtype])
 
     return read
 
@@ -229,7 +228,7 @@ def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
     streams = {name: model.embed(token_set.tokens) for name, model in run.models.items()}
     walk(run.source.architecture, "temporal", streams, run.models.__getitem__, run.at_block)
     outputs = {name: model.out_norm(streams[name]) for name, model in run.models.items()}
-    _quantize_read(run, "text_linear", run.wanted(["text_linear.weight"]), outputs)
+    run.quantize_readers("text_linear", ["text_linear.weight"], outputs)
     return outputs
 
 
@@ -240,24 +239,15 @@ def _audio(run: LayerwiseRun, token_set: TokenSet, hidden: Streams) -> None:
     targets = token_set.targets.transpose(0, 2, 1)[known]
     rows = _fitting(len(targets), arch.steps * arch.depformer_dim)
     targets, states = targets[rows], {name: array[known][rows] for name, array in hidden.items()}
-    _quantize_read(
-        run, "depformer_in", run.wanted([f"depformer_in.{step}.weight" for step in range(arch.steps)]), states
-    )
+    run.quantize_readers("depformer_in", [f"depformer_in.{step}.weight" for step in range(arch.steps)], states)
     streams = {name: step_inputs(model, states[name], targets, arch.steps) for name, model in run.models.items()}
-    run.forget()
+    run.release_weights()
     walk(arch, "depformer", streams, run.models.__getitem__, run.at_block)
     for step in range(arch.steps):
-        name, outputs = f"linears.{step}", {name: array[:, step] for name, array in streams.items()}
-        _quantize_read(run, name, run.wanted([f"{name}.weight"]), outputs)
+        outputs = {name: array[:, step] for name, array in streams.items()}
+        run.quantize_readers(f"linears.{step}", [f"linears.{step}.weight"], outputs)
 
 
 def _fitting(count: int, floats: int) -> NDArray[np.int64]:
     """Return which of ``count`` sequences or rows, of so many floats each, fit into a stream."""
     return evenly_spaced(count, max(1, _STREAM // (4 * floats)))
-
-
-def _quantize_read(run: LayerwiseRun, block: str, parts: list[MatrixKey], inputs: Streams) -> None:
-    """Quantize matrices that all read the same input, which is at hand."""
-    parts = [part for part in parts if part not in run.store.files]
-    if parts:
-        run.solve(block, dict.fromkeys(parts, moments_of(inputs, run.models["original"].device)))

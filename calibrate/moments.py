@@ -1,4 +1,4 @@
-"""Second moments of what matrices read, in the original and in the quantized model: sums that GPTQ needs."""
+"""Second moments of the inputs of matrices, in the original and in the quantized model: the sums that GPTQ needs."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -14,12 +14,12 @@ from ..model.reference import TorchModel
 from ..quant.gptq import Moments
 
 
-class _SeenError(Exception):
-    """All inputs that were asked for have been seen."""
+class _AllCapturedError(Exception):
+    """All inputs that were asked for are captured: the rest of the block need not be computed."""
 
 
 class _Sums:
-    """Moments under way."""
+    """Moments as they are summed up."""
 
     def __init__(self, columns: int, device: str) -> None:
         self.second = torch.zeros((columns, columns), device=device)
@@ -47,31 +47,31 @@ def moments_of(inputs: dict[str, Floats], device: str) -> Moments:
 
 
 def block_moments(
-    models: dict[str, TorchModel], block: Block, parts: list[MatrixKey], streams: dict[str, Floats]
+    models: dict[str, TorchModel], block: Block, keys: list[MatrixKey], streams: dict[str, Floats]
 ) -> dict[MatrixKey, Moments]:
-    """Return the moments of what a block's matrices read; streams: what the block reads in both models."""
+    """Return the moments of the inputs of a block's matrices; streams: the inputs of the block, by model."""
     sums: dict[MatrixKey, _Sums] = {}
     for rows in block.batches(streams["original"]):
-        caught = {name: _caught(model, block, parts, streams[name][rows]) for name, model in models.items()}
-        for part in parts:
-            original, quantized = caught["original"][part], caught["quantized"][part]
-            if part not in sums:
-                sums[part] = _Sums(original.shape[-1], models["original"].device)
-            sums[part].add(original, quantized)
-    return {part: found.moments() for part, found in sums.items()}
+        inputs = {name: _captured(model, block, keys, streams[name][rows]) for name, model in models.items()}
+        for key in keys:
+            original, quantized = inputs["original"][key], inputs["quantized"][key]
+            if key not in sums:
+                sums[key] = _Sums(original.shape[-1], models["original"].device)
+            sums[key].add(original, quantized)
+    return {key: of_inputs.moments() for key, of_inputs in sums.items()}
 
 
-def _caught(model: TorchModel, block: Block, parts: list[MatrixKey], x: Floats) -> dict[MatrixKey, Tensor]:
-    """Return the inputs ``[rows, columns]`` of matrices while a block is computed, as far as it must be."""
-    caught: dict[MatrixKey, Tensor] = {}
+def _captured(model: TorchModel, block: Block, keys: list[MatrixKey], x: Floats) -> dict[MatrixKey, Tensor]:
+    """Return the inputs ``[rows, columns]`` of matrices, from computing the block as far as it takes."""
+    captured: dict[MatrixKey, Tensor] = {}
 
-    def seen(name: str, step: int | None, given: Tensor) -> None:
-        part = (name, step or 0)
-        if part in parts:
-            caught[part] = given.reshape(-1, given.shape[-1])
-            if len(caught) == len(parts):
-                raise _SeenError
+    def capture(name: str, step: int | None, matrix_input: Tensor) -> None:
+        key = (name, step or 0)
+        if key in keys:
+            captured[key] = matrix_input.reshape(-1, matrix_input.shape[-1])
+            if len(captured) == len(keys):
+                raise _AllCapturedError
 
-    with suppress(_SeenError):
-        replace(model, seen=seen).block(block, x)
-    return caught
+    with suppress(_AllCapturedError):
+        replace(model, input_hook=capture).block(block, x)
+    return captured

@@ -1,4 +1,4 @@
-"""Matrices whose codes, scales and biases are moved by gradients, as they will be stored."""
+"""Quantized matrices whose codes, scales and biases are trainable parameters, rounded as they will be stored."""
 
 import math
 from collections.abc import Mapping
@@ -14,87 +14,96 @@ from ..model.reference import Weights
 from ..quant.affine import QuantizationConfig, Quantized, unpack
 from ..quant.gptq import assemble
 
-CODES, SIDES = 1e-2, 1e-3  # learning rates: in codes, and relative to a scale
+CODES_RATE, SCALES_RATE = 1e-2, 1e-3  # learning rates: in codes; relative to a scale, of scales and biases
 
 
 @dataclass(frozen=True)
 class TrainableMatrix:
-    """A matrix under way. codes: floats ``[rows, groups, group_size]``. scales, biases: relative, from 0 on."""
+    """A quantized matrix and its parameters.
+
+    initial: scales and biases ``[rows, groups]`` before training. codes: floats ``[rows, groups, group_size]``. scales,
+    biases: what is added to the initial ones, as a share of the scale.
+    """
 
     quantization: QuantizationConfig
     dtype: str
-    first: tuple[Tensor, Tensor]
+    initial: tuple[Tensor, Tensor]
     codes: Tensor
     scales: Tensor
     biases: Tensor
 
-    def sides(self) -> tuple[Tensor, Tensor]:
+    def scales_and_biases(self) -> tuple[Tensor, Tensor]:
         """Return scales and biases ``[rows, groups]`` as they will be stored."""
-        (scale, bias), storage = self.first, getattr(torch, DTYPES[self.dtype].name)
-        found = (scale * (1 + self.scales), bias + scale * self.biases)
-        return _as_if(found[0], found[0].to(storage).float()), _as_if(found[1], found[1].to(storage).float())
+        (scale, bias), storage = self.initial, getattr(torch, DTYPES[self.dtype].name)
+        scales, biases = scale * (1 + self.scales), bias + scale * self.biases
+        return _straight_through(scales, scales.to(storage).float()), _straight_through(
+            biases, biases.to(storage).float()
+        )
 
-    def rounded(self) -> Tensor:
+    def rounded_codes(self) -> Tensor:
         """Return codes as they will be stored."""
-        top = (1 << self.quantization.bits) - 1
-        inside = self.codes.clamp(-0.49, top + 0.49)
-        return _as_if(inside, inside.round().clamp(0, top))
+        largest = (1 << self.quantization.bits) - 1
+        inside = self.codes.clamp(-0.49, largest + 0.49)
+        return _straight_through(inside, inside.round().clamp(0, largest))
 
     def weight(self) -> Tensor:
-        """Return the matrix ``[rows, columns]``."""
-        scale, bias = self.sides()
-        return (self.rounded() * scale[..., None] + bias[..., None]).flatten(1)
+        """Return the dequantized matrix ``[rows, columns]``."""
+        scales, biases = self.scales_and_biases()
+        return (self.rounded_codes() * scales[..., None] + biases[..., None]).flatten(1)
 
-    def finished(self, weight: Tensor) -> Quantized:
-        """Return it as it will be stored; weight: what it stands for."""
-        scale, bias = self.sides()
-        codes = self.rounded().flatten(1).to(torch.uint8)
-        wide = weight.to(scale.device, torch.float32)
-        return assemble(wide, codes, scale, bias, self.quantization, DTYPES[self.dtype])
-
-
-def _as_if(moved: Tensor, value: Tensor) -> Tensor:
-    """Return a value whose gradient goes to ``moved``."""
-    return moved + (value - moved).detach()
+    def quantized(self, weight: Tensor) -> Quantized:
+        """Return it as it will be stored; weight: the original, from which its error is computed."""
+        scales, biases = self.scales_and_biases()
+        codes = self.rounded_codes().flatten(1).to(torch.uint8)
+        wide = weight.to(scales.device, torch.float32)
+        return assemble(wide, codes, scales, biases, self.quantization, DTYPES[self.dtype])
 
 
-def begin(
-    part: MatrixKey,
+def _straight_through(parameter: Tensor, rounded: Tensor) -> Tensor:
+    """Return the rounded values, with the gradient of the unrounded ones (a straight-through estimator)."""
+    return parameter + (rounded - parameter).detach()
+
+
+def trainable_matrix(
+    key: MatrixKey,
     quantization: QuantizationConfig,
     dtype: str,
     store: QuantizedStore,
     device: str,
-    codes_too: bool = True,
+    train_codes: bool = True,
 ) -> TrainableMatrix:
-    """Return a solved matrix, ready to be moved: its scales and biases, and its codes as well or not."""
-    held = store.read(part, 0, store.rows(part), np.dtype(np.float32))
-    codes = torch.from_numpy(unpack(held.weight, quantization.bits)).float().to(device)
-    scale, bias = (torch.from_numpy(side.astype(np.float32)).to(device) for side in (held.scales, held.biases))
-    moved = (torch.zeros_like(scale, requires_grad=True), torch.zeros_like(bias, requires_grad=True))
-    grouped = codes.reshape(len(codes), -1, quantization.group_size).requires_grad_(codes_too)
-    return TrainableMatrix(quantization, dtype, (scale, bias), grouped, *moved)
+    """Return a matrix of a quantized-weight store with trainable scales and biases, and trainable codes or not."""
+    stored = store.read(key, 0, store.rows(key), np.dtype(np.float32))
+    codes = torch.from_numpy(unpack(stored.weight, quantization.bits)).float().to(device)
+    scale, bias = (torch.from_numpy(array.astype(np.float32)).to(device) for array in (stored.scales, stored.biases))
+    scales, biases = torch.zeros_like(scale, requires_grad=True), torch.zeros_like(bias, requires_grad=True)
+    grouped = codes.reshape(len(codes), -1, quantization.group_size).requires_grad_(train_codes)
+    return TrainableMatrix(quantization, dtype, (scale, bias), grouped, scales, biases)
 
 
-def adam_for(tuned: Mapping[MatrixKey, TrainableMatrix]) -> torch.optim.Adam:
-    """Return what moves them: sides, then codes where they are moved."""
-    sides = [side for one in tuned.values() for side in (one.scales, one.biases)]
-    codes = [one.codes for one in tuned.values() if one.codes.requires_grad]
-    groups = [{"params": sides, "lr": SIDES, "usual": SIDES}, {"params": codes, "lr": CODES, "usual": CODES}]
+def adam_for(matrices: Mapping[MatrixKey, TrainableMatrix]) -> torch.optim.Adam:
+    """Return the optimizer of their parameters: scales and biases, then codes where those are trainable."""
+    scales = [parameter for matrix in matrices.values() for parameter in (matrix.scales, matrix.biases)]
+    codes = [matrix.codes for matrix in matrices.values() if matrix.codes.requires_grad]
+    groups = [
+        {"params": scales, "lr": SCALES_RATE, "usual": SCALES_RATE},
+        {"params": codes, "lr": CODES_RATE, "usual": CODES_RATE},
+    ]
     return torch.optim.Adam(groups[: 2 if codes else 1], betas=(0.9, 0.99))
 
 
-def set_rate(adam: torch.optim.Adam, step: int, steps: int, warm_up: int = 1) -> None:
-    """Let the learning rates fall to nothing over the steps, as a cosine does, after some in which they rise."""
+def set_learning_rate(adam: torch.optim.Adam, step: int, steps: int, warm_up: int = 1) -> None:
+    """Set the learning rates of a step: a linear warm-up, and a cosine decay to zero over all steps."""
     share = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warm_up)
     for group in adam.param_groups:
         group["lr"] = share * group["usual"]
 
 
 def take_step(adam: torch.optim.Adam, loss: Tensor) -> bool:
-    """Move what is tuned against the gradient of a loss; return False, and move nothing, if they are not finite.
+    """Take a step down the gradient of a loss; return False, and change nothing, if either is not finite.
 
-    A finite loss can have a gradient that is not: where a product overflows before a norm. One step by it would make
-    all that is tuned meaningless.
+    A finite loss can have a gradient that is not finite: where a product overflows before a norm. One step along it
+    would make all parameters meaningless.
     """
     if not bool(torch.isfinite(loss)):
         return False
@@ -107,11 +116,11 @@ def take_step(adam: torch.optim.Adam, loss: Tensor) -> bool:
     return True
 
 
-def weights_of(tuned: Mapping[MatrixKey, TrainableMatrix], rest: Weights) -> Weights:
-    """Return a way to read matrices, those under way as they are now."""
+def trainable_weights(matrices: Mapping[MatrixKey, TrainableMatrix], rest: Weights) -> Weights:
+    """Return a way to read matrices: trainable ones as they are now, others from ``rest``."""
 
     def read(name: str, step: int | None) -> Tensor:
-        part = (name, step or 0)
-        return tuned[part].weight() if part in tuned else rest(name, step)
+        key = (name, step or 0)
+        return matrices[key].weight() if key in matrices else rest(name, step)
 
     return read

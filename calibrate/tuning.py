@@ -1,16 +1,16 @@
-"""Tuning codes, scales and biases together, so that the whole model predicts what the original does.
+"""Fine-tuning codes, scales and biases together, so that the whole model predicts what the original predicts.
 
-Codes are rounded in the forward pass and moved as if they were not (a straight-through estimator); scales and biases
-are rounded to their storage dtype in the same way. What is made small is the divergence of the text's and the agent's
-predictions, on calibration material in which some tokens are drawn anew from the original's own predictions, so that no
-sequence comes twice.
+Codes are rounded in the forward pass, and their gradient is that of unrounded ones (a straight-through estimator);
+scales and biases are rounded to their storage dtype in the same way. The loss is the divergence of the text's and the
+agent's predictions on calibration tokens. In each step some tokens are sampled from the original's own predictions, so
+that no sequence is repeated.
 """
 
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn.functional import log_softmax
 from tqdm import tqdm
 
 from ..convert.bundle.output_tensor import Output
-from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore, quantizations_of
+from ..convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ..convert.progress import bar
 from ..convert.source.source import Source
 from ..model import torch_device as devices
@@ -32,22 +32,22 @@ from ..model.reference import TorchModel, kept_by, reference_of, rows_of, source
 from ..model.tokens import TokenSet
 from ..quant.affine import DATA_DRIVEN
 from .layerwise import FINE_TUNED, quantized_weights
-from .parameters import TrainableMatrix, adam_for, begin, set_rate, take_step, weights_of
+from .parameters import adam_for, set_learning_rate, take_step, trainable_matrix, trainable_weights
 
 _BATCH = 16  # sequences of a step
-_DRAWN = 0.3  # of the frames, whose tokens are drawn anew
+_RESAMPLED = 0.3  # of the frames, whose tokens are sampled
 _WARM_UP = 20  # steps
-# Bytes a weight: code, gradient, Adam's two moments, and what the graph holds; or the original's weight, and the code.
-_BYTES = {"codes": 36, "sides": 12}
+# Bytes per weight: code, gradient, Adam's two moments and the graph; or the original's weight, and the code.
+_BYTES = {"codes": 36, "scales": 12}
 _STATE = "refining.pt"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to tune, and what. codes: as well as scales and biases; see ``reach`` for what fits into memory.
+    """How long to fine-tune, and what. codes: as well as scales and biases; see ``trainable_scope`` for what fits.
 
     state_seconds: between two states on the disk. on_step: called after each step with its number, from 0, and its loss
-    in nats per token.
+    in nats/token.
     """
 
     steps: int
@@ -64,108 +64,105 @@ def fine_tune(
     schedule: Schedule,
     quiet: bool = False,
 ) -> None:
-    """Tune what was solved, and leave it in ``solution``; resumes from the last state that a killed run wrote."""
+    """Fine-tune the data-driven matrices of a store, in it; resumes from the last state that a killed run wrote."""
     if any(file == FINE_TUNED for file in store.files.values()):
         return
-    device = devices.device()
-    quantizations = {
-        part: quantization
-        for part, quantization in quantizations_of(outputs).items()
-        if quantization[0].method in DATA_DRIVEN
-    }
-    read = source_weights(source.checkpoint)
-    tuned = {
-        part: begin(part, *quantization, store, device, schedule.codes) for part, quantization in quantizations.items()
+    device, read = devices.device(), source_weights(source.checkpoint)
+    matrices = {
+        key: trainable_matrix(key, quantization, dtype, store, device, schedule.codes)
+        for key, (quantization, dtype) in quantizations_of(outputs).items()
+        if quantization.method in DATA_DRIVEN
     }
     original = reference_of(source.checkpoint, device=device)
-    held = kept_by({}, original.weights, device)
-    original = replace(original, weights=held, rows=rows_of(held))
+    weights = kept_by({}, original.weights, device)
+    original = replace(original, weights=weights, rows=rows_of(weights))
     rest = kept_by({}, quantized_weights(source, quantizations_of(outputs), store), device)
-    made = replace(original, weights=weights_of(tuned, rest), rows=rows_of(rest))
-    with bar("refining", schedule.steps, "step", quiet) as progress:
-        _tune(original, made, tuned, token_set, schedule, store.folder / _STATE, progress)
+    quantized = replace(original, weights=trainable_weights(matrices, rest), rows=rows_of(rest))
+    with bar("fine-tuning", schedule.steps, "step", quiet) as progress:
+        _train(quantized, original, adam_for(matrices), token_set, schedule, store.folder / _STATE, progress)
     with torch.inference_mode():
         store.add(
-            FINE_TUNED.removesuffix(".safetensors"), {part: one.finished(read(*part)) for part, one in tuned.items()}
+            FINE_TUNED.removesuffix(".safetensors"),
+            {key: matrix.quantized(read(*key)) for key, matrix in matrices.items()},
         )
 
 
-def reach(outputs: list[Output], memory: int | None = None) -> str | None:
-    """Return what of a model can be tuned as a whole: ``codes``, ``sides`` or None.
+def trainable_scope(outputs: list[Output], memory: int | None = None) -> str | None:
+    """Return what can be trained of a whole model at once: ``codes`` (and scales and biases), ``scales`` (and biases).
 
-    memory: bytes of it, None for what the device has.
+    None where only single blocks fit. memory: in bytes, None for what the device has.
     """
-    there = devices.memory() if memory is None else memory
+    available = devices.memory() if memory is None else memory
     weights = sum(
         math.prod(output.shape)
         for output in outputs
         if output.quantization and output.quantization.method in DATA_DRIVEN
     )
-    return next((what for what, nbytes in _BYTES.items() if weights * nbytes < 0.8 * there), None)
+    return next((scope for scope, nbytes in _BYTES.items() if weights * nbytes < 0.8 * available), None)
 
 
-def _tune(
+def _train(
+    quantized: TorchModel,
     original: TorchModel,
-    made: TorchModel,
-    tuned: Mapping[MatrixKey, TrainableMatrix],
+    adam: torch.optim.Adam,
     token_set: TokenSet,
     schedule: Schedule,
     state: Path,
     progress: "tqdm[Any]",
 ) -> None:
-    """Take the steps, from the last state that was kept on."""
-    adam, steps = adam_for(tuned), schedule.steps
-    again = len(adam.param_groups) == 1  # what is tuned without codes is large
-    done = _resume(state, adam, steps)
-    progress.update(done)
-    kept, left_out = time.monotonic(), 0
-    for step in range(done, steps):
-        set_rate(adam, step, steps, _WARM_UP)
-        random = np.random.default_rng(step)  # so that a resumed run draws what it would have drawn
+    """Take the steps, from the last state on the disk on."""
+    steps = schedule.steps
+    recompute = len(adam.param_groups) == 1  # a model of which codes are not trained is large
+    first = _load_state(state, adam, steps)
+    progress.update(first)
+    saved, skipped = time.monotonic(), 0
+    for step in range(first, steps):
+        set_learning_rate(adam, step, steps, _WARM_UP)
+        random = np.random.default_rng(step)  # so that a resumed run samples what it would have sampled
         chosen = random.choice(len(token_set.tokens), min(_BATCH, len(token_set.tokens)), replace=False)
-        batch = _drawn(original, token_set, chosen, random)
-        loss, taken = math.nan, False
+        batch = _resampled(original, token_set, chosen, random)
+        value, taken = math.nan, False
         if batch:
-            found = divergence(made, original, batch, again)
-            loss, taken = found.item(), take_step(adam, found)
-        left_out += not taken
-        progress.set_postfix_str(f"KL {loss:.4f}", refresh=False)
+            loss = divergence(quantized, original, batch, recompute)
+            value, taken = loss.item(), take_step(adam, loss)
+        skipped += not taken
+        progress.set_postfix_str(f"KL {value:.4f}", refresh=False)
         progress.update(1)
-        if time.monotonic() - kept >= schedule.state_seconds:
-            _keep(state, adam, step + 1, steps)
-            kept = time.monotonic()
+        if time.monotonic() - saved >= schedule.state_seconds:
+            _save_state(state, adam, step + 1, steps)
+            saved = time.monotonic()
         if schedule.on_step:
-            schedule.on_step(step, loss)
-    if left_out:
+            schedule.on_step(step, value)
+    if skipped:
         reason = "predictions or gradients are not finite"
-        progress.write(f"fine-tuning: {left_out} of {steps - done} steps were skipped: {reason}", file=sys.stderr)
+        progress.write(f"fine-tuning: {skipped} of {steps - first} steps were skipped: {reason}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some sequences, with tokens drawn anew; shapes are those of ``Material``."""
+    """Some sequences, in which some tokens are sampled; shapes as in ``TokenSet``."""
 
     tokens: Tokens
     targets: Tokens
     counted: Tensor
 
 
-def _drawn(original: TorchModel, token_set: TokenSet, chosen: Any, random: np.random.Generator) -> Batch | None:
-    """Return sequences in which text and agent say, in some frames, what the original might have said there.
+def _resampled(original: TorchModel, token_set: TokenSet, chosen: Any, random: np.random.Generator) -> Batch | None:
+    """Return sequences in which the text and agent tokens of some frames are sampled from the original's predictions.
 
     None where the original's predictions are not finite.
     """
-    tokens, targets, counted = (part[chosen] for part in (token_set.tokens, token_set.targets, token_set.counted))
+    tokens, targets, counted = (array[chosen] for array in (token_set.tokens, token_set.targets, token_set.counted))
     half = original.architecture.n_q // 2
     with torch.no_grad():
         text, audio = original.logits(tokens, targets, half)
         if not bool(torch.isfinite(text).all() and torch.isfinite(audio).all()):
             return None
         generator = torch.Generator(text.device).manual_seed(int(random.integers(1 << 62)))
-        said = [_sample(text, generator)] + [_sample(audio[:, :, step], generator) for step in range(half)]
+        sampled = [_sample(text, generator)] + [_sample(audio[:, :, step], generator) for step in range(half)]
     new = targets.copy()
-    new[:, : half + 1] = np.stack(said, 1)
-    frames = random.random((len(tokens), 1, tokens.shape[2])) < _DRAWN
+    new[:, : half + 1] = np.stack(sampled, 1)
+    frames = random.random((len(tokens), 1, tokens.shape[2])) < _RESAMPLED
     new = np.where(frames & (targets >= 0) & counted, new, targets)
     read = tokens.copy()
     read[:, :, 1:] = np.where(targets[:, :, :-1] == tokens[:, :, 1:], new[:, :, :-1], tokens[:, :, 1:])
@@ -178,15 +175,15 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tokens:
     return tokens
 
 
-def divergence(made: TorchModel, original: TorchModel, batch: Batch, again: bool = False) -> Tensor:
+def divergence(quantized: TorchModel, original: TorchModel, batch: Batch, recompute: bool = False) -> Tensor:
     """Return the loss: the divergence of the text, plus the mean over the agent's codebooks, in nats/token.
 
-    again: whether blocks are computed again for their gradients, which takes less memory.
+    recompute: compute blocks again for their gradients (activation checkpointing), which takes less memory.
     """
     half = original.architecture.n_q // 2
     with torch.no_grad():
         expected = original.logits(batch.tokens, batch.targets, half)
-    actual = made.logits(batch.tokens, batch.targets, half, again)
+    actual = quantized.logits(batch.tokens, batch.targets, half, recompute)
     text = _divergence(actual[0], expected[0], batch.counted[:, 0])
     agent = [
         _divergence(actual[1][:, :, step], expected[1][:, :, step], batch.counted[:, step + 1]) for step in range(half)
@@ -199,8 +196,8 @@ def _divergence(actual: Tensor, expected: Tensor, counted: Tensor) -> Tensor:
     return (each * counted).sum() / counted.sum().clamp(min=1)
 
 
-def _keep(state: Path, adam: torch.optim.Adam, done: int, steps: int) -> None:
-    """Write down where the tuning is."""
+def _save_state(state: Path, adam: torch.optim.Adam, done: int, steps: int) -> None:
+    """Write the state after some steps: parameters and optimizer."""
     temporary = state.with_name(f"{state.name}.partial")
     values = [parameter.detach() for group in adam.param_groups for parameter in group["params"]]
     with temporary.open("wb") as file:
@@ -210,16 +207,16 @@ def _keep(state: Path, adam: torch.optim.Adam, done: int, steps: int) -> None:
     temporary.replace(state)
 
 
-def _resume(state: Path, adam: torch.optim.Adam, steps: int) -> int:
-    """Take up what a killed run wrote down; return how many steps it had taken."""
+def _load_state(state: Path, adam: torch.optim.Adam, steps: int) -> int:
+    """Restore the state that a killed run wrote, if any; return how many steps it had taken."""
     if not state.is_file():
         return 0
-    held = torch.load(state, weights_only=True)
-    if held["steps"] != steps:
+    saved = torch.load(state, weights_only=True)
+    if saved["steps"] != steps:
         return 0
     parameters = [parameter for group in adam.param_groups for parameter in group["params"]]
     with torch.no_grad():
-        for parameter, value in zip(parameters, held["values"], strict=True):
+        for parameter, value in zip(parameters, saved["values"], strict=True):
             parameter.copy_(value)
-    adam.load_state_dict(held["adam"])
-    return int(held["done"])
+    adam.load_state_dict(saved["adam"])
+    return int(saved["done"])

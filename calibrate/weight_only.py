@@ -1,10 +1,12 @@
-"""Quantizing a matrix by its weights alone; what cannot be quantized is named."""
+"""Quantizing a matrix by its weights alone; an error names the matrix that cannot be quantized."""
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..convert.errors import UserError
-from ..quant.affine import QuantizationConfig, Quantized, quantize
+from ..quant.affine import QuantizationConfig, Quantized, dequantize, quantize
 
 
 def quantized(
@@ -15,3 +17,11 @@ def quantized(
         return quantize(matrix, quantization, storage)
     except ValueError as error:
         raise UserError(f"{name} at {quantization.label}: {error}: give a recipe that keeps it float") from None
+
+
+def dequantized(name: str, values: Tensor, quantization: QuantizationConfig, storage: np.dtype[np.generic]) -> Tensor:
+    """Return values ``[..., columns]`` in float32 on the CPU, quantized and dequantized; raises as ``quantized``."""
+    rows = np.ascontiguousarray(values.float().cpu().numpy().reshape(-1, values.shape[-1]))
+    return torch.from_numpy(dequantize(quantized(name, rows, quantization, storage), quantization)).reshape(
+        values.shape
+    )

@@ -23,7 +23,7 @@ from .forward import EPSILON, Floats, KVCache, Tokens
 from .walk import each_block
 
 Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
-Seen = Callable[[str, int | None, Tensor], None]  # name and step of a matrix, and its input [..., columns]
+InputHook = Callable[[str, int | None, Tensor], None]  # name and step of a matrix, and its input [..., columns]
 Rows = Callable[[str, Tokens], Tensor]  # name of an embedding table and tokens [...] -> its rows [..., dim]
 
 
@@ -50,7 +50,7 @@ class TorchModel:
     context: int
     steps_seen: int
     device: str = "cpu"
-    seen: Seen | None = None
+    input_hook: InputHook | None = None
 
     def embed(self, tokens: Tokens, vectors: Floats | None = None) -> Floats:
         """Sum the embeddings of all streams."""
@@ -134,8 +134,8 @@ class TorchModel:
         return self.weights(name, step).to(self.device, torch.float32).reshape(-1)
 
     def _linear(self, name: str, step: int | None, x: Tensor) -> Tensor:
-        if self.seen:
-            self.seen(name, step, x)
+        if self.input_hook:
+            self.input_hook(name, step, x)
         return x @ self.weights(name, step).to(self.device, self.dtype).T
 
     def _look_up(self, name: str, tokens: Tokens) -> Tensor:

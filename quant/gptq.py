@@ -1,8 +1,8 @@
-"""Second-order rounding: codes that keep a layer's output, not its weights, on the least-squares grid.
+"""Second-order rounding: codes that preserve a layer's output, not its weights, on the least-squares grid.
 
-GPTQ (Frantar et al., 2022, arXiv:2210.17323) rounds the columns of a matrix one after another, and lets those that
-follow make up for the error of those before. Here it begins from the weights that, on the inputs that the layer will
-really get (those of the quantized layers before it), give what the original gave on its own.
+GPTQ (Frantar et al., 2022, arXiv:2210.17323) rounds the columns of a matrix one after another, and adjusts those that
+follow to compensate for the error of those before. Here it starts from the weights that, on the inputs that the layer
+gets in the quantized model, give what the original layer gives on its own inputs.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ from .affine import QuantizationConfig, Quantized, pack, quantize
 
 DAMPING = 0.01  # of the mean second moment, added to each
 STEPS = (0.1, 1.0, 10.0)  # more damping, tried in turn where a factorization fails
-FALLBACK = "lsq"  # the method by the weights alone, where none of it helps
-_ROWS = 1024  # of a group that one thread makes a grid for at a time
+FALLBACK = "lsq"  # the method without data, where none of it helps
+_ROWS = 1024  # of a group, for which one thread computes scales and biases at a time
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A quantized matrix, and how it came about.
+    """A quantized matrix, and how it was quantized.
 
     damping: of the mean second moment, None where the matrix was quantized by its weights alone (``FALLBACK``). reason:
     why it is not ``DAMPING``, else empty.
     """
 
-    made: Quantized
+    quantized: Quantized
     damping: float | None = DAMPING
     reason: str = ""
 
@@ -49,7 +49,7 @@ class Outcome:
 def gptq_with_retries(
     weight: Tensor, moments: Moments, quantization: QuantizationConfig, storage: np.dtype[np.generic]
 ) -> Outcome:
-    """Quantize as ``solve`` does; with more damping where that fails, by the weights alone where nothing helps.
+    """Quantize with ``gptq``; with more damping where that fails, by the weights alone where nothing helps.
 
     Raises ValueError for weights that cannot be quantized at all.
     """
@@ -71,22 +71,22 @@ def gptq(
     moments: Moments,
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
-    share: float = DAMPING,
+    damping: float = DAMPING,
 ) -> Quantized:
-    """Quantize a matrix ``[rows, columns]`` so that ``Ŵ x̂`` comes as near to ``W x`` as it can.
+    """Quantize a matrix ``[rows, columns]`` so that ``Ŵ x̂`` is as near to ``W x`` as possible.
 
-    share: of the mean second moment, added to each. The device is that of the moments. Errors and norms in the result
-    are those of the weights. Raises ValueError for moments that are not finite or so large that the result is not, and
-    LinAlgError where they are not positive definite.
+    damping: a share of the mean second moment, added to each. The device is that of the moments. Errors and norms in
+    the result are those of the weights. Raises ValueError for moments that are not finite or so large that the result
+    is not, and LinAlgError where they are not positive definite.
     """
     second = moments.second
     if not bool(torch.isfinite(second).all()) or not bool(torch.isfinite(moments.cross).all()):
         raise ValueError("moments are not finite")
     wide = weight.to(second.device, second.dtype)
     mean = second.diagonal().mean()
-    damping = share * (mean if mean > 0 else torch.ones_like(mean))
-    factor = _factor(second, damping)
-    goal = on_either(torch.cholesky_solve, (wide @ moments.cross + damping * wide).T, factor).contiguous()
+    added = damping * (mean if mean > 0 else torch.ones_like(mean))
+    factor = _factor(second, added)
+    goal = on_either(torch.cholesky_solve, (wide @ moments.cross + added * wide).T, factor).contiguous()
     inverse = on_either(torch.cholesky_inverse, factor)
     del factor
     errors = on_either(partial(torch.linalg.cholesky, upper=True), inverse)
@@ -103,10 +103,10 @@ def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
         return function(*(value.cpu() for value in values)).to(values[0].device)
 
 
-def _factor(second: Tensor, damping: Tensor) -> Tensor:
+def _factor(second: Tensor, added: Tensor) -> Tensor:
     """Return the lower Cholesky factor of damped moments, without a copy of them: they are half a gigabyte."""
     diagonal = second.diagonal().clone()
-    second.diagonal().add_(damping)
+    second.diagonal().add_(added)
     try:
         factor = on_either(torch.linalg.cholesky, second)
     finally:
@@ -119,8 +119,8 @@ def _round(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round column by column; return codes, scales and biases, ``[rows, ...]``.
 
-    goal: ``[columns, rows]``, overwritten. errors: the upper Cholesky factor of the inverse moments. Each group's grid
-    is the least-squares one of what its weights have become when its turn comes.
+    goal: ``[columns, rows]``, overwritten. errors: the upper Cholesky factor of the inverse moments. Each group's
+    scales and biases are the least-squares ones of its weights as they are when its first column is rounded.
     """
     columns, rows = goal.shape
     size, top = quantization.group_size, (1 << quantization.bits) - 1
@@ -131,15 +131,15 @@ def _round(
         for first in range(0, columns, size):
             group = goal[first : first + size]
             scale, bias = grid(group.T, quantization, storage, pool)
-            lost = torch.empty_like(group)
+            residuals = torch.empty_like(group)
             for index in range(size):
                 column = first + index
                 code = ((group[index] - bias) / scale).round_().clamp_(0, top)
                 code = torch.where(scale == 0, torch.zeros_like(code), code)
                 codes[column] = code.to(torch.uint8)
-                lost[index] = (group[index] - (code * scale + bias)) / errors[column, column]
-                group[index:] -= torch.outer(errors[column, column : first + size], lost[index])
-            goal[first + size :] -= errors[first : first + size, first + size :].T @ lost
+                residuals[index] = (group[index] - (code * scale + bias)) / errors[column, column]
+                group[index:] -= torch.outer(errors[column, column : first + size], residuals[index])
+            goal[first + size :] -= errors[first : first + size, first + size :].T @ residuals
             scales[first // size], biases[first // size] = scale, bias
     return codes.T.contiguous(), scales.T.contiguous(), biases.T.contiguous()
 
@@ -150,12 +150,11 @@ def grid(
     """Return scale and bias of each row of a group ``[rows, group_size]``: least squares, as they are stored."""
     array = np.ascontiguousarray(group.float().cpu().numpy())
     plain = QuantizationConfig(quantization.bits, quantization.group_size, "lsq")
-    pieces = [array[first : first + _ROWS] for first in range(0, len(array), _ROWS)]
-    made = list(pool.map(lambda piece: quantize(piece, plain, storage), pieces))
-    sides = zip(*((one.scales, one.biases) for one in made), strict=True)
+    batches = [array[first : first + _ROWS] for first in range(0, len(array), _ROWS)]
+    quantized = list(pool.map(lambda rows: quantize(rows, plain, storage), batches))
     scale, bias = (
-        torch.from_numpy(np.concatenate(side).astype(np.float32).reshape(-1)).to(group.device, group.dtype)
-        for side in sides
+        torch.from_numpy(np.concatenate(arrays).astype(np.float32).reshape(-1)).to(group.device, group.dtype)
+        for arrays in ([one.scales for one in quantized], [one.biases for one in quantized])
     )
     return scale, bias
 
@@ -172,12 +171,12 @@ def assemble(
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
 ) -> Quantized:
-    """Return codes, scales and biases ``[rows, ...]`` as a quantized matrix, with what it lost of ``weight``.
+    """Return codes, scales and biases ``[rows, ...]`` as a quantized matrix, with its error against ``weight``.
 
     Scales and biases must be values that their storage dtype holds.
     """
-    back = codes.reshape(*scales.shape, -1) * scales[..., None] + biases[..., None]
-    lost = weight.to(back.device) - back.flatten(1)
-    error, norm = (float(_double(values).square().sum()) for values in (lost, weight))
-    scale, bias = (side.float().cpu().numpy().astype(storage) for side in (scales, biases))
+    dequantized = codes.reshape(*scales.shape, -1) * scales[..., None] + biases[..., None]
+    difference = weight.to(dequantized.device) - dequantized.flatten(1)
+    error, norm = (float(_double(values).square().sum()) for values in (difference, weight))
+    scale, bias = (values.float().cpu().numpy().astype(storage) for values in (scales, biases))
     return Quantized(pack(codes.cpu().numpy(), quantization.bits), scale, bias, error, norm, 0, 0)

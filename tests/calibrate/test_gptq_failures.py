@@ -78,7 +78,7 @@ def test_a_model_that_overflows_is_converted_and_what_was_done_is_told(overflowi
 
 def test_a_model_that_overflows_generates_no_sequences(overflowing):
     with pytest.raises(UserError, match="predictions are not finite in float32, so it cannot generate sequences"):
-        self_generated.speak(overflowing, 2, 2, quiet=True)
+        self_generated.generate(overflowing, 2, 2, quiet=True)
 
 
 def test_a_table_that_cannot_be_quantized_is_named(pico):

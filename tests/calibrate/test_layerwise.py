@@ -134,7 +134,7 @@ def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path, store
 
     with torch.inference_mode():
         for weights in (read, quantized):
-            model = replace(reference_of(source.checkpoint), weights=weights, seen=keep)
+            model = replace(reference_of(source.checkpoint), weights=weights, input_hook=keep)
             model.block(blocks_of(source.architecture, "temporal")[0], model.embed(token_set.tokens))
         expected = gptq(read(second, None), Moments(seen[1].T @ seen[1], seen[0].T @ seen[1]), FORM, storage)
     found = store.read((second, 0), 0, store.rows((second, 0)), storage)
@@ -227,26 +227,26 @@ def test_scales_come_out_in_their_storage_dtype(opened, few, solved, tmp_path, s
 def test_what_is_tuned_is_what_fits(opened, few, solved, tmp_path, store_at):
     """All at once; or blocks, then scales and biases; or blocks alone. Each is nearer than what was only solved."""
     source, plan = opened
-    assert tuning.reach(plan.outputs) == "codes"
+    assert tuning.trainable_scope(plan.outputs) == "codes"
     token_set = read_tokens(few, source.architecture, None, None)
     weights = sum(output.shape[0] * output.shape[1] for output in plan.outputs if output.quantization)
     stores, records = {"solved": store_at(solved, "mark")}, {}
-    for what, memory in (("blocks", weights), ("sides", 20 * weights)):  # bytes; codes as well take 36 per weight
+    for what, memory in (("blocks", weights), ("scales", 20 * weights)):  # bytes; codes as well take 36 per weight
         quantizer = quantizer_of(source, plan, few, steps=10, quiet=True, memory=memory)
-        if what == "sides":  # whose blocks are tuned in the same way
-            shutil.copytree(tmp_path / "blocks", tmp_path / "sides")
+        if what == "scales":  # whose blocks are tuned in the same way
+            shutil.copytree(tmp_path / "blocks", tmp_path / "scales")
         stores[what], records[what] = store_at(tmp_path / what, "mark"), quantizer.record
         quantizer.solve(stores[what])
     assert records["blocks"].refined == "codes, scales and biases, block by block"
-    assert "then scales and biases together" in (records["sides"].refined or "")
+    assert "then scales and biases together" in (records["scales"].refined or "")
     loss = {what: loss_of(source, plan, token_set, store) for what, store in stores.items()}
     # 4 % to 7 % apart each, which vector widths change by 1 %.
-    assert loss["sides"] < loss["blocks"] < loss["solved"]
+    assert loss["scales"] < loss["blocks"] < loss["solved"]
     same, moved, tuned = 0, 0, set(stores["blocks"].files.values())
     for part in quantizations_of(plan.outputs):
         made = {what: one.read(part, 0, one.rows(part), np.dtype(np.float32)) for what, one in stores.items()}
-        assert (made["sides"].weight == made["blocks"].weight).all()  # the codes
-        moved += int((made["sides"].scales != made["blocks"].scales).any())
+        assert (made["scales"].weight == made["blocks"].weight).all()  # the codes
+        moved += int((made["scales"].scales != made["blocks"].scales).any())
         same += int((made["solved"].weight == made["blocks"].weight).all())
     assert same < 0.5 * len(quantizations_of(plan.outputs))
     assert moved > 0.5 * len(quantizations_of(plan.outputs))  # not those of the user's steps

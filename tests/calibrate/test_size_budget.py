@@ -186,7 +186,7 @@ def test_sequences_that_tell_nothing_of_the_agent_are_refused(measured):
     source, token_set, _ = measured
     counted = token_set.counted.copy()
     counted[:, 3] = False
-    with pytest.raises(UserError, match="the 1 sequences that were measured on hold no tokens of agent"):
+    with pytest.raises(UserError, match="the 1 sequences that were measured on have no known tokens of agent"):
         measurement.measure(
             source, replace(token_set.chosen(np.array([0])), counted=counted[:1]), "mark", True, bits=[2]
         )

@@ -36,7 +36,7 @@ def work(pico, monkeypatch, tmp_path):
     done = []
     tokens = load_file(pico / "calibration_tokens.safetensors")["tokens"][:2, :, :20].astype(np.int32)
 
-    def speak(*_):
+    def generate(*_):
         done.append("sampled")
         return tokens
 
@@ -55,7 +55,7 @@ def work(pico, monkeypatch, tmp_path):
         return scan_tensors(file, bar)
 
     (tmp_path / "head.toml").write_text(HEAD)
-    monkeypatch.setattr(self_generated, "speak", speak)
+    monkeypatch.setattr(self_generated, "generate", generate)
     monkeypatch.setattr(measurement, "measure", measure)
     monkeypatch.setattr(source, "scan_tensors", scanned)
     monkeypatch.chdir(tmp_path)

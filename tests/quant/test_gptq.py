@@ -133,7 +133,9 @@ def test_damping_is_raised_until_the_moments_can_be_factored():
     found = gptq_with_retries(weight, Moments(second, second), quantization, STORAGE)
     assert found.damping == 1.0
     assert found.reason == "the second moments are not positive definite"
-    assert (found.made.weight == gptq.gptq(weight, Moments(second, second), quantization, STORAGE, 1.0).weight).all()
+    assert (
+        found.quantized.weight == gptq.gptq(weight, Moments(second, second), quantization, STORAGE, 1.0).weight
+    ).all()
     sound = gptq_with_retries(weight, Moments(second.abs(), second.abs()), quantization, STORAGE)
     assert (sound.damping, sound.reason) == (gptq.DAMPING, "")
 
@@ -155,9 +157,9 @@ def test_what_cannot_be_solved_is_quantized_by_its_weights(second, cross, reason
     assert found.damping is None
     assert reason in found.reason
     plain = quantize(weight.numpy(), QuantizationConfig(4, 32, "lsq"), STORAGE)
-    assert (found.made.weight == plain.weight).all()
-    assert (found.made.scales == plain.scales).all()
-    assert found.made.relative_rmse == plain.relative_rmse
+    assert (found.quantized.weight == plain.weight).all()
+    assert (found.quantized.scales == plain.scales).all()
+    assert found.quantized.relative_rmse == plain.relative_rmse
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])
