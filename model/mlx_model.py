@@ -24,7 +24,7 @@ class MlxModel:
     """The model over ``read``; see ``Model`` for what its methods take and return.
 
     dtype: of activations. context: how many frames, its own included, a frame attends to. steps_seen: the same for
-    depformer steps. streams: where matrix products run. products: how packed weights are multiplied.
+    depformer steps. streams: where matrix products run. matmul: how packed weights are multiplied.
     """
 
     architecture: Architecture
@@ -74,9 +74,9 @@ class MlxModel:
         return mx.array(x).astype(self.dtype)
 
     def _look_up(self, name: str, tokens: Tokens) -> mx.array:
-        found = self.lookup(name, np.maximum(tokens, 0)).float32().astype(self.dtype)
-        found = found.reshape(*tokens.shape, -1)
-        return mx.where(mx.array(tokens >= 0)[..., None], found, mx.zeros_like(found))
+        rows = self.lookup(name, np.maximum(tokens, 0)).float32().astype(self.dtype)
+        rows = rows.reshape(*tokens.shape, -1)
+        return mx.where(mx.array(tokens >= 0)[..., None], rows, mx.zeros_like(rows))
 
     def _linear(self, name: str, step: int | None, x: mx.array) -> mx.array:
         """Apply a matrix to the last axis, its rows shared out over the streams."""
@@ -86,7 +86,7 @@ class MlxModel:
         among = zip(shares(height, len(self.streams)), self.streams, strict=True)
         parts = [self.matmul(flat, matrix.take(rows), stream) for rows, stream in among]
         result = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-        mx.eval(result)  # so that no more than this matrix is held
+        mx.eval(result)  # so that only this matrix is in memory
         return result.reshape(*x.shape[:-1], height)
 
     def _norm(self, name: str, x: mx.array, steps: range | None) -> mx.array:
@@ -104,7 +104,7 @@ class MlxModel:
         batch, length, dim = x.shape
         packed, joined = f"{block.prefix}.self_attn.in_proj_weight", f"{block.prefix}.self_attn.out_proj.weight"
         heads = self.architecture.num_heads if steps is None else self.architecture.depformer_num_heads
-        reach = self.context if steps is None else self.steps_seen
+        context = self.context if steps is None else self.steps_seen
         x = self._norm(f"{block.prefix}.norm1.alpha", x, steps)
         q, k, v = self._each(packed, x, steps).reshape(batch, length, 3, heads, -1).transpose(2, 0, 3, 1, 4)
         if steps is None:
@@ -123,10 +123,10 @@ class MlxModel:
             if first:
                 k, v = (mx.concatenate(list(pair), axis=2) for pair in zip(kv_cache[block], (k, v), strict=True))
             mx.eval(k, v)
-            kv_cache[block] = (k[:, :, -reach:], v[:, :, -reach:])
+            kv_cache[block] = (k[:, :, -context:], v[:, :, -context:])
         distance = mx.arange(first, first + length)[:, None] - mx.arange(first + length - k.shape[2], first + length)
         attended = mx.fast.scaled_dot_product_attention(
-            q, k, v, scale=q.shape[-1] ** -0.5, mask=(distance >= 0) & (distance < reach)
+            q, k, v, scale=q.shape[-1] ** -0.5, mask=(distance >= 0) & (distance < context)
         )
         return self._each(joined, attended.transpose(0, 2, 1, 3).reshape(batch, length, dim), steps)
 
@@ -161,9 +161,9 @@ def arithmetic_of(asked: str | None, dtype: str) -> str:
 
 
 def model_of(bundle: Bundle, dtype: str = "float32", matmul: QuantizedMatmul | None = None) -> MlxModel:
-    """Return the model over an open bundle, on the present device; it attends as far as the bundle's config.json says.
+    """Return the model over an open bundle, on the current device; its context is that of the bundle's config.json.
 
-    products: how packed weights are multiplied, as MLX does for None.
+    matmul: how packed weights are multiplied; None for MLX's own.
     """
 
     def lookup(name: str, tokens: Tokens) -> Matrix:

@@ -1,7 +1,7 @@
 """PersonaPlex's forward pass in PyTorch, over whichever weights it is given.
 
-Fed with a checkpoint in float32 it is the reference. Fed with the same in 16 bit it gives the noise floor, and with a
-bundle's dequantized weights a block's local error.
+Over a checkpoint in float32 it is the reference; over the same in 16 bit it gives the noise floor, and over a bundle's
+dequantized weights the local error of a block.
 """
 
 import math
@@ -39,8 +39,8 @@ class TorchModel:
     """The model over ``weights`` and embedding ``rows``; see ``Model`` for what its methods take and return.
 
     dtype: of activations and matrices; norms and rotations are computed in float32, as published. context: how many
-    frames, its own included, a frame attends to. steps_seen: the same for depformer steps. seen: is shown the input of
-    every matrix.
+    frames, its own included, a frame attends to. steps_seen: the same for depformer steps. input_hook: called
+    with the input of every matrix.
     """
 
     architecture: Architecture
@@ -96,17 +96,17 @@ class TorchModel:
         tokens: Tokens,
         targets: Tokens,
         steps: int | None = None,
-        again: bool = False,
+        recompute: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Return predictions that lead back to the weights: of the text, and of the first ``steps`` codebooks.
+        """Return differentiable logits: of the text, and of the first ``steps`` codebooks.
 
-        tokens, targets: ``[batch, streams, frames]``, what is read and what the depformer is told. Of shapes
-        ``[batch, frames, text_card]`` and ``[batch, frames, steps, card]``. again: compute blocks a second time on the
-        way back, rather than hold what is between them.
+        tokens, targets: ``[batch, streams, frames]``, what the temporal transformer and the depformer read. Of shapes
+        ``[batch, frames, text_card]`` and ``[batch, frames, steps, card]``. recompute: compute
+        blocks again in the backward pass (activation checkpointing), which takes less memory.
         """
 
         def compute(block: Block, x: Tensor) -> Tensor:
-            return x + (checkpoint(self.added, block, x, use_reentrant=False) if again else self.added(block, x))
+            return x + (checkpoint(self.added, block, x, use_reentrant=False) if recompute else self.added(block, x))
 
         count = self.architecture.steps if steps is None else steps
         x = each_block(self.architecture, "temporal", self._in(self.embed(tokens)), compute)
@@ -139,9 +139,9 @@ class TorchModel:
         return x @ self.weights(name, step).to(self.device, self.dtype).T
 
     def _look_up(self, name: str, tokens: Tokens) -> Tensor:
-        found = self.rows(name, np.maximum(tokens, 0)).to(self.device, self.dtype)
+        rows = self.rows(name, np.maximum(tokens, 0)).to(self.device, self.dtype)
         known = torch.from_numpy(tokens >= 0).to(self.device)[..., None]
-        return torch.where(known, found, torch.zeros_like(found))
+        return torch.where(known, rows, torch.zeros_like(rows))
 
     def _norm(self, alpha: Tensor, x: Tensor) -> Tensor:
         wide = x.float()
@@ -152,7 +152,7 @@ class TorchModel:
         batch, length, dim = x.shape
         packed, joined = f"{block.prefix}.self_attn.in_proj_weight", f"{block.prefix}.self_attn.out_proj.weight"
         heads = self.architecture.num_heads if steps is None else self.architecture.depformer_num_heads
-        reach = self.context if steps is None else self.steps_seen
+        context = self.context if steps is None else self.steps_seen
         x = self._norm(self._alphas(f"{block.prefix}.norm1.alpha", steps), x)
         q, k, v = self._each(packed, x, steps).reshape(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
         positions = torch.arange(first, first + length, device=self.device)
@@ -161,10 +161,10 @@ class TorchModel:
         if kv_cache is not None:
             if first:
                 k, v = (torch.cat(pair, 2) for pair in zip(kv_cache[block], (k, v), strict=True))
-            kv_cache[block] = (k[:, :, -reach:], v[:, :, -reach:])
+            kv_cache[block] = (k[:, :, -context:], v[:, :, -context:])
         seen = torch.arange(first + length - k.shape[2], first + length, device=self.device)
         distance = positions[:, None] - seen[None]
-        attended = _attend(q, k, v, (distance >= 0) & (distance < reach))
+        attended = _attend(q, k, v, (distance >= 0) & (distance < context))
         return self._each(joined, attended.transpose(1, 2).reshape(batch, length, dim), steps)
 
     def _mlp(self, block: Block, x: Tensor, steps: range | None) -> Tensor:
@@ -230,10 +230,10 @@ def kept_by(
     """Return a way to read matrices that reads each once, until ``kept`` is cleared."""
 
     def read_once(name: str, step: int | None) -> Tensor:
-        part = (name, step or 0)
-        if part not in kept:
-            kept[part] = read(name, step).to(device, dtype)
-        return kept[part]
+        key = (name, step or 0)
+        if key not in kept:
+            kept[key] = read(name, step).to(device, dtype)
+        return kept[key]
 
     return read_once
 

@@ -16,14 +16,14 @@ from .forward import Floats, KVCache, Model, Tokens
 from .walk import forward_blocks
 
 SILENCE = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)  # the codec's tokens for no sound, as the reference has them
-SINE = (430, 1268, 381, 1611, 1095, 1495, 56, 472)  # for the tone that stands for the user during prompts
+SINE = (430, 1268, 381, 1611, 1095, 1495, 56, 472)  # the tone in place of the user during prompts
 PAUSE = 6  # frames of silence before and after the text prompt: half a second
 UNKNOWN = -2
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What is given of one frame; None where the model is to say it. agent, user: a token for each codebook."""
+    """The tokens given for one frame; None where the model predicts them. agent, user: a token for each codebook."""
 
     text: int | None = None
     agent: Sequence[int] | None = None
@@ -42,16 +42,16 @@ def system_prompt(architecture: Architecture, text: Sequence[int]) -> list[Frame
 class Columns:
     """The delayed columns of tokens under way, ``[streams]`` each, beginning with a voice's last ones.
 
-    Raises UserError for a voice whose ring is too short for the delays.
+    Raises UserError for a voice whose cache is too short for the delays.
     """
 
     architecture: Architecture
     voice: Voice
-    held: dict[int, Tokens] = field(default_factory=dict)
+    tokens: dict[int, Tokens] = field(default_factory=dict)
     given: dict[int, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Take the voice's ring over: its columns around the next step, all of them given."""
+        """Copy the columns around the next step from the voice's cache, all of them given."""
         cache = self.voice.cache[0]
         longest = max(self.architecture.delays)
         if cache.shape[1] < longest + 2:
@@ -61,7 +61,7 @@ class Columns:
             )
         self.next = len(self.voice.embeddings) + 1  # the first step completes column 1
         for column in range(self.next - 1, self.next + longest):
-            self.held[column] = cache[:, column % cache.shape[1]].astype(np.int32)
+            self.tokens[column] = cache[:, column % cache.shape[1]].astype(np.int32)
             late = (stream for stream, delay in enumerate(self.architecture.delays) if column - self.next < delay)
             self.given[column] = set(late)
 
@@ -78,15 +78,15 @@ class Columns:
 
     def _column(self, number: int) -> Tokens:
         self.given.setdefault(number, set())
-        return self.held.setdefault(number, np.full(1 + self.architecture.n_q, UNKNOWN, np.int32))
+        return self.tokens.setdefault(number, np.full(1 + self.architecture.n_q, UNKNOWN, np.int32))
 
     def advance(self) -> Tokens:
-        """Go on to the next column; return the newest frame that is complete, ``[streams]``, without delays."""
+        """Move to the next column; return the newest frame that is complete, ``[streams]``, without delays."""
         delays = self.architecture.delays
         first = self.next - max(delays)
         frame = np.array([self._column(first + delay)[stream] for stream, delay in enumerate(delays)], np.int32)
-        for column in [column for column in self.held if column < first]:
-            del self.held[column], self.given[column]
+        for column in [column for column in self.tokens if column < first]:
+            del self.tokens[column], self.given[column]
         self.next += 1
         return frame
 
@@ -115,17 +115,17 @@ def prompt_columns(architecture: Architecture, voice: Voice, frames: Sequence[Fr
 
 
 def greedy(model: Model, architecture: Architecture, voice: Voice, frames: Sequence[Frame]) -> Iterator[SessionStep]:
-    """Run a session and yield its steps over ``frames``, the likeliest token taken wherever none is given.
+    """Run a session and yield its steps over ``frames``, the top-1 token wherever none is given.
 
     For what the reference does while streaming, the model must see one frame and one step less than its context (its
-    ring masks the oldest key).
+    rotating KV cache masks the oldest key).
     """
     for steps in sessions(model, architecture, [voice], [[frame] for frame in frames], top1):
         yield steps[0]
 
 
 def top1(logits: Floats, stream: int) -> Tokens:
-    """Return the likeliest token of each row ``[rows, vocabulary]``, of whatever stream."""
+    """Return the top-1 token of each row ``[rows, vocabulary]``; the stream makes no difference."""
     del stream
     tokens: Tokens = logits.argmax(-1).astype(np.int32)
     return tokens
@@ -150,9 +150,9 @@ def sessions(
         forward_blocks(model, architecture, "temporal", model.embed(nothing, vectors), kv_cache)
     columns = [Columns(architecture, voice) for voice in voices]
     for done, given_now in enumerate(frames, vectors.shape[1]):
-        parts = [one.give(frame) for one, frame in zip(columns, given_now, strict=True)]
-        targets, given = [target for _, target, _ in parts], [held for _, _, held in parts]
-        x = model.embed(np.stack([source for source, _, _ in parts])[:, :, None])
+        columns_now = [one.give(frame) for one, frame in zip(columns, given_now, strict=True)]
+        targets, given = [target for _, target, _ in columns_now], [known for _, _, known in columns_now]
+        x = model.embed(np.stack([source for source, _, _ in columns_now])[:, :, None])
         hidden = model.out_norm(forward_blocks(model, architecture, "temporal", x, kv_cache, done))[:, 0]
         text = model.text_logits(hidden)
         _complete(targets, given, 0, choose(text, 0))
@@ -162,8 +162,8 @@ def sessions(
 
 def _complete(targets: Sequence[Tokens], given: Sequence[set[int]], stream: int, tokens: Tokens) -> None:
     """Put tokens into the columns where none is given."""
-    for target, held, token in zip(targets, given, tokens, strict=True):
-        if stream not in held:
+    for target, known, token in zip(targets, given, tokens, strict=True):
+        if stream not in known:
             target[stream] = token
 
 

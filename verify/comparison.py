@@ -27,7 +27,7 @@ from . import weights
 from .figures import ActivationRow, StreamFigures, WeightRow
 from .metrics import Predictions, difference, mean_of
 
-_LOGITS = 1 << 24  # logits held at a time, of each model
+_LOGITS = 1 << 24  # logits in memory at a time, of each model
 
 
 @dataclass
@@ -141,9 +141,9 @@ def compare(
     device: str = "cpu",
     matmul: QuantizedMatmul | None = None,
 ) -> Measured:
-    """Take a bundle and its checkpoint through material; return all that was measured.
+    """Compare a bundle with its checkpoint on a token set; return all that was measured.
 
-    voices: the bundle's own. arithmetic: dtype of the bundle's activations. device: where PyTorch runs. products: how
+    voices: the bundle's own. arithmetic: dtype of the bundle's activations. device: where PyTorch runs. matmul: how
     MLX multiplies by packed weights. The bar
     advances by the checkpoint's bytes. Raises UserError for files that break off.
     """

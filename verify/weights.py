@@ -65,8 +65,8 @@ def pieces(output: Output) -> Iterator[Region]:
     names: tuple[str | None, ...] = _PACKED if output.role.module == "self_attn.in_proj" else (None,)
     for index in range(output.parts):
         step = index if output.parts > 1 else output.step
-        for place, name in enumerate(names):
-            first = index * height + place * height // len(names)
+        for third, name in enumerate(names):
+            first = index * height + third * height // len(names)
             yield Region(output, first, first + height // len(names), step, name)
 
 
@@ -104,8 +104,7 @@ def _look(values: Floats, stored: Matrix, source: NDArray[Any], first: int) -> S
     """Measure rows of stored values against the checkpoint's."""
     wide = _float32(source)
     apart = values - wide
-    place = int(np.abs(apart).argmax())
-    row, column = divmod(place, source.shape[1])
+    row, column = divmod(int(np.abs(apart).argmax()), source.shape[1])
     flat = [array.reshape(-1) for array in (apart, wide, values)]
     error, norm, length = (float(np.dot(array, array)) for array in flat)
     sums = Sums(error, norm, length, along=float(np.dot(flat[1], flat[2])))
@@ -125,14 +124,14 @@ def _float32(array: NDArray[Any]) -> Floats:
 
 
 def _clipped(weights: Floats, packing: Packing) -> int:
-    """Count weights that lie more than half a step outside of the range that the codes of their group reach."""
+    """Count weights that lie more than half a step outside of the range that the codes of their group represent."""
     quantization = packing.quantization
     step, start = (np.array(side.astype(mx.float32, stream=mx.cpu)) for side in (packing.scales, packing.biases))
     end = start + step * ((1 << quantization.bits) - 1)
     slack = np.abs(step) / 2
     low, high = np.minimum(start, end) - slack, np.maximum(start, end) + slack
     groups = weights.reshape(len(weights), -1, quantization.group_size)
-    wide = (groups.min(-1) < low) | (groups.max(-1) > high)  # most groups reach far enough: look closer at the others
+    wide = (groups.min(-1) < low) | (groups.max(-1) > high)  # few groups clip: weights are counted in those alone
     beyond = (groups[wide] < low[wide][:, None]) | (groups[wide] > high[wide][:, None])
     return int(np.count_nonzero(beyond))
 
