@@ -9,7 +9,7 @@ import pytest
 import yaml
 from architecture import ROOT
 from ppx.convert.bundle.targets import TARGETS
-from ppx.quant.affine import METHODS
+from ppx.quant.affine import METHOD_NAMES
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS_OF_MAKE = set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
@@ -55,7 +55,7 @@ def test_every_target_and_method_is_documented():
     readme, recipes = (ROOT / "README.md").read_text(), (ROOT / "docs" / "recipes.md").read_text()
     for target in TARGETS:
         assert f"| `{target}`" in readme, target
-    for method in METHODS:
+    for method in METHOD_NAMES:
         assert f"- `{method}`" in recipes, method
 
 
