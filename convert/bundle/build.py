@@ -109,7 +109,7 @@ def _store(quantizer: LayerwiseQuantizer | None, output: Path, mark: str) -> Ite
         yield None
         return
     with QuantizedStore(store_folder(output), mark) as store:
-        quantizer.solve(store)
+        quantizer.quantize(store)
         yield store
 
 

@@ -1,4 +1,4 @@
-"""Matrices that a solver has quantized, kept beside the bundle until it is whole: a killed run goes on from them."""
+"""Matrices quantized by layer-wise GPTQ, kept beside the bundle until it is complete: killed runs resume from them."""
 
 import json
 import shutil
@@ -23,14 +23,14 @@ _DTYPES = {"weight": "U32", "scales": "F32", "biases": "F32"}
 
 
 class QuantizedStore:
-    """A folder of solved matrices, for one conversion only; a context manager.
+    """A folder of quantized matrices, for one conversion only; a context manager.
 
     mark: what stands for all that decides them; a folder of another mark is begun anew. adjusted: what had to be done
     otherwise for a matrix than was asked for, as the manifest says it.
     """
 
     def __init__(self, folder: Path, mark: str) -> None:
-        """Open or begin a solution."""
+        """Open the folder, or start it anew."""
         self.folder, self.mark = folder, mark
         self.files: dict[MatrixKey, str] = {}
         self.adjusted: dict[MatrixKey, Adjustment] = {}
@@ -65,10 +65,13 @@ class QuantizedStore:
         self.files |= {(name, part): file for name, part, file in more}
 
     def add(
-        self, block: str, solved: Mapping[MatrixKey, Quantized], adjusted: Mapping[MatrixKey, Adjustment] | None = None
+        self,
+        block: str,
+        matrices: Mapping[MatrixKey, Quantized],
+        adjusted: Mapping[MatrixKey, Adjustment] | None = None,
     ) -> None:
         """Write the matrices of one block, all or none, and what was adjusted for them."""
-        file, arrays = f"{block}.safetensors", list(_arrays(solved))
+        file, arrays = f"{block}.safetensors", list(_arrays(matrices))
         temporary = self.folder / f"{file}.partial"
         specs = [Spec(key, _DTYPES[key.rpartition(".")[2]], array.shape) for key, array in arrays]
         writer = TensorWriter(temporary, specs, {})
@@ -80,10 +83,10 @@ class QuantizedStore:
             writer.close()
         temporary.replace(self.folder / file)
         self.adjusted |= adjusted or {}
-        self._note([(name, part, file) for name, part in solved])
+        self._note([(name, part, file) for name, part in matrices])
 
     def rows(self, part: MatrixKey) -> int:
-        """Return how many rows a solved matrix has."""
+        """Return how many rows a quantized matrix has."""
         return self._file(part).specs[f"{part[0]}.{part[1]}.weight"].shape[0]
 
     def _file(self, part: MatrixKey) -> TensorFile:
@@ -94,7 +97,7 @@ class QuantizedStore:
             return self._open[name]
 
     def read(self, part: MatrixKey, first: int, last: int, storage: np.dtype[Any]) -> Quantized:
-        """Return rows of a solved matrix; scales and biases as they are stored. Its errors are not known here."""
+        """Return rows of a quantized matrix; scales and biases as they are stored. Its errors are not known here."""
         file = self._file(part)
         weight, scales, biases = (file.read(f"{part[0]}.{part[1]}.{kind}", first, last) for kind in _DTYPES)
         return Quantized(weight, scales.astype(storage), biases.astype(storage), 0.0, 0.0, 0, 0)
@@ -130,8 +133,8 @@ class QuantizedStore:
         self.close()
 
 
-def _arrays(solved: Mapping[MatrixKey, Quantized]) -> Iterator[tuple[str, NDArray[Any]]]:
-    for (name, part), made in solved.items():
+def _arrays(matrices: Mapping[MatrixKey, Quantized]) -> Iterator[tuple[str, NDArray[Any]]]:
+    for (name, part), made in matrices.items():
         yield f"{name}.{part}.weight", made.weight
         yield f"{name}.{part}.scales", made.scales.astype(np.float32)
         yield f"{name}.{part}.biases", made.biases.astype(np.float32)
@@ -141,11 +144,11 @@ def _arrays(solved: Mapping[MatrixKey, Quantized]) -> Iterator[tuple[str, NDArra
 class LayerwiseQuantizer:
     """What quantizes matrices that need more than themselves. record: what the manifest says of it.
 
-    solve: fills a solution; it may be one that an earlier run began.
+    quantize: fills a store, which may hold the matrices of an earlier run.
     """
 
     record: CalibrationRecord
-    solve: Callable[[QuantizedStore], None]
+    quantize: Callable[[QuantizedStore], None]
 
 
 def quantizations_of(outputs: list[Output]) -> dict[MatrixKey, tuple[QuantizationConfig, str]]:

@@ -49,7 +49,7 @@ def test_a_model_that_overflows_is_converted_and_what_was_done_is_told(overflowi
     adjusted = {}
 
     def solve(store):
-        quantizer.solve(store)
+        quantizer.quantize(store)
         adjusted.update(store.adjusted)
         with QuantizedStore(store.folder, store.mark) as resumed:
             assert resumed.adjusted == adjusted

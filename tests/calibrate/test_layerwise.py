@@ -149,7 +149,7 @@ def test_every_part_is_solved_once(opened, few, solved, tmp_path, store_at):
     blocks = set(store.files.values())
     before = {name: (tmp_path / "solution" / name).stat().st_mtime_ns for name in blocks}
     again = store_at(tmp_path / "solution", "mark")
-    quantizer_of(source, plan, few, quiet=True).solve(again)
+    quantizer_of(source, plan, few, quiet=True).quantize(again)
     assert before == {name: (tmp_path / "solution" / name).stat().st_mtime_ns for name in blocks}
     assert store_at(tmp_path / "solution", "another").files == {}
 
@@ -217,7 +217,7 @@ def test_refining_brings_predictions_nearer_and_resumes(opened, few, solved, tmp
 def test_scales_come_out_in_their_storage_dtype(opened, few, solved, tmp_path, store_at):
     source, plan = opened
     store = store_at(shutil.copytree(solved, tmp_path / "solution"), "mark")
-    quantizer_of(source, plan, few, steps=2, quiet=True).solve(store)
+    quantizer_of(source, plan, few, steps=2, quiet=True).quantize(store)
     for part in quantizations_of(plan.outputs):
         made = store.read(part, 0, store.rows(part), np.dtype(np.float32))
         for side in (made.scales, made.biases):
@@ -236,7 +236,7 @@ def test_what_is_tuned_is_what_fits(opened, few, solved, tmp_path, store_at):
         if what == "scales":  # whose blocks are tuned in the same way
             shutil.copytree(tmp_path / "blocks", tmp_path / "scales")
         stores[what], records[what] = store_at(tmp_path / what, "mark"), quantizer.record
-        quantizer.solve(stores[what])
+        quantizer.quantize(stores[what])
     assert records["blocks"].refined == "codes, scales and biases, block by block"
     assert "then scales and biases together" in (records["scales"].refined or "")
     loss = {what: loss_of(source, plan, token_set, store) for what, store in stores.items()}
