@@ -141,11 +141,10 @@ def compare(
     device: str = "cpu",
     matmul: QuantizedMatmul | None = None,
 ) -> Measured:
-    """Compare a bundle with its checkpoint on a token set; return all that was measured.
+    """Run a bundle and its checkpoint on a token set; return all that was measured.
 
     voices: the bundle's own. arithmetic: dtype of the bundle's activations. device: where PyTorch runs. matmul: how
-    MLX multiplies by packed weights. The bar
-    advances by the checkpoint's bytes. Raises UserError for files that break off.
+    MLX multiplies by packed weights. The bar advances by the checkpoint's bytes. Raises UserError for truncated files.
     """
     noise = reference_of(source.checkpoint, getattr(torch, stored.manifest.dtype), device)
     reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, matmul)
@@ -160,8 +159,8 @@ def compare(
 def _temporal(comparison: Comparison, voices: Sequence[Voice]) -> dict[str, Floats]:
     """Go through the temporal transformer; return its normalized output, ``[sequences, frames, dim]`` of each model."""
     arch, token_set = comparison.source.architecture, comparison.token_set
-    for name, held in comparison.stored.layout.outputs.items():
-        if held[0].role.component == "embeddings":
+    for name, outputs in comparison.stored.layout.outputs.items():
+        if outputs[0].role.component == "embeddings":
             comparison.look_at(name)
     vectors = {name: token_set.vectors(comparison.source.voices, arch.dim) for name in ("reference", "noise")}
     vectors["bundle"] = token_set.vectors(voices, arch.dim)
@@ -191,8 +190,8 @@ def _text(comparison: Comparison, hidden: dict[str, Floats]) -> None:
     chosen = token_set.counted[:, 0]
     states = {name: array[chosen] for name, array in hidden.items()}
     targets = token_set.targets[:, 0][chosen] if token_set.scored else None
-    found = _predict(heads, states, targets, np.nonzero(chosen)[0], comparison.source.architecture.text_card)
-    comparison.measured.predictions["text"] = found
+    card = comparison.source.architecture.text_card
+    comparison.measured.predictions["text"] = _predict(heads, states, targets, np.nonzero(chosen)[0], card)
 
 
 def _audio(comparison: Comparison, hidden: dict[str, Floats]) -> None:

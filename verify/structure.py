@@ -4,7 +4,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,46 +28,54 @@ from ..convert.tensorfile import TensorFile
 from ..quant.casting import cast
 
 
-def problems(
-    folder: Path, manifest: Manifest, layout: Layout, source: Source, bar: "tqdm[Any]"
-) -> tuple[list[str], bool]:
-    """Return what is wrong with a bundle's files, one sentence each, and whether its weights can be read for all that.
+@dataclass(frozen=True)
+class FileCheck:
+    """What is wrong with a bundle's files, one sentence each, and whether its weights can still be read."""
 
-    What must be there follows from the source and the target; the manifest is believed for hashes and settings only.
-    Reads and hashes every file. A file with another hash is looked through for the tensors that changed.
+    problems: list[str]
+    readable: bool
+
+
+def check_files(folder: Path, manifest: Manifest, layout: Layout, source: Source, bar: "tqdm[Any]") -> FileCheck:
+    """Check every file of a bundle.
+
+    The expected files and tensors follow from the source and the target; the manifest is trusted for hashes and
+    settings only. Reads and hashes every file. In a file with another hash, the tensors that changed are named.
     """
-    found = differences(folder, manifest, bar)
-    found += _unexpected(manifest, layout, source) + _copies(manifest, layout, source)
-    found += _unaccounted(manifest, layout)
+    problems = differences(folder, manifest, bar)
+    problems += _unexpected(manifest, layout, source) + _copies(manifest, layout, source)
+    problems += _unaccounted(manifest, layout)
     readable = True
     if sizes := _other_sizes(layout.architecture, source.architecture):
-        found += sizes
+        problems += sizes
         readable = False
     for name, specs in layout.specs().items():
-        if not (folder / name).is_file():  # which is said already
+        if not (folder / name).is_file():  # which ``differences`` reports
             readable = False
             continue
         expected = {spec.name: (spec.dtype, spec.shape) for spec in specs}
         try:
             with closing(TensorFile(folder / name)) as file:
-                held = {spec.name: (spec.dtype, spec.shape) for spec in file.specs.values()}
-                held |= {key: (dtype, ()) for key, dtype in file.unknown.items()}
-                found += [f"{name}: {key}: stands there twice" for key in file.doubled]
-                if any(f"{name}: its sha256" in problem for problem in found):
-                    found += _changed(file, name, manifest)
+                actual = {spec.name: (spec.dtype, spec.shape) for spec in file.specs.values()}
+                actual |= {key: (dtype, ()) for key, dtype in file.unknown.items()}
+                problems += [f"{name}: {key}: stands there twice" for key in file.doubled]
+                if any(f"{name}: its sha256" in problem for problem in problems):
+                    problems += _changed(file, name, manifest)
         except UserError as error:
-            found += _ours(error)
+            problems += _ours(error)
             readable = False
             continue
-        for key in sorted(expected.keys() | held.keys()):
-            if expected.get(key) != held.get(key):
-                found.append(f"{name}: {key}: {_shown(held.get(key))}, where {_shown(expected.get(key))} is expected")
+        for key in sorted(expected.keys() | actual.keys()):
+            if expected.get(key) != actual.get(key):
+                problems.append(
+                    f"{name}: {key}: {_shown(actual.get(key))}, where {_shown(expected.get(key))} is expected"
+                )
                 readable = readable and key not in expected
     try:
         read_json(folder / CONFIG)
     except UserError as error:
-        return found + _ours(error), False
-    return found + _settings(folder, manifest, layout, source), readable
+        return FileCheck(problems + _ours(error), readable=False)
+    return FileCheck(problems + _settings(folder, manifest, layout, source), readable)
 
 
 def _ours(error: UserError) -> list[str]:
@@ -82,21 +90,21 @@ def _unexpected(manifest: Manifest, layout: Layout, source: Source) -> list[str]
     expected = {*layout.files.values(), *target.copies.values(), CONFIG, *([INDEX] if target.indexed else [])}
     if target.voice_cache:
         expected |= {f"voices/{voice.name}.safetensors" for voice in source.voices}
-    found = [f"{name}: belongs to the bundle, and manifest.json does not name it" for name in expected]
-    found = [problem for problem in found if problem.split(": ")[0] not in manifest.files]
-    return sorted(found) + [
+    problems = [f"{name}: belongs to the bundle, and manifest.json does not name it" for name in expected]
+    problems = [problem for problem in problems if problem.split(": ")[0] not in manifest.files]
+    return sorted(problems) + [
         f"{name}: stands in manifest.json, and does not belong to a bundle for {target.name}"
         for name in sorted(manifest.files.keys() - expected)
     ]
 
 
-def _other_sizes(held: Architecture, expected: Architecture) -> list[str]:
+def _other_sizes(actual: Architecture, expected: Architecture) -> list[str]:
     """Return what of a bundle's architecture is not the source's."""
     return [
-        f"manifest.json: architecture.{field.name} is {getattr(held, field.name)}, the source's is "
+        f"manifest.json: architecture.{field.name} is {getattr(actual, field.name)}, the source's is "
         f"{getattr(expected, field.name)}"
         for field in fields(expected)
-        if getattr(held, field.name) != getattr(expected, field.name)
+        if getattr(actual, field.name) != getattr(expected, field.name)
     ]
 
 
@@ -108,8 +116,10 @@ def _unaccounted(manifest: Manifest, layout: Layout) -> list[str]:
     """Return outputs that the manifest has no entry for, and entries that stand for no output of the target."""
     expected = {(output.role.name, output.name) for output in layout.every()}
     entries = {(tensor.source, tensor.outputs[0]) for tensor in manifest.tensors}
-    found = [f"manifest.json: says nothing of {name}, made of {source}" for source, name in sorted(expected - entries)]
-    return found + [
+    problems = [
+        f"manifest.json: says nothing of {name}, made of {source}" for source, name in sorted(expected - entries)
+    ]
+    return problems + [
         f"manifest.json: names {name}, made of {source}, which {layout.target.name} does not have"
         for source, name in sorted(entries - expected)
     ]
@@ -124,11 +134,11 @@ def _changed(file: TensorFile, name: str, manifest: Manifest) -> Iterator[str]:
             spec = file.specs.get(tensor)
             if spec is None:
                 continue
-            height, found = max(1, BLOCK * spec.rows // max(spec.nbytes, 1)), 0
+            height, crc = max(1, BLOCK * spec.rows // max(spec.nbytes, 1)), 0
             for first in range(0, spec.rows, height):
                 rows = file.read(tensor, first, min(first + height, spec.rows))
-                found = zlib.crc32(rows.reshape(-1).view(np.uint8).data, found)
-            if f"{found:08x}" != checksum:
+                crc = zlib.crc32(rows.reshape(-1).view(np.uint8).data, crc)
+            if f"{crc:08x}" != checksum:
                 yield f"{name}: {tensor}: its bytes are not those that were written"
 
 
@@ -136,72 +146,72 @@ def _settings(folder: Path, manifest: Manifest, layout: Layout, source: Source) 
     """Return settings of config.json, and of the index, that are not what the conversion writes."""
     outputs, target = layout.every(), layout.target
     voices = sorted(voice.name for voice in source.voices)
-    found = [f"manifest.json: names the voices {', '.join(manifest.voices)}"] * (list(manifest.voices) != voices)
+    problems = [f"manifest.json: names the voices {', '.join(manifest.voices)}"] * (list(manifest.voices) != voices)
     config = target.config(source.architecture, outputs, manifest.source.id, voices)
-    found += _unequal(folder, CONFIG, config)
+    problems += _unequal(folder, CONFIG, config)
     if target.indexed:
-        found += _unequal(folder, INDEX, index_of(layout.files))
-    return found
+        problems += _unequal(folder, INDEX, index_of(layout.files))
+    return problems
 
 
 def _unequal(folder: Path, name: str, expected: dict[str, Any]) -> list[str]:
     """Return the keys of a JSON file that are not as expected; its text must be what the conversion writes."""
     path = folder / name
     try:
-        held, text = (read_json(path), path.read_text("utf-8"))
+        actual, text = (read_json(path), path.read_text("utf-8"))
     except (UserError, OSError, ValueError) as error:
         return [str(error)]
     if text == json_text(expected):
         return []
-    flat, wanted = _flat(held), _flat(json.loads(json.dumps(expected)))
-    found = []
+    flat, wanted = _flat(actual), _flat(json.loads(json.dumps(expected)))
+    problems = []
     for key in sorted(flat.keys() | wanted.keys()):
         if flat.get(key, ...) != wanted.get(key, ...):
             shown = [repr(values[key])[:60] if key in values else "nothing" for values in (flat, wanted)]
-            found.append(f"{name}: {'.'.join(key)} is {shown[0]}, where {shown[1]} is expected")
-    return found or [f"{name}: is not written as the conversion writes it: does a key stand there twice?"]
+            problems.append(f"{name}: {'.'.join(key)} is {shown[0]}, where {shown[1]} is expected")
+    return problems or [f"{name}: is not written as the conversion writes it: does a key stand there twice?"]
 
 
 def _flat(value: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     """Return nested settings under the path of their keys."""
-    found: dict[tuple[str, ...], Any] = {}
+    settings: dict[tuple[str, ...], Any] = {}
     for key, inner in value.items():
         path = (*prefix, key)
-        found |= _flat(inner, path) if isinstance(inner, dict) and inner else {path: inner}
-    return found
+        settings |= _flat(inner, path) if isinstance(inner, dict) and inner else {path: inner}
+    return settings
 
 
 def _copies(manifest: Manifest, layout: Layout, source: Source) -> list[str]:
     """Return files that are copies of the source's by their names, and hold something else."""
-    found = []
+    problems = []
     for original, name in layout.target.copies.items():
         with tqdm(disable=True) as unseen:  # 400 MB at most: a second
             expected = hash_file(source.location.folder / original, unseen).sha256
         if name not in manifest.files or manifest.files[name].sha256 != expected:
-            found.append(f"{name}: is not the source's {original}")
-    return found
+            problems.append(f"{name}: is not the source's {original}")
+    return problems
 
 
 def voice_problems(bundle: Bundle, voices: list[Voice]) -> list[str]:
     """Return what of a bundle's voices is not the source's, in the bundle's dtype."""
     try:
-        held = {voice.name: voice for voice in bundle.voices()}
+        actual = {voice.name: voice for voice in bundle.voices()}
     except UserError as error:
         return error.problems
-    found = [f"voice {name}: not in the source" for name in sorted(held.keys() - {voice.name for voice in voices})]
+    problems = [f"voice {name}: not in the source" for name in sorted(actual.keys() - {voice.name for voice in voices})]
     quantization = bundle.layout.target.voice_cache
     dtype = NUMPY_DTYPES[DTYPES[bundle.manifest.dtype]]
     for voice in voices:
-        other = held.get(voice.name)
+        other = actual.get(voice.name)
         if other is None:
-            found.append(f"voice {voice.name}: missing")
+            problems.append(f"voice {voice.name}: missing")
             continue
         expected = cast(voice.embeddings, dtype).array if quantization else voice.embeddings
         cache = voice.cache.astype(NUMPY_DTYPES[quantization]) if quantization else voice.cache
         for what, mine, theirs in (("embeddings", expected, other.embeddings), ("cache", cache, other.cache)):
             if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
                 shown = [f"{array.dtype} {list(array.shape)}" for array in (theirs, mine)]
-                found.append(f"voice {voice.name}: {what}: {shown[0]}, where {shown[1]} is expected")
+                problems.append(f"voice {voice.name}: {what}: {shown[0]}, where {shown[1]} is expected")
             elif count := int(np.count_nonzero(mine.astype(np.float32) != theirs.astype(np.float32))):
-                found.append(f"voice {voice.name}: {what}: {count} of {mine.size} values are not the source's")
-    return found
+                problems.append(f"voice {voice.name}: {what}: {count} of {mine.size} values are not the source's")
+    return problems

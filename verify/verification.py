@@ -86,14 +86,15 @@ def _verify(
     token_set = token_set_of(source, request)
     total = manifest.nbytes
     with byte_bar("hashing bundle", total, quiet) as progress:
-        problems, readable = structure.problems(folder, manifest, layout, source, progress)
+        checked = structure.check_files(folder, manifest, layout, source, progress)
+    problems = checked.problems
     half = source.architecture.n_q // 2
     bounds = limits.limits_of(manifest, layout.every(), half)
     looser = limits.looser(bounds, manifest, layout.every(), half)
     arithmetic = manifest.dtype if request.arithmetic == "bundle" else "float32"
     tests, matmul = _kernels(layout, manifest.dtype, arithmetic, matmul, quiet)
     measured, session = Measured(), None
-    if readable:
+    if checked.readable:
         with closing(Bundle(folder, manifest, layout)) as stored:
             wrong = structure.voice_problems(stored, source.voices)
             problems += wrong

@@ -65,7 +65,7 @@ def check_name(repository: str) -> None:
 
 
 def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = False) -> UploadPlan:
-    """Look at all that would be published, without network.
+    """Check everything that would be published; needs no network.
 
     Raises CheckFailed if the report is missing, failing or of other files and not ``force``, and always if a file holds
     a token or somebody's home directory; UserError for what is no bundle or lacks files.
@@ -87,10 +87,10 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
         ]
     )
     private = _private()
-    found, leaks = _look(bundle, names, private, quiet)
+    local, leaks = _look(bundle, names, private, quiet)
     objections += [
         f"{file.name} is not the file that {MANIFEST} names"
-        for file in found
+        for file in local
         if file.name in manifest.files and file.sha256 != manifest.files[file.name].sha256
     ]
     if objections and not force:
@@ -105,13 +105,13 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
     for name, text in written.items():
         data = text.encode()
         leaks += [f"{name} {leak}" for leak in _leaks(data, name, private)]
-        found.append(Local(name, bundle / name, len(data), hashlib.sha256(data).hexdigest()))
+        local.append(Local(name, bundle / name, len(data), hashlib.sha256(data).hexdigest()))
     if leaks:
         raise CheckFailed(
             f"{bundle}: not published: {'; '.join(leaks)}: make the bundle or its report again without it"
         )
     message = f"{manifest.recipe.name} for {manifest.target}, made from {manifest.source.id}"
-    return UploadPlan(repository, found, written, objections, message)
+    return UploadPlan(repository, local, written, objections, message)
 
 
 def publish(
@@ -124,14 +124,15 @@ def publish(
         publish("my-bundle", "me/personaplex-4bit", PublishOptions(private=True)).page
     """
     bundle, wish = Path(bundle), options or PublishOptions()
-    found = ready(bundle, repository, wish.force, quiet)
-    for name, text in found.card.items():
+    plan = ready(bundle, repository, wish.force, quiet)
+    for name, text in plan.card.items():
         if not (bundle / name).is_file() or (bundle / name).read_bytes() != text.encode():
             write_durably(bundle / name, text)
-    done = upload(repository, found.files, found.message, wish, quiet)
-    sent = sum(file.size for file in found.files if file.name in done.changed)
-    said = f"{len(done.changed)} files sent ({size(sent)})" if done.changed else "nothing new"
-    line = f"{done.page}: {said}; all {len(found.files)} files are there with the sizes and sha256 that they have here"
+    done = upload(repository, plan.files, plan.message, wish, quiet)
+    sent = sum(file.size for file in plan.files if file.name in done.changed)
+    sent_files = f"{len(done.changed)} files sent ({size(sent)})" if done.changed else "nothing new"
+    total = len(plan.files)
+    line = f"{done.page}: {sent_files}; all {total} files are there with the sizes and sha256 that they have here"
     if done.others:
         line += f"; it also holds {', '.join(done.others[:5])}, which is not of this bundle"
     return Published(done.page, done.changed, done.others, printable(line))
@@ -160,7 +161,7 @@ def _report(bundle: Path, manifest: Manifest) -> tuple[Report | None, list[str]]
 
 def _look(bundle: Path, names: Iterable[str], private: Private, quiet: bool) -> tuple[list[Local], list[str]]:
     """Hash files and search them, in one pass; return them, and what must not go up."""
-    found, leaks = [], []
+    local, leaks = [], []
     paths = [(name, bundle / name) for name in names if (bundle / name).is_file()]
     total = sum(path.stat().st_size for _, path in paths)
     with byte_bar("checking", total, quiet) as bar:
@@ -169,9 +170,9 @@ def _look(bundle: Path, names: Iterable[str], private: Private, quiet: bool) -> 
             for block, window in _blocks(path, bar):
                 digest.update(block)
                 seen.update(_leaks(window, name, private))
-            found.append(Local(name, path, path.stat().st_size, digest.hexdigest()))
+            local.append(Local(name, path, path.stat().st_size, digest.hexdigest()))
             leaks += [f"{name} {leak}" for leak in sorted(seen)]
-    return found, leaks
+    return local, leaks
 
 
 def _blocks(path: Path, bar: "tqdm[Any]") -> Iterable[tuple[bytes, bytes]]:
@@ -192,11 +193,11 @@ def _private() -> Private:
 
 def _leaks(data: bytes, name: str, private: Private) -> list[str]:
     """Return what of a piece of a file must not be published; in weights only what cannot be there by chance."""
-    found = []
+    leaks = []
     token, home = private
     if _TOKEN.search(data) or (token and token in data):
-        found.append("holds a token")
+        leaks.append("holds a token")
     is_text = name.endswith(_TEXT) or "." not in name
     if (home and home in data) or (is_text and _HOMES.search(data)):
-        found.append("holds the path of a home directory")
-    return found
+        leaks.append("holds the path of a home directory")
+    return leaks
