@@ -1,6 +1,7 @@
 """What parsed JSON from others must look like: nested dictionaries and lists, with a test at each leaf."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,8 @@ def whole(low: int = 0, high: int = 1 << 62) -> Leaf:
 
 
 TEXT = Leaf("a line of printable text", lambda value: isinstance(value, str) and value.isprintable())
+SHA256 = Leaf("a sha256", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None)
+FILE = {"size": whole(), "sha256": SHA256}
 TRUTH = Leaf("true or false", lambda value: isinstance(value, bool))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from ..convert import typed_json
 from ..convert.bundle.manifest import Manifest
-from ..convert.schema import Each, Leaf, mismatch, number, whole
+from ..convert.schema import FILE, Each, Leaf, mismatch, number, whole
 from ..convert.source.scan import Fingerprint
 from ..convert.typed_json import MAY_BE_MISSING, Key
 from ..model.kernel_test import KernelRow
@@ -16,8 +16,7 @@ from .limits import AT_LEAST, FIGURES, Failure
 
 REPORT_VERSION = 1
 _FLAC = re.compile("data:audio/flac;base64,[A-Za-z0-9+/]*={0,2}")
-_SHA256 = Leaf("a sha256", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None)
-_FILES = Each({"size": whole(), "sha256": _SHA256})
+_FILES = Each(FILE)
 _Sound = Annotated[
     str, Leaf("a sound in FLAC", lambda value: isinstance(value, str) and _FLAC.fullmatch(value) is not None)
 ]

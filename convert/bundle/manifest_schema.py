@@ -4,12 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..schema import TEXT, Each, Leaf, Maybe, OrNull, mismatch, number, whole
+from ..schema import FILE, TEXT, Each, Leaf, Maybe, OrNull, mismatch, number, whole
 
-_SHA256 = Leaf("a sha256", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None)
 _CRC32 = Leaf("a CRC-32", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None)
 _LINES = Leaf("text", lambda value: isinstance(value, str))
-_RECORD = {"size": whole(), "sha256": _SHA256}
 _ENTRY = {
     "overflowed": Maybe(whole()),
     "flushed": Maybe(whole()),
@@ -34,7 +32,7 @@ _CALIBRATION = {
     "file": Maybe(TEXT),
     "refined": Maybe(TEXT),
 }
-_ADAPTER = _RECORD | {
+_ADAPTER = FILE | {
     "id": TEXT,
     "revision": OrNull(TEXT),
     "rank": whole(1),
@@ -55,7 +53,7 @@ MANIFEST = {
     "source": {
         "id": TEXT,
         "revision": OrNull(TEXT),
-        "files": Each(_RECORD),
+        "files": Each(FILE),
         "filled": Maybe(Each(TEXT)),
         "adapter": Maybe(_ADAPTER),
     },
@@ -65,7 +63,7 @@ MANIFEST = {
     "dropped": Maybe(Each(TEXT)),
     "overflowed": Maybe(whole()),
     "flushed": Maybe(whole()),
-    "files": Each(_RECORD),
+    "files": Each(FILE),
 }
 
 
@@ -87,7 +85,7 @@ def problem_of(manifest: Any) -> str | None:
 
 def journal_problem(journal: Any) -> str | None:
     """Return the same for the journal of a conversion."""
-    if problem := mismatch(journal, {"fingerprint": TEXT, "files": Each(_RECORD)}):
+    if problem := mismatch(journal, {"fingerprint": TEXT, "files": Each(FILE)}):
         return problem
     for name, file in journal["files"].items():
         if not isinstance(file.get("tensors"), list):
