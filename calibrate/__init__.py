@@ -1,1 +1,33 @@
-"""Which numbers are stored, judged by data: layer-wise GPTQ, fine-tuning, sensitivities, size budgets."""
+"""Which numbers are stored, judged by data: layer-wise GPTQ, fine-tuning, sensitivities, size budgets.
+
+``calibrate`` and ``allocate`` do what ppx-calibrate and ppx-allocate do; ``quantizer_for`` is for conversions with the
+method ``gptq``. ``docs/python.md`` shows them. Names are imported when they are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ..convert.lazy_exports import load as _load
+
+if TYPE_CHECKING:
+    from .allocation import Allocation as Allocation
+    from .calibration import calibrate as calibrate
+    from .quantizer import quantizer_for as quantizer_for
+    from .size_budget import allocate as allocate
+
+_MODULES = {
+    "Allocation": "allocation",
+    "calibrate": "calibration",
+    "quantizer_for": "quantizer",
+    "allocate": "size_budget",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for."""
+    return _load(__name__, _MODULES, name)
+
+
+def __dir__() -> list[str]:
+    """List what there is."""
+    return sorted({*globals(), *_MODULES})

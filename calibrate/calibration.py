@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..convert.bundle.destination import check_new_file
 from ..convert.errors import UserError
-from ..convert.preparation import open_merged
-from ..convert.source.source import locate
+from ..convert.preparation import open_named
 from ..model.tokens import CALIBRATION_FRAMES, SELF_GENERATED
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def calibrate(
     check_new_file(path, ".safetensors", force)
     from . import dataset, self_generated  # imports torch: seconds that a mistake above does not need
 
-    with open_merged(locate(str(source), revision, quiet), adapter, fill_depformer_steps, quiet=quiet) as opened:
+    with open_named(str(source), revision, adapter, fill_depformer_steps, quiet) as opened:
         metadata = None
         if tokens or audio:
             gathered = dataset.gather(opened, [Path(file) for file in tokens], [Path(file) for file in audio], frames)

@@ -13,7 +13,7 @@ from ..convert.bundle.workspace import write_durably
 from ..convert.conversion import OpenConversion
 from ..convert.errors import UserError
 from ..convert.file_names import WEIGHTS
-from ..convert.preparation import inventory, open_merged
+from ..convert.preparation import inventory, open_named
 from ..convert.source import source as sources
 from ..convert.source.scan import Fingerprint
 from ..convert.source.source import Source
@@ -74,9 +74,7 @@ def allocate(
     for written in (None if file.exists() else file, picture):
         if written:
             check_file(written)
-    with open_merged(
-        sources.locate(str(source), revision, quiet), adapter, fill_depformer_steps, quiet=quiet
-    ) as opened:
+    with open_named(str(source), revision, adapter, fill_depformer_steps, quiet) as opened:
         fingerprints = sources.fingerprint(opened, quiet)
         given = conversations(opened, fingerprints, tokens, path.with_suffix(""), quiet)
         found = allocation(opened, fingerprints, request, given, file, path, quiet)

@@ -1,1 +1,49 @@
-"""From a source checkpoint to a bundle: names, plan, stream, voices, Hub. Never runs a model."""
+"""From a source checkpoint to a bundle: names, plan, stream, voices, Hub. Never runs a model.
+
+``convert`` does what ppx-convert does, without the verification; ``docs/python.md`` shows it. Names are imported when
+they are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .lazy_exports import load as _load
+
+if TYPE_CHECKING:
+    from .bundle.build import Conversion as Conversion
+    from .bundle.inspect import Contents as Contents
+    from .bundle.inspect import inspect as inspect
+    from .bundle.plan import Plan as Plan
+    from .bundle.recipe import Recipe as Recipe
+    from .bundle.recipe_choice import make_recipe as make_recipe
+    from .conversion import OpenConversion as OpenConversion
+    from .conversion import convert as convert
+    from .conversion import open_conversion as open_conversion
+    from .errors import CheckFailed as CheckFailed
+    from .errors import UserError as UserError
+    from .preparation import plan as plan
+
+_MODULES = {
+    "Conversion": "bundle.build",
+    "Contents": "bundle.inspect",
+    "inspect": "bundle.inspect",
+    "Plan": "bundle.plan",
+    "Recipe": "bundle.recipe",
+    "make_recipe": "bundle.recipe_choice",
+    "OpenConversion": "conversion",
+    "convert": "conversion",
+    "open_conversion": "conversion",
+    "CheckFailed": "errors",
+    "UserError": "errors",
+    "plan": "preparation",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for."""
+    return _load(__name__, _MODULES, name)
+
+
+def __dir__() -> list[str]:
+    """List what there is."""
+    return sorted({*globals(), *_MODULES})

@@ -11,7 +11,7 @@ from .errors import UserError
 from .file_names import FILES
 from .source import demo
 from .source.adapter import on_hub, open_adapter
-from .source.source import DEFAULT, Location, Source, is_hub_id, locate_here, open_source
+from .source.source import DEFAULT, Location, Source, is_hub_id, locate, locate_here, open_source
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +82,18 @@ def open_checked(
     return source
 
 
+def open_named(
+    source: str,
+    revision: str | None = None,
+    adapter: str | None = None,
+    fill_depformer_steps: bool = False,
+    quiet: bool = True,
+) -> Source:
+    """Find and open a source as ``open_merged`` does: a Hub id, a folder or ``demo``; downloads what is missing."""
+    check_revision(source, revision)
+    return open_merged(locate(source, revision, quiet), adapter, fill_depformer_steps, quiet=quiet)
+
+
 def prepare(
     location: Location,
     recipe: Recipe,
@@ -114,9 +126,14 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_request(source: str, revision: str | None, recipe: Recipe) -> None:
     """Raise UserError for a revision of what has none, and, before a download, for what the target cannot load."""
+    check_revision(source, revision)
     if is_hub_id(source):
         check_recipe(recipe)
-    elif revision:
+
+
+def check_revision(source: str, revision: str | None) -> None:
+    """Raise UserError for a revision of what has none."""
+    if revision and not is_hub_id(source):
         raise UserError(f"a revision has no effect for {source}, which is not on the Hub: leave it out")
 
 

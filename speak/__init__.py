@@ -1,1 +1,41 @@
-"""A bundle in conversation: language model, sampling, codec, microphone. Never changes weights."""
+"""A bundle in conversation: language model, sampling, codec, microphone. Never changes weights.
+
+``load``, ``answer`` and ``talk`` do what ppx-speak does, ``measure`` what ppx-bench does. Names are imported when they
+are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ..convert.lazy_exports import load as _load
+
+if TYPE_CHECKING:
+    from .answers import Answer as Answer
+    from .answers import answer as answer
+    from .answers import talk as talk
+    from .benchmark import measure as measure
+    from .sampling import Sampling as Sampling
+    from .speaker import Speaker as Speaker
+    from .speaker import SpeakOptions as SpeakOptions
+    from .speaker import load as load
+
+_MODULES = {
+    "Answer": "answers",
+    "answer": "answers",
+    "talk": "answers",
+    "measure": "benchmark",
+    "Sampling": "sampling",
+    "SpeakOptions": "speaker",
+    "Speaker": "speaker",
+    "load": "speaker",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for."""
+    return _load(__name__, _MODULES, name)
+
+
+def __dir__() -> list[str]:
+    """List what there is."""
+    return sorted({*globals(), *_MODULES})

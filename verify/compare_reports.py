@@ -59,9 +59,9 @@ class Comparison:
         return asdict(self)
 
 
-def compare_reports(first: Path, second: Path) -> Comparison:
+def compare_reports(first: str | Path, second: str | Path) -> Comparison:
     """Compare the reports of two bundles, or two report files; raises UserError for anything else."""
-    return compare(read(first), read(second))
+    return compare(read(Path(first)), read(Path(second)))
 
 
 def differs(first: Report, second: Report) -> list[str]:

@@ -13,7 +13,7 @@ from ...convert.bundle.destination import check_new_file
 from ...convert.errors import UserError
 from ...model.mlx_device import computing_on
 from ...model.prompt import PROMPT, VOICE
-from ...speak import answer
+from ...speak import answers
 from ...speak.sampling import GREEDY, sampling_in
 from ...speak.speaker import SpeakOptions
 from . import console, endings, options
@@ -83,11 +83,11 @@ def speak(
         write = partial(typer.echo, nl=False)
         if question is None or output is None:
             listening = partial(console.say, "listening: speak, and end with Ctrl-C (headphones avoid an echo)")
-            answer.talk(bundle, how, show=write, ready=listening, silent=False)
+            answers.talk(bundle, how, show=write, ready=listening, silent=False)
             typer.echo()
             return
         quiet = not as_json and sys.stdout.isatty()  # words show how far it is
-        done = answer.answer(
+        done = answers.answer(
             bundle,
             question,
             output,
