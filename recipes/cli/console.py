@@ -32,7 +32,7 @@ def one_of(options: Mapping[str, object]) -> None:
 def needs(option: str, value: object, other: str, given: object) -> None:
     """Raise UserError for an option that has no effect without another one."""
     if value and (given is None or given is False):
-        raise UserError(f"{option} has no effect without {other}: give both")
+        raise UserError(f"{option} needs {other}: give both")
 
 
 def show_json(value: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ppx.calibrate import measurement, self_generated
 from ppx.convert.bundle import recipe_file
-from ppx.convert.bundle.recipe import to_toml
+from ppx.convert.bundle.recipe_file import to_toml
 from ppx.convert.errors import UserError
 from ppx.convert.source import source
 from ppx.quant.affine import QuantizationConfig
@@ -182,10 +182,10 @@ def test_messages_of_options_that_contradict_each_other(pico, tmp_path, monkeypa
         (("--recipe", "4bit", "--bits", "4"), "--recipe and --bits contradict each other"),
         (("--bits", "4", "--target-size", "1GB"), "--bits and --target-size contradict each other"),
         (("--target-size", "1GB", "--bits-per-weight", "4"), "--target-size and --bits-per-weight contradict"),
-        (("--group-size", "32"), "--group-size has no effect without --bits"),
+        (("--group-size", "32"), "--group-size needs --bits"),
         (("--no-quantize", "--method", "rtn"), "--no-quantize and --method contradict"),
-        (("--private",), "--private has no effect without --publish"),
-        (("--publish", "me/it", "--no-verify"), "--publish has no effect without --verify"),
+        (("--private",), "--private needs --publish"),
+        (("--publish", "me/it", "--no-verify"), "--publish needs --verify"),
     ):
         done = run("convert", pico, *options, "-o", "out")
         assert done.exit_code == 2

@@ -392,8 +392,8 @@ def test_convert_and_publish_in_one_command(run, hub, pico, tmp_path):
     assert done.stdout.splitlines()[-1].startswith(f"{hub.address}/{NAME}: ")
     assert f'fromPretrained(modelId: "{NAME}")' in held(hub)["README.md"].decode()
     for options, message in (
-        (("--publish", NAME, "--no-verify"), "--publish needs the report"),
-        (("--private", "--verify"), "--private says nothing without --publish"),
+        (("--publish", NAME, "--no-verify"), "--publish needs --verify"),
+        (("--private", "--verify"), "--private needs --publish"),
         (("--publish", "x", "--verify"), "not the name of a repository"),
     ):
         assert message in run("ppx-convert", pico, "-o", "other", *options, status=2).stderr
