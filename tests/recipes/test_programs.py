@@ -76,7 +76,7 @@ def opened(pico, monkeypatch):
     sources = []
     tokens = load_file(pico / "calibration_tokens.safetensors")["tokens"][:2, :, :20].astype(np.int32)
 
-    def speak(opened, *_):
+    def generate(opened, *_):
         sources.append(opened)
         return tokens
 
@@ -84,7 +84,7 @@ def opened(pico, monkeypatch):
         sources.append(opened)
         raise UserError("measured")
 
-    monkeypatch.setattr(self_generated, "speak", speak)
+    monkeypatch.setattr(self_generated, "generate", generate)
     monkeypatch.setattr(measurement, "measure", measure)
     return sources
 
