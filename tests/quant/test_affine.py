@@ -189,7 +189,7 @@ def test_a_group_that_spans_more_than_float32_holds_is_refused():
         (QuantizationConfig(7, 64), (2, 64), "bits is 7: use one of 2, 3, 4, 5, 6, 8"),
         (QuantizationConfig(4.0, 64), (2, 64), "bits is 4.0: use one of"),  # type: ignore[arg-type]  # what a file may hold
         (QuantizationConfig(4, 16), (2, 64), "group_size is 16: use one of 32, 64, 128"),
-        (QuantizationConfig(4, 64, "best"), (2, 64), "method is 'best': use one of lsq, rtn"),
+        (QuantizationConfig(4, 64, "best"), (2, 64), "method is 'best': use one of mse, rtn"),
         (QuantizationConfig(4, 64), (64,), "give a matrix"),
     ],
 )
