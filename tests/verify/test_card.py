@@ -169,11 +169,11 @@ def test_what_it_was_quantized_by(made):
     text = card.files(Manifest.from_json(manifest), report)["README.md"]
     assert "tokens (my talks.safetensors): 7 sequences of 250 frames" in text
     assert "refined for 600 steps" in text
-    assert "--calibration 'my talks.safetensors' --refine 600" in text
+    assert "--tokens 'my talks.safetensors' --refine 600" in text
 
 
 def test_sampled_calibration_is_sampled_again(made):
-    """Nobody else has the file, which a conversion without --calibration makes."""
+    """Nobody else has the file, which a conversion without --tokens makes."""
     manifest, report = copy.deepcopy(made)
     record = {
         "kind": SELF_GENERATED,
@@ -185,12 +185,12 @@ def test_sampled_calibration_is_sampled_again(made):
     manifest["calibration"] = record | {"refined_steps": 600}
     text = card.files(Manifest.from_json(manifest), report)["README.md"]
     assert "out.spoken.safetensors" not in text
-    assert "--calibration" not in text
+    assert "--tokens" not in text
     assert "--refine 600" in text
     assert "samples the calibration sequences from the source's model again" in text
     manifest["calibration"] |= {"sequences": 12}  # those of a file that ppx-calibrate made
     text = card.files(Manifest.from_json(manifest), report)["README.md"]
-    assert "--calibration out.spoken.safetensors" in text
+    assert "--tokens out.spoken.safetensors" in text
     assert "`out.spoken.safetensors` is not part of these files" in text
 
 

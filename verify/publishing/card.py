@@ -106,7 +106,7 @@ def command(manifest: Manifest) -> str:
     words += ["--adapter", "@".join(filter(None, (adapter.id, adapter.revision)))] if adapter else []
     words += ["--fill-depformer-steps"] if source.copied_steps else []
     if calibration:
-        words += ["--calibration", calibration.file] if calibration.file and not resampled(calibration) else []
+        words += ["--tokens", calibration.file] if calibration.file and not resampled(calibration) else []
         words += ["--refine", str(calibration.refined_steps)] if calibration.refined_steps else []
     return shlex.join([*words, "--recipe", "recipe.toml", "--output", "bundle"])
 
