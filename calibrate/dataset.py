@@ -11,6 +11,7 @@ from ..convert.bundle.plan import Plan
 from ..convert.bundle.quantized_store import LayerwiseQuantizer, QuantizedStore
 from ..convert.bundle.records import CalibrationRecord
 from ..convert.errors import UserError
+from ..convert.hints import Hint
 from ..convert.source.source import Source
 from ..convert.tensorfile import Spec, TensorWriter
 from ..model.forward import Tokens
@@ -88,9 +89,7 @@ def gather(source: Source, files: Sequence[Path], recordings: Sequence[Path], fr
         cut.append(pieces.transpose(0, 2, 1, 3).reshape(-1, tokens.shape[1], frames))
     whole = np.concatenate(cut)
     if not len(whole):
-        raise UserError(
-            f"no conversation is {frames} frames long ({frames / 12.5:.0f} s): give longer ones, or --frames"
-        )
+        raise UserError(f"no conversation is {frames} frames long ({frames / 12.5:.0f} s)", Hint.LONGER_RECORDINGS)
     return whole
 
 

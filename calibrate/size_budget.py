@@ -13,6 +13,7 @@ from ..convert.bundle.workspace import write_durably
 from ..convert.conversion import OpenConversion
 from ..convert.errors import UserError
 from ..convert.file_names import WEIGHTS
+from ..convert.hints import Hint
 from ..convert.preparation import inventory, open_named
 from ..convert.source import source as sources
 from ..convert.source.scan import Fingerprint
@@ -30,7 +31,7 @@ def budget_of(target_size: str | int | None, bits_per_weight: float | None) -> B
     Raises UserError for both, and for what is not a size.
     """
     if target_size is not None and bits_per_weight is not None:
-        raise UserError("a size and bits per weight contradict each other: give one of them")
+        raise UserError("a target size and bits per weight contradict each other", Hint.ONE_BUDGET)
     if target_size is None and bits_per_weight is None:
         return None
     return Budget(size_of(target_size) if isinstance(target_size, str) else target_size, bits_per_weight)
@@ -98,7 +99,7 @@ def sensitivities(source: Source, fingerprints: Fingerprints, tokens: Path, file
     fingerprints: of the source's files. Raises UserError for a file of another source or of other tokens.
     """
     from ..model.tokens import read_tokens
-    from . import dataset, measurement  # imports torch: seconds that --help does not need
+    from . import dataset, measurement  # imports torch: seconds that a program's help does not need
 
     token_set = read_tokens(tokens, source.architecture, None, None)
     adapter = source.adapter and source.adapter.to_json()  # as earlier versions hashed it

@@ -14,6 +14,7 @@ from .bundle.quantized_store import LayerwiseQuantizer
 from .bundle.recipe import Recipe
 from .bundle.recipe_choice import make_recipe
 from .errors import UserError
+from .hints import Hint
 from .preparation import check_request, open_checked, planned
 from .source import adapter as adapters
 from .source.hub import DiskBudget
@@ -51,7 +52,7 @@ class OpenConversion:
         if needed and quantizer is None:
             raise UserError(f"recipe {recipe.name}: a method that needs calibration tokens, but no quantizer is given")
         if quantizer and not needed:
-            raise UserError("calibration tokens and fine-tuning are for the method gptq: leave them out, or choose it")
+            raise UserError("calibration tokens and fine-tuning are for the method gptq", Hint.CHOOSE_GPTQ)
         if self.present:
             check_same(self.present, self.output, self.fingerprints, plan.recipe)
         else:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import Problem, UserError
 
 _DEEPEST = 64  # levels of JSON
 _KINDS = {
@@ -28,9 +28,9 @@ def open_regular(path: Path) -> int:
         _check_kind(path, path.stat().st_mode)
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        raise UserError(Problem(str(path), error.strerror or str(error))) from None
     except ValueError:  # a zero byte in the name
-        raise UserError(f"{path}: not the name of a file") from None
+        raise UserError(Problem(str(path), "not the name of a file")) from None
     try:
         _check_kind(path, os.fstat(descriptor).st_mode)
     except UserError:
@@ -41,7 +41,8 @@ def open_regular(path: Path) -> int:
 
 def _check_kind(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: is {_KINDS.get(stat.S_IFMT(mode), 'a special file')}: give a regular file")
+        kind = _KINDS.get(stat.S_IFMT(mode), "a special file")
+        raise UserError(Problem(str(path), f"is {kind}", "give a regular file"))
 
 
 def check_regular(path: Path, largest: int) -> None:
@@ -55,7 +56,7 @@ def check_regular(path: Path, largest: int) -> None:
 
 def _check_size(path: Path, size: int, largest: int) -> None:
     if size > largest:
-        raise UserError(f"{path}: has {size} bytes, and at most {largest} are read: give the right file")
+        raise UserError(Problem(str(path), f"has {size} bytes, and at most {largest} are read", "give the right file"))
 
 
 def read_regular(path: Path, largest: int) -> bytes:

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from .errors import UserError, reason
+from .errors import Problem, UserError, reason
+from .hints import Hint
 from .regular_files import open_regular
 
 DTYPES: dict[str, np.dtype[Any]] = {  # safetensors code -> values, little-endian
@@ -95,7 +96,9 @@ class TensorFile:
             raise UserError(f"{path}: too large for this process's address space: raise `ulimit -v`") from None
         except (OSError, SafetensorError) as error:
             self.close()
-            raise UserError(f"{path}: not a complete safetensors file ({reason(error)}): download it again") from None
+            raise UserError(
+                Problem(str(path), f"not a complete safetensors file ({reason(error)})", Hint.DOWNLOAD_AGAIN)
+            ) from None
         names: list[str] = []  # of every object in the header, the tensors' among them
 
         def keep_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -115,10 +118,11 @@ class TensorFile:
             if name not in self.unknown
         }
 
-    def header_problems(self) -> list[str]:
+    def header_problems(self) -> list[Problem]:
         """Return the names that stand in the header twice, and the dtypes that nothing here reads."""
-        return [f"{name}: stands there twice" for name in self.doubled] + [
-            f"{name}: dtype {dtype}, which nothing here reads" for name, dtype in self.unknown.items()
+        return [Problem(f"{self.path}: {name}", "stands there twice") for name in self.doubled] + [
+            Problem(f"{self.path}: {name}", f"dtype {dtype}, which nothing here reads")
+            for name, dtype in self.unknown.items()
         ]
 
     def read(self, name: str, first: int, last: int, once: bool = False) -> NDArray[Any]:
@@ -144,7 +148,7 @@ class TensorFile:
             except OSError as error:
                 raise UserError(f"{self.path}: not readable at byte {offset + done} ({error.strerror})") from None
             if not count:
-                raise UserError(f"{self.path}: ends at byte {offset + done}, while it was read: download it again")
+                raise UserError(f"{self.path}: ends at byte {offset + done}, while it was read", Hint.DOWNLOAD_AGAIN)
             done += count
 
     def _state(self) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from ..convert import typed_json
 from ..convert.bundle.reader import Layout
+from ..convert.errors import Problem
+from ..convert.hints import Hint
 from ..convert.schema import Leaf, number, whole
 from ..quant.affine import QuantizationConfig, Quantized, dequantize
 from . import matmul as products
@@ -199,13 +201,13 @@ def failures(rows: Iterable[KernelRow]) -> list[KernelRow]:
     return [row for row in rows if not row.passed and not row.replaced]
 
 
-def complaint(row: KernelRow) -> str:
+def complaint(row: KernelRow) -> Problem:
     """Return who is at fault for a kernel that nothing works around."""
     error = math.inf if row.relative_l2 is None else row.relative_l2
     instead = "not finite" if row.instead is None else f"off by {row.instead:.2g}"
-    return (
+    message = (
         f"MLX {version('mlx')} computes wrongly on this device ({device_name()}), the bundle may be sound: "
         f"quantized_matmul of {row.shape} with {row.positions} rows of input is off by {error:.2g} "
-        f"(at most {row.bound:.2g}), and dequantizing and multiplying, which would work around it, is {instead}: "
-        "try --device cpu or another version of MLX"
+        f"(at most {row.bound:.2g}), and dequantizing and multiplying, which would work around it, is {instead}"
     )
+    return Problem("", message, Hint.COMPUTE_ON_CPU)

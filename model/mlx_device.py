@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from ..convert.errors import UserError
+from ..convert.hints import Hint
 from ..convert.parallel import cores
 
 ARITHMETICS = ("float32", "bundle")
@@ -21,7 +22,7 @@ def device_of(asked: str | None) -> mx.Device:
     Raises UserError if it is not there.
     """
     if asked == "gpu" and not mx.is_available(mx.gpu):
-        raise UserError("--device gpu: MLX has no GPU here: leave it out")
+        raise UserError("MLX has no GPU here", Hint.NO_GPU)
     if asked is None:
         return mx.default_device()
     return mx.Device(mx.gpu if asked == "gpu" else mx.cpu)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.errors import UserError, printable
+from ..convert.hints import Hint
 from ..convert.schema import whole
 from ..convert.source.architecture import Architecture
 from ..convert.source.voices import Voice
@@ -94,14 +95,11 @@ def checked(token_set: TokenSet, architecture: Architecture) -> TokenSet:
     frames = token_set.tokens.shape[2]
     if frames > _MOST_FRAMES:
         raise UserError(
-            f"sequences of {frames} frames: at most {_MOST_FRAMES} go through a block at once: use --frames"
+            f"sequences of {frames} frames: at most {_MOST_FRAMES} go through a block at once", Hint.FEWER_FRAMES
         )
     agent = token_set.counted[:, 1 : 1 + architecture.n_q // 2]
     if not agent.any(axis=(0, 2)).all() or not token_set.counted[:, 0].any():
-        raise UserError(
-            f"{frames} frames tell nothing of some of the agent's codebooks: give more --frames (a voice takes up the "
-            "first ones), or tokens in which the agent speaks"
-        )
+        raise UserError(f"{frames} frames have no predictions of some of the agent's codebooks", Hint.MORE_FRAMES)
     return token_set
 
 

@@ -48,9 +48,9 @@ class QuantizationConfig:
         """Take both names of a method."""
         object.__setattr__(self, "method", stored_method(self.method))
 
-    def problems(self) -> list[str]:
-        """Return what is wrong with these settings, one sentence each."""
-        problems = []
+    def problems(self) -> dict[str, str]:
+        """Return the settings that are not allowed, by name, each with a sentence that says why."""
+        problems = {}
         for what, value, allowed in (
             ("bits", self.bits, BITS),
             ("group_size", self.group_size, GROUP_SIZES),
@@ -59,7 +59,7 @@ class QuantizationConfig:
             right_type = isinstance(value, type(allowed[0])) and not isinstance(value, bool)  # 4.0 == 4, and True == 1
             if not right_type or value not in allowed:
                 names = METHOD_NAMES if what == "method" else allowed
-                problems.append(f"{what} is {value!r}: use one of {', '.join(map(str, names))}")
+                problems[what] = f"{what} is {value!r}: use one of {', '.join(map(str, names))}"
         return problems
 
     @property
@@ -113,7 +113,7 @@ def quantize(
     are not finite, and groups whose range overflows float32.
     """
     storage = weight.dtype if storage is None else np.dtype(storage)
-    problems = quantization.problems()
+    problems = list(quantization.problems().values())
     if quantization.method in DATA_DRIVEN:
         problems.append(f"{quantization.method} needs more than the weights")
     if weight.ndim != 2:

@@ -26,7 +26,7 @@ class Codec:
             raise UserError(f"audio {MISSING}") from None
         self.path = path
         with closing(TensorFile(path)) as file:
-            refuse([f"{path}: {problem}" for problem in file.header_problems()])
+            refuse(file.header_problems())
             damaged = non_finite(file)
         refuse([f"{path}: {name}: {n} values are NaN or infinite: it is damaged" for name, n in damaged.items()])
         try:

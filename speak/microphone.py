@@ -13,7 +13,7 @@ from ..convert.source.mimi import FRAME, RATE
 from ..model.forward import Floats
 
 _QUEUE = 3  # frames in each queue, at most
-_MISSING = "--live needs more packages: pip install 'ppx-convert[audio,live]'"
+_MISSING = "live audio needs more packages: pip install 'ppx-convert[audio,live]'"
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def devices() -> Iterator[tuple[Iterator[Floats], Callable[[Floats], None]]]:
         stream = sounddevice.Stream(samplerate=RATE, blocksize=FRAME, channels=1, dtype="float32", callback=exchange)
         stream.start()
     except (sounddevice.PortAudioError, ValueError) as error:
-        raise UserError(f"--live: microphone or speaker do not open ({reason(error)})") from None
+        raise UserError(f"microphone or speaker do not open ({reason(error)})") from None
     try:
         yield frames(), played.append
     finally:
@@ -58,7 +58,7 @@ def check() -> None:
         sounddevice.check_input_settings(channels=1, samplerate=RATE)
         sounddevice.check_output_settings(channels=1, samplerate=RATE)
     except (sounddevice.PortAudioError, ValueError) as error:
-        raise UserError(f"--live: no microphone or no speaker here ({reason(error)})") from None
+        raise UserError(f"no microphone or no speaker here ({reason(error)})") from None
 
 
 def _package() -> Any:
@@ -67,5 +67,5 @@ def _package() -> Any:
     except ImportError:
         raise UserError(_MISSING) from None
     except OSError as error:
-        raise UserError(f"--live: no sound library here ({reason(error)}): install PortAudio") from None
+        raise UserError(f"no sound library here ({reason(error)})", "install PortAudio") from None
     return sounddevice

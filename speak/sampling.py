@@ -68,4 +68,4 @@ def sampling_of(config: Mapping[str, Any]) -> Sampling:
     try:
         return Sampling(values["audio_temp"], values["audio_top_k"], values["text_temp"], values["text_top_k"])
     except UserError as error:
-        raise UserError([f"config.json: sampling: {problem}" for problem in error.problems]) from None
+        raise UserError([problem.within("config.json: sampling") for problem in error.problems]) from None

@@ -10,6 +10,7 @@ from typing import Any
 from ..convert.bundle.reader import open_bundle
 from ..convert.errors import UserError, printable
 from ..convert.file_names import CODEC, CONFIG, TOKENIZER
+from ..convert.hints import Hint
 from ..convert.source.architecture import read_config
 from ..convert.source.tokenizer import open_tokenizer
 from ..model.forward import Floats, Tokens
@@ -82,14 +83,18 @@ def open_speaker(
             raise UserError(f"{folder}: the depformer has too few steps for the agent's codebooks")
         voices = {voice.name: voice for voice in bundle.voices()}
         if options.voice not in voices:
-            raise UserError(f"--voice {options.voice}: not in this bundle: it holds {', '.join(voices)}")
+            raise UserError(
+                f"voice {options.voice}: not in this bundle, which has {', '.join(voices)}", Hint.CHOOSE_VOICE
+            )
         tokenizer = folder / layout.target.copies[TOKENIZER]
         text = prompt_tokens(tokenizer, layout.architecture, options.prompt)
         prompt = system_prompt(layout.architecture, text)
         reach = loader.reach_of(bundle)
         if len(prompt) >= reach:
             most = max(reach - 1 - (len(prompt) - len(text)), 0)
-            raise UserError(f"--prompt has {len(text)} tokens: this model remembers at most {most}: shorten it")
+            raise UserError(
+                f"the text prompt has {len(text)} tokens: at most {most} fit this model", Hint.SHORTEN_PROMPT
+            )
         model = loader.load(bundle, arithmetic_of(options.arithmetic, bundle.manifest.dtype))
     model = on_tested_kernels(model, silent, matmul)
     sampling = options.sampling or sampling_of(read_config(folder / CONFIG))

@@ -70,7 +70,9 @@ def _leave_report(
 ) -> Report:
     """Compare a bundle with an open source, write its report beside it, and return it."""
     _check_writable(bundle)
-    from .verification import verify as compare_with  # imports torch and mlx: seconds that --help does not need
+    from .verification import (
+        verify as compare_with,  # imports torch and mlx: seconds that a program's help does not need
+    )
 
     report = reports.finish(compare_with(source, bundle, options, command, quiet, same_source))
     reports.write(report, bundle)

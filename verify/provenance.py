@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..convert.bundle.records import SourceRecord
 from ..convert.errors import UserError, printable
+from ..convert.hints import Hint
 from ..convert.source import adapter as adapters
 from ..convert.source import demo
 from ..convert.source.source import Source, is_hub_id
@@ -24,7 +25,7 @@ def reference_of(bundle: Path, named: str | None, made_from: SourceRecord) -> tu
         return identity, commit if commit and re.fullmatch("[0-9a-f]{40}", commit) else None
     if named or identity in demo.SIZES:
         return identity, None
-    raise UserError(f"{bundle}: was made from a folder called {identity}: give it as the reference")
+    raise UserError(f"{bundle}: was made from a folder called {identity}", Hint.GIVE_REFERENCE)
 
 
 def adapter_of(bundle: Path, named: str | None, made_from: SourceRecord) -> str | None:
@@ -32,11 +33,11 @@ def adapter_of(bundle: Path, named: str | None, made_from: SourceRecord) -> str 
     recorded = made_from.adapter
     if not recorded:
         if named:
-            raise UserError(f"{bundle}: was made without an adapter: leave the adapter out")
+            raise UserError(f"{bundle}: was made without an adapter", Hint.LEAVE_ADAPTER_OUT)
         return None
     if named or recorded.revision:
         return named or f"{recorded.id}@{recorded.revision}"
-    raise UserError(f"{bundle}: an adapter was merged into it ({recorded.id}): give its file as the adapter")
+    raise UserError(f"{bundle}: an adapter was merged into it ({recorded.id})", Hint.GIVE_ADAPTER)
 
 
 def check_adapter(opened: Source, made_from: SourceRecord) -> None:
@@ -45,7 +46,7 @@ def check_adapter(opened: Source, made_from: SourceRecord) -> None:
     if used is None or recorded is None:
         return
     if (used.sha256, used.rank, used.scaling) != (recorded.sha256, recorded.rank, recorded.scaling):
-        raise UserError(f"{used.id}: not the adapter that was merged ({recorded.id}): give that one")
+        raise UserError(f"{used.id}: not the adapter that was merged ({recorded.id})", Hint.OTHER_ADAPTER)
 
 
 def command_of(bundle: Path, reference: str | None, adapter: str | None, options: VerifyOptions) -> str:

@@ -15,7 +15,7 @@ from .options import EMBEDDED
 RATE = 16000  # samples a second, as all of them take them
 _WHISPER = "base.en"
 _BLOCK = 480  # samples that pocketsphinx looks at together
-MISSING = "--round-trip needs more packages: pip install 'ppx-convert[audio,round-trip]'"
+MISSING = "a round trip needs more packages: pip install 'ppx-convert[audio,round-trip]'"
 
 Transcribe = Callable[[Floats], str]  # samples at RATE -> words
 
@@ -66,8 +66,8 @@ def load(name: str = EMBEDDED) -> Transcribe:
     """
     module = name.replace("-", "_")
     if find_spec(module) is None:
-        raise UserError(MISSING if name == EMBEDDED else f"--recognizer {name}: pip install {name} first")
+        raise UserError(MISSING if name == EMBEDDED else f"recognizer {name}: not installed: pip install {name} first")
     try:
         return _LOADERS[name]()
     except (ImportError, OSError, RuntimeError, ValueError, HTTPError) as error:
-        raise UserError(f"--recognizer {name}: does not load ({reason(error)})") from None
+        raise UserError(f"recognizer {name}: does not load ({reason(error)})") from None

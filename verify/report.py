@@ -13,8 +13,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..convert.bundle.describe import size
-from ..convert.errors import UserError, reason
+from ..convert.errors import Problem, UserError, reason
 from ..convert.file_names import MANIFEST
+from ..convert.hints import Hint
 from ..convert.regular_files import read_json
 from ..convert.typed_json import mapped
 from ..model.kernel_test import workarounds
@@ -77,7 +78,7 @@ def read(path: Path) -> Report:
     if not path.exists() or (path.is_dir() and not (path / MANIFEST).is_file()):
         raise UserError(f"{path}: neither a bundle nor a report of ppx-verify")
     if not file.is_file():
-        raise UserError(f"{path}: has no {FOLDER}/{JSON}: run ppx-verify {path} --reference SOURCE first")
+        raise UserError(f"{path}: has no {FOLDER}/{JSON}", Hint.VERIFY_FIRST)
     try:
         data = read_json(file, _LARGEST)
     except (OSError, ValueError, RecursionError):
@@ -85,8 +86,8 @@ def read(path: Path) -> Report:
     try:
         return Report.from_json(data)
     except ValueError as error:
-        problem = reason(error)
-        raise UserError(f"{file}: not a report that this version reads ({problem}): run ppx-verify again") from None
+        message = f"not a report that this version reads ({reason(error)})"
+        raise UserError(Problem(str(file), message, "run ppx-verify again")) from None
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import mlx.core as mx
 
 from ..convert.bundle.manifest import TOOLKIT, Manifest
 from ..convert.bundle.reader import Bundle, Layout, layout_of
-from ..convert.errors import UserError, printable
+from ..convert.errors import Problem, UserError, printable
 from ..convert.file_names import MANIFEST, TOKENIZER, WEIGHTS
+from ..convert.hints import Hint
 from ..convert.progress import bar, byte_bar, long_step
 from ..convert.source.scan import hash_file
 from ..convert.source.source import Source
@@ -104,7 +105,6 @@ def _verify(
                 session = _roll(source, stored, token_set, request, arithmetic, matmul, quiet)
     if measured.predictions and arithmetic != "float32":
         bounds = limits.with_noise(bounds, measured.predictions)
-    problems = [printable(problem) for problem in problems]
     return Report(
         verdict=_verdict(problems, tests, measured, bounds, manifest, half),
         limits=bounds,
@@ -113,7 +113,7 @@ def _verify(
         source=SourceIdentity(manifest.source.id, manifest.source.revision, manifest.source.files),
         tokens=token_set.description,
         arithmetic=arithmetic,
-        structure=Structure(tuple(problems), len(manifest.files), _count(layout)),
+        structure=Structure(tuple(printable(str(one)) for one in problems), len(manifest.files), _count(layout)),
         kernels=tuple(tests),
         weights=tuple(measured.weights),
         activations=tuple(measured.activations),
@@ -169,7 +169,7 @@ def _roll(
 
 
 def _verdict(
-    problems: Sequence[str],
+    problems: Sequence[Problem],
     tests: Sequence[KernelRow],
     measured: Measured,
     bounds: Mapping[str, float],
@@ -177,7 +177,7 @@ def _verdict(
     agent_steps: int,
 ) -> Verdict:
     """Return whether a bundle passes, and every reason why it does not, the most important first."""
-    failures = [limits.failure("structure", problem.split(": ")[0], problem) for problem in problems]
+    failures = [limits.failure("structure", problem.place or "bundle", str(problem)) for problem in problems]
     broken = _broken_kernels(tests)  # nothing that was computed can be judged then
     failures += broken
     if measured.weights:
@@ -198,7 +198,8 @@ def _check_origin(source: Source, manifest: Manifest, quiet: bool) -> None:
     if recorded is None or actual != recorded.sha256:
         raise UserError(
             f"{source.location.identity}: its {WEIGHTS} is not the one that the bundle was made from "
-            f"({manifest.source.id}): give that one as --reference"
+            f"({manifest.source.id})",
+            Hint.OTHER_REFERENCE,
         )
 
 
@@ -237,6 +238,6 @@ def _torch_device(request: VerifyOptions) -> str:
 def _broken_kernels(rows: Sequence[KernelRow]) -> list[Failure]:
     """Return the failures of kernels that nothing works around."""
     return [
-        limits.failure("kernels", str(row.shape), kernel_test.complaint(row), row.relative_l2, row.bound)
+        limits.failure("kernels", str(row.shape), str(kernel_test.complaint(row)), row.relative_l2, row.bound)
         for row in kernel_test.failures(rows)
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckFailed, UserError
+from ..hints import Hint
 from ..parallel import cores
 from ..progress import byte_bar
 from ..source.scan import Fingerprint
@@ -97,8 +98,8 @@ def check_same(
 
 def _other_bundle(output: Path) -> UserError:
     return UserError(
-        f"{output}: holds a bundle of another source, with other settings or of other versions: "
-        "choose another --output, or replace it with --force"
+        f"{output}: holds a bundle of another source, with other settings or of other versions",
+        Hint.OTHER_OUTPUT_OR_REPLACE,
     )
 
 
@@ -196,11 +197,11 @@ def _read_back_all(output: Path, plan: Plan, files: Mapping[str, Fingerprint], q
         for file in plan.files:
             path = output / file.name
             if file.name not in files or not path.is_file():
-                raise CheckFailed(f"{path}: missing from a finished bundle: make it again with --force")
+                raise CheckFailed(f"{path}: missing from a finished bundle", Hint.MAKE_AGAIN)
             try:
                 check_hash(path, files[file.name].size, files[file.name].sha256)
                 if specs := specs_of(plan, file):
                     check_tensors(path, specs)
             except CheckFailed as error:
-                raise CheckFailed(f"{error}; or make the bundle again with --force") from None
+                raise CheckFailed(error.problem.message, Hint.MAKE_AGAIN_OR_CHECK_DISK) from None
             bar.update(file.nbytes)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
+from ..hints import Hint
 from .manifest import Manifest, read_manifest, untracked_files
 from .plan import Plan
 
@@ -31,10 +32,10 @@ def check_output(output: Path, force: bool = False) -> Manifest | None:
         _check_writable(output)
         return None
     if not output.is_dir():
-        raise UserError(f"{output}: is a file: choose another --output")
+        raise UserError(f"{output}: is a file", Hint.OTHER_OUTPUT)
     manifest = read_manifest(output)
     if manifest is None and any(output.iterdir()):
-        raise UserError(f"{output}: holds files that are no bundle: choose another --output, or empty it")
+        raise UserError(f"{output}: holds files that are no bundle", Hint.OTHER_OUTPUT_OR_EMPTY)
     if manifest and force and (others := untracked_files(output, manifest)):
         raise UserError(f"{output}: holds files that are not of its bundle ({', '.join(others)}): move them first")
     if manifest is None or force:
@@ -47,9 +48,9 @@ def _check_writable(output: Path) -> None:
     """Raise UserError if the nearest existing folder above an output cannot take what is written beside it."""
     above = next(parent for parent in output.absolute().parents if parent.exists() or parent.is_symlink())
     if not above.is_dir():
-        raise UserError(f"{above}: is not a folder: choose another --output")
+        raise UserError(f"{above}: is not a folder", Hint.OTHER_OUTPUT)
     if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{above}: is not writable: choose another --output")
+        raise UserError(f"{above}: is not writable", Hint.OTHER_OUTPUT)
 
 
 def check_new_file(path: Path, suffix: str, force: bool) -> None:
@@ -88,8 +89,8 @@ def make_place(plan: Plan, output: Path, solved: bool) -> None:
         needed = plan.free_disk + (plan.nbytes if solved else 0)
         if free + there < needed:
             raise UserError(
-                f"{output.parent}: {free / 1e9:.2f} GB are free and {(needed - there) / 1e9:.2f} GB are needed: "
-                "free some, or choose --output on another disk"
+                f"{output.parent}: {free / 1e9:.2f} GB are free and {(needed - there) / 1e9:.2f} GB are needed",
+                Hint.FREE_DISK,
             )
 
 
@@ -115,9 +116,5 @@ def disk_errors(output: Path) -> Iterator[None]:
         what = error.strerror or str(error)
         where = error.filename or output
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = (
-            "free some space, and run the command again: it resumes"
-            if full
-            else "mend that, or choose another --output"
-        )
-        raise UserError(f"{where}: {what}: {hint}") from None
+        hint = "free some space, and run the command again: it resumes" if full else Hint.MEND_OR_OTHER_OUTPUT
+        raise UserError(f"{where}: {what}", hint) from None

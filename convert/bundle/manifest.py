@@ -4,12 +4,12 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import UserError, reason
+from ..errors import Problem, UserError, reason
 from ..file_names import MANIFEST
 from ..regular_files import read_json
 from ..source.architecture import Architecture, from_config, to_config
@@ -198,10 +198,10 @@ def _architecture(sizes: Mapping[str, Any]) -> Architecture:
     try:
         if from_config(to_config(architecture)) == architecture:
             return architecture
-        wrong = ["its sizes are of other types"]
+        problems = [Problem("", "its sizes are of other types")]
     except UserError as error:
-        wrong = [problem.removeprefix("config.json: ") for problem in error.problems]
-    raise UserError([f"{MANIFEST}: architecture: {problem}" for problem in wrong])
+        problems = error.problems
+    raise UserError([replace(problem, place=f"{MANIFEST}: architecture") for problem in problems])
 
 
 def read_manifest(folder: Path) -> Manifest | None:

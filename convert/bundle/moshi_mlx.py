@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...quant.affine import QuantizationConfig
+from ..errors import Problem
 from ..file_names import CODEC, TOKENIZER
+from ..hints import Hint
 from ..source.architecture import Architecture, to_config
 from ..source.tensors import Role, roles
 from .output_tensor import Output, whole
@@ -59,23 +61,25 @@ def _setting(quantization: QuantizationConfig | None) -> tuple[int, int] | None:
     return (quantization.bits, quantization.group_size) if quantization else None
 
 
-def runtime_problems(architecture: Architecture, outputs: Sequence[Output]) -> list[str]:
+def runtime_problems(architecture: Architecture, outputs: Sequence[Output]) -> list[Problem]:
     """Return what of a quantization or size moshi_mlx and personaplex-mlx cannot load."""
     settings = {_setting(output.quantization) for output in outputs if output.role.kind != "norm"}
-    found = []
+    problems = []
     if len(settings) > 1 or not settings <= set(RUNTIME_FORMS):
         listed = ", ".join(sorted(f"{s[0]} bit group {s[1]}" if s else "16 bit" for s in settings))
-        found.append(
+        message = (
             "moshi-mlx loads every linear and embedding at 4 bit group 32, at 8 bit group 64, or nothing quantized: "
-            f"not {listed}; use --recipe moshi-q4, moshi-q8 or bf16, or --target mlx"
+            f"not {listed}"
         )
+        problems.append(Problem("", message, Hint.MOSHI_RECIPE))
     for what, hidden, expected in (
         ("temporal", architecture.hidden, 11 * architecture.dim // 4),
         ("depformer", architecture.depformer_hidden, 2 * architecture.depformer_dim_feedforward // 3),
     ):
         if hidden != expected:
-            found.append(f"moshi-mlx takes the {what} MLP to be {expected} wide, here it is {hidden}: use --target mlx")
-    return found
+            message = f"moshi-mlx expects the {what} MLP to be {expected} wide, here it is {hidden}"
+            problems.append(Problem("", message, Hint.TARGET_MLX))
+    return problems
 
 
 def runtime_config(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import UserError, refuse
+from ..errors import Problem, UserError, refuse
 from ..file_names import CODEC, CONFIG, INDEX, TOKENIZER, VOICES, WEIGHTS
 from ..parallel import AHEAD
 from ..source import demo
@@ -154,7 +154,7 @@ def _trimmed(inventory: Inventory, steps: int | None) -> tuple[Inventory, dict[s
     return replace(inventory, architecture=replace(full, steps=steps), copied_steps=copied_steps), unused
 
 
-def _problems(recipe: Recipe, outputs: Sequence[Output]) -> list[str]:
+def _problems(recipe: Recipe, outputs: Sequence[Output]) -> list[Problem]:
     """Return rules that match nothing, and tensors whose rows their group size does not divide."""
     problems = []
     weights = [output for output in outputs if output.role.kind != "norm"]
@@ -164,7 +164,7 @@ def _problems(recipe: Recipe, outputs: Sequence[Output]) -> list[str]:
         if not matched & left:
             where = f" (line {rule.line})" if rule.line else ""
             why = "decides nothing, rules before it do" if matched else "matches no tensor of this model"
-            problems.append(f"recipe {recipe.name}: a rule{where} {why}: correct it")
+            problems.append(Problem(f"recipe {recipe.name}", f"a rule{where} {why}", "correct it"))
         left -= matched
     uneven = Counter(
         (output.role.component, output.role.module, output.shape[-1], output.quantization.group_size)
@@ -174,10 +174,8 @@ def _problems(recipe: Recipe, outputs: Sequence[Output]) -> list[str]:
     for (component, module, columns, size), count in uneven.items():
         allowed = [str(smaller) for smaller in (64, 32) if columns % smaller == 0 and smaller < size]
         hint = f"use group size {' or '.join(allowed)}" if allowed else "keep them float"
-        problems.append(
-            f"{component} {module}: rows of {columns} weights are not divided by groups of {size} "
-            f"({count} tensors): {hint}"
-        )
+        message = f"rows of {columns} weights are not divided by groups of {size} ({count} tensors)"
+        problems.append(Problem(f"{component} {module}", message, hint))
     return problems
 
 

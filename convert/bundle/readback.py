@@ -20,8 +20,8 @@ def check_hash(path: Path, size: int, sha256: str) -> None:
             found += len(block)
     if found != size or digest.hexdigest() != sha256:
         raise CheckFailed(
-            f"{path}: holds {found} bytes with sha256 {digest.hexdigest()}, where {size} with {sha256} were written: "
-            "check the disk and run the command again"
+            f"{path}: holds {found} bytes with sha256 {digest.hexdigest()}, where {size} with {sha256} were written",
+            "check the disk and run the command again",
         )
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ...quant.affine import QuantizationConfig
-from ..errors import UserError, refuse
+from ..errors import Problem, UserError, refuse
 from ..file_names import CONFIG, MANIFEST, VOICES
+from ..hints import Hint
 from ..source.architecture import Architecture, read_config
 from ..source.voices import Voice, check, read_voices
 from ..tensorfile import Spec, TensorFile
@@ -73,8 +74,7 @@ def _quantization(record: TensorRecord | None) -> QuantizationConfig | None:
     if record is None or record.bits is None or record.group_size is None:
         return None
     quantization = QuantizationConfig(record.bits, record.group_size)
-    if quantization.problems():
-        raise UserError(f"{MANIFEST}: {record.outputs[0]}: {'; '.join(quantization.problems())}")
+    refuse([Problem(f"{MANIFEST}: {record.outputs[0]}", problem) for problem in quantization.problems().values()])
     return quantization
 
 
@@ -119,7 +119,7 @@ class Bundle:
             return read_voices(self.folder / VOICES, self.architecture)[0]  # which refuses an archive that lacks some
         files = sorted(name for name in self.manifest.files if name.startswith("voices/"))
         if not files:
-            raise UserError(f"{self.folder}: its manifest names no voices: convert again with --force")
+            raise UserError(f"{self.folder}: its manifest names no voices", Hint.CONVERT_AGAIN)
         return [_voice(self.folder / name, self.architecture) for name in files]  # none lies outside of the folder
 
     def reach(self) -> tuple[int, int]:
@@ -149,7 +149,7 @@ def _voice(path: Path, architecture: Architecture) -> Voice:
     try:
         check(voice, architecture)
     except ValueError as error:
-        raise UserError(f"{path}: {error}: convert again with --force") from None
+        raise UserError(f"{path}: {error}", Hint.CONVERT_AGAIN) from None
     return voice
 
 
@@ -159,11 +159,12 @@ def open_bundle(folder: Path) -> Bundle:
     Raises UserError with all that is otherwise. Hashes are not looked at.
     """
     manifest, layout = layout_of(folder)
-    found = []
+    problems: list[Problem] = []
     for name, specs in layout.specs().items():
         with closing(TensorFile(folder / name)) as file:
-            held = {key: (spec.dtype, spec.shape) for key, spec in file.specs.items()}
-        wrong = [spec.name for spec in specs if held.get(spec.name) != (spec.dtype, spec.shape)]
-        found += [f"{folder / name}: {key}: not as the manifest says: convert again with --force" for key in wrong]
-    refuse(found)
+            stored = {key: (spec.dtype, spec.shape) for key, spec in file.specs.items()}
+        wrong = [spec.name for spec in specs if stored.get(spec.name) != (spec.dtype, spec.shape)]
+        place = str(folder / name)
+        problems += [Problem(f"{place}: {key}", "not as the manifest says", Hint.CONVERT_AGAIN) for key in wrong]
+    refuse(problems)
     return Bundle(folder, manifest, layout)

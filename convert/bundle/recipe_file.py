@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...quant.affine import DEFAULT_METHOD, QuantizationConfig
-from ..errors import UserError, check_name, refuse
+from ..errors import Problem, UserError, check_name, refuse
 from ..regular_files import read_regular
 from ..source.tensors import COMPONENTS
 from .ranges import Ranges, format_ranges, parse_ranges
@@ -42,11 +42,11 @@ def parse(text: str, name: str, where: str, override: str | None = None) -> Reci
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is one; numbers of 5000 digits are another
         raise UserError(f"{where}: not TOML: {error}") from None
     lines = _lines(text)
-    problems: list[tuple[int, str]] = []
+    problems: list[tuple[int, Problem]] = []
 
     def wrong(key: str, message: str, rule: int = -1) -> None:
         line = lines.get((rule, key)) or lines.get((rule, ""), 1)
-        problems.append((line, f"{where}, line {line}: {message}"))
+        problems.append((line, Problem(f"{where}, line {line}", message)))
 
     for key in data:
         if key not in _TOP:
@@ -78,7 +78,7 @@ def parse(text: str, name: str, where: str, override: str | None = None) -> Reci
             wrong(f"parity.{key}", f"unknown limit {key!r}: use {', '.join(LIMITS)}")
         elif not _is_limit(value):
             wrong(f"parity.{key}", f"{key} is {value!r}: a number of at least 0 is needed")
-    refuse([message for _, message in sorted(problems)])
+    refuse([problem for _, problem in sorted(problems, key=lambda pair: (pair[0], pair[1].message))])
     return Recipe(name, str(target), str(dtype), tuple(rules), str(description), parity, text, kept)
 
 
@@ -122,8 +122,8 @@ def _rule(data: dict[str, Any], number: int, line: int, wrong: Wrong) -> Rule:
         quantization = QuantizationConfig(
             data.get("bits", 4), data.get("group_size", 64), data.get("method", DEFAULT_METHOD)
         )
-        for problem in quantization.problems():
-            wrong(problem.split()[0], problem, number)
+        for key, problem in quantization.problems().items():
+            wrong(key, problem, number)
     layers, steps = (_ranges(data, key, number, wrong) for key in ("layers", "steps"))
     return Rule(quantization, components, _names(data, "modules", number, wrong), layers, steps, line)
 

@@ -7,6 +7,7 @@ silently skips what it does not find. Names are the checkpoint's own, split into
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import Problem
 from ..source.architecture import SAMPLING, Architecture
 from ..source.tensors import Role, roles
 from .output_tensor import Output, whole
@@ -34,11 +35,11 @@ def split(outputs: Sequence[Output]) -> dict[str, list[Output]]:
     return files
 
 
-def problems(architecture: Architecture, outputs: Sequence[Output]) -> list[str]:
+def problems(architecture: Architecture, outputs: Sequence[Output]) -> list[Problem]:
     """Return what of a quantization the Swift loader cannot load."""
-    found = []
+    messages = []
     if architecture.steps < architecture.n_q:
-        found.append(
+        messages.append(
             f"speech-swift loads a depformer of {architecture.n_q} steps, not {architecture.steps}: "
             "the targets moshi-mlx and mlx load fewer"
         )
@@ -46,22 +47,24 @@ def problems(architecture: Architecture, outputs: Sequence[Output]) -> list[str]
     settings = sorted({(o.quantization.bits, o.quantization.group_size) for o in outputs if o.quantization})
     if len(settings) > 1:
         listed = ", ".join(f"{bits} bit group {size}" for bits, size in settings)
-        found.append(f"speech-swift loads one setting for all quantized layers, not {listed}: choose one of them")
+        messages.append(f"speech-swift loads one setting for all quantized layers, not {listed}: choose one of them")
     for component in ("embeddings", "heads"):
         if any(output.quantization for output in outputs if output.role.component == component):
-            found.append(f"speech-swift loads {component} as floats: keep them (quantize temporal and depformer only)")
+            messages.append(
+                f"speech-swift loads {component} as floats: keep them (quantize temporal and depformer only)"
+            )
     quantized = {}
     for component in FILES:
         quantizations = [output.quantization is not None for output in linears if output.role.component == component]
         quantized[component] = any(quantizations)
         if any(quantizations) and not all(quantizations):
-            found.append(
+            messages.append(
                 f"speech-swift loads all linear layers of the {component} quantized or none: "
                 f"the recipe quantizes {sum(quantizations)} of {len(quantizations)}; the target mlx can mix"
             )
     if quantized["depformer"] and not quantized["temporal"]:
-        found.append("speech-swift loads a quantized depformer only beside a quantized temporal: quantize both")
-    return found
+        messages.append("speech-swift loads a quantized depformer only beside a quantized temporal: quantize both")
+    return [Problem("", message) for message in messages]
 
 
 def config(architecture: Architecture, outputs: Sequence[Output], base_model: str, voices: list[str]) -> dict[str, Any]:

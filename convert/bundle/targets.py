@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import Problem
 from ..file_names import CODEC, TOKENIZER, VOICES
 from ..source.architecture import Architecture
 from . import moshi_mlx, speech_swift
@@ -17,8 +18,7 @@ class Target:
     dtype: its usual one for floats and scales. uniform: components that a uniform recipe quantizes. copies: source
     file -> its name in the bundle. voice_cache: dtype of a voice's tokens in ``voices/NAME.safetensors``, None where
     the archive is copied instead. indexed: whether model.safetensors.index.json belongs to it.
-    mixes: whether any module may have any setting. problems: what of an architecture and a quantization it cannot load,
-    in sentences.
+    mixes: whether any module may have any setting. problems: what of an architecture and a quantization it cannot load.
     """
 
     name: str
@@ -31,11 +31,11 @@ class Target:
     mixes: bool
     layout: Callable[[Architecture], list[Output]]
     split: Callable[[Sequence[Output]], dict[str, list[Output]]]
-    problems: Callable[[Architecture, Sequence[Output]], list[str]]
+    problems: Callable[[Architecture, Sequence[Output]], list[Problem]]
     config: Callable[[Architecture, Sequence[Output], str, list[str]], dict[str, Any]]
 
 
-def _anything(architecture: Architecture, outputs: Sequence[Output]) -> list[str]:
+def _anything(architecture: Architecture, outputs: Sequence[Output]) -> list[Problem]:
     del architecture, outputs
     return []
 

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from ..errors import UserError
 from ..file_names import MANIFEST
+from ..hints import Hint
 from .manifest_schema import journal_problem
 from .records import WrittenFile
 
@@ -62,16 +63,16 @@ class Workspace:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._lock)
-            raise UserError(f"{self.folder}: another conversion is at work there: wait, or choose --output") from None
+            raise UserError(f"{self.folder}: another conversion is at work there", Hint.WAIT_OR_OTHER_OUTPUT) from None
         journal = _journal(self.folder)
         if journal is None and any(path.name not in _OWN for path in self.folder.iterdir()):
             self.close()
-            raise UserError(f"{self.folder}: holds files of something else: move them, or choose another --output")
+            raise UserError(f"{self.folder}: holds files of something else", Hint.MOVE_FILES)
         if journal is not None and journal.fingerprint != fingerprint and not force:
             self.close()
             raise UserError(
-                f"{self.folder}: holds an unfinished conversion of another source or with other settings: "
-                "finish that one, choose another --output, or discard it with --force"
+                f"{self.folder}: holds an unfinished conversion of another source or with other settings",
+                Hint.DISCARD_UNFINISHED,
             )
         self.files = dict(journal.files) if journal and journal.fingerprint == fingerprint else {}
         self._fingerprint = fingerprint

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError, check_name, refuse
+from ..errors import Problem, UserError, check_name, refuse
 from ..file_names import CONFIG
 from ..progress import byte_bar
 from ..regular_files import read_json
@@ -106,7 +106,8 @@ def open_adapter(where: str, architecture: Architecture, quiet: bool = False) ->
         expected = hub.hub_sha256(path)
         if expected and expected != found.sha256:
             raise UserError(f"{path}: its sha256 is not the one that the Hub gave: damaged in the cache: delete it")
-        refuse([f"{path}: {name}: {count} values are NaN or infinite: it is damaged" for name, count in bad.items()])
+        why = "values are NaN or infinite: it is damaged"
+        refuse([Problem(f"{path}: {name}", f"{count} {why}") for name, count in bad.items()])
     except BaseException:
         file.close()
         raise
@@ -152,19 +153,20 @@ def _settings(path: Path) -> tuple[int, float]:
 def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str, tuple[LoraPair, ...]]:
     """Give every pair of matrices its rows in the checkpoint; raises UserError with all that do not fit."""
     known = roles(architecture)
-    problems = [f"{name}: stands there twice" for name in file.doubled]
+    problems = [Problem(name, "stands there twice") for name in file.doubled]
     stems: dict[str, set[str]] = {}
     for name in file.offsets:
         match = _KEY.fullmatch(name)
         if not match or name in file.unknown or file.specs[name].dtype not in FLOATS:
-            problems.append(f"{name}: not a matrix of a LoRA (its names end in lora_A.weight and lora_B.weight)")
+            why = "not a matrix of a LoRA (its names end in lora_A.weight and lora_B.weight)"
+            problems.append(Problem(name, why))
         else:
             stems.setdefault(match["stem"], set()).add(match["side"])
     pieces: dict[str, list[LoraPair]] = {}
     for stem, sides in stems.items():
         place = _place(stem, known)
         if place is None:
-            problems.append(f"{stem}: matches no linear layer of this architecture")
+            problems.append(Problem(stem, "matches no linear layer of this architecture"))
             continue
         name, first, rows = place
         whole = known[name].stacked if rows == known[name].shape[0] else 1  # steps that lie in these two matrices
@@ -172,19 +174,20 @@ def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str,
         expected = {a: (whole * rank, known[name].shape[1]), b: (rows, rank)}
         for key, shape in expected.items():
             if key.rpartition("lora_")[2][0] not in sides:
-                problems.append(f"{key}: missing")
+                problems.append(Problem(key, "missing"))
             elif file.specs[key].shape != shape:
                 shapes = f"{list(file.specs[key].shape)}, where rank {rank} makes it {list(shape)}"
-                problems.append(f"{key}: shape {shapes} (the rank is lora_rank in config.json beside it, else {RANK})")
+                why = f"(the rank is lora_rank in config.json beside it, else {RANK})"
+                problems.append(Problem(key, f"shape {shapes} {why}"))
         if any(first < other.first + other.rows and other.first < first + rows for other in pieces.get(name, ())):
-            problems.append(f"{stem}: another matrix of the adapter is for the same rows")
+            problems.append(Problem(stem, "another matrix of the adapter is for the same rows"))
         height = rows // whole
         pieces.setdefault(name, []).extend(
             LoraPair(first + step * height, height, (a, step * rank), (b, step * height)) for step in range(whole)
         )
     if not stems and not problems:
-        problems.append("holds no matrices")
-    refuse([f"{file.path}: {problem}" for problem in problems])
+        problems.append(Problem("", "holds no matrices"))
+    refuse([problem.within(str(file.path)) for problem in problems])
     return {name: tuple(parts) for name, parts in pieces.items()}
 
 

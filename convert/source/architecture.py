@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, reason, refuse
+from ..errors import Problem, UserError, reason, refuse
+from ..file_names import CONFIG
+from ..hints import Hint
 from ..regular_files import read_json
 
 DELAYS = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
@@ -114,67 +116,66 @@ def sizes_of(config: dict[str, Any]) -> Architecture:
     """
     if "dim" not in config:
         return Architecture()
-    problems, sizes = [], {}
+    messages, sizes = [], {}
     for key, (field, largest) in _SIZES.items():
         value = config.get(key)
         if value is None and key in _OPTIONAL:
             continue
         if type(value) is not int or not 0 < value <= largest:
-            problems.append(f"config.json: {key} is {_shown(value)}: a whole number from 1 to {largest} is needed")
+            messages.append(f"{key} is {_shown(value)}: a whole number from 1 to {largest} is needed")
         else:
             sizes[field] = value
     scale = config.get("hidden_scale", Architecture.hidden_scale)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0.1 <= scale <= 64:
-        problems.append(f"config.json: hidden_scale is {_shown(scale)}: a number from 0.1 to 64 is needed")
+        messages.append(f"hidden_scale is {_shown(scale)}: a number from 0.1 to 64 is needed")
         scale = Architecture.hidden_scale
     feedforward = config.get("depformer_dim_feedforward")
     if feedforward is None:  # kyutai/personaplex-rl-seamless leaves it to the scale
         feedforward = int(scale * sizes.get("depformer_dim", Architecture.depformer_dim))
     if type(feedforward) is not int or not 3 <= feedforward <= _WIDEST:
-        problems.append(
-            f"config.json: depformer_dim_feedforward is {_shown(feedforward)}: "
-            f"a whole number from 3 to {_WIDEST} is needed"
+        messages.append(
+            f"depformer_dim_feedforward is {_shown(feedforward)}: a whole number from 3 to {_WIDEST} is needed"
         )
         feedforward = Architecture.depformer_dim_feedforward
     delays = config.get("delays", list(DELAYS))
     streams = 1 + sizes.get("n_q", Architecture.n_q)
     if not isinstance(delays, list) or not all(type(d) is int and 0 <= d <= _LONGEST_DELAY for d in delays):
-        problems.append(f"config.json: delays is {_shown(delays)}: whole numbers from 0 to {_LONGEST_DELAY} are needed")
+        messages.append(f"delays is {_shown(delays)}: whole numbers from 0 to {_LONGEST_DELAY} are needed")
         delays = list(DELAYS)
     elif len(delays) != streams:
-        problems.append(f"config.json: delays has {len(delays)} entries: 1 + n_q = {streams} streams need one each")
+        messages.append(f"delays has {len(delays)} entries: 1 + n_q = {streams} streams need one each")
     for key, allowed in _FIXED.items():
         if key in config and config[key] not in allowed:
-            problems.append(
-                f"config.json: {key} is {_shown(config[key])}: only {allowed[0]!r} is PersonaPlex's architecture"
-            )
-    refuse(problems)
+            messages.append(f"{key} is {_shown(config[key])}: only {allowed[0]!r} is PersonaPlex's architecture")
+    refuse([Problem(CONFIG, message) for message in messages])
     return Architecture(**sizes, hidden_scale=float(scale), depformer_dim_feedforward=feedforward, delays=tuple(delays))
 
 
-def impossible(a: Architecture) -> list[str]:
-    """Return which sizes contradict each other, one sentence each; no runtime computes such a model."""
-    found = []
+def impossible(a: Architecture) -> list[Problem]:
+    """Return which sizes contradict each other; no runtime computes such a model."""
+    messages = []
     if a.dim % a.num_heads:
-        found.append(f"num_heads is {a.num_heads}: it does not divide dim, {a.dim}")
+        messages.append(f"num_heads is {a.num_heads}: it does not divide dim, {a.dim}")
     elif a.dim // a.num_heads % 2:
-        found.append(
+        messages.append(
             f"num_heads is {a.num_heads}: heads of dim {a.dim} are {a.dim // a.num_heads} wide, RoPE needs pairs"
         )
     if a.depformer_dim % a.depformer_num_heads:
         heads = f"depformer_num_heads is {a.depformer_num_heads}"
-        found.append(f"{heads}: it does not divide depformer_dim, {a.depformer_dim}")
+        messages.append(f"{heads}: it does not divide depformer_dim, {a.depformer_dim}")
     if not a.hidden:
-        found.append(f"hidden_scale is {a.hidden_scale}: at dim {a.dim} nothing is left of the MLP")
+        messages.append(f"hidden_scale is {a.hidden_scale}: at dim {a.dim} nothing is left of the MLP")
     if a.n_q % 2:
-        found.append(f"n_q is {a.n_q}: an even number is needed, half of the codebooks are the agent's")
+        messages.append(f"n_q is {a.n_q}: an even number is needed, half of the codebooks are the agent's")
     elif not a.n_q // 2 <= a.steps <= a.n_q:
-        found.append(f"dep_q is {a.steps}: from {a.n_q // 2} (the agent's) to {a.n_q} (all) codebooks are predicted")
+        messages.append(f"dep_q is {a.steps}: from {a.n_q // 2} (the agent's) to {a.n_q} (all) codebooks are predicted")
     if a.text_padding >= a.text_card:
-        found.append(f"existing_text_padding_id is {a.text_padding}: the text vocabulary, text_card, is {a.text_card}")
+        messages.append(
+            f"existing_text_padding_id is {a.text_padding}: the text vocabulary, text_card, is {a.text_card}"
+        )
     if max(a.delays) >= a.context:
-        found.append(f"context is {a.context}: it must be longer than the longest delay, {max(a.delays)}")
-    return [f"config.json: {problem}" for problem in found]
+        messages.append(f"context is {a.context}: it must be longer than the longest delay, {max(a.delays)}")
+    return [Problem(CONFIG, message) for message in messages]
 
 
 def _shown(value: object) -> str:
@@ -186,9 +187,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path, _LARGEST)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({reason(error)}): download it again") from None
+        raise UserError(Problem(str(path), f"not readable as JSON ({reason(error)})", Hint.DOWNLOAD_AGAIN)) from None
     if not isinstance(config, dict):
-        raise UserError(f"{path}: holds a {type(config).__name__}, not an object: download it again")
+        raise UserError(Problem(str(path), f"holds a {type(config).__name__}, not an object", Hint.DOWNLOAD_AGAIN))
     return config
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ..errors import UserError, refuse
+from ..errors import Problem, UserError, refuse
+from ..hints import Hint
 from ..regular_files import check_regular, open_regular
 
 LARGEST_MEMBER = 16 << 20  # bytes
@@ -113,7 +114,7 @@ def read_archive(
     """
     files: list[tuple[PurePosixPath, bytes]] = []
     others: list[str] = []
-    problems: list[str] = []
+    problems: list[Problem] = []
     check_regular(path, LARGEST_ARCHIVE)
     name = "its beginning"
     try:
@@ -126,7 +127,7 @@ def read_archive(
                 place = PurePosixPath(member.name)
                 problem = _problem(member, place)
                 if problem:
-                    problems.append(f"{path}: {name} {problem}: {_HINT}")
+                    problems.append(Problem(str(path), f"{name} {problem}", _HINT))
                 if problem or member.kind not in _FILES:
                     stream.skip(0 if member.kind in _WITHOUT_DATA else member.size)
                 elif wanted(place):
@@ -136,10 +137,11 @@ def read_archive(
                     stream.skip(member.size)
             stream.finish()
     except _TooLarge:
-        problems.append(f"{path}: what follows {name} makes it larger than any archive of voices: {_HINT}")
+        message = f"what follows {name} makes it larger than any archive of voices"
+        problems.append(Problem(str(path), message, _HINT))
     except (_Damaged, OSError, EOFError, zlib.error, tarfile.TarError) as error:
         if not problems:
-            raise UserError(f"{path}: not a readable .tgz ({error}): download it again") from None
+            raise UserError(f"{path}: not a readable .tgz ({error})", Hint.DOWNLOAD_AGAIN) from None
     refuse(problems)
     return files, others
 

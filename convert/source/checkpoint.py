@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import UserError, refuse
+from ..errors import Problem, UserError, refuse
+from ..hints import Hint
 from ..tensorfile import DTYPES, FLOATS, Spec, TensorFile
 from .architecture import PERSONAPLEX_STEPS, Architecture
 from .tensors import Role, roles
@@ -118,8 +119,8 @@ def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps
             return Checkpoint(file, architecture, tensors, {})
         if not fill_depformer_steps:
             raise UserError(
-                f"{path}: has {MOSHI_STEPS} depformer steps, as base Moshi does; PersonaPlex has {PERSONAPLEX_STEPS}. "
-                "--fill-depformer-steps copies steps 0-7 to 8-15, which is what the reference does when it loads one"
+                f"{path}: has {MOSHI_STEPS} depformer steps, as base Moshi does; PersonaPlex has {PERSONAPLEX_STEPS}",
+                Hint.FILL_DEPFORMER_STEPS,
             )
         few = _claim(file, roles(replace(architecture, steps=MOSHI_STEPS)))
         full = replace(architecture, steps=PERSONAPLEX_STEPS)
@@ -131,20 +132,21 @@ def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps
 
 def _claim(file: TensorFile, expected: dict[str, Role]) -> dict[str, Tensor]:
     """Give every tensor of the file its one role; raises UserError with all that do not fit."""
-    problems = [f"{name}: missing" for name in expected if name not in file.offsets]
-    problems += [f"{name}: stands there twice" for name in file.doubled]
+    problems = [Problem(name, "missing") for name in expected if name not in file.offsets]
+    problems += [Problem(name, "stands there twice") for name in file.doubled]
     for name in file.offsets:
         dtype = file.unknown.get(name) or file.specs[name].dtype
         if name not in expected:
-            problems.append(f"{name}: unknown, no part of this architecture claims it")
+            problems.append(Problem(name, "unknown, no part of this architecture claims it"))
         elif dtype not in FLOATS:
-            problems.append(f"{name}: dtype {dtype}, where one of {', '.join(FLOATS)} is needed")
+            problems.append(Problem(name, f"dtype {dtype}, where one of {', '.join(FLOATS)} is needed"))
         elif file.specs[name].shape != expected[name].shape:
             shapes = [list(shape) for shape in (file.specs[name].shape, expected[name].shape)]
-            problems.append(f"{name}: shape {shapes[0]}, where config.json makes it {shapes[1]}")
+            problems.append(Problem(name, f"shape {shapes[0]}, where config.json makes it {shapes[1]}"))
     if problems:
-        where = f"{file.path}: {len(problems)} tensors do not fit the architecture"
-        problems.insert(0, f"{where} (config.json's, or PersonaPlex-7B's where it gives no dim)")
+        message = f"{len(problems)} tensors do not fit the architecture"
+        why = "(config.json's, or PersonaPlex-7B's where it gives no dim)"
+        problems.insert(0, Problem(str(file.path), f"{message} {why}"))
     refuse(problems)
     return {
         name: Tensor(role, file.specs[name], (TensorRows(name, file.specs[name].rows),))

@@ -31,6 +31,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, h
 from tqdm import tqdm
 
 from ..errors import CheckFailed, UserError, refuse
+from ..hints import Hint
 from ..progress import byte_bar
 from .hub_client import TRIES, asked_wait, git_blob, is_transient, silent_client, translate_errors, with_retries
 
@@ -159,8 +160,8 @@ def _check_room(store: Path, missing: Sequence[Remote], room: DiskBudget | None)
         free = shutil.disk_usage(_existing(Path(place))).free
         if free < amount:
             raise UserError(
-                f"{place}: {free / 1e9:.2f} GB are free, and download and bundle need {amount / 1e9:.2f} GB there: "
-                "free some, or put the cache (HF_HOME) or --output on another disk"
+                f"{place}: {free / 1e9:.2f} GB are free, and download and bundle need {amount / 1e9:.2f} GB there",
+                Hint.FREE_DISK_OR_MOVE_CACHE,
             )
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from ..errors import UserError, check_name, refuse
+from ..errors import Problem, UserError, check_name, refuse
 from ..file_names import CARD, CODEC, CONFIG, FILES, MANIFEST, TOKENIZER, VOICES, WEIGHTS
 from ..progress import byte_bar
 from ..tensorfile import TensorFile
@@ -83,7 +83,8 @@ class Source:
 
     def check_unchanged(self, work: str) -> None:
         """Raise UserError if the weights, or an adapter, changed since they were opened; work: what was done."""
-        refuse([f"{path}: changed while it was {work}: run the command again" for path in self.checkpoint.changed()])
+        changed = self.checkpoint.changed()
+        refuse([Problem(str(path), f"changed while it was {work}", "run the command again") for path in changed])
 
     def __enter__(self) -> Self:
         return self
@@ -180,7 +181,7 @@ def open_source(
             problems += error.problems
         try:
             with closing(TensorFile(location.folder / CODEC)) as codec:
-                problems += [f"{codec.path}: {problem}" for problem in codec.header_problems()]
+                problems += codec.header_problems()
         except UserError as error:
             problems += error.problems
         try:
@@ -194,7 +195,7 @@ def open_source(
     return Source(location, checkpoint, voices, others)
 
 
-def _not_finite(weights: Path, quiet: bool) -> list[str]:
+def _not_finite(weights: Path, quiet: bool) -> list[Problem]:
     """Read a checkpoint that has other problems, and return its tensors with values that are not finite."""
     try:
         with closing(TensorFile(weights)) as file, byte_bar("checking source", weights.stat().st_size, quiet) as bar:
@@ -203,8 +204,9 @@ def _not_finite(weights: Path, quiet: bool) -> list[str]:
         return []
 
 
-def _listed(bad: dict[str, int]) -> list[str]:
-    return [f"{name}: {count} values are NaN or infinite: this checkpoint is damaged" for name, count in bad.items()]
+def _listed(bad: dict[str, int]) -> list[Problem]:
+    why = "this checkpoint is damaged"
+    return [Problem(name, f"{count} values are NaN or infinite", why) for name, count in bad.items()]
 
 
 def fingerprint(source: Source, quiet: bool = False) -> dict[str, Fingerprint]:
@@ -220,9 +222,11 @@ def fingerprint(source: Source, quiet: bool = False) -> dict[str, Fingerprint]:
             name: hash_file(source.location.folder / name, bar) for name in FILES if name not in (WEIGHTS, CODEC)
         }
     wrong = [
-        f"{path}: its sha256 is not the one that the Hub gave: damaged in the cache: delete {path.resolve()}"
+        Problem(
+            str(path), "its sha256 is not the one that the Hub gave: damaged in the cache", f"delete {path.resolve()}"
+        )
         for path in (source.location.folder / name for name in FILES)
         if (expected := hub.hub_sha256(path)) and fingerprints[path.name].sha256 != expected
     ]
-    refuse(_listed(bad) + [f"{CODEC}: {problem}" for problem in _listed(bad_codec)] + wrong)
+    refuse(_listed(bad) + [problem.within(CODEC) for problem in _listed(bad_codec)] + wrong)
     return fingerprints

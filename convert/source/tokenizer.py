@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, reason
+from ..hints import Hint
 from ..regular_files import read_regular
 
 _LARGEST = 32 << 20  # bytes; PersonaPlex's has half a million
@@ -15,12 +16,12 @@ def open_tokenizer(path: Path) -> Any:
 
     data = read_regular(path, _LARGEST)
     if not data:
-        raise UserError(f"{path}: is empty: download it again")
+        raise UserError(f"{path}: is empty", Hint.DOWNLOAD_AGAIN)
     try:
         processor: Any = sentencepiece.SentencePieceProcessor(model_proto=data)
         pieces = len(processor)
     except (RuntimeError, OSError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a sentencepiece model ({reason(error)}): download it again") from None
+        raise UserError(f"{path}: not a sentencepiece model ({reason(error)})", Hint.DOWNLOAD_AGAIN) from None
     if not pieces:
-        raise UserError(f"{path}: a sentencepiece model without pieces: download it again")
+        raise UserError(f"{path}: a sentencepiece model without pieces", Hint.DOWNLOAD_AGAIN)
     return processor

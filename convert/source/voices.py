@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...quant.affine import BFLOAT16
-from ..errors import refuse
+from ..errors import Problem, refuse
 from .architecture import Architecture
 from .archive import read_archive
 from .torch_file import read_tensors
@@ -46,12 +46,13 @@ def read_voices(path: Path, architecture: Architecture) -> tuple[list[Voice], li
         try:
             found.append(_voice(name.stem, data, architecture))
         except ValueError as error:
-            problems.append(f"{path}: {name}: {error}")
+            problems.append(Problem(f"{path}: {name}", str(error)))
     names = Counter(voice.name for voice in found)
-    problems += [f"{path}: the voice {name} is there twice" for name in sorted(names) if names[name] > 1]
+    problems += [Problem(str(path), f"the voice {name} is there twice") for name in sorted(names) if names[name] > 1]
     missing = [name for name in PRESETS if name not in names]
     if missing and not problems:
-        problems.append(f"{path}: voices are missing: {', '.join(missing)}: download the archive again")
+        message = f"voices are missing: {', '.join(missing)}"
+        problems.append(Problem(str(path), message, "download the archive again"))
     refuse(problems)
     return sorted(found, key=lambda voice: voice.name), others
 

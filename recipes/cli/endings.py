@@ -15,6 +15,7 @@ import typer
 
 from ...convert.errors import CheckFailed, UserError
 from .console import say
+from .hints import HINTS
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,11 +57,11 @@ def reported(command: Callable[P, R], interrupted: str = CONVERSION) -> Callable
         except UserError as error:
             _say_traceback(error, debug)
             for problem in error.problems:
-                say(f"error: {problem}")
+                say(f"error: {problem.line(HINTS)}")
             raise typer.Exit(MISTAKE) from None
         except CheckFailed as error:
             _say_traceback(error, debug)
-            say(f"check failed: {error}")
+            say(f"check failed: {error.problem.line(HINTS)}")
             raise typer.Exit(FAILED) from None
         except OSError as error:
             _say_traceback(error, debug)

@@ -34,7 +34,7 @@ def inspect_folder(
     """Show what is in a source or bundle: components, parameters, bytes, dtypes, bits per weight, voices."""
     quiet = console.quiet(as_json)
     folder = inspect.folder_of(path, quiet)
-    differences = integrity.check(folder, quiet) if check else []
+    differences = [str(problem) for problem in integrity.check(folder, quiet)] if check else []
     if differences:
         if as_json:
             console.show_json({"path": str(folder), "differences": differences})

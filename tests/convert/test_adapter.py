@@ -286,7 +286,7 @@ def test_a_bundle_with_an_adapter_is_verified_with_it(program, pico, adapter, tm
     sizes = ("--sequences", "1", "--frames", "40")
     reference = ("--reference", str(pico), *sizes)
     done = program("ppx-verify", "out", *reference, cwd=tmp_path, status=2)
-    assert "an adapter was merged into it (run/lora.safetensors): give its file as the adapter" in done.stderr
+    assert "an adapter was merged into it (run/lora.safetensors): give its file as --adapter" in done.stderr
     program("ppx-verify", "out", *reference, "--adapter", adapter, cwd=tmp_path)
     other = write(tmp_path / "other", matrices(pico), {"lora_rank": RANK, "lora_scaling": 9.0})
     done = program("ppx-verify", "out", *reference, "--adapter", other, cwd=tmp_path, status=2)

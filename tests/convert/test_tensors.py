@@ -94,7 +94,7 @@ def test_all_mistakes_of_a_config_are_listed():
     with pytest.raises(UserError) as caught:
         from_config(config)
     for key in ("dim is '4096'", "num_layers is 0", "card is None", "gating is 'gelu'", "delays has 2", "hidden_scale"):
-        assert any(key in problem for problem in caught.value.problems), key
+        assert any(key in problem.message for problem in caught.value.problems), key
 
 
 @pytest.mark.parametrize(

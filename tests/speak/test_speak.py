@@ -103,10 +103,10 @@ def test_mistakes_are_told_in_one_line(demos, codec, bundle, tmp_path, monkeypat
     swift = demos / "speech-swift"
     asked = ("-o", "a.wav", "--codec", codec)
     for arguments, reason in (
-        ((swift, "q.wav", *asked, "--voice", "NOBODY"), "--voice NOBODY: not in this bundle: it holds NATF0, "),
+        ((swift, "q.wav", *asked, "--voice", "NOBODY"), "voice NOBODY: not in this bundle, which has NATF0, "),
         ((swift, "text.wav", *asked), "text.wav: unreadable audio"),
         ((swift, "empty.wav", *asked), "empty.wav: the recording is empty"),
-        ((swift, "q.wav", *asked, "--prompt", "long " * 80), "--prompt has 4"),
+        ((swift, "q.wav", *asked, "--prompt", "long " * 80), "the text prompt has 4"),
         ((swift, "q.wav", "-o", "a.wav"), "mimi.safetensors: not a codec that rustymimi loads"),
         ((swift, "q.wav", "-o", "q.wav", "--codec", codec), "q.wav: is there already"),
         ((swift, "q.wav", "-o", "a.mp3", "--codec", codec), "a.mp3: give the name of a .wav file"),

@@ -246,7 +246,7 @@ class TestWhatCannotBeCompared:
 
     def test_no_source_named_and_none_known(self, bundle, program, tmp_path):
         done = program("ppx-verify", bundle(*SWIFT), cwd=tmp_path, status=2)
-        assert "was made from a folder called pico: give it as the reference" in done.stderr
+        assert "was made from a folder called pico: give it as --reference" in done.stderr
 
     def test_no_bundle(self, pico, program, tmp_path):
         for path, words in ((pico, "not a bundle"), (tmp_path / "nothing", "not a bundle")):
@@ -309,7 +309,7 @@ class TestWhatCannotBeCompared:
         tokens[:, 1:9] = -1
         save_file({"tokens": tokens}, tmp_path / "silent.safetensors")
         done = program("ppx-verify", bundle(*SWIFT), "--reference", pico, *options, cwd=tmp_path, status=2)
-        assert "tell nothing of some of the agent's codebooks: give more --frames" in done.stderr
+        assert "have no predictions of some of the agent's codebooks: give more --frames" in done.stderr
 
     def test_options_that_contradict_each_other(self, bundle, pico, program, tmp_path):
         folder = bundle(*SWIFT)

@@ -16,6 +16,7 @@ from ...convert.bundle.manifest import Manifest, manifest_of
 from ...convert.bundle.workspace import write_durably
 from ...convert.errors import CheckFailed, UserError, printable, refuse
 from ...convert.file_names import MANIFEST
+from ...convert.hints import Hint
 from ...convert.progress import byte_bar
 from ...convert.source.source import HUB_ID
 from .. import report as reports
@@ -94,9 +95,7 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
         if file.name in manifest.files and file.sha256 != manifest.files[file.name].sha256
     ]
     if objections and not force:
-        raise CheckFailed(
-            f"{bundle}: not published: {'; '.join(objections)} (--force publishes it, and the card says so)"
-        )
+        raise CheckFailed(f"{bundle}: not published: {'; '.join(objections)}", Hint.PUBLISH_ANYWAY)
     try:
         written = reports.pages(report) if report else {}  # those in the folder may be of another report
         written |= card.files(manifest, report, repository, objections)
@@ -146,7 +145,7 @@ def _report(bundle: Path, manifest: Manifest) -> tuple[Report | None, list[str]]
     try:
         report = reports.read(bundle)
     except UserError as error:
-        wrong = str(error).partition(": ")[2] or str(error)
+        wrong = "; ".join(problem.message for problem in error.problems)
         return None, [f"its report cannot be read: run ppx-verify again ({wrong})"]
     objections = []
     failures = report.verdict.failures

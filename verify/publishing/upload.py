@@ -14,6 +14,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 
 from ...convert.errors import CheckFailed, UserError
 from ...convert.file_names import CARD, MANIFEST
+from ...convert.hints import Hint
 from ...convert.source.hub_client import HOW_TO_LOG_IN, git_blob, silent_client, translate_errors, with_retries
 
 _ALONE = 1 << 20  # bytes from which a file is sent for itself, so that a break costs no other
@@ -52,7 +53,10 @@ class PublishOptions:
 
     def __post_init__(self) -> None:
         if self.create_pr and self.revision:
-            raise UserError("--create-pr and --revision contradict each other: a pull request is for main")
+            raise UserError(
+                "a pull request and a revision contradict each other: a pull request is for main",
+                Hint.PULL_REQUEST_OR_REVISION,
+            )
 
 
 def check_token(repository: str) -> None:
@@ -127,10 +131,7 @@ def _check_own(repository: str, there: dict[str, RepoFile], wish: PublishOptions
     """Raise UserError if a repository holds something else than a bundle, which publishing would write over."""
     others = there.keys() - {".gitattributes", CARD}
     if others and MANIFEST not in there and not (wish.create_pr or wish.force):
-        raise UserError(
-            f"{repository}: holds {', '.join(sorted(others)[:3])}, and is no bundle: choose another name, --create-pr, "
-            "or --force, which writes over what has the same name"
-        )
+        raise UserError(f"{repository}: holds {', '.join(sorted(others)[:3])}, and is no bundle", Hint.OTHER_REPOSITORY)
 
 
 def _tree(api: HfApi, repository: str, revision: str | None) -> dict[str, RepoFile]:

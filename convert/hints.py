@@ -1,0 +1,46 @@
+"""What a user can do next, where a program's option does it: what is below the programs does not know their options."""
+
+from enum import Enum
+
+
+class Hint(Enum):
+    """Advice in neutral words; the programs print it with their options (``recipes.cli.hints``)."""
+
+    CHOOSE_VOICE = "choose one of them"
+    COMPUTE_ON_CPU = "compute on the CPU, or with another version of MLX"
+    CHOOSE_GPTQ = "leave them out, or choose it"
+    CONVERT_AGAIN = "convert again, and replace it"
+    DISCARD_UNFINISHED = "finish that one, choose another output, or discard it"
+    DOWNLOAD_AGAIN = "download it again"
+    FEWER_FRAMES = "use fewer frames"
+    FILL_DEPFORMER_STEPS = (
+        "copying steps 0-7 to 8-15, which is what the reference does when it loads one, has to be asked for"
+    )
+    FREE_DISK = "free some, or choose an output on another disk"
+    FREE_DISK_OR_MOVE_CACHE = "free some, or put the cache (HF_HOME) or the output on another disk"
+    GIVE_ADAPTER = "give its file as the adapter"
+    GIVE_REFERENCE = "give it as the reference"
+    GIVE_TOKENS = "give recorded conversations"
+    LEAVE_ADAPTER_OUT = "leave the adapter out"
+    LONGER_RECORDINGS = "give longer ones, or use fewer frames"
+    MAKE_AGAIN = "make the bundle again, and replace it"
+    MAKE_AGAIN_OR_CHECK_DISK = "check the disk and run the command again, or make the bundle again, and replace it"
+    MEND_OR_OTHER_OUTPUT = "mend that, or choose another output"
+    MORE_FRAMES = "use more frames (a voice takes up the first ones), or tokens in which the agent speaks"
+    MOSHI_RECIPE = "use the recipe moshi-q4, moshi-q8 or bf16, or the target mlx"
+    MOVE_FILES = "move them, or choose another output"
+    MOVE_TOKENS = "move it away, or give it as calibration tokens if it is meant"
+    NO_GPU = "compute on the CPU"
+    ONE_BUDGET = "give one of them"
+    OTHER_ADAPTER = "give that one as the adapter"
+    OTHER_OUTPUT = "choose another output"
+    OTHER_OUTPUT_OR_EMPTY = "choose another output, or empty it"
+    OTHER_OUTPUT_OR_REPLACE = "choose another output, or replace it"
+    OTHER_REFERENCE = "give that one as the reference"
+    OTHER_REPOSITORY = "choose another name, open a pull request, or write over what has the same name"
+    PUBLISH_ANYWAY = "it can be published all the same, and the card says so"
+    PULL_REQUEST_OR_REVISION = "leave one of them out"
+    SHORTEN_PROMPT = "shorten it"
+    TARGET_MLX = "use the target mlx"
+    VERIFY_FIRST = "verify it first"
+    WAIT_OR_OTHER_OUTPUT = "wait, or choose another output"
