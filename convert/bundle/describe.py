@@ -1,77 +1,116 @@
-"""A plan or a finished conversion in a few lines: what people and programs read of it."""
+"""A plan or a finished conversion in a few lines, for people and programs."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from ..file_names import MANIFEST
 from ..tensorfile import Spec
+from ..typed_json import Key
 from .manifest import Manifest
+from .output_tensor import Output
 from .plan import Plan
 from .ranges import format_ranges, ranges_of
 
 _LISTED = 3  # names of what is dropped for one reason
 
 
-def groups(plan: Plan) -> list[dict[str, Any]]:
-    """Return the fate of every tensor, those alike taken together, in the order of the files.
+@dataclass(frozen=True)
+class OutputGroup:
+    """Output tensors of a plan that are alike. action: ``4 bit g64 mse``, or the dtype that they keep."""
 
-    Each: file, component, module, fate (``4 bit g64 lsq``, or the dtype that it keeps), tensors, parameters, bytes.
-    """
-    found: dict[tuple[str, str, str, str], dict[str, Any]] = {}
+    file: str
+    component: str
+    module: str
+    action: Annotated[str, Key("fate")]
+    tensors: int
+    parameters: int
+    nbytes: Annotated[int, Key("bytes")]
+    layers: tuple[int, ...] | None = None
+    steps: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What a dry run shows. files: bytes by name. peak_memory_bytes: above Python and its imports."""
+
+    source: str
+    target: str
+    recipe: str
+    dtype: str
+    tensors: list[OutputGroup]
+    copied_steps: Annotated[dict[str, str], Key("filled")]
+    dropped: dict[str, str]
+    files: dict[str, int]
+    total_bytes: int
+    parameters: int
+    bits_per_weight: float
+    peak_memory_bytes: int
+    free_disk_bytes: int
+
+
+def groups(plan: Plan) -> list[OutputGroup]:
+    """Return what is done to every tensor, those alike taken together, in the order of the files."""
+    alike: dict[tuple[str, str, str, str], list[Output]] = {}
     for file in plan.files:
         for output in file.outputs:
-            fate = output.quantization.label if output.quantization else f"kept, {plan.recipe.dtype}"
-            key = (file.name, output.role.component, output.role.module, fate)
-            names = ("file", "component", "module", "fate")
-            entry = found.setdefault(
-                key, {**dict(zip(names, key, strict=True)), "tensors": 0, "parameters": 0, "bytes": 0}
-            )
-            entry["tensors"] += 1
-            for place, number in (("layers", output.role.layer), ("steps", output.step)):
-                if number is not None and number not in entry.setdefault(place, []):
-                    entry[place].append(number)
-            entry["parameters"] += Spec(output.name, output.dtype, output.shape).parameters
-            entry["bytes"] += output.nbytes
-    return list(found.values())
+            action = output.quantization.label if output.quantization else f"kept, {plan.recipe.dtype}"
+            alike.setdefault((file.name, output.role.component, output.role.module, action), []).append(output)
+    return [
+        OutputGroup(
+            *names,
+            tensors=len(outputs),
+            parameters=sum(Spec(output.name, output.dtype, output.shape).parameters for output in outputs),
+            nbytes=sum(output.nbytes for output in outputs),
+            layers=_numbers(output.role.layer for output in outputs),
+            steps=_numbers(output.step for output in outputs),
+        )
+        for names, outputs in alike.items()
+    ]
 
 
-def summary(plan: Plan, workers: int) -> dict[str, Any]:
-    """Return what a dry run says, as JSON-ready values."""
-    return {
-        "source": plan.inventory.identity,
-        "target": plan.target.name,
-        "recipe": plan.recipe.name,
-        "dtype": plan.recipe.dtype,
-        "tensors": groups(plan),
-        "filled": dict(plan.inventory.copied_steps),
-        "dropped": plan.dropped,
-        "files": {file.name: file.nbytes for file in plan.files},
-        "total_bytes": plan.nbytes,
-        "parameters": plan.parameters,
-        "bits_per_weight": round(plan.bits_per_weight, 4),
-        "peak_memory_bytes": plan.peak_memory(workers),
-        "free_disk_bytes": plan.free_disk,
-    }
+def _numbers(numbers: Iterable[int | None]) -> tuple[int, ...] | None:
+    """Return each number once, in order, None where there are none."""
+    return tuple(dict.fromkeys(number for number in numbers if number is not None)) or None
+
+
+def summary(plan: Plan, workers: int) -> PlanSummary:
+    """Return what a dry run shows."""
+    return PlanSummary(
+        source=plan.inventory.identity,
+        target=plan.target.name,
+        recipe=plan.recipe.name,
+        dtype=plan.recipe.dtype,
+        tensors=groups(plan),
+        copied_steps=dict(plan.inventory.copied_steps),
+        dropped=plan.dropped,
+        files={file.name: file.nbytes for file in plan.files},
+        total_bytes=plan.nbytes,
+        parameters=plan.parameters,
+        bits_per_weight=round(plan.bits_per_weight, 4),
+        peak_memory_bytes=plan.peak_memory(workers),
+        free_disk_bytes=plan.free_disk,
+    )
 
 
 def text(plan: Plan, workers: int) -> str:
     """Return what a dry run prints."""
-    said = summary(plan, workers)
+    about = summary(plan, workers)
     lines = [
-        f"{said['source']} -> {said['target']}, recipe {said['recipe']}, {said['dtype']}",
+        f"{about.source} -> {about.target}, recipe {about.recipe}, {about.dtype}",
         "",
-        f"{'tensors':>7}  {'parameters':>12}  {'bytes':>9}  {'what':<32}  {'fate':<16}  where",
+        f"{'tensors':>7}  {'parameters':>12}  {'bytes':>9}  {'what':<32}  {'action':<16}  where",
     ]
     current = ""
-    for entry in said["tensors"]:
-        if entry["file"] != current:
-            current = entry["file"]
-            lines.append(f"{current} ({size(said['files'][current])})")
-        what = f"{entry['component']} {entry['module']}"
-        places = [place for place in ("layers", "steps") if place in entry]
-        where = "; ".join(f"{place} {format_ranges(ranges_of(entry[place]))}" for place in places)
-        counts = f"{entry['tensors']:>7}  {entry['parameters']:>12,}  {size(entry['bytes']):>9}"
-        lines.append(f"{counts}  {what:<32}  {entry['fate']:<16}  {where}".rstrip())
+    for group in about.tensors:
+        if group.file != current:
+            current = group.file
+            lines.append(f"{current} ({size(about.files[current])})")
+        ranges = (("layers", group.layers), ("steps", group.steps))
+        where = "; ".join(f"{name} {format_ranges(ranges_of(numbers))}" for name, numbers in ranges if numbers)
+        counts = f"{group.tensors:>7}  {group.parameters:>12,}  {size(group.nbytes):>9}"
+        lines.append(f"{counts}  {f'{group.component} {group.module}':<32}  {group.action:<16}  {where}".rstrip())
     voices = [file for file in plan.files if file.voice]
     if voices:
         lines.append(f"voices/ ({size(sum(file.nbytes for file in voices))}): {len(voices)} presets")
@@ -89,10 +128,9 @@ def text(plan: Plan, workers: int) -> str:
         lines.append(f"{', '.join(names[:_LISTED])}{more}: dropped, {reason}")
     lines += [
         "",
-        f"total {size(said['total_bytes'])}, {said['bits_per_weight']:.2f} bits a weight "
-        f"({said['parameters']:,} parameters)",
-        f"needs about {size(said['peak_memory_bytes'])} of memory above Python and its imports, "
-        f"and {size(said['free_disk_bytes'])} of free disk",
+        f"total {size(about.total_bytes)}, {about.bits_per_weight:.2f} bits a weight ({about.parameters:,} parameters)",
+        f"needs about {size(about.peak_memory_bytes)} of memory above Python and its imports, "
+        f"and {size(about.free_disk_bytes)} of free disk",
     ]
     return "\n".join(lines)
 

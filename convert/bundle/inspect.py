@@ -1,11 +1,12 @@
-"""What a source or bundle holds: its tensors by component, counted from the headers of its files."""
+"""What is in a source or bundle: its tensors by component, counted from the headers of its files."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from .. import typed_json
 from ..errors import UserError
 from ..file_names import CODEC, CONFIG, FILES, MANIFEST, VOICES, WEIGHTS
 from ..source.architecture import from_config, read_config
@@ -13,6 +14,7 @@ from ..source.source import is_hub_id, locate, locate_here
 from ..source.tensors import roles
 from ..source.voices import read_voices
 from ..tensorfile import DTYPES, TensorFile
+from ..typed_json import Key
 from .describe import size
 from .manifest import Manifest, files_of, read_manifest
 from .speech_swift import CODEC as SWIFT_CODEC
@@ -35,8 +37,20 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class ComponentSummary:
+    """The tensors of a component, counted. bits_per_weight: of their bytes, None for no parameters."""
+
+    component: str
+    tensors: int
+    parameters: int
+    nbytes: Annotated[int, Key("bytes")]
+    dtypes: list[str]
+    bits_per_weight: float | None
+
+
+@dataclass(frozen=True)
 class Contents:
-    """What was found in a folder.
+    """What is in a folder.
 
     kind: ``source`` or ``bundle``. missing: files that belong to it and are not there. manifest: a bundle's, None for
     a source.
@@ -50,18 +64,18 @@ class Contents:
     voices: list[str]
     manifest: Manifest | None
 
-    def components(self) -> list[dict[str, Any]]:
-        """Return tensors, parameters, bytes, dtypes and bits a weight of each component, then of the whole model."""
-        rows = [_row(name, [held for held in self.tensors if held.component == name]) for name in ORDER]
-        model = [held for held in self.tensors if held.component in MODEL]
-        return [row for row in rows if row["tensors"]] + [_row("model", model)]
+    def components(self) -> list[ComponentSummary]:
+        """Return each component that has tensors, then the whole model."""
+        rows = [_row(name, [tensor for tensor in self.tensors if tensor.component == name]) for name in ORDER]
+        model = [tensor for tensor in self.tensors if tensor.component in MODEL]
+        return [row for row in rows if row.tensors] + [_row("model", model)]
 
     def to_json(self, every_tensor: bool = False) -> dict[str, Any]:
-        """Return it as JSON-ready values."""
-        said: dict[str, Any] = {
+        """Return what the program prints as JSON."""
+        shown: dict[str, Any] = {
             "path": str(self.folder),
             "kind": self.kind,
-            "components": self.components(),
+            "components": typed_json.to_json(self.components()),
             "files": self.files,
             "missing": self.missing,
             "voices": self.voices,
@@ -69,22 +83,22 @@ class Contents:
         if self.manifest:
             keys = ("source", "target", "dtype", "recipe", "toolkit", "overflowed", "flushed")
             recorded = self.manifest.to_json()
-            said |= {key: recorded[key] for key in keys}
+            shown |= {key: recorded[key] for key in keys}
         if every_tensor:
-            said["tensors"] = [asdict(held) for held in self.tensors]
-        return said
+            shown["tensors"] = [asdict(tensor) for tensor in self.tensors]
+        return shown
 
 
-def _row(name: str, tensors: list[StoredTensor]) -> dict[str, Any]:
-    parameters, nbytes = sum(held.parameters for held in tensors), sum(held.nbytes for held in tensors)
-    return {
-        "component": name,
-        "tensors": len(tensors),
-        "parameters": parameters,
-        "bytes": nbytes,
-        "dtypes": sorted({held.dtype for held in tensors}),
-        "bits_per_weight": round(8 * nbytes / parameters, 3) if parameters else None,
-    }
+def _row(name: str, tensors: list[StoredTensor]) -> ComponentSummary:
+    parameters, nbytes = sum(tensor.parameters for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
+    return ComponentSummary(
+        component=name,
+        tensors=len(tensors),
+        parameters=parameters,
+        nbytes=nbytes,
+        dtypes=sorted({tensor.dtype for tensor in tensors}),
+        bits_per_weight=round(8 * nbytes / parameters, 3) if parameters else None,
+    )
 
 
 def read_contents(folder: Path) -> Contents:
@@ -101,11 +115,11 @@ def read_contents(folder: Path) -> Contents:
     if manifest is not None:
         missing = [name for name in manifest.files if name not in files]
         known = _known(manifest)
-        tensors = [held for name in files if name.endswith(".safetensors") for held in _held(folder, name, known)]
+        tensors = [one for name in files if name.endswith(".safetensors") for one in _tensors_of(folder, name, known)]
         return Contents(folder, "bundle", tensors, files, missing, list(manifest.voices), manifest)
     architecture = from_config(read_config(folder / CONFIG))
     parts = {(WEIGHTS, name): (role.component, None) for name, role in roles(architecture).items()}
-    tensors = [held for name in (WEIGHTS, CODEC) if name in files for held in _held(folder, name, parts)]
+    tensors = [one for name in (WEIGHTS, CODEC) if name in files for one in _tensors_of(folder, name, parts)]
     voices = [voice.name for voice in read_voices(folder / VOICES, architecture)[0]] if VOICES in files else []
     missing = [name for name in FILES if name not in files]
     return Contents(folder, "source", tensors, files, missing, voices, None)
@@ -149,7 +163,7 @@ def _known(manifest: Manifest) -> Known:
     return found
 
 
-def _held(folder: Path, file: str, known: Known) -> Iterator[StoredTensor]:
+def _tensors_of(folder: Path, file: str, known: Known) -> Iterator[StoredTensor]:
     """Yield the tensors of a file."""
     place = {CODEC: "codec", SWIFT_CODEC: "codec"}.get(file) or ("voices" if file.startswith("voices") else "other")
     with closing(TensorFile(folder / file)) as opened:
@@ -173,16 +187,14 @@ def text(contents: Contents, every_tensor: bool = False) -> str:
         lines.append(f"made from {bundle.source.id} for {bundle.target}, recipe {bundle.recipe.name}, {bundle.dtype}")
     lines += ["", f"{'component':<12}{'tensors':>8}{'parameters':>16}{'bytes':>11}{'bits/weight':>13}  dtypes"]
     for row in contents.components():
-        bits = "" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}"
-        lines.append(
-            f"{row['component']:<12}{row['tensors']:>8}{row['parameters']:>16,}{size(row['bytes']):>11}{bits:>13}  "
-            f"{', '.join(row['dtypes'])}"
-        )
+        bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}"
+        counts = f"{row.tensors:>8}{row.parameters:>16,}{size(row.nbytes):>11}{bits:>13}"
+        lines.append(f"{row.component:<12}{counts}  {', '.join(row.dtypes)}")
     lines += ["", f"{len(contents.voices)} voices: {', '.join(contents.voices)}"]
     if every_tensor:
         lines.append("")
         lines += [
-            f"{held.file}  {held.name}  {held.dtype} {list(held.shape)}  {size(held.nbytes)}"
-            for held in contents.tensors
+            f"{tensor.file}  {tensor.name}  {tensor.dtype} {list(tensor.shape)}  {size(tensor.nbytes)}"
+            for tensor in contents.tensors
         ]
     return "\n".join(lines)

@@ -83,7 +83,8 @@ def convert(
         if request:
             raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
         plan, workers = preparation.plan(where, chosen, **which, quiet=quiet), jobs or cores()
-        summary = describe.summary(plan, workers) | {"output": str(conversion.output_of(where, output, chosen))}
+        folder = str(conversion.output_of(where, output, chosen))
+        summary = typed_json.to_json(describe.summary(plan, workers)) | {"output": folder}
         console.show_json(summary) if as_json else console.show(describe.text(plan, workers))
         return
     by_data, show = quantizer.quantizer_for(tokens, fine_tune), console.say if as_json else console.show
