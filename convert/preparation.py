@@ -158,9 +158,9 @@ def plan(
         local = None if adapter and on_hub(adapter) else adapter
         if adapter != local:
             _log.warning("%s: not looked at: a dry run downloads nothing", adapter)
-        opened, found = prepare(location, recipe, fill_depformer_steps, adapter=local)
+        opened, of_source = prepare(location, recipe, fill_depformer_steps, adapter=local)
         opened.close()
-        return found
+        return of_source
     if adapter:
         _log.warning("%s: not looked at, as the source is not here", adapter)
     if where in demo.SIZES:

@@ -152,8 +152,8 @@ class TensorFile:
             done += count
 
     def _state(self) -> tuple[int, ...]:
-        found = self.path.stat()
-        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+        status = self.path.stat()
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def is_unchanged(self) -> bool:
         """Tell whether the file at its path is still the one that was opened, by its inode, size and time."""

@@ -66,15 +66,15 @@ def build(
         make_place(plan, output, quantizer is not None)
     fingerprints = fingerprints or fingerprint(source, quiet)
     calibration = quantizer.record if quantizer else None
-    mark = plan_fingerprint(plan, source, fingerprints, calibration)
+    fingerprint_of_bundle = plan_fingerprint(plan, source, fingerprints, calibration)
     if present is not None:
-        if present.fingerprint != mark:
+        if present.fingerprint != fingerprint_of_bundle:
             raise _other_bundle(output)
         _read_back_all(output, plan, present.files, quiet)
         clear_leftovers(output)
         return Conversion(output, present, 0)
-    with disk_errors(output), closing(Workspace(output, mark, force)) as workspace:
-        with _store(quantizer, output, mark) as store:
+    with disk_errors(output), closing(Workspace(output, fingerprint_of_bundle, force)) as workspace:
+        with _store(quantizer, output, fingerprint_of_bundle) as store:
             written = _make_files(workspace, source, plan, fingerprints, workers, quiet, store)
         source.check_unchanged("converted")
         manifest = make_manifest(plan, source, fingerprints, workspace.files, calibration)
@@ -104,12 +104,12 @@ def _other_bundle(output: Path) -> UserError:
 
 
 @contextmanager
-def _store(quantizer: LayerwiseQuantizer | None, output: Path, mark: str) -> Iterator[QuantizedStore | None]:
-    """Solve what is not solved yet; the solution stays until the bundle is whole."""
+def _store(quantizer: LayerwiseQuantizer | None, output: Path, fingerprint: str) -> Iterator[QuantizedStore | None]:
+    """Quantize with data what is not in the store yet; the store stays until the bundle is whole."""
     if quantizer is None:
         yield None
         return
-    with QuantizedStore(store_folder(output), mark) as store:
+    with QuantizedStore(store_folder(output), fingerprint) as store:
         quantizer.quantize(store)
         yield store
 

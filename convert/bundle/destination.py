@@ -76,17 +76,17 @@ def make_parent(output: Path) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
 
 
-def make_place(plan: Plan, output: Path, solved: bool) -> None:
+def make_place(plan: Plan, output: Path, with_store: bool) -> None:
     """Make the folders above an output; raises UserError if they cannot be made, or the bundle does not fit there.
 
-    solved: whether quantized weights are kept beside it until it is whole.
+    with_store: whether quantized weights are kept beside it until it is whole.
     """
     make_parent(output)
     with disk_errors(output):
         folders = (output.with_name(f"{output.name}.partial"), store_folder(output))
         there = sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
         free = shutil.disk_usage(output.parent).free
-        needed = plan.free_disk + (plan.nbytes if solved else 0)
+        needed = plan.free_disk + (plan.nbytes if with_store else 0)
         if free + there < needed:
             raise UserError(
                 f"{output.parent}: {free / 1e9:.2f} GB are free and {(needed - there) / 1e9:.2f} GB are needed",

@@ -149,18 +149,18 @@ Known = Mapping[tuple[str, str], tuple[str, int | None]]  # file and tensor -> c
 
 def _known(manifest: Manifest) -> Known:
     """Return what a manifest says of each tensor: its component, and how many weights it stands for."""
-    found: dict[tuple[str, str], tuple[str, int | None]] = {}
+    known: dict[tuple[str, str], tuple[str, int | None]] = {}
     of_source = roles(manifest.architecture)
     counted: set[str] = set()
     for tensor in manifest.tensors:
         role = of_source.get(tensor.source)
         if role:
             first, last = tensor.rows
-            found |= {(tensor.file, name): (role.component, 0) for name in tensor.outputs}
+            known |= {(tensor.file, name): (role.component, 0) for name in tensor.outputs}
             if role.name not in counted:  # a norm that the steps share is stored for each, and counts once
-                found[tensor.file, tensor.outputs[0]] = (role.component, (last - first) * role.shape[-1])
+                known[tensor.file, tensor.outputs[0]] = (role.component, (last - first) * role.shape[-1])
             counted |= {role.name} if role.kind == "norm" else set()
-    return found
+    return known
 
 
 def _tensors_of(folder: Path, file: str, known: Known) -> Iterator[StoredTensor]:

@@ -95,10 +95,10 @@ class Plan:
         Blocks being made (input and output), blocks made and waiting, what waits for the disk, scales and biases of
         the largest tensor, voices, and what the compiled kernels take.
         """
-        sides = max((sum(spec.nbytes for spec in output.specs()[1:]) for output in self.outputs), default=0)
+        scales_and_biases = max((sum(spec.nbytes for spec in output.specs()[1:]) for output in self.outputs), default=0)
         voices = sum(frames * self.inventory.architecture.dim * 4 for frames, _ in self.inventory.voices.values())
         blocks = workers * BLOCK_WEIGHTS * 6 + AHEAD * workers * BLOCK_WEIGHTS * 2
-        return blocks + HashingFile.QUEUED + sides + voices + (64 << 20)
+        return blocks + HashingFile.QUEUED + scales_and_biases + voices + (64 << 20)
 
 
 def make_plan(inventory: Inventory, recipe: Recipe) -> Plan:

@@ -44,14 +44,14 @@ class QuantizedStore:
     def _resume(self) -> bool:
         """Take over what an earlier run left."""
         try:
-            held = json.loads((self.folder / _INDEX).read_text("utf-8"))
-            if held["mark"] != self.mark:
+            index = json.loads((self.folder / _INDEX).read_text("utf-8"))
+            if index["mark"] != self.mark:
                 return False
-            files = {(str(name), int(part)): str(file) for name, part, file in held["parts"]}
+            files = {(str(name), int(part)): str(file) for name, part, file in index["parts"]}
             if not all((self.folder / file).is_file() for file in set(files.values())):
                 return False
             adjusted = {
-                (str(name), int(part)): Adjustment.from_json(how) for name, part, how in held.get("adjusted", [])
+                (str(name), int(part)): Adjustment.from_json(how) for name, part, how in index.get("adjusted", [])
             }
             self.files, self.adjusted = files, adjusted
             return True
@@ -103,15 +103,15 @@ class QuantizedStore:
         return Quantized(weight, scales.astype(storage), biases.astype(storage), 0.0, 0.0, 0, 0)
 
     def make(self, output: Output, first: int, array: NDArray[Any], storage: np.dtype[Any]) -> Quantized:
-        """Return rows of an output, from ``first`` on; array: the same rows of the source, to tell what was lost."""
+        """Return rows of an output, from ``first`` on; array: the same rows of the source, for the error."""
         if output.quantization is None:
             raise ValueError(f"{output.name} stays float")
         part, row = divmod(output.rows[0] + first, _height(output))
-        made = self.read((output.role.name, part), row, row + len(array), storage)
+        matrix = self.read((output.role.name, part), row, row + len(array), storage)
         wide = array.astype(np.float32)
-        lost = wide - dequantize(made, output.quantization)
-        error, norm = (float(np.square(values, dtype=np.float64).sum()) for values in (lost, wide))
-        return Quantized(made.weight, made.scales, made.biases, error, norm, 0, 0)
+        difference = wide - dequantize(matrix, output.quantization)
+        error, norm = (float(np.square(values, dtype=np.float64).sum()) for values in (difference, wide))
+        return Quantized(matrix.weight, matrix.scales, matrix.biases, error, norm, 0, 0)
 
     def adjustments(self, output: Output) -> tuple[tuple[int | None, Adjustment], ...]:
         """Return what was adjusted for an output, by its depformer steps (None where none are stacked)."""
@@ -144,7 +144,7 @@ def _arrays(matrices: Mapping[MatrixKey, Quantized]) -> Iterator[tuple[str, NDAr
 class LayerwiseQuantizer:
     """What quantizes matrices that need more than themselves. record: what the manifest says of it.
 
-    quantize: fills a store, which may hold the matrices of an earlier run.
+    solve: fills a store, which an earlier run may have begun.
     """
 
     record: CalibrationRecord
@@ -153,12 +153,12 @@ class LayerwiseQuantizer:
 
 def quantizations_of(outputs: list[Output]) -> dict[MatrixKey, tuple[QuantizationConfig, str]]:
     """Return how each part of each source tensor is quantized, and the dtype of its scales and biases."""
-    found: dict[MatrixKey, tuple[QuantizationConfig, str]] = {}
+    quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]] = {}
     for output in outputs:
         if output.quantization:
             for part in range(output.rows[0] // _height(output), output.rows[1] // _height(output)):
-                found[output.role.name, part] = (output.quantization, output.dtype)
-    return found
+                quantizations[output.role.name, part] = (output.quantization, output.dtype)
+    return quantizations
 
 
 def _height(output: Output) -> int:

@@ -13,14 +13,14 @@ from ..tensorfile import DTYPES, Spec
 
 def check_hash(path: Path, size: int, sha256: str) -> None:
     """Read a file and compare size and sha256 with what was written; raises CheckFailed."""
-    digest, found = hashlib.sha256(), 0
+    digest, nbytes = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(BLOCK):
             digest.update(block)
-            found += len(block)
-    if found != size or digest.hexdigest() != sha256:
+            nbytes += len(block)
+    if nbytes != size or digest.hexdigest() != sha256:
         raise CheckFailed(
-            f"{path}: holds {found} bytes with sha256 {digest.hexdigest()}, where {size} with {sha256} were written",
+            f"{path}: has {nbytes} bytes with sha256 {digest.hexdigest()}, where {size} with {sha256} were written",
             "check the disk and run the command again",
         )
 
@@ -31,10 +31,10 @@ def check_tensors(path: Path, specs: Sequence[Spec]) -> None:
     expected = {spec.name: (spec.shape, getattr(mx, DTYPES[spec.dtype].name)) for spec in specs}
     if not isinstance(loaded, dict):
         raise CheckFailed(f"{path}: mlx reads a single array there, not named tensors")
-    found = {name: (tuple(array.shape), array.dtype) for name, array in loaded.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    actual = {name: (tuple(array.shape), array.dtype) for name, array in loaded.items()}
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
             raise CheckFailed(
-                f"{path}: mlx reads {name} as {found.get(name, 'missing')}, "
+                f"{path}: mlx reads {name} as {actual.get(name, 'missing')}, "
                 f"the plan says {expected.get(name, 'no such tensor')}"
             )

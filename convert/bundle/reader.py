@@ -38,14 +38,14 @@ class Layout:
 
     def every(self) -> list[Output]:
         """Return all outputs."""
-        return [output for held in self.outputs.values() for output in held]
+        return [output for outputs in self.outputs.values() for output in outputs]
 
     def specs(self) -> dict[str, list[Spec]]:
         """Return the tensors that each file of weights must hold."""
-        found: dict[str, list[Spec]] = {}
+        specs: dict[str, list[Spec]] = {}
         for output in self.every():
-            found.setdefault(self.files[output], []).extend(output.specs())
-        return found
+            specs.setdefault(self.files[output], []).extend(output.specs())
+        return specs
 
 
 def layout_of(folder: Path) -> tuple[Manifest, Layout]:
@@ -63,7 +63,7 @@ def layout_of(folder: Path) -> tuple[Manifest, Layout]:
         for output in target.layout(manifest.architecture)
     ]
     names = target.split(outputs)
-    files = {output: file for file, held in names.items() for output in held}
+    files = {output: file for file, of_file in names.items() for output in of_file}
     by_source: dict[str, list[Output]] = {}
     for output in outputs:
         by_source.setdefault(output.role.name, []).append(output)
@@ -95,8 +95,8 @@ class Bundle:
 
     def output(self, name: str, step: int | None = None) -> Output:
         """Return the output that holds a source tensor, or a depformer step of it."""
-        held = self.layout.outputs[name]
-        return held[step or 0] if len(held) > 1 else held[0]
+        outputs = self.layout.outputs[name]
+        return outputs[step or 0] if len(outputs) > 1 else outputs[0]
 
     def rows_of(self, name: str, step: int | None = None) -> tuple[Output, int, int]:
         """Return where a tensor of the model lies, by its name in the checkpoint; of a stacked one the rows of a step.
@@ -128,8 +128,8 @@ class Bundle:
         spans = [config.get("context"), config.get("depformer_context")]
         if isinstance(config.get("temporal"), dict) and isinstance(config.get("depformer"), dict):
             spans = [config["temporal"].get("context"), config["depformer"].get("context")]
-        found = [min(span, _FARTHEST) if type(span) is int and span > 0 else None for span in spans]
-        return found[0] or self.architecture.context, found[1] or self.architecture.steps
+        lengths = [min(span, _FARTHEST) if type(span) is int and span > 0 else None for span in spans]
+        return lengths[0] or self.architecture.context, lengths[1] or self.architecture.steps
 
     def close(self) -> None:
         """Close its files."""

@@ -1,6 +1,6 @@
 """The folder in which a bundle is made: ``NAME.partial``, renamed to ``NAME`` when it is whole.
 
-A journal names the files that are complete and were read back, so that a killed run goes on from there.
+A journal names the files that are complete and were read back, so that a killed run resumes from there.
 """
 
 import fcntl

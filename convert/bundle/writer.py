@@ -35,22 +35,22 @@ class RowBlock:
 
 @dataclass
 class ErrorStats:
-    """What an output lost, summed over its blocks and kept for each stacked step apart."""
+    """The quantization error of an output, summed over its blocks, for each stacked step apart."""
 
     squared_error: NDArray[np.float64]
     squared_norm: NDArray[np.float64]
     overflowed: int = 0
     flushed: int = 0
-    sides: list[tuple[NDArray[Any], NDArray[Any]]] = field(default_factory=list)
+    scales_and_biases: list[tuple[NDArray[Any], NDArray[Any]]] = field(default_factory=list)
 
-    def add(self, part: int, made: Quantized | Cast) -> None:
+    def add(self, part: int, result: Quantized | Cast) -> None:
         """Count one block."""
-        self.overflowed += made.overflowed
-        self.flushed += made.flushed
-        if isinstance(made, Quantized):
-            self.squared_error[part] += made.squared_error
-            self.squared_norm[part] += made.squared_norm
-            self.sides.append((made.scales, made.biases))
+        self.overflowed += result.overflowed
+        self.flushed += result.flushed
+        if isinstance(result, Quantized):
+            self.squared_error[part] += result.squared_error
+            self.squared_norm[part] += result.squared_norm
+            self.scales_and_biases.append((result.scales, result.biases))
 
     def record(
         self, file: str, output: Output, adjusted: tuple[tuple[int | None, Adjustment], ...], crc32: tuple[str, ...]
@@ -95,14 +95,14 @@ def blocks(outputs: tuple[Output, ...]) -> Iterator[RowBlock]:
 
 
 def _make(checkpoint: Checkpoint, block: RowBlock, store: QuantizedStore | None) -> Quantized | Cast:
-    """Read a block and quantize or cast it, or take what was solved for it."""
+    """Read a block and quantize or cast it, or take it from the store."""
     output, start = block.output, block.output.rows[0]
     array = checkpoint.read(output.role.name, start + block.first, start + block.last, once=True)
     if output.quantization is None:
         return cast(array, DTYPES[output.dtype])
     if output.quantization.method in DATA_DRIVEN:
         if store is None:
-            raise ValueError(f"{output.role.name} was not solved")
+            raise ValueError(f"{output.role.name} is quantized with data, and no store is given")
         return store.make(output, block.first, array, DTYPES[output.dtype])
     try:
         return quantize(array, output.quantization, DTYPES[output.dtype])
@@ -128,26 +128,26 @@ def write_tensors(
     records: list[TensorRecord] = []
     bar.update(writer.header_bytes)
     try:
-        made = in_order(lambda block: (block, _make(checkpoint, block, store)), blocks(file.outputs), workers)
-        loss = _no_loss(file.outputs[0])
-        for block, result in made:
+        results = in_order(lambda block: (block, _make(checkpoint, block, store)), blocks(file.outputs), workers)
+        stats = _no_error(file.outputs[0])
+        for block, result in results:
             output = block.output
-            loss.add(block.part, result)
+            stats.add(block.part, result)
             weight = result.weight if isinstance(result, Quantized) else result.array
             bar.update(writer.append(output.name, weight))
             if block.last == output.rows[1] - output.rows[0]:
-                for spec, side in zip(output.specs()[1:], zip(*loss.sides, strict=True), strict=True):
-                    bar.update(writer.append(spec.name, np.concatenate(side)))
+                for spec, parts in zip(output.specs()[1:], zip(*stats.scales_and_biases, strict=True), strict=True):
+                    bar.update(writer.append(spec.name, np.concatenate(parts)))
                 crc32 = tuple(f"{writer.checksums[spec.name]:08x}" for spec in output.specs())
                 adjusted = store.adjustments(output) if store and output.quantization else ()
-                records.append(loss.record(file.name, output, adjusted, crc32))
-                loss = _no_loss(file.outputs[min(len(records), len(file.outputs) - 1)])
+                records.append(stats.record(file.name, output, adjusted, crc32))
+                stats = _no_error(file.outputs[min(len(records), len(file.outputs) - 1)])
         return writer.finish(), tuple(records)
     finally:
         writer.close()
 
 
-def _no_loss(output: Output) -> ErrorStats:
+def _no_error(output: Output) -> ErrorStats:
     return ErrorStats(np.zeros(output.parts), np.zeros(output.parts))
 
 

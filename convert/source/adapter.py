@@ -102,16 +102,16 @@ def open_adapter(where: str, architecture: Architecture, quiet: bool = False) ->
     try:
         pieces = _claim(file, architecture, rank)
         with byte_bar("checking adapter", path.stat().st_size, quiet) as bar:
-            found, bad = scan_tensors(file, bar)
+            fingerprint, bad = scan_tensors(file, bar)
         expected = hub.hub_sha256(path)
-        if expected and expected != found.sha256:
+        if expected and expected != fingerprint.sha256:
             raise UserError(f"{path}: its sha256 is not the one that the Hub gave: damaged in the cache: delete it")
         why = "values are NaN or infinite: it is damaged"
         refuse([Problem(f"{path}: {name}", f"{count} {why}") for name, count in bad.items()])
     except BaseException:
         file.close()
         raise
-    return Adapter(identity, revision, found, rank, scaling, file, pieces)
+    return Adapter(identity, revision, fingerprint, rank, scaling, file, pieces)
 
 
 def locate(where: str, quiet: bool = False) -> tuple[Path, str, str | None]:
@@ -186,7 +186,7 @@ def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str,
             LoraPair(first + step * height, height, (a, step * rank), (b, step * height)) for step in range(whole)
         )
     if not stems and not problems:
-        problems.append(Problem("", "holds no matrices"))
+        problems.append(Problem("", "has no matrices"))
     refuse([problem.within(str(file.path)) for problem in problems])
     return {name: tuple(parts) for name, parts in pieces.items()}
 

@@ -61,7 +61,7 @@ def _hidden(dim: int, feedforward: int) -> int:
 
 
 _SIZES = {  # key in config.json -> field, and the largest that is taken for a size: far above any real one, so that a
-    # stranger's config cannot make us count to a billion
+    # config from others cannot make us count to a billion
     "dim": ("dim", 1 << 17),
     "num_layers": ("num_layers", 1024),
     "num_heads": ("num_heads", 1024),
@@ -103,9 +103,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {  # what the converter and every runtime t
 
 def from_config(config: dict[str, Any]) -> Architecture:
     """Read the architecture out of a parsed config.json; raises as ``sizes_of``, and for ``impossible`` sizes."""
-    found = sizes_of(config)
-    refuse(impossible(found))
-    return found
+    architecture = sizes_of(config)
+    refuse(impossible(architecture))
+    return architecture
 
 
 def sizes_of(config: dict[str, Any]) -> Architecture:

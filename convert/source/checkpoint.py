@@ -113,8 +113,8 @@ def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps
     """
     file = TensorFile(path)
     try:
-        held = sum(re.fullmatch(r"depformer_in\.\d+\.weight", name) is not None for name in file.specs)
-        if held != MOSHI_STEPS:
+        steps = sum(re.fullmatch(r"depformer_in\.\d+\.weight", name) is not None for name in file.specs)
+        if steps != MOSHI_STEPS:
             tensors = _claim(file, roles(architecture))
             return Checkpoint(file, architecture, tensors, {})
         if not fill_depformer_steps:

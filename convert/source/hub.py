@@ -100,19 +100,19 @@ def download(
         try:
             resolved = with_retries(lambda: api.resolve_revision(repository, revision=revision))
         except (RevisionResolutionError, RepositoryNotFoundError, HfHubHTTPError) as error:
-            if not isinstance(error, RevisionNotFoundError) and (found := cached(repository, revision, files)):
-                return found
+            if not isinstance(error, RevisionNotFoundError) and (local := cached(repository, revision, files)):
+                return local
             raise
         commit = resolved.resolved
-        if found := cached(repository, commit, [*files, *optional]):
-            return found
+        if local := cached(repository, commit, [*files, *optional]):
+            return local
         try:
             remote = _listed(api, repository, commit, [*files, *optional])
         except (httpx2.TransportError, OfflineModeIsEnabled):
-            if found := cached(repository, commit, files):  # what is optional may be nowhere
-                return found
+            if local := cached(repository, commit, files):  # what is optional may be nowhere
+                return local
             raise
-        refuse([f"{repository}: holds no {n}: is this the right repository?" for n in files if n not in remote])
+        refuse([f"{repository}: has no {n}: is this the right repository?" for n in files if n not in remote])
         store = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
         folder = store / "snapshots" / commit
         missing = [file for name, file in remote.items() if not (folder / name).is_file()]
@@ -134,7 +134,7 @@ def hub_sha256(path: Path) -> str | None:
 
 
 def _listed(api: HfApi, repository: str, commit: str, names: Sequence[str]) -> dict[str, Remote]:
-    """Return those files of a commit that are asked for; what else a stranger's listing names is passed over."""
+    """Return those files of a commit that are asked for; other names in the listing are skipped."""
     found = {}
     for entry in with_retries(lambda: list(api.list_repo_tree(repository, revision=commit))):
         if isinstance(entry, RepoFile) and entry.path in names:
@@ -188,7 +188,7 @@ def _fetch(repository: str, commit: str, file: Remote, store: Path, bar: "tqdm[A
 
 
 def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
-    """Append to a partial file what it lacks; goes on after a broken connection, and gives up after some in a row.
+    """Append to a partial file what it lacks; resumes after a broken connection, and gives up after some in a row.
 
     Bytes are written as they come: the client's own download loses up to 10 MB at every break.
     """

@@ -54,10 +54,10 @@ def non_finite(file: TensorFile) -> dict[str, int]:
     def count(block: tuple[str, int, int]) -> tuple[str, int]:
         return block[0], count_non_finite(file.read(*block))
 
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for name, bad in in_order(count, _blocks(file), cores()):
-        found[name] += bad
-    return dict(+found)
+        counts[name] += bad
+    return dict(+counts)
 
 
 def scan_tensors(file: TensorFile, bar: "tqdm[Any]") -> tuple[Fingerprint, dict[str, int]]:

@@ -123,8 +123,8 @@ def locate_here(source: str, revision: str | None = None, quiet: bool = False) -
     None as well for a demo that was not made yet.
     """
     if is_hub_id(source):
-        found = hub.cached(source, revision, FILES)
-        return Location(source, *found) if found else None
+        cached = hub.cached(source, revision, FILES)
+        return Location(source, *cached) if cached else None
     if source in demo.SIZES and not demo.folder_of(source).is_dir():
         return None
     return _local(source, quiet)
@@ -215,10 +215,10 @@ def fingerprint(source: Source, quiet: bool = False) -> dict[str, Fingerprint]:
     Raises UserError that lists every tensor with values that are not finite.
     """
     with byte_bar("checking source", source.nbytes, quiet) as bar:
-        found, bad = scan_tensors(source.checkpoint.file, bar)
+        of_weights, bad = scan_tensors(source.checkpoint.file, bar)
         with closing(TensorFile(source.location.folder / CODEC)) as codec:
             of_codec, bad_codec = scan_tensors(codec, bar)
-        fingerprints = {WEIGHTS: found, CODEC: of_codec} | {
+        fingerprints = {WEIGHTS: of_weights, CODEC: of_codec} | {
             name: hash_file(source.location.folder / name, bar) for name in FILES if name not in (WEIGHTS, CODEC)
         }
     wrong = [

@@ -29,7 +29,7 @@ class Role:
 def roles(architecture: Architecture) -> dict[str, Role]:
     """Return the role of every tensor that a checkpoint of this architecture holds, by name; no name comes twice."""
     a = architecture
-    found = [
+    all_roles = [
         Role("text_emb.weight", (a.text_card + 1, a.dim), "embeddings", "text_emb", "embedding"),
         Role("text_linear.weight", (a.text_card, a.dim), "heads", "text_linear", "linear"),
         Role("out_norm.alpha", (1, 1, a.dim), "temporal", "out_norm", "norm"),
@@ -43,28 +43,28 @@ def roles(architecture: Architecture) -> dict[str, Role]:
         ),
     ]
     for codebook in range(a.n_q):
-        found.append(Role(f"emb.{codebook}.weight", (a.card + 1, a.dim), "embeddings", "emb", "embedding"))
+        all_roles.append(Role(f"emb.{codebook}.weight", (a.card + 1, a.dim), "embeddings", "emb", "embedding"))
     for layer in range(a.num_layers):
-        found += _layer(f"transformer.layers.{layer}", "temporal", a.dim, a.hidden, layer)
+        all_roles += _layer(f"transformer.layers.{layer}", "temporal", a.dim, a.hidden, layer)
     for step in range(a.steps):
         shape = (a.depformer_dim, a.dim)
-        found.append(Role(f"depformer_in.{step}.weight", shape, "depformer", "depformer_in", "linear", step=step))
+        all_roles.append(Role(f"depformer_in.{step}.weight", shape, "depformer", "depformer_in", "linear", step=step))
         shape = (a.card, a.depformer_dim)
-        found.append(Role(f"linears.{step}.weight", shape, "heads", "linears", "linear", step=step))
+        all_roles.append(Role(f"linears.{step}.weight", shape, "heads", "linears", "linear", step=step))
     for step in range(1, a.steps):  # step 0 reads the text token, step k the codebook k - 1
         name, shape = f"depformer_emb.{step - 1}.weight", (a.card + 1, a.depformer_dim)
-        found.append(Role(name, shape, "embeddings", "depformer_emb", "embedding", step=step))
+        all_roles.append(Role(name, shape, "embeddings", "depformer_emb", "embedding", step=step))
     for layer in range(a.depformer_num_layers):
-        found += _layer(
+        all_roles += _layer(
             f"depformer.layers.{layer}", "depformer", a.depformer_dim, a.depformer_hidden, layer, stacked=a.steps
         )
-    return {role.name: role for role in found}
+    return {role.name: role for role in all_roles}
 
 
 def _layer(prefix: str, component: str, dim: int, hidden: int, layer: int, stacked: int = 1) -> list[Role]:
     """Return the tensors of one transformer layer; a depformer's has one MLP a step, and stacks its attention."""
     steps = [None] if component == "temporal" else list(range(stacked))
-    found = [
+    layer_roles = [
         Role(f"{prefix}.norm1.alpha", (1, 1, dim), component, "norm1", "norm", layer),
         Role(f"{prefix}.norm2.alpha", (1, 1, dim), component, "norm2", "norm", layer),
         *(
@@ -79,5 +79,5 @@ def _layer(prefix: str, component: str, dim: int, hidden: int, layer: int, stack
         gating = f"{prefix}.gating" if step is None else f"{prefix}.gating.{step}"
         for module, shape in (("linear_in", (2 * hidden, dim)), ("linear_out", (dim, hidden))):
             name = f"{gating}.{module}.weight"
-            found.append(Role(name, shape, component, f"gating.{module}", "linear", layer, step))
-    return found
+            layer_roles.append(Role(name, shape, component, f"gating.{module}", "linear", layer, step))
+    return layer_roles

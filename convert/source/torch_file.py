@@ -79,12 +79,12 @@ def read_tensors(data: bytes) -> dict[str, Any]:
         return np.frombuffer(record, dtype)
 
     try:
-        found = _interpret(program, storage)
+        tensors = _interpret(program, storage)
     except (LookupError, TypeError, AttributeError) as error:  # fewer items than an opcode takes, or others
         raise ValueError(f"{_WRONG} ({reason(error)})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"holds {_shown(found)}, not a dictionary")
-    return found
+    if not isinstance(tensors, dict):
+        raise ValueError(f"holds {_shown(tensors)}, not a dictionary")
+    return tensors
 
 
 def _records(data: bytes) -> dict[str, bytes]:

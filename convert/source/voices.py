@@ -41,32 +41,32 @@ def read_voices(path: Path, architecture: Architecture) -> tuple[list[Voice], li
     ``read_archive`` refuses, pickles that ask for code, wrong shapes, a missing preset.
     """
     files, others = read_archive(path, lambda name: name.suffix == ".pt" and _NAME.fullmatch(name.stem) is not None)
-    found, problems = [], []
+    voices, problems = [], []
     for name, data in files:
         try:
-            found.append(_voice(name.stem, data, architecture))
+            voices.append(_voice(name.stem, data, architecture))
         except ValueError as error:
             problems.append(Problem(f"{path}: {name}", str(error)))
-    names = Counter(voice.name for voice in found)
+    names = Counter(voice.name for voice in voices)
     problems += [Problem(str(path), f"the voice {name} is there twice") for name in sorted(names) if names[name] > 1]
     missing = [name for name in PRESETS if name not in names]
     if missing and not problems:
         message = f"voices are missing: {', '.join(missing)}"
         problems.append(Problem(str(path), message, "download the archive again"))
     refuse(problems)
-    return sorted(found, key=lambda voice: voice.name), others
+    return sorted(voices, key=lambda voice: voice.name), others
 
 
 def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
-    held = read_tensors(data)
-    if set(held) != {"embeddings", "cache"}:
-        raise ValueError(f"holds {', '.join(map(ascii, sorted(held)[:5])) or 'nothing'}, not embeddings and cache")
+    tensors = read_tensors(data)
+    if set(tensors) != {"embeddings", "cache"}:
+        raise ValueError(f"holds {', '.join(map(ascii, sorted(tensors)[:5])) or 'nothing'}, not embeddings and cache")
     for key, dtypes in (("embeddings", _EMBEDDINGS), ("cache", (np.dtype("<i8"),))):
-        array = held[key]
+        array = tensors[key]
         if not isinstance(array, np.ndarray) or array.dtype not in dtypes:
-            found = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-            raise ValueError(f"{key} is {found}: one of {', '.join(map(str, dtypes))} is needed")
-    voice = Voice(name, held["embeddings"], held["cache"])
+            kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+            raise ValueError(f"{key} is {kind}: one of {', '.join(map(str, dtypes))} is needed")
+    voice = Voice(name, tensors["embeddings"], tensors["cache"])
     check(voice, architecture)
     return voice
 
