@@ -229,7 +229,7 @@ def damage(pico: Path, what: str) -> tuple[dict[str, torch.Tensor], object]:
         ("nan", ["transformer.layers.0.self_attn.in_projs.0.lora_A.weight: 1 values are NaN or infinite"]),
         ("other tensor", ["text_emb.weight: not a matrix of a LoRA"]),
         ("integers", ["in_projs.0.lora_A.weight: not a matrix of a LoRA"]),
-        ("empty", ["holds no matrices"]),
+        ("empty", ["has no matrices"]),
         ("scaling", ["lora_scaling is 'much': a number is needed"]),
         ("no rank", ["lora_rank is 0: a whole number above 0 is needed"]),
         ("list", ["not an adapter's configuration"]),

@@ -154,7 +154,7 @@ def test_what_is_not_there(options, message, convert):
 def test_a_repository_of_another_kind(convert, hub):
     repository = hub.repositories[REPOSITORY]
     repository.commit("main", {name: data for name, data in repository.at("main").items() if name != "voices.tgz"})
-    assert "holds no voices.tgz" in convert(REPOSITORY, status=2).stderr
+    assert "has no voices.tgz" in convert(REPOSITORY, status=2).stderr
 
 
 def test_a_busy_or_broken_hub_is_waited_for(convert, hub):
