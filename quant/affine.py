@@ -49,7 +49,7 @@ class QuantizationConfig:
         object.__setattr__(self, "method", stored_method(self.method))
 
     def problems(self) -> dict[str, str]:
-        """Return the settings that are not allowed, by name, each with a sentence that says why."""
+        """Return the settings that are not allowed, by name, each with what it is and what is allowed."""
         problems = {}
         for what, value, allowed in (
             ("bits", self.bits, BITS),
@@ -59,7 +59,7 @@ class QuantizationConfig:
             right_type = isinstance(value, type(allowed[0])) and not isinstance(value, bool)  # 4.0 == 4, and True == 1
             if not right_type or value not in allowed:
                 names = METHOD_NAMES if what == "method" else allowed
-                problems[what] = f"{what} is {value!r}: use one of {', '.join(map(str, names))}"
+                problems[what] = f"is {value!r}: use one of {', '.join(map(str, names))}"
         return problems
 
     @property
@@ -113,7 +113,7 @@ def quantize(
     are not finite, and groups whose range overflows float32.
     """
     storage = weight.dtype if storage is None else np.dtype(storage)
-    problems = list(quantization.problems().values())
+    problems = [f"{name} {problem}" for name, problem in quantization.problems().items()]
     if quantization.method in DATA_DRIVEN:
         problems.append(f"{quantization.method} needs more than the weights")
     if weight.ndim != 2:

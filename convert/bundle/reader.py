@@ -74,7 +74,8 @@ def _quantization(record: TensorRecord | None) -> QuantizationConfig | None:
     if record is None or record.bits is None or record.group_size is None:
         return None
     quantization = QuantizationConfig(record.bits, record.group_size)
-    refuse([Problem(f"{MANIFEST}: {record.outputs[0]}", problem) for problem in quantization.problems().values()])
+    place = f"{MANIFEST}: {record.outputs[0]}"
+    refuse([Problem(place, f"{name} {problem}") for name, problem in quantization.problems().items()])
     return quantization
 
 

@@ -41,7 +41,7 @@ def make_recipe(
         quantization = None
         if bits is not None:
             quantization = QuantizationConfig(bits, group_size or DEFAULT_GROUP_SIZE, method or DEFAULT_METHOD)
-            refuse([*quantization.problems().values()])
+            refuse([f"{name} {problem}" for name, problem in quantization.problems().items()])
         recipe = uniform(quantization, consumer.name, str(dtype or consumer.dtype), consumer.uniform)
     else:
         recipe = shipped.load(name or DEFAULT_RECIPE, target and str(target))

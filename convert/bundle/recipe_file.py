@@ -123,7 +123,7 @@ def _rule(data: dict[str, Any], number: int, line: int, wrong: Wrong) -> Rule:
             data.get("bits", 4), data.get("group_size", 64), data.get("method", DEFAULT_METHOD)
         )
         for key, problem in quantization.problems().items():
-            wrong(key, problem, number)
+            wrong(key, f"{key} {problem}", number)
     layers, steps = (_ranges(data, key, number, wrong) for key in ("layers", "steps"))
     return Rule(quantization, components, _names(data, "modules", number, wrong), layers, steps, line)
 

@@ -9,7 +9,9 @@ from typing import Any
 import typer
 
 from ...convert.bundle.manifest import TOOLKIT
-from ...convert.errors import UserError, printable
+from ...convert.bundle.recipe_choice import DEFAULT_GROUP_SIZE
+from ...convert.errors import UserError, printable, refuse
+from ...quant.affine import QuantizationConfig
 
 
 def application() -> typer.Typer:
@@ -27,6 +29,15 @@ def one_of(options: Mapping[str, object]) -> None:
     given = [option for option, value in options.items() if value is not None and value is not False]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} contradict each other: give one of them")
+
+
+def check_quantization(bits: int | None, group_size: int | None) -> None:
+    """Raise UserError for bits and a group size that no format has, by the names of their options."""
+    needs("--group-size", group_size, "--bits", bits)
+    if bits is None:
+        return
+    problems = QuantizationConfig(bits, group_size or DEFAULT_GROUP_SIZE).problems()
+    refuse([f"--{name.replace('_', '-')} {problem}" for name, problem in problems.items()])
 
 
 def needs(option: str, value: object, other: str, given: object) -> None:

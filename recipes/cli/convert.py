@@ -69,7 +69,7 @@ def convert(
         console.needs("--publish", publish_to, "--verify", verify)
         gate.check_name(publish_to)
     console.needs("--private", private, "--publish", publish_to)
-    console.needs("--group-size", group_size, "--bits", bits)
+    console.check_quantization(bits, group_size)
     size = {"--target-size": target_size, "--bits-per-weight": bits_per_weight}
     console.one_of({"--recipe": recipe, "--bits": bits, "--no-quantize": no_quantize, **size})
     console.one_of({"--no-quantize": no_quantize, "--method": method})

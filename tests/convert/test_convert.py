@@ -238,8 +238,8 @@ def test_a_dry_run_writes_nothing_and_adds_up(pico, program, tmp_path, bundle):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--bits", "7"], "bits is 7: use one of"),
-        (["--bits", "4", "--group-size", "48"], "group_size is 48"),
+        (["--bits", "7"], "--bits is 7: use one of"),
+        (["--bits", "4", "--group-size", "48"], "--group-size is 48"),
         (["--group-size", "64"], "--group-size needs --bits"),
         (["--bits", "4", "--recipe", "8bit"], "contradict each other"),
         (["--bits", "4", "--no-quantize"], "contradict each other"),

@@ -21,7 +21,8 @@ def earlier(name: str) -> Any:
 
 
 def test_every_committed_file_is_tested():
-    assert {path.stem for path in EARLIER.glob("*.json")} == {*WHOLE, *CUT}
+    manifests = [path for path in EARLIER.glob("*.json") if "manifest_version" in json.loads(path.read_text())]
+    assert {path.stem for path in manifests} == {*WHOLE, *CUT}
 
 
 @pytest.mark.parametrize("name", WHOLE)
