@@ -101,7 +101,7 @@ class Benchmark:
 
     @classmethod
     def from_json(cls, data: Any) -> "Benchmark":
-        """Return what ``ppx-bench --json`` printed; raises ValueError for anything else."""
+        """Return what ``ppx-bench`` printed as JSON; raises ValueError for anything else."""
         return typed_json.from_json(cls, data)
 
 
