@@ -47,9 +47,9 @@ def calibrate(
         else:
             gathered = self_generated.generate(opened, frames, sessions, quiet)
             metadata = {"kind": SELF_GENERATED}
-        found = dataset.statistics(gathered, opened)
+        statistics = dataset.statistics(gathered, opened)
     dataset.write(gathered, path, metadata)
-    return found
+    return statistics
 
 
 def text(statistics: "Statistics", path: Path) -> str:

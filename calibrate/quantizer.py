@@ -32,9 +32,9 @@ def quantizer_for(tokens: str | Path | None = None, fine_tune: int = 0) -> Quant
         from . import dataset  # imports torch: seconds that a mistake in the options does not need
 
         given = size_budget.conversations(source, conversion.fingerprints, path, conversion.output, conversion.quiet)
-        found = dataset.quantizer_of(source, plan, given, fine_tune, conversion.quiet)
-        if dataset.is_scarce(found.record, source):
+        layerwise = dataset.quantizer_of(source, plan, given, fine_tune, conversion.quiet)
+        if dataset.is_scarce(layerwise.record, source):
             _log.warning("calibration tokens are scarce: recorded conversations make a better bundle")
-        return found
+        return layerwise
 
     return quantizer

@@ -78,10 +78,10 @@ def allocate(
     with open_named(str(source), revision, adapter, fill_depformer_steps, quiet) as opened:
         fingerprints = sources.fingerprint(opened, quiet)
         given = conversations(opened, fingerprints, tokens, path.with_suffix(""), quiet)
-        found = allocation(opened, fingerprints, request, given, file, path, quiet)
+        chosen = allocation(opened, fingerprints, request, given, file, path, quiet)
     if picture:
-        draw(found, file, picture)
-    return found
+        draw(chosen, file, picture)
+    return chosen
 
 
 def allocate_for(conversion: OpenConversion, request: AllocationRequest, tokens: str | Path | None) -> Allocation:

@@ -35,7 +35,7 @@ def make_recipe(
     if group_size is not None and bits is None:
         raise UserError("group_size has no effect without bits: give both")
     if method and not quantize:
-        raise UserError("method has no effect with quantize=False: leave one out")
+        raise UserError("a recipe that quantizes nothing takes no method: leave one of them out")
     if bits is not None or not quantize:
         consumer = TARGETS[target or DEFAULT_TARGET]
         quantization = None

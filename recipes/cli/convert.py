@@ -72,7 +72,6 @@ def convert(
     console.check_quantization(bits, group_size)
     size = {"--target-size": target_size, "--bits-per-weight": bits_per_weight}
     console.one_of({"--recipe": recipe, "--bits": bits, "--no-quantize": no_quantize, **size})
-    console.one_of({"--no-quantize": no_quantize, "--method": method})
     budget = size_budget.budget_of(target_size, bits_per_weight)
     request = budget and request_of(budget, target, dtype, method, depformer_steps)
     settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "quantize": not no_quantize}

@@ -3,7 +3,7 @@
 from ...convert.hints import Hint
 
 HINTS = {
-    Hint.CHOOSE_GPTQ: "leave --calibration and --refine out, or choose --method gptq",
+    Hint.CHOOSE_GPTQ: "leave --tokens and --refine out, or choose --method gptq",
     Hint.CHOOSE_VOICE: "give one of them as --voice",
     Hint.COMPUTE_ON_CPU: "try --device cpu or another version of MLX",
     Hint.CONVERT_AGAIN: "convert again with --force",
@@ -14,7 +14,7 @@ HINTS = {
     Hint.FREE_DISK_OR_MOVE_CACHE: "free some, or put the cache (HF_HOME) or --output on another disk",
     Hint.GIVE_ADAPTER: "give its file as --adapter",
     Hint.GIVE_REFERENCE: "give it as --reference",
-    Hint.GIVE_TOKENS: "give recorded conversations as --calibration or --tokens",
+    Hint.GIVE_TOKENS: "give recorded conversations as --tokens",
     Hint.LEAVE_ADAPTER_OUT: "leave --adapter out",
     Hint.LONGER_RECORDINGS: "give longer ones, or --frames",
     Hint.MAKE_AGAIN: "make it again with --force",
@@ -23,7 +23,7 @@ HINTS = {
     Hint.MORE_FRAMES: "give more --frames (a voice takes up the first ones), or tokens in which the agent speaks",
     Hint.MOSHI_RECIPE: "use --recipe moshi-q4, moshi-q8 or bf16, or --target mlx",
     Hint.MOVE_FILES: "move them, or choose another --output",
-    Hint.MOVE_TOKENS: "move it away, or give it as --calibration if it is meant",
+    Hint.MOVE_TOKENS: "move it away, or give it as --tokens if it is meant",
     Hint.NO_GPU: "leave --device gpu out",
     Hint.ONE_BUDGET: "give --target-size or --bits-per-weight",
     Hint.OTHER_ADAPTER: "give that one as --adapter",

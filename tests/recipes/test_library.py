@@ -113,7 +113,7 @@ def test_recipes_of_the_library_are_those_of_the_program(settings, options, prog
         ({"name": "4bit", "bits": 4}, "contradict"),
         ({"bits": 4, "quantize": False}, "contradict"),
         ({"group_size": 64}, "no effect without bits"),
-        ({"quantize": False, "method": "rtn"}, "no effect with quantize=False"),
+        ({"quantize": False, "method": "rtn"}, "quantizes nothing takes no method"),
         ({"bits": 7, "group_size": 5}, "bits is 7: use one of 2, 3, 4, 5, 6, 8\ngroup_size is 5"),
         ({"bits": 4, "method": "awq"}, "method is 'awq': use one of mse, rtn, gptq"),
     ],

@@ -183,7 +183,7 @@ def test_messages_of_options_that_contradict_each_other(pico, tmp_path, monkeypa
         (("--bits", "4", "--target-size", "1GB"), "--bits and --target-size contradict each other"),
         (("--target-size", "1GB", "--bits-per-weight", "4"), "--target-size and --bits-per-weight contradict"),
         (("--group-size", "32"), "--group-size needs --bits"),
-        (("--no-quantize", "--method", "rtn"), "--no-quantize and --method contradict"),
+        (("--no-quantize", "--method", "rtn"), "quantizes nothing takes no method"),
         (("--private",), "--private needs --publish"),
         (("--publish", "me/it", "--no-verify"), "--publish needs --verify"),
     ):
