@@ -299,6 +299,6 @@ def test_computing_blocks_again_changes_no_gradient(opened):
 def test_options_for_another_method_are_refused(program, pico, few, tmp_path):
     for options in (("--calibration", few), ("--refine", "2")):
         done = program("ppx-convert", pico, *options, "-o", "out", cwd=tmp_path, status=2)
-        assert "are for the method gptq: leave --calibration and --refine out, or choose --method gptq" in done.stderr
+        assert "are for the method gptq: leave --tokens and --refine out, or choose --method gptq" in done.stderr
     done = program("ppx-convert", pico, "--method", "gptq", "--calibration", "nothing", cwd=tmp_path, status=2)
     assert "nothing: no such file" in done.stderr
