@@ -38,8 +38,8 @@ ROWS: dict[str, list[str]] = {
     "4bit-depformer16, lsq": ["--recipe", "4bit-depformer16", *LSQ],
     "mixed, lsq": ["--recipe", "mixed", *LSQ],
     "mixed, gptq": ["--recipe", "mixed", *GPTQ],
-    "4.5 bits a weight, lsq": [*SAME_SIZE[:-2], "--bits-per-weight", "4.5", *LSQ],
-    "4.5 bits a weight, gptq": [*SAME_SIZE[:-2], "--bits-per-weight", "4.5", *GPTQ],
+    "4.5 bits per weight, lsq": [*SAME_SIZE[:-2], "--bits-per-weight", "4.5", *LSQ],
+    "4.5 bits per weight, gptq": [*SAME_SIZE[:-2], "--bits-per-weight", "4.5", *GPTQ],
     "size of 4 bit, lsq": [*SAME_SIZE, *LSQ],
     "8bit, lsq": ["--recipe", "8bit", *LSQ],
     "moshi-q8, lsq": ["--recipe", "moshi-q8", *LSQ],
@@ -90,7 +90,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Return the rows as Markdown."""
-    lines = ["| | MB | bits a weight | text | codebook 0 | agent | agreement |", "| --- |" + " --- |" * 6]
+    lines = ["| | MB | bits per weight | text | codebook 0 | agent | agreement |", "| --- |" + " --- |" * 6]
     for name, row in found.items():
         figures = " | ".join(f"{row[stream]:.2g}" if row[stream] < 1e-3 else f"{row[stream]:.4f}" for stream in COLUMNS)
         size = f"{row['bytes'] / 1e6:.1f} | {row['bits_per_weight']:.2f}"

@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def ours(folder: Path, arithmetic: str) -> Callable[[Any], tuple[Frames, list[Any]]]:
-    """Return a way to hear frames; it returns what they took and said, and the columns that were read."""
+    """Return a function of input frames that returns their times, the output tokens and the columns read."""
     with closing(Bundle(folder, *layout_of(folder))) as bundle:
         model, voice = loader.load(bundle, arithmetic), bundle.voices()[0]
     silent = Voice(voice.name, voice.embeddings[:0], voice.cache)

@@ -34,7 +34,7 @@ PROGRAM = [sys.executable, "-m", "ppx.recipes.cli.verify"]
 
 
 def forward(bundle: Path, frames: int, sequences: int) -> None:
-    """Take a bundle alone through the material."""
+    """Run the forward pass of a bundle alone."""
     mx.set_default_device(mx.cpu)
     with open_source(locate(demo.FULL_SIZE)) as source:
         token_set = token_set_of(source, VerifyOptions(sequences=sequences, frames=frames))

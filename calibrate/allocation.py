@@ -50,7 +50,7 @@ class Allocation:
     """A recipe and what it is expected to cost each stream, in nats/token; bound: no recipe could cost less in sum.
 
     settings: what each part gets, None to keep it. left: bytes of the budget that it leaves. measured_on: how much
-    material the sensitivities were measured on.
+    tokens the sensitivities were measured on.
     """
 
     recipe: Recipe
@@ -154,7 +154,7 @@ def _parts(outputs: Sequence[Output]) -> dict[TensorGroup, list[Output]]:
 def _cost(
     found: Sensitivities, part: TensorGroup, quantization: QuantizationConfig | None, method: str
 ) -> dict[str, float] | None:
-    """Return what a part's setting is expected to cost; tables of embeddings are not solved."""
+    """Return the expected cost of a group's setting; embedding tables never use GPTQ."""
     cost = found.cost(part, quantization)
     factor = _METHODS["lsq" if part.component == "embeddings" and method in DATA_DRIVEN else method]
     return cost and {stream: factor * value for stream, value in cost.items()}

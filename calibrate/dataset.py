@@ -72,7 +72,7 @@ def is_scarce(calibration: CalibrationRecord, source: Source) -> bool:
 
 
 def gather(source: Source, files: Sequence[Path], recordings: Sequence[Path], frames: int) -> Tokens:
-    """Return conversations ``[sequences, streams, frames]``, as heard, of token files and recordings.
+    """Return conversations ``[sequences, streams, frames]``, not delayed, of token files and recordings.
 
     What is longer is cut into sequences; what is left over, and what is shorter, is not used. Raises UserError for
     files that cannot be read, and if nothing is left.

@@ -206,7 +206,7 @@ def _parts(conversation: Conversation, users: NDArray[np.int64]) -> dict[str, fl
 
 
 def _codec_parts(path: Path, codebooks: int, frames: int) -> dict[str, float]:
-    """Return the codec's seconds a frame, there and back."""
+    """Return the codec's s/frame, encoding and decoding."""
     codec = Codec(path, codebooks)
     sound = np.random.default_rng(0).standard_normal((frames + _WARM_UP, FRAME), np.float32) * 0.1
     took = []

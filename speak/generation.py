@@ -49,7 +49,7 @@ class Conversation:
         self._temporal, self._depformer = self.runtime.temporal(), self.runtime.depformer(self.sampling)
 
     def compile(self) -> None:
-        """Compute the next frame as if nothing were heard in it, and forget it: what a frame needs is compiled then.
+        """Compute a frame without input and discard it, so that its functions are compiled.
 
         What it writes into the keys and values, the frame itself writes over.
         """

@@ -34,8 +34,8 @@ def _pocketsphinx() -> Transcribe:
             decoder.start_utt()
             decoder.process_raw(segment.pcm, full_utt=True)
             decoder.end_utt()
-            heard = decoder.hyp()
-            words += [heard.hypstr] if heard else []
+            hypothesis = decoder.hyp()
+            words += [hypothesis.hypstr] if hypothesis else []
         return " ".join(words)
 
     return transcribe

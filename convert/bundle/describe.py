@@ -119,7 +119,7 @@ def text(plan: Plan, workers: int) -> str:
         for file in plan.files
         if file.copy or file.text
     ]
-    lines += [f"{name}: filled from {origin}" for name, origin in plan.inventory.copied_steps]
+    lines += [f"{name}: copied from {origin}" for name, origin in plan.inventory.copied_steps]
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.dropped.items():
         reasons.setdefault(reason, []).append(name)
@@ -128,7 +128,7 @@ def text(plan: Plan, workers: int) -> str:
         lines.append(f"{', '.join(names[:_LISTED])}{more}: dropped, {reason}")
     lines += [
         "",
-        f"total {size(about.total_bytes)}, {about.bits_per_weight:.2f} bits a weight ({about.parameters:,} parameters)",
+        f"{size(about.total_bytes)}, {about.bits_per_weight:.2f} bits per weight, {about.parameters:,} parameters",
         f"needs about {size(about.peak_memory_bytes)} of memory above Python and its imports, "
         f"and {size(about.free_disk_bytes)} of free disk",
     ]
@@ -150,7 +150,7 @@ def finished(folder: Path, manifest: Manifest, written: int) -> str:
     quantized = [tensor.relative_rmse for tensor in manifest.tensors if tensor.relative_rmse is not None]
     lines = [
         f"{folder}: {len(manifest.files) + 1} files, {size(total)}, "
-        f"{manifest.bits_per_weight:.2f} bits a weight, for {manifest.target}"
+        f"{manifest.bits_per_weight:.2f} bits per weight, for {manifest.target}"
     ]
     if quantized:
         middle = sorted(quantized)[len(quantized) // 2]
@@ -159,7 +159,7 @@ def finished(folder: Path, manifest: Manifest, written: int) -> str:
     lines += [f"{count} values were {what} in {manifest.dtype}" for count, what in changed if count]
     if adapter := manifest.source.adapter:
         lines.append(f"{adapter.id} was merged into {len(adapter.merged)} tensors")
-    lines += [f"{name}: filled from {origin}" for name, origin in manifest.source.copied_steps.items()]
+    lines += [f"{name}: copied from {origin}" for name, origin in manifest.source.copied_steps.items()]
     verb = "read back and checked" if written else "checked again"
     lines.append(f"every file was {verb}; {len(manifest.voices)} voices; see manifest.json")
     return "\n".join(lines)

@@ -40,7 +40,7 @@ _LARGEST = 64 << 20  # bytes; that of the 7B model has 300 thousand
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a bundle; the same conversion gives the same manifest, so it holds no time.
+    """What is known of a bundle. It contains no time, so that the same conversion gives the same manifest.
 
     fingerprint: stands for everything that decides the bundle. libraries: versions by name. target, dtype: names as a
     recipe has them. parameters: of the source's model. bits_per_weight: of the bundle's tensors for each of them.

@@ -21,7 +21,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 FAILED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit statuses
-CONVERSION = "interrupted: the same command resumes with the files that are complete"
+CONVERSION = "interrupted: run the same command again to resume"
 
 
 class Terminated(BaseException):

@@ -23,7 +23,7 @@ app = console.application()
 
 
 @app.command(epilog=EXAMPLES)
-@partial(endings.reported, interrupted="interrupted: the same command resumes; what is there is not sent again")
+@partial(endings.reported, interrupted="interrupted: run the same command again to resume: uploaded files are skipped")
 def publish_bundle(
     bundle: options.Bundle,
     repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to; made if it is not there.")],

@@ -29,7 +29,7 @@ app = console.application()
 
 
 @app.command(epilog=EXAMPLES)
-@partial(endings.reported, interrupted="interrupted: the report was not written; the same command starts again")
+@partial(endings.reported, interrupted="interrupted: no report was written")
 def verify_bundle(
     bundle: options.Bundle,
     other: Annotated[

@@ -1,4 +1,4 @@
-"""Quantizing layer by layer, by the command: what it gains, that it goes on, and that it says what it did."""
+"""Layer-wise GPTQ by the command: what it gains, that it resumes, and what it reports."""
 
 import json
 import shutil
@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, t
 
 
 def loss_of(source: Source, plan: Plan, token_set: TokenSet, store: QuantizedStore) -> float:
-    """The divergence that refining makes small, on its material as it is."""
+    """The divergence that fine-tuning minimizes, on its calibration tokens."""
     original = reference_of(source.checkpoint)
     weights = layerwise.quantized_weights(source, quantizations_of(plan.outputs), store)
     batch = tuning.Batch(token_set.tokens, token_set.targets, torch.from_numpy(token_set.counted))

@@ -1,4 +1,4 @@
-"""What a model speaks itself, to be quantized by."""
+"""Self-generated calibration tokens."""
 
 import shutil
 from collections.abc import Iterator

@@ -231,7 +231,7 @@ def test_a_dry_run_writes_nothing_and_adds_up(pico, program, tmp_path, bundle):
     parameters = sum(tensor.numel() for tensor in load_file(pico / "model.safetensors").values())
     assert sum(entry["parameters"] for entry in said["tensors"]) == said["parameters"] == parameters
     text = program("ppx-convert", pico, "--dry-run", cwd=tmp_path).stdout
-    for wanted in ("temporal.safetensors", "4 bit g64 lsq", "kept, float16", "bits a weight", "free disk", "memory"):
+    for wanted in ("temporal.safetensors", "4 bit g64 lsq", "kept, float16", "bits per weight", "free disk", "memory"):
         assert wanted in text
 
 

@@ -130,4 +130,4 @@ def test_control_c_ends_in_a_line(program, tmp_path):
     moment = MOMENTS["the first file begins"][0]
     done = program("ppx-convert", *OPTIONS, cwd=tmp_path, status=130, stop=(moment, signal.SIGINT))
     assert not (tmp_path / "out").exists()
-    assert done.stderr == "interrupted: the same command goes on with the files that are complete\n"
+    assert done.stderr == "interrupted: run the same command again to resume\n"

@@ -61,7 +61,7 @@ def problem(
 ) -> tuple[str | None, bool]:
     """Return what is wrong with a stopped run and the one after it, None if nothing is; and whether it was stopped."""
     status, said = stopped(command, folder, number, moment, cache)
-    lines = [line for line in said.splitlines() if "material is scarce" not in line]  # of which it always tells
+    lines = [line for line in said.splitlines() if "tokens are scarce" not in line]  # a warning of every run
     begun = status != -number or bool(lines)  # before, nothing handles the signal
     if begun and status not in (0, STATUS[number]):
         return f"exit status {status}: {said}", True

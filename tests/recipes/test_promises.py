@@ -108,7 +108,7 @@ def test_commands_of_the_readme_plan(command, program, pico, tmp_path):
     arguments = [pico if argument == "./my-finetune" else argument for argument in arguments if argument != "--dry-run"]
     (tmp_path / "mine.toml").write_text(to_toml(shipped.load("mixed")))
     done = program(name, *arguments, "--dry-run", cwd=tmp_path)
-    assert "bits a weight" in done.stdout
+    assert "bits per weight" in done.stdout
 
 
 @pytest.mark.slow

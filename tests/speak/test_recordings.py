@@ -1,4 +1,4 @@
-"""Recordings as material, through the real rustymimi and a codec with random weights of Mimi's names and shapes."""
+"""Recordings as token sets, through the real rustymimi and a codec with random weights of Mimi's names and shapes."""
 
 import tracemalloc
 from collections.abc import Iterator

@@ -136,11 +136,11 @@ def _notice(manifest: Manifest, source_license: License) -> str:
 
 
 def _plain(text: object) -> str:
-    """Return a stranger's name so that Markdown shows it and does nothing else with it."""
+    """Return an untrusted name so that Markdown shows it and does nothing else with it."""
     return "".join(character if character.isalnum() or character in " -_./:+," else "?" for character in str(text))
 
 
 def _code(text: str) -> str:
-    """Return a stranger's lines so that they end no block of code and command no terminal."""
+    """Return untrusted lines so that they end no block of code and command no terminal."""
     kept = "".join(character for character in text if character.isprintable() or character == "\n")
     return kept.replace("```", "'''").strip()

@@ -1,6 +1,6 @@
 """Time and memory of ``--method gptq`` on whole layers of real size, and what follows for the 7B model.
 
-    python benchmarks/solving.py [--frames 8192] [--sequence 256] [--refine STEPS] [--folder DIR]
+    python benchmarks/gptq.py [--frames 8192] [--sequence 256] [--refine STEPS] [--folder DIR]
 
 Makes a source with PersonaPlex's widths and one layer of each transformer (made-up weights, random tokens), and
 quantizes it as a conversion does: every matrix of a layer by what its inputs are. Beside each block's seconds stands
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=8192)
     parser.add_argument("--sequence", type=int, default=256, help="frames of a sequence")
     parser.add_argument("--refine", type=int, default=0, help="steps that each block is tuned for")
-    parser.add_argument("--folder", type=Path, default=Path("benchmark-solving"), help="made and removed")
+    parser.add_argument("--folder", type=Path, default=Path("benchmark-gptq"), help="made and removed")
     options = parser.parse_args()
     idle = run([sys.executable, "-c", IMPORTS]).memory
     options.folder.mkdir()
