@@ -91,7 +91,7 @@ def evenly_spaced(count: int, most: int) -> NDArray[np.int64]:
 
 
 def checked(token_set: TokenSet, architecture: Architecture) -> TokenSet:
-    """Return the token set if every limited figure can be computed from it; raises UserError if it is too long or too short."""
+    """Return the token set if every limited figure can be computed from it; raises UserError otherwise."""
     frames = token_set.tokens.shape[2]
     if frames > _MOST_FRAMES:
         raise UserError(
@@ -130,7 +130,7 @@ def read_tokens(path: Path, architecture: Architecture, sequences: int | None, f
 
 
 def read_token_file(path: Path, architecture: Architecture) -> Tokens:
-    """Return ``tokens`` ``[N, streams, T]`` of a safetensors file, not delayed; raises UserError if they do not fit the model."""
+    """Return ``tokens`` ``[N, streams, T]`` of a safetensors file, not delayed; raises UserError for unusable ones."""
     if path.is_file() and path.stat().st_size > _LARGEST:
         raise UserError(f"{path}: over 1 GiB, which no file of tokens is")
     file = TensorFile(path)

@@ -1,7 +1,7 @@
 """A bundle answers a recording aloud, and a speech recognizer transcribes the answer.
 
 The model predicts its words twice, as text and as audio: where the transcript differs from the text, one of them broke.
-The recognizer also transcribes the question, as it is and through the codec alone: their difference is the error of the recognizer.
+The recognizer also transcribes the question, as it is and through the codec alone: the difference is its own error.
 """
 
 import base64

@@ -128,7 +128,8 @@ def text(plan: Plan, workers: int) -> str:
         lines.append(f"{', '.join(names[:_LISTED])}{more}: dropped, {reason}")
     lines += [
         "",
-        f"{size(about.total_bytes)}, {about.bits_per_weight:.2f} bits per weight, {about.parameters:,} parameters",
+        f"total {size(about.total_bytes)}, {about.bits_per_weight:.2f} bits per weight, "
+        f"{about.parameters:,} parameters",
         f"needs about {size(about.peak_memory_bytes)} of memory above Python and its imports, "
         f"and {size(about.free_disk_bytes)} of free disk",
     ]
