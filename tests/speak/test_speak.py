@@ -114,7 +114,7 @@ def test_mistakes_are_told_in_one_line(demos, codec, bundle, tmp_path, monkeypat
         ((swift, "nan.wav", *asked), "nan.wav: contains NaN or infinite samples"),
         ((swift, "q.wav", *asked, "--greedy", "--text-top-k", "3"), "leave temperatures and top-k out"),
         ((tmp_path / "nowhere", "q.wav", *asked), "nowhere: not a bundle"),
-        ((bundle(), "q.wav", *asked), "remembers at most 2: shorten it"),
+        ((bundle(), "q.wav", *asked), "at most 2 fit this model: shorten --prompt"),
     ):
         done = CliRunner().invoke(speak.app, [str(argument) for argument in arguments])
         assert done.exit_code == 2
