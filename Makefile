@@ -8,17 +8,24 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # threads would spin, and keep each other from the cores.
 PYTEST := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check lint style types picture clean
+.PHONY: demo test check checked compiled lint style types picture clean
 
 demo: $(VENV)/installed
 	$(BIN)/ppx-convert demo --bits 4 --group-size 64 --output demo-bundle
 	$(BIN)/ppx-inspect demo-bundle --check
 
-test: $(VENV)/tested lint
+test: checked
 	$(PYTEST)
 
+# The two slow things before the tests, side by side: types, and compiling the quantizer.
+checked: $(VENV)/tested
+	+$(MAKE) --no-print-directory -j2 lint compiled
+
+compiled: $(VENV)/tested
+	$(BIN)/python tests/compiling.py
+
 # For contributors, between two commits: lint, types and the fast tests.
-check: $(VENV)/tested lint
+check: checked
 	$(PYTEST) -m 'not slow'
 
 lint: style types

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from compiling import compile_kernels
 from ppx.convert.file_names import CODEC
 from ppx.convert.source import demo
-from ppx.quant.affine import BFLOAT16, FLOAT32, QuantizationConfig, quantize
-from ppx.quant.casting import count_non_finite
 from program_server import Programs
 from stopping import Moment
 
@@ -28,6 +26,9 @@ SLOW = (  # the slowest first
     "test_kill.py",
     "test_size_budget.py",
     "test_adapter.py",
+    "test_language_model.py",
+    "test_moshi_mlx.py",
+    "test_mlx_model.py",
 )
 DATA = Path(__file__).parent / "data"
 PROGRAMS = {
@@ -43,12 +44,9 @@ PROGRAMS = {
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the quantizer before workers start, which would each do it; numba keeps what it made in the checkout."""
+    """Compile the quantizer before workers start."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
-        for dtype in (FLOAT32, BFLOAT16):
-            weights = np.ones((1, 64), dtype)
-            quantize(weights, QuantizationConfig(4, 64), FLOAT32)
-            count_non_finite(weights)
+        compile_kernels()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

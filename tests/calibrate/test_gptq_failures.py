@@ -38,6 +38,7 @@ def overflowing(pico):
         yield replace(source, checkpoint=checkpoint)
 
 
+@pytest.mark.slow
 def test_a_model_that_overflows_is_converted_and_what_was_done_is_told(overflowing, pico, tmp_path, capsys):
     tokens = load_file(pico / "calibration_tokens.safetensors")["tokens"][:2, :, :30].copy()
     save_file({"tokens": tokens}, tmp_path / "tokens.safetensors")

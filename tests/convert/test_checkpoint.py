@@ -93,6 +93,7 @@ def base_moshi(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"dep_q": 8}))
 
 
+@pytest.mark.slow
 def test_eight_steps_are_refused_unless_filling_is_asked_for(pico_copy, program, tmp_path):
     original = load_file(pico_copy / "model.safetensors")
     base_moshi(pico_copy)

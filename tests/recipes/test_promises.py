@@ -259,6 +259,7 @@ def test_the_documented_limits_are_the_defaults():
     assert found == limits.DEFAULTS
 
 
+@pytest.mark.slow
 def test_programs_start_without_the_slow_libraries():
     """Help, dry runs and mistakes should not wait for torch and its kind."""
     slow = ("torch", "matplotlib", "sentencepiece")
