@@ -30,6 +30,22 @@ def mine(bundle, tmp_path):
     return copy
 
 
+@pytest.fixture(scope="module")
+def verified(bundle, program, pico, tmp_path_factory):
+    """Return a bundle with a quick report, and what ppx-verify --json printed; made once for each choice of options."""
+    made: dict[tuple[str, ...], tuple[Path, Any]] = {}
+
+    def verify(*options):
+        if options not in made:
+            folder = tmp_path_factory.mktemp("verified") / "bundle"
+            shutil.copytree(bundle(*options), folder)
+            done = program("ppx-verify", folder, "--reference", pico, *QUICK, "--json", cwd=folder.parent)
+            made[options] = folder, done
+        return made[options]
+
+    return verify
+
+
 def left(folder: Path) -> Any:
     return json.loads((folder / "parity" / "report.json").read_text())
 
@@ -92,26 +108,24 @@ def test_what_is_left_in_the_bundle(mine, program, pico, tmp_path):
     program("ppx-inspect", folder, "--check", cwd=tmp_path)  # the report is no stranger there
 
 
-def test_reports_of_the_same_input_are_the_same_but_for_times(mine, program, pico, tmp_path):
+def test_reports_of_the_same_input_are_the_same_but_for_times(verified, mine, program, pico, tmp_path):
+    folders = [verified(*SWIFT)[0], mine(*SWIFT, name="second")]
+    program("ppx-verify", folders[1], "--reference", pico, *QUICK, "--json", cwd=tmp_path)
     found = []
-    for name in ("first", "second"):
-        folder = mine(*SWIFT, name=name)
-        program("ppx-verify", folder, "--reference", pico, *QUICK, "--json", cwd=tmp_path)
+    for folder in folders:
         report = left(folder)
         assert report.pop("times").keys() == {"began", "seconds"}
-        assert report.pop("command") == f"ppx-verify {name} --reference {pico.name} --sequences 1 --frames 40"
+        assert report.pop("command") == f"ppx-verify {folder.name} --reference {pico.name} --sequences 1 --frames 40"
         found.append(json.dumps(report))
     assert found[0] == found[1]
     pictures = [
-        re.findall(r"<svg.*?</svg>", (tmp_path / name / "parity" / "report.html").read_text(), re.DOTALL)
-        for name in ("first", "second")
+        re.findall(r"<svg.*?</svg>", (folder / "parity" / "report.html").read_text(), re.DOTALL) for folder in folders
     ]
     assert pictures[0] == pictures[1]
 
 
-def test_json_on_standard_output_is_the_report(mine, program, pico, tmp_path):
-    folder = mine(*SWIFT)
-    done = program("ppx-verify", folder, "--reference", pico, *QUICK, "--json", cwd=tmp_path)
+def test_json_on_standard_output_is_the_report(verified):
+    folder, done = verified(*SWIFT)
     assert json.loads(done.stdout) == left(folder)
     assert done.stderr == ""
 
@@ -169,10 +183,10 @@ def test_a_conversion_verifies_at_its_end(pico, program, tmp_path):
     assert not (tmp_path / "unverified" / "parity").exists()
 
 
-def test_two_bundles_side_by_side(mine, program, pico, tmp_path):
-    folders = [mine(*SWIFT, name="four"), mine("--bits", "8", name="eight")]
-    for folder in folders:
-        program("ppx-verify", folder, "--reference", pico, *QUICK, cwd=tmp_path)
+def test_two_bundles_side_by_side(verified, program, pico, tmp_path):
+    folders = [tmp_path / "four", tmp_path / "eight"]
+    for folder, options in zip(folders, (SWIFT, ("--bits", "8")), strict=True):
+        shutil.copytree(verified(*options)[0], folder)
     said = program("ppx-verify", *folders, cwd=tmp_path).stdout
     assert re.search(r"^verdict +passes +passes$", said, re.MULTILINE)
     assert re.search(r"^bytes +\S+ MB +\S+ MB +◀ A$", said, re.MULTILINE)
@@ -199,11 +213,9 @@ def test_two_bundles_side_by_side(mine, program, pico, tmp_path):
     assert len(names) == len(set(names))
 
 
-def test_targets_side_by_side(mine, program, pico, tmp_path):
+def test_targets_side_by_side(verified, program, tmp_path):
     """Tensors are the same ones under any target's names."""
-    folders = [mine(*SWIFT, name="swift"), mine("--recipe", "moshi-q4", name="moshi")]
-    for folder in folders:
-        program("ppx-verify", folder, "--reference", pico, *QUICK, cwd=tmp_path)
+    folders = [verified(*SWIFT)[0], verified("--recipe", "moshi-q4")[0]]
     found = json.loads(program("ppx-verify", *folders, "--json", cwd=tmp_path).stdout)
     assert sum(found["tensors"]["better"].values()) > 250
 
@@ -262,9 +274,8 @@ class TestWhatCannotBeCompared:
             done = program("ppx-verify", f"{number}.json", f"{number}.json", cwd=tmp_path, status=2)
             assert "not a report" in done.stderr
 
-    def test_a_report_that_commands_a_terminal(self, mine, pico, program, tmp_path):
-        folder = mine(*SWIFT)
-        program("ppx-verify", folder, "--reference", pico, *QUICK, cwd=tmp_path)
+    def test_a_report_that_commands_a_terminal(self, verified, program, tmp_path):
+        folder = verified(*SWIFT)[0]
         report = left(folder)
         damages: tuple[dict[str, object], ...] = (
             {"command": "\x1b[2J"},
@@ -319,10 +330,8 @@ class TestWhatCannotBeCompared:
         assert "contradict each other" in done.stderr
 
 
-def test_a_report_of_strange_names_is_escaped(mine, program, pico, tmp_path):
-    folder = mine(*SWIFT)
-    program("ppx-verify", folder, "--reference", pico, *QUICK, cwd=tmp_path)
-    report = left(folder)
+def test_a_report_of_strange_names_is_escaped(verified):
+    report = left(verified(*SWIFT)[0])
     report["source"]["id"] = report["command"] = '<script>alert("x")</script>'
     report["weights"][0]["tensor"] = "<img src=x>"
     page = reports.html(Report.from_json(report))
