@@ -73,7 +73,7 @@ def ours(folder: Path, arithmetic: str) -> Callable[[Any], tuple[Frames, list[An
             session.step(user)
             seconds = time.perf_counter() - start
             columns.append(np.array(session.column))
-            found.append((seconds, [int(token) for token in session.said]))
+            found.append((seconds, [int(token) for token in session.tokens]))
         return found, columns
 
     return run

@@ -47,10 +47,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Allocation:
-    """A recipe and what it is expected to cost each stream, in nats/token; bound: no recipe could cost less in sum.
+    """A recipe and its expected divergence by stream, in nats/token. bound: a lower bound on their sum for any recipe.
 
-    settings: what each part gets, None to keep it. left: bytes of the budget that it leaves. measured_on: how much
-    tokens the sensitivities were measured on.
+    settings: of each group, None to keep it float. left: unused bytes of the budget. measured_on: the tokens that the
+    sensitivities were measured on.
     """
 
     recipe: Recipe
@@ -63,7 +63,7 @@ class Allocation:
 
     @property
     def forecast(self) -> str:
-        """What is expected, in words."""
+        """The expected divergence as a sentence."""
         return f"expected divergence in nats/token: {self.streams}"
 
     @property
@@ -74,7 +74,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class AllocationRequest:
-    """What a recipe is looked for: everything but its rules. keep: components that stay float."""
+    """A request for a recipe: everything but its rules. keep: components that stay float."""
 
     budget: Budget
     target: str
@@ -97,7 +97,7 @@ def request_of(
     depformer_steps: int | None = None,
     keep: Sequence[str] = (),
 ) -> AllocationRequest:
-    """Return a request with the usual values for what is None; raises UserError for components that do not exist."""
+    """Return a request with defaults for None; raises UserError for unknown components."""
     consumer = TARGETS[target or DEFAULT_TARGET]
     for name in keep:
         if name not in COMPONENTS:
@@ -107,29 +107,37 @@ def request_of(
 
 
 def size_of(text: str) -> int:
-    """Return the bytes that ``5.3GB`` or ``800 MiB`` means; raises UserError for what is no size."""
-    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([KMG]?i?B)?", text.strip(), re.IGNORECASE)
-    factor = _UNITS.get((found[2] or "B").upper()) if found else None
-    if not found or not factor:
+    """Return the bytes that ``5.3GB`` or ``800 MiB`` means; raises UserError for anything else."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?)\s*([KMG]?i?B)?", text.strip(), re.IGNORECASE)
+    factor = _UNITS.get((match[2] or "B").upper()) if match else None
+    if not match or not factor:
         raise UserError(f"{text}: not a size: write it like 5.3GB or 800MB")
-    return int(float(found[1]) * factor)
+    return int(float(match[1]) * factor)
 
 
-def best_recipe(inventory: Inventory, wanted: AllocationRequest, found: Sensitivities) -> Allocation:
-    """Return the recipe that is expected to diverge least within a budget; raises UserError if nothing fits into it.
+def best_recipe(inventory: Inventory, request: AllocationRequest, sensitivities: Sensitivities) -> Allocation:
+    """Return the recipe with the least expected divergence within a budget; raises UserError if nothing fits.
 
-    Where the target takes any setting for any module, the choice is the best of all combinations, or ``bound`` says how
-    near it is; else the best of those that the target takes.
+    If the target loads any setting for any module, the result is optimal, or ``bound`` says how near it is to that.
+    Otherwise it is the best of the uniform settings that the target loads.
     """
-    recipe = wanted.recipe
+    recipe = request.recipe
     plain = make_plan(inventory, recipe)
-    missing = [str(part) for part in _parts(_outputs(plain)) if part not in found.costs and _is_heard(part, inventory)]
+    missing = [
+        str(group)
+        for group in _groups(_outputs(plain))
+        if group not in sensitivities.costs and _reaches_the_agent(group, inventory)
+    ]
     if missing:
         raise UserError(f"the sensitivities are of another model (they lack {missing[0]}): measure them again")
-    allocation = (_mixed if TARGETS[wanted.target].mixes else _uniform)(inventory, wanted, recipe, plain, found)
+    allocation = (_mixed if TARGETS[request.target].mixes else _uniform)(
+        inventory, request, recipe, plain, sensitivities
+    )
     expected = f"expected divergence in nats a token: {allocation.streams}"  # stored in recipes: its words stay
-    text = f"within {wanted.budget.name} by {wanted.method}; {expected}, measured on {found.measured_on}"
-    return replace(allocation, recipe=replace(allocation.recipe, description=text), measured_on=found.measured_on)
+    text = f"within {request.budget.name} by {request.method}; {expected}, measured on {sensitivities.measured_on}"
+    return replace(
+        allocation, recipe=replace(allocation.recipe, description=text), measured_on=sensitivities.measured_on
+    )
 
 
 def _outputs(plan: Plan) -> list[Output]:
@@ -137,67 +145,67 @@ def _outputs(plan: Plan) -> list[Output]:
     return [output for output in plan.outputs if output.role.kind != "norm"]
 
 
-def _is_heard(part: TensorGroup, inventory: Inventory) -> bool:
-    return part.step is None or part.step < inventory.architecture.n_q // 2
+def _reaches_the_agent(group: TensorGroup, inventory: Inventory) -> bool:
+    return group.step is None or group.step < inventory.architecture.n_q // 2
 
 
-def _parts(outputs: Sequence[Output]) -> dict[TensorGroup, list[Output]]:
-    """Return the outputs of each part; one that stacks all depformer steps is in the parts of all of them."""
-    found: dict[TensorGroup, list[Output]] = {}
+def _groups(outputs: Sequence[Output]) -> dict[TensorGroup, list[Output]]:
+    """Return the outputs of each group; one that stacks all depformer steps is in the groups of all steps."""
+    by_group: dict[TensorGroup, list[Output]] = {}
     for output in outputs:
         stacked = range(output.parts) if output.parts > 1 else [output.step]
         for step in stacked:
-            found.setdefault(group_of(output.role, step), []).append(output)
-    return found
+            by_group.setdefault(group_of(output.role, step), []).append(output)
+    return by_group
 
 
 def _cost(
-    found: Sensitivities, part: TensorGroup, quantization: QuantizationConfig | None, method: str
+    sensitivities: Sensitivities, group: TensorGroup, quantization: QuantizationConfig | None, method: str
 ) -> dict[str, float] | None:
     """Return the expected cost of a group's setting; embedding tables never use GPTQ."""
-    cost = found.cost(part, quantization)
-    factor = _METHODS["lsq" if part.component == "embeddings" and method in DATA_DRIVEN else method]
+    cost = sensitivities.cost(group, quantization)
+    factor = _METHODS["lsq" if group.component == "embeddings" and method in DATA_DRIVEN else method]
     return cost and {stream: factor * value for stream, value in cost.items()}
 
 
 def _mixed(
-    inventory: Inventory, wanted: AllocationRequest, recipe: Recipe, plain: Plan, found: Sensitivities
+    inventory: Inventory, request: AllocationRequest, recipe: Recipe, plain: Plan, sensitivities: Sensitivities
 ) -> Allocation:
-    """Choose for each part for itself."""
-    parts = _parts(_outputs(plain))
+    """Choose a setting for each group."""
+    groups = _groups(_outputs(plain))
     quantizations: dict[TensorGroup, list[QuantizationConfig | None]] = {}
-    choices: dict[TensorGroup, list[Option]] = {}
-    for part, outputs in parts.items():
-        quantizations[part], choices[part] = [], []
-        settings = [QuantizationConfig(bits, size, wanted.method) for bits, size in product(BITS, GROUP_SIZES)]
-        for quantization in (None, *([] if part.component in wanted.keep else settings)):
-            cost = _cost(found, part, quantization, wanted.method)
+    options: dict[TensorGroup, list[Option]] = {}
+    for group, outputs in groups.items():
+        quantizations[group], options[group] = [], []
+        settings = [QuantizationConfig(bits, size, request.method) for bits, size in product(BITS, GROUP_SIZES)]
+        for quantization in (None, *([] if group.component in request.keep else settings)):
+            cost = _cost(sensitivities, group, quantization, request.method)
             if cost is not None and not (
                 quantization and any(output.shape[-1] % quantization.group_size for output in outputs)
             ):
                 nbytes = sum(replace(output, quantization=quantization).nbytes for output in outputs)
-                quantizations[part].append(quantization)
-                choices[part].append(Option(nbytes, sum(cost.values())))
-    free = wanted.budget.left(plain) + sum(output.nbytes for output in _outputs(plain))
-    least = sum(min(choice.nbytes for choice in part) for part in choices.values())
+                quantizations[group].append(quantization)
+                options[group].append(Option(nbytes, sum(cost.values())))
+    free = request.budget.left(plain) + sum(output.nbytes for output in _outputs(plain))
+    least = sum(min(option.nbytes for option in group) for group in options.values())
 
     def within(nbytes: int) -> Allocation:
-        made = allocate_bits(list(choices.values()), nbytes)
-        chosen = {part: quantizations[part][index] for part, index in zip(parts, made.chosen, strict=True)}
+        selection = allocate_bits(list(options.values()), nbytes)
+        chosen = {group: quantizations[group][index] for group, index in zip(groups, selection.chosen, strict=True)}
         plan = make_plan(inventory, replace(recipe, rules=tuple(_rules(chosen))))
-        expected = _sum(found, chosen, wanted.method)
-        return Allocation(plan.recipe, plan.nbytes, expected, made.bound, chosen, wanted.budget.left(plan))
+        expected = _sum(sensitivities, chosen, request.method)
+        return Allocation(plan.recipe, plan.nbytes, expected, selection.bound, chosen, request.budget.left(plan))
 
     best = within(least)
     if best.left < 0:
-        raise _too_small(wanted.budget, make_plan(inventory, best.recipe))
+        raise _too_small(request.budget, make_plan(inventory, best.recipe))
     for attempt in range(_TRIES):
         tried = within(max(free, least))
         if tried.left >= 0:
             return tried
-        # Headers and the config say more of some settings than of others; a little more each time.
+        # The sizes of headers and config depend on the settings; a larger margin each time.
         free += tried.left - attempt * _MARGIN
-    for _ in range(_TRIES):  # between what fits and what does not
+    for _ in range(_TRIES):  # bisect between a size that fits and one that does not
         middle = (least + max(free, least)) // 2
         tried = within(middle)
         best, least, free = (tried, middle, free) if tried.left >= 0 else (best, least, middle)
@@ -205,40 +213,43 @@ def _mixed(
 
 
 def _too_small(budget: Budget, smallest: Plan) -> UserError:
-    """Return what is said where even the smallest bundle is larger than a budget."""
+    """Return the error for a budget below the size of the smallest bundle."""
     return UserError(
         f"{budget.name}: the smallest bundle for {smallest.target.name} is larger ({described(smallest.nbytes)} or "
         f"{smallest.nbytes} bytes, {smallest.bits_per_weight:.2f} bits per weight): give at least that"
     )
 
 
-def _sum(found: Sensitivities, settings: dict[TensorGroup, QuantizationConfig | None], method: str) -> dict[str, float]:
-    costs = [_cost(found, part, quantization, method) or {} for part, quantization in settings.items()]
+def _sum(
+    sensitivities: Sensitivities, settings: dict[TensorGroup, QuantizationConfig | None], method: str
+) -> dict[str, float]:
+    costs = [_cost(sensitivities, group, quantization, method) or {} for group, quantization in settings.items()]
     return {stream: math.fsum(cost[stream] for cost in costs) for stream in STREAMS}
 
 
 def _uniform(
-    inventory: Inventory, wanted: AllocationRequest, recipe: Recipe, plain: Plan, found: Sensitivities
+    inventory: Inventory, request: AllocationRequest, recipe: Recipe, plain: Plan, sensitivities: Sensitivities
 ) -> Allocation:
-    """Choose among what the target takes: one setting, for more or fewer components."""
+    """Choose one setting for some or all components, which is all that the target loads."""
     fitting, least = [], plain
-    for rules in _candidates(wanted.method):
+    for rules in _candidates(request.method):
         try:
             plan = make_plan(inventory, replace(recipe, rules=rules))
         except UserError:  # not for this target, or not for these sizes
             continue
-        settings = {part: outputs[0].quantization for part, outputs in _parts(_outputs(plan)).items()}
-        kept = not any(quantization and part.component in wanted.keep for part, quantization in settings.items())
+        settings = {group: outputs[0].quantization for group, outputs in _groups(_outputs(plan)).items()}
+        kept = not any(quantization and group.component in request.keep for group, quantization in settings.items())
         if kept and all(
-            _cost(found, part, quantization, wanted.method) is not None for part, quantization in settings.items()
+            _cost(sensitivities, group, quantization, request.method) is not None
+            for group, quantization in settings.items()
         ):
             least = min(least, plan, key=lambda one: one.nbytes)
-            expected = _sum(found, settings, wanted.method)
-            left = wanted.budget.left(plan)
+            expected = _sum(sensitivities, settings, request.method)
+            left = request.budget.left(plan)
             if left >= 0:
                 fitting.append(Allocation(plan.recipe, plan.nbytes, expected, None, settings, left))
     if not fitting:
-        raise _too_small(wanted.budget, least)
+        raise _too_small(request.budget, least)
     return min(fitting, key=lambda one: (sum(one.expected.values()), one.nbytes))
 
 
@@ -249,18 +260,18 @@ def _candidates(method: str) -> Iterator[tuple[Rule, ...]]:
 
 
 def _rules(settings: dict[TensorGroup, QuantizationConfig | None]) -> list[Rule]:
-    """Return rules that give parts their settings; parts of one kind with one setting share a rule."""
+    """Return the rules for these settings; groups of one kind with one setting share a rule."""
     together: dict[tuple[str, str, QuantizationConfig | None], list[TensorGroup]] = {}
-    for part, quantization in settings.items():
+    for group, quantization in settings.items():
         if quantization:
-            together.setdefault((part.component, part.modules, quantization), []).append(part)
+            together.setdefault((group.component, group.modules, quantization), []).append(group)
     return [
         Rule(
             quantization,
             (component,),
             (modules,),
-            ranges_of([part.layer for part in parts if part.layer is not None]),
-            ranges_of([part.step for part in parts if part.step is not None]),
+            ranges_of([group.layer for group in groups if group.layer is not None]),
+            ranges_of([group.step for group in groups if group.step is not None]),
         )
-        for (component, modules, quantization), parts in together.items()
+        for (component, modules, quantization), groups in together.items()
     ]

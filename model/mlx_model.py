@@ -173,7 +173,7 @@ def model_of(bundle: Bundle, dtype: str = "float32", matmul: QuantizedMatmul | N
         where = mx.array(inverse.reshape(-1).astype(np.int32))
         return joined(rows).take(where)
 
-    context, steps_seen = bundle.reach()
+    context, steps_seen = bundle.attention_spans()
     how = matmul or default_matmul()
     return MlxModel(
         bundle.architecture,

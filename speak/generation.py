@@ -1,4 +1,4 @@
-"""A conversation with a bundle, as a user has it: prompts in one go, then a frame in, a frame out."""
+"""A conversation with a bundle: prompts are prefilled, then each input frame gives an output frame."""
 
 import time
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from .sampling import Sampling
 
 @dataclass
 class Conversation:
-    """A session under way, from the end of its prompts on.
+    """A session after its prompts.
 
-    Of the last frame there are the column that was read, ``[streams]``, what was said, ``[1 + steps]``, text_logits
-    ``[text_card]`` and audio_logits ``[steps, card]``.
+    Attributes of the last frame: column ``[streams]``, which was read; tokens ``[1 + steps]``, which were sampled;
+    text_logits ``[text_card]``; audio_logits ``[steps, card]``.
     """
 
     runtime: Runtime
@@ -34,7 +34,7 @@ class Conversation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Go through the voice and the prompt."""
+        """Prefill the voice and the prompt."""
         self.half = self.runtime.architecture.n_q // 2
         self._columns = Columns(self.runtime.architecture, self.voice)
         read = []
@@ -51,7 +51,7 @@ class Conversation:
     def compile(self) -> None:
         """Compute a frame without input and discard it, so that its functions are compiled.
 
-        What it writes into the keys and values, the frame itself writes over.
+        The next frame overwrites its keys and values.
         """
         kv_cache = self.kv_cache
         kv_cache.grow()
@@ -63,9 +63,9 @@ class Conversation:
         mx.eval(self._depformer(hidden, text_logits, given, mx.random.key(self.seed)), kv_cache.keys, kv_cache.values)
 
     def step(self, user: Sequence[int] | Tokens) -> tuple[int, Tokens]:
-        """Take the user's tokens of a frame; return what is said in it: a text token, and the newest whole agent frame.
+        """Run a frame of the user's tokens; return its text token, and the newest complete agent frame.
 
-        The agent's codebooks ``[codebooks]`` lie one frame back: the later ones follow the first with that delay.
+        The agent's codebooks ``[codebooks]`` are one frame old, because codebooks 1 to 7 have that delay.
         """
         column, given = self._input_columns(user)
         hidden = self._temporal_step(column)
@@ -82,14 +82,14 @@ class Conversation:
         return {"temporal": between - began, "depformer": time.perf_counter() - between}
 
     def _input_columns(self, user: Sequence[int] | Tokens) -> tuple[Tokens, list[int]]:
-        """Return the column to read, and what is given of the one to complete, UNKNOWN where nothing is."""
-        self.column, target, held = self._columns.give(Frame(user=[int(token) for token in user]))
+        """Return the column to read, and the given tokens of the one to complete, UNKNOWN where none is given."""
+        self.column, target, known = self._columns.give(Frame(user=[int(token) for token in user]))
         self._target = target
         streams = range(1 + len(self.runtime.steps))
-        return self.column, [int(target[stream]) if stream in held else UNKNOWN for stream in streams]
+        return self.column, [int(target[stream]) if stream in known else UNKNOWN for stream in streams]
 
     def _temporal_step(self, column: Tokens) -> mx.array:
-        """Let the temporal transformer go on by a frame; return its output, which is being computed."""
+        """Run a temporal step; return its output, which is still being computed."""
         kv_cache = self.kv_cache
         kv_cache.grow()
         number = mx.array(kv_cache.frames)
@@ -99,18 +99,18 @@ class Conversation:
         )
         kv_cache.keys, kv_cache.values = keys, values  # the old ones can be written over: nothing else holds them
         kv_cache.frames += 1
-        # it is computed while the depformer's operations are put together
+        # it is computed while the depformer's graph is built
         mx.async_eval(hidden, self.text_logits)  # type: ignore[no-untyped-call]
         return hidden
 
     def _depformer_step(self, hidden: mx.array, given: list[int]) -> tuple[int, Tokens]:
-        """Let the depformer complete the column, and wait for it."""
+        """Run the depformer steps, which complete the column, and wait for them."""
         self._key, key = mx.random.split(self._key)
-        said, self.audio_logits = self._depformer(hidden, self.text_logits, mx.array(given, mx.int32), key)
-        mx.eval(said, self.kv_cache.keys, self.kv_cache.values, self._key)
-        self.said = np.array(said)
-        self._target[: len(given)] = self.said
-        return int(self.said[0]), self._columns.advance()[1 : 1 + self.half]
+        tokens, self.audio_logits = self._depformer(hidden, self.text_logits, mx.array(given, mx.int32), key)
+        mx.eval(tokens, self.kv_cache.keys, self.kv_cache.values, self._key)
+        self.tokens = np.array(tokens)
+        self._target[: len(given)] = self.tokens
+        return int(self.tokens[0]), self._columns.advance()[1 : 1 + self.half]
 
 
 def compilation_progress(silent: bool) -> AbstractContextManager["tqdm[Any]"]:

@@ -1,6 +1,6 @@
-"""The model as a conversation runs it: weights in memory, one evaluation a frame, keys and values in a ring.
+"""The model as a conversation runs it: weights in memory, one evaluation per frame, a rotating KV cache.
 
-What predicts the user's codebooks is left out: in a conversation they are given.
+The depformer steps of the user's codebooks are left out: in a conversation these codebooks are given.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from .kv_cache import RotatingKVCache
 from .layers import DepformerStep, Layer, Linear, Table, arrays
 from .sampling import Sampling, draw
 
-_FIRST_ROOM = 256  # frames that a ring holds before it grows
+_INITIAL_CAPACITY = 256  # frames of the KV cache before it grows
 _CHUNK = 256  # frames of a prompt that go through the model together
 
 
@@ -31,13 +31,13 @@ Depformer = Callable[[mx.array, mx.array, mx.array, mx.array], tuple[mx.array, m
 class Runtime:
     """A bundle's model in memory.
 
-    reach: frames that a frame attends to, its own included. steps: the agent's. projections: those of all steps below
-    each other, where they are multiplied at once.
+    context: frames that a frame attends to, itself included. steps: of the agent's codebooks. projections: those of all
+    steps, stacked, where they are multiplied at once.
     """
 
     architecture: Architecture
     dtype: mx.Dtype
-    reach: int
+    context: int
     tables: tuple[Table, ...]
     layers: tuple[Layer, ...]
     out_norm: mx.array
@@ -47,7 +47,7 @@ class Runtime:
 
     @property
     def matmul(self) -> QuantizedMatmul:
-        """How its packed weights are multiplied."""
+        """How packed weights are multiplied."""
         return self.text_head.matmul
 
     @property
@@ -63,13 +63,13 @@ class Runtime:
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Sum the embeddings of ``tokens [streams, frames]``; returns ``[frames, dim]``."""
-        found = [table(tokens, self.dtype) for table in self.tables]
-        return sum(found[1:], start=found[0])
+        embeddings = [table(tokens, self.dtype) for table in self.tables]
+        return sum(embeddings[1:], start=embeddings[0])
 
     def prefill(self, columns: Tokens, vectors: Floats | None = None) -> RotatingKVCache:
-        """Go through what is given, many frames at a time; return what later frames attend to.
+        """Run given frames, many at a time; return the KV cache.
 
-        vectors: of a voice, ``[frames, dim]``, before the first column. columns: ``[streams, frames]``.
+        vectors: embeddings of a voice, ``[frames, dim]``, before the first column. columns: ``[streams, frames]``.
         """
         parts = [] if vectors is None else [mx.array(vectors).astype(self.dtype)]
         for first in range(0, columns.shape[1], _CHUNK):
@@ -79,115 +79,115 @@ class Runtime:
         kept = [(mx.zeros(shape, self.dtype), mx.zeros(shape, self.dtype)) for _ in self.layers]
         x = mx.concatenate(parts) if parts else mx.zeros((0, self.architecture.dim), self.dtype)
         for first in range(0, len(x), _CHUNK):
-            kept = self._several(x[first : first + _CHUNK][None], kept, first)
+            kept = self._prefill_chunk(x[first : first + _CHUNK][None], kept, first)
             mx.eval(kept)
-        return self._ring(kept, len(x))
+        return self._cache_of(kept, len(x))
 
-    def _several(
+    def _prefill_chunk(
         self, x: mx.array, kept: list[tuple[mx.array, mx.array]], first: int
     ) -> list[tuple[mx.array, mx.array]]:
-        """Go through the layers with frames ``[1, frames, dim]``; return their keys and values, oldest first."""
-        found = []
+        """Run frames ``[1, frames, dim]`` through the layers; return keys and values, oldest first."""
+        pairs = []
         for layer, (old_keys, old_values) in zip(self.layers, kept, strict=True):
             q, k, v = layer.heads(x, self.architecture.num_heads)
-            q, k = (self._turned(part, first) for part in (q, k))
+            q, k = (self._rotated(part, first) for part in (q, k))
             k, v = (mx.concatenate(list(pair), axis=2) for pair in ((old_keys, k), (old_values, v)))
             last = first + x.shape[1]
             distance = mx.arange(first, last)[:, None] - mx.arange(last - k.shape[2], last)
-            mask = (distance >= 0) & (distance < self.reach)
+            mask = (distance >= 0) & (distance < self.context)
             x = layer.rest(x, mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask))
-            found.append((k[:, :, -self.reach :], v[:, :, -self.reach :]))
-        return found
+            pairs.append((k[:, :, -self.context :], v[:, :, -self.context :]))
+        return pairs
 
-    def _ring(self, kept: list[tuple[mx.array, mx.array]], frames: int) -> RotatingKVCache:
-        room = min(self.reach, max(_FIRST_ROOM, 2 * frames))
-        held = []
+    def _cache_of(self, kept: list[tuple[mx.array, mx.array]], frames: int) -> RotatingKVCache:
+        capacity = min(self.context, max(_INITIAL_CAPACITY, 2 * frames))
+        keys_and_values = []
         for side in range(2):
             rows = []
             for pair in kept:
-                part = pair[side][:, :, -room:]
-                empty = mx.zeros((*part.shape[:2], room - part.shape[2], part.shape[3]), part.dtype)
-                rows.append(mx.roll(mx.concatenate([part, empty], axis=2), max(frames - room, 0) % room, 2))
-            held.append(rows)
-        mx.eval(held)
-        return RotatingKVCache(held[0], held[1], self.reach, frames)
+                part = pair[side][:, :, -capacity:]
+                empty = mx.zeros((*part.shape[:2], capacity - part.shape[2], part.shape[3]), part.dtype)
+                rows.append(mx.roll(mx.concatenate([part, empty], axis=2), max(frames - capacity, 0) % capacity, 2))
+            keys_and_values.append(rows)
+        mx.eval(keys_and_values)
+        return RotatingKVCache(keys_and_values[0], keys_and_values[1], self.context, frames)
 
-    def _turned(self, x: mx.array, first: int | mx.array) -> mx.array:
+    def _rotated(self, x: mx.array, first: int | mx.array) -> mx.array:
         return mx.fast.rope(
             x, x.shape[-1], traditional=True, base=self.architecture.max_period, scale=1.0, offset=first
         )
 
     def temporal(self, sliced: bool | None = None) -> Temporal:
-        """Return the function of a frame that is compiled once: a column ``[streams]`` and its number, keys, values.
+        """Return the temporal step, compiled once: a function of a column ``[streams]``, its number, keys and values.
 
-        It returns the hidden state ``[1, 1, dim]``, text logits ``[text_card]``, and the keys and values with the
-        frame's own in place. sliced: to compile it in parts, keys and values being slices; None for on a GPU only.
+        It returns the hidden state ``[1, 1, dim]``, text logits ``[text_card]``, and the updated keys and values.
+        sliced: compile it in parts, with slices of keys and values; None for on a GPU only.
         """
         if on_gpu() if sliced is None else sliced:
             return self._sliced()
 
         def step(column: mx.array, number: mx.array, keys: list[mx.array], values: list[mx.array]) -> tuple[Any, ...]:
             x = self.embed(column[:, None])[None]
-            room = keys[0].shape[2]
-            slot, seen = number % room, (mx.arange(room) <= number)[None]
+            capacity = keys[0].shape[2]
+            slot, mask = number % capacity, (mx.arange(capacity) <= number)[None]
             new_keys, new_values = [], []
             for layer, old_keys, old_values in zip(self.layers, keys, values, strict=True):
                 q, k, v = layer.heads(x, self.architecture.num_heads)
-                q, k = (self._turned(part, number) for part in (q, k))
-                held = [mx.slice_update(old, new, slot[None], (2,)) for old, new in ((old_keys, k), (old_values, v))]
-                found = mx.fast.scaled_dot_product_attention(q, *held, scale=q.shape[-1] ** -0.5, mask=seen)
-                x = layer.rest(x, found)
-                new_keys.append(held[0])
-                new_values.append(held[1])
+                q, k = (self._rotated(part, number) for part in (q, k))
+                pair = [mx.slice_update(old, new, slot[None], (2,)) for old, new in ((old_keys, k), (old_values, v))]
+                attended = mx.fast.scaled_dot_product_attention(q, *pair, scale=q.shape[-1] ** -0.5, mask=mask)
+                x = layer.rest(x, attended)
+                new_keys.append(pair[0])
+                new_values.append(pair[1])
             hidden = mx.fast.rms_norm(x, self.out_norm, EPSILON)
             return hidden, self.text_head(hidden)[0, 0], new_keys, new_values
 
         return mx.compile(step)
 
     def _sliced(self) -> Temporal:
-        """Return the same in parts: a GPU's attention takes no mask for one frame, so what is seen is a slice.
+        """Return the same in parts: attention on a GPU takes no mask for one frame, so keys and values are slices.
 
-        What lies between two attentions is compiled as one; slices are of another length each frame.
+        The operations between two attentions are compiled together; slices have another length in each frame.
         """
         heads = self.architecture.num_heads
 
-        def entered(layer: Layer, x: mx.array, number: mx.array) -> list[mx.array]:
+        def projected(layer: Layer, x: mx.array, number: mx.array) -> list[mx.array]:
             packed = layer.packed(x, heads)
-            turned = self._turned(packed[:, : 2 * heads], number)
-            return [x, turned[:, :heads], turned[:, heads:], packed[:, 2 * heads :]]
+            rotated = self._rotated(packed[:, : 2 * heads], number)
+            return [x, rotated[:, :heads], rotated[:, heads:], packed[:, 2 * heads :]]
 
         def begin(column: mx.array, number: mx.array) -> list[mx.array]:
-            return entered(self.layers[0], self.embed(column[:, None]), number)
+            return projected(self.layers[0], self.embed(column[:, None]), number)
 
         def between(one: Layer, other: Layer) -> Callable[[mx.array, mx.array, mx.array], list[mx.array]]:
-            return mx.compile(lambda x, found, number: entered(other, one.rest(x, found), number))
+            return mx.compile(lambda x, attended, number: projected(other, one.rest(x, attended), number))
 
-        def end(x: mx.array, found: mx.array) -> tuple[mx.array, mx.array]:
-            hidden = mx.fast.rms_norm(self.layers[-1].rest(x, found), self.out_norm, EPSILON)
+        def end(x: mx.array, attended: mx.array) -> tuple[mx.array, mx.array]:
+            hidden = mx.fast.rms_norm(self.layers[-1].rest(x, attended), self.out_norm, EPSILON)
             return hidden[None], self.text_head(hidden).reshape(-1)
 
         first, last = mx.compile(begin), mx.compile(end)
         others = [between(*pair) for pair in pairwise(self.layers)]
 
         def step(column: mx.array, number: mx.array, keys: list[mx.array], values: list[mx.array]) -> tuple[Any, ...]:
-            frame, room = int(number), keys[0].shape[2]
-            slot, seen = frame % room, min(frame + 1, room)
+            frame, capacity = int(number), keys[0].shape[2]
+            slot, length = frame % capacity, min(frame + 1, capacity)
             x, q, k, v = first(column, number)
             for index in range(len(self.layers)):
                 keys[index][:, :, slot : slot + 1] = k
                 values[index][:, :, slot : slot + 1] = v
-                held = keys[index][:, :, :seen], values[index][:, :, :seen]
-                found = mx.fast.scaled_dot_product_attention(q, *held, scale=q.shape[-1] ** -0.5)
+                pair = keys[index][:, :, :length], values[index][:, :, :length]
+                attended = mx.fast.scaled_dot_product_attention(q, *pair, scale=q.shape[-1] ** -0.5)
                 if index < len(others):
-                    x, q, k, v = others[index](x, found, number)
-            return *last(x, found), keys, values
+                    x, q, k, v = others[index](x, attended, number)
+            return *last(x, attended), keys, values
 
         return step
 
     def depformer(self, sampling: Sampling) -> Depformer:
-        """Return the function of a frame that is compiled once: it says the text and the agent's codebooks.
+        """Return the depformer steps of a frame, compiled once: they sample the text and the agent's codebooks.
 
-        It takes the hidden state, text logits, what is given ``[1 + steps]`` (UNKNOWN where nothing is) and a random
+        It takes the hidden state, text logits, given tokens ``[1 + steps]`` (UNKNOWN where none is given) and a random
         key; it returns tokens ``[1 + steps]`` and logits ``[steps, card]``.
         """
 
@@ -197,9 +197,9 @@ class Runtime:
 
         def step(hidden: mx.array, text: mx.array, given: mx.array, key: mx.array) -> tuple[mx.array, mx.array]:
             keys = [one.reshape(-1) for one in mx.split(mx.random.split(key, 1 + count), 1 + count)]
-            asked = mx.split(given, 1 + count)
-            tokens = [_said(text, asked[0], sampling.text_temperature, sampling.text_top_k, keys[0])]
-            found: list[mx.array] = []
+            fixed = mx.split(given, 1 + count)
+            tokens = [_sampled(text, fixed[0], sampling.text_temperature, sampling.text_top_k, keys[0])]
+            logits: list[mx.array] = []
             past: list[mx.array | None] = [None] * self.architecture.depformer_num_layers  # keys, and values below them
             projected = self._projected(hidden.reshape(1, -1))
             for number, one in enumerate(self.steps):
@@ -214,24 +214,26 @@ class Runtime:
                         k, v = seen[:, :heads, : number + 1], seen[:, heads:, : number + 1]
                         attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
                     x = layer.rest(x, attended)
-                found.append(one.head(x).reshape(-1))
+                logits.append(one.head(x).reshape(-1))
                 top = sampling.audio_top_k
-                tokens.append(_said(found[-1], asked[number + 1], sampling.audio_temperature, top, keys[number + 1]))
-            return mx.concatenate(tokens), mx.stack(found)
+                tokens.append(
+                    _sampled(logits[-1], fixed[number + 1], sampling.audio_temperature, top, keys[number + 1])
+                )
+            return mx.concatenate(tokens), mx.stack(logits)
 
         return mx.compile(step)
 
     def _projected(self, hidden: mx.array) -> list[mx.array]:
-        """Return what each step's projection makes of the hidden state, ``[1, dim]`` each."""
+        """Return the hidden state projected for each step, ``[1, dim]`` each."""
         if self.projections is None:
             return [step.project(hidden) for step in self.steps]
         return list(mx.split(self.projections(hidden), len(self.steps), axis=-1))
 
     def _previous(self, step: DepformerStep, token: mx.array) -> mx.array:
         """Look the last token ``[1]`` up, ``[1, dim]``; -1 adds nothing."""
-        found = step.table.take(mx.maximum(token, 0)).float32().astype(self.dtype)
-        return mx.where(token >= 0, found, mx.zeros_like(found))
+        embedding = step.table.take(mx.maximum(token, 0)).float32().astype(self.dtype)
+        return mx.where(token >= 0, embedding, mx.zeros_like(embedding))
 
 
-def _said(logits: mx.array, given: mx.array, temperature: float, top_k: int, key: mx.array) -> mx.array:
+def _sampled(logits: mx.array, given: mx.array, temperature: float, top_k: int, key: mx.array) -> mx.array:
     return mx.where(given == UNKNOWN, draw(logits, temperature, top_k, key), given)

@@ -1,4 +1,4 @@
-"""What a frame goes through: matrices, layers, tables and depformer steps, as they lie in memory."""
+"""Matrices, layers, embedding tables and depformer steps in memory."""
 
 from dataclasses import dataclass, field
 
@@ -11,7 +11,7 @@ from ..model.mlx_weights import Matrix
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix in memory, in the dtype of activations, its rows shared out over streams, and how it is multiplied."""
+    """A matrix in memory, in the dtype of activations, its rows split over streams, and how it is multiplied."""
 
     parts: tuple[tuple[Matrix, mx.Stream | None], ...]
     matmul: QuantizedMatmul = field(default_factory=QuantizedMatmul)
@@ -19,8 +19,8 @@ class Linear:
     def __call__(self, x: mx.array) -> mx.array:
         """Return ``x @ matrix.T`` for ``x [..., columns]``."""
         flat = x.reshape(-1, x.shape[-1])
-        found = [self.matmul(flat, matrix, stream) for matrix, stream in self.parts]
-        result = found[0] if len(found) == 1 else mx.concatenate(found, axis=-1)
+        outputs = [self.matmul(flat, matrix, stream) for matrix, stream in self.parts]
+        result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
         return result.reshape(*x.shape[:-1], -1)
 
     @property
@@ -54,29 +54,29 @@ class Layer:
         return self.in_proj(mx.fast.rms_norm(x, self.norm1, EPSILON)).reshape(1, 3 * count, 1, -1)
 
     def rest(self, x: mx.array, attended: mx.array) -> mx.array:
-        """Return the stream after the layer, given what its heads found, ``[batch, heads, length, width]``.
+        """Return the stream after the layer, from the output of its attention, ``[batch, heads, length, width]``.
 
         x: ``[batch, length, dim]``, or ``[1, dim]`` for a frame alone, which takes fewer operations.
         """
-        beside = attended if x.ndim == 2 else attended.transpose(0, 2, 1, 3)
-        x = x + self.out_proj(beside.reshape(x.shape))
+        joined = attended if x.ndim == 2 else attended.transpose(0, 2, 1, 3)
+        x = x + self.out_proj(joined.reshape(x.shape))
         gate, up = mx.split(self.linear_in(mx.fast.rms_norm(x, self.norm2, EPSILON)), 2, axis=-1)
         return x + self.linear_out(_gated(gate, up))
 
 
 @dataclass(frozen=True)
 class Table:
-    """Embedding tables of one form below each other. first: the row at which each stream's begins, by the stream."""
+    """Embedding tables of one quantization, stacked. first: the first row of each stream's table, by stream."""
 
     rows: Matrix
     first: dict[int, int]
 
     def __call__(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
         """Sum the embeddings of ``tokens [streams, frames]``; -1 adds nothing. Returns ``[frames, dim]``."""
-        held = tokens[mx.array(list(self.first))]
-        rows = mx.maximum(held, 0) + mx.array(list(self.first.values()))[:, None]
-        found = self.rows.take(rows.reshape(-1)).float32().astype(dtype).reshape(*held.shape, -1)
-        return mx.where((held >= 0)[..., None], found, mx.zeros_like(found)).sum(0)
+        ids = tokens[mx.array(list(self.first))]
+        rows = mx.maximum(ids, 0) + mx.array(list(self.first.values()))[:, None]
+        embeddings = self.rows.take(rows.reshape(-1)).float32().astype(dtype).reshape(*ids.shape, -1)
+        return mx.where((ids >= 0)[..., None], embeddings, mx.zeros_like(embeddings)).sum(0)
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,6 @@ def _gated(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def arrays(matrix: Matrix) -> list[mx.array]:
-    """Return what a matrix is stored in."""
+    """Return the arrays that store a matrix."""
     packing = matrix.packing
     return [matrix.weight] + ([packing.scales, packing.biases] if packing else [])

@@ -18,9 +18,9 @@ from .layers import DepformerStep, Layer, Linear, Table
 _SHARED = 1 << 18  # weights from which on a CPU's processors share a matrix: smaller ones cost more to hand out
 
 
-def reach_of(bundle: Bundle) -> int:
+def context_of(bundle: Bundle) -> int:
     """Return how many frames are attended to: as in the reference while it streams, whose ring masks its oldest."""
-    return max(bundle.reach()[0] - 1, 1)
+    return max(bundle.attention_spans()[0] - 1, 1)
 
 
 def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
@@ -69,7 +69,7 @@ def load(bundle: Bundle, dtype: str, few: bool | None = None) -> Runtime:
     return Runtime(
         a,
         kind,
-        reach_of(bundle),
+        context_of(bundle),
         _tables(bundle),
         tuple(layer(block) for block in temporal),
         norm("out_norm.alpha"),

@@ -89,9 +89,9 @@ def open_speaker(
         tokenizer = folder / layout.target.copies[TOKENIZER]
         text = prompt_tokens(tokenizer, layout.architecture, options.prompt)
         prompt = system_prompt(layout.architecture, text)
-        reach = loader.reach_of(bundle)
-        if len(prompt) >= reach:
-            most = max(reach - 1 - (len(prompt) - len(text)), 0)
+        context = loader.context_of(bundle)
+        if len(prompt) >= context:
+            most = max(context - 1 - (len(prompt) - len(text)), 0)
             raise UserError(
                 f"the text prompt has {len(text)} tokens: at most {most} fit this model", Hint.SHORTEN_PROMPT
             )

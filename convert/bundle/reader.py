@@ -123,7 +123,7 @@ class Bundle:
             raise UserError(f"{self.folder}: its manifest names no voices", Hint.CONVERT_AGAIN)
         return [_voice(self.folder / name, self.architecture) for name in files]  # none lies outside of the folder
 
-    def reach(self) -> tuple[int, int]:
+    def attention_spans(self) -> tuple[int, int]:
         """Return how many frames and how many depformer steps a runtime lets attend, by the bundle's config.json."""
         config = read_config(self.folder / CONFIG)
         spans = [config.get("context"), config.get("depformer_context")]

@@ -109,7 +109,7 @@ def test_it_attends_as_far_as_the_bundles_config_says(target, bundle, tmp_path):
         config["depformer"]["context"] = 5
     (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
     with opened(tmp_path / "mine") as held:
-        assert held.reach() == (9, 5)
+        assert held.attention_spans() == (9, 5)
         model = model_of(held)
         assert (model.context, model.steps_seen) == (9, 5)
         x = np.random.default_rng(0).standard_normal((1, 20, held.architecture.dim), np.float32)

@@ -57,7 +57,7 @@ def opened(bundle):
 
 
 def test_frames_are_attended_to_as_by_the_reference(opened):
-    assert opened(*FLOAT["mlx"])[0].reach == opened(*FLOAT["mlx"])[0].architecture.context - 1
+    assert opened(*FLOAT["mlx"])[0].context == opened(*FLOAT["mlx"])[0].architecture.context - 1
 
 
 @pytest.mark.parametrize("target", FLOAT)
@@ -65,7 +65,7 @@ def test_a_greedy_session_is_the_references(opened, golden, target):
     model, voices = opened(*FLOAT[target])
     prompt = system_prompt(model.architecture, golden["text_prompt"].tolist())
     session = Conversation(model, voices["NATF2"], prompt, GREEDY)
-    assert len(voices["NATF2"].embeddings) + len(prompt) > model.reach  # its ring has wrapped around
+    assert len(voices["NATF2"].embeddings) + len(prompt) > model.context  # its ring has wrapped around
     for frame, user in enumerate(golden["user_tokens"]):
         text, agent = session.step(user)
         if frame:  # the text is of this frame, the newest whole frame of the agent is the one before
@@ -85,7 +85,7 @@ def test_a_quantized_session_is_that_of_the_model_that_is_verified(bundle, opene
     users = [Frame(user=tokens) for tokens in heard]
     folder = bundle(*QUANTIZED[kind])
     with closing(Bundle(folder, *layout_of(folder))) as held:
-        slow = replace(model_of(held), context=model.reach)
+        slow = replace(model_of(held), context=model.context)
         expected = list(greedy(slow, a, voices["NATF2"], [*prompt, *users]))[len(prompt) :]
     session = Conversation(model, voices["NATF2"], prompt, GREEDY)
     assert len(model.steps) == 8
@@ -122,7 +122,7 @@ def test_a_ring_that_grows_and_wraps_around_forgets_only_what_is_too_old(opened,
     model, _ = opened(*FLOAT["mlx"])
     random = np.random.default_rng(0)
     columns = random.integers(0, model.architecture.card, (17, 40)).astype(np.int32)
-    monkeypatch.setattr(language_model, "_FIRST_ROOM", 4)
+    monkeypatch.setattr(language_model, "_INITIAL_CAPACITY", 4)
     kv_cache, step, rooms, found = model.prefill(columns[:, :0]), model.temporal(), set(), []
     for column in columns.T:
         kv_cache.grow()
@@ -221,7 +221,7 @@ def test_the_gpus_way_says_the_same(bundle, opened, golden, kind):
 def test_the_gpus_way_forgets_only_what_is_too_old(opened, monkeypatch):
     model, _ = opened(*FLOAT["mlx"])
     columns = np.random.default_rng(0).integers(0, model.architecture.card, (17, 24)).astype(np.int32)
-    monkeypatch.setattr(language_model, "_FIRST_ROOM", 4)
+    monkeypatch.setattr(language_model, "_INITIAL_CAPACITY", 4)
     found = []
     for sliced in (False, True):
         kv_cache, step, states = model.prefill(columns[:, :0]), model.temporal(sliced), []
