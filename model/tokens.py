@@ -18,8 +18,8 @@ from ..convert.tensorfile import TensorFile
 from .forward import Floats, Tokens
 from .session import prompt_columns, system_prompt
 
-SELF_GENERATED = "sessions that the model spoke itself"
-CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: what a model speaks to be quantized by
+SELF_GENERATED = "sessions that the model spoke itself"  # stored in files: its words stay
+CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: self-generated calibration tokens
 DEFAULT_SEQUENCES = 3  # of the system prompt: voices
 DEFAULT_FRAMES = 96  # of the system prompt, whose text takes about 25 of them
 _LARGEST = 1 << 30  # bytes of a token file
@@ -50,11 +50,11 @@ class TokenDescription:
 class TokenSet:
     """Sequences for a teacher-forced comparison; everything but ``undelayed`` is delayed, as the model reads it.
 
-    tokens: ``[sequences, streams, frames]``, what is read. targets: the same shape, what comes next (which the
-    depformer reads too); -1 where nothing is known. counted: the same shape, where a prediction is looked at. voices:
-    the voice whose embeddings stand in a sequence's first frames, for each sequence; empty where none does.
-    scored: whether targets are what someone said, so that their likelihood means something. undelayed: the same
-    sequences as recorded, ``[sequences, streams, frames]``, None for the system prompt.
+    tokens: ``[sequences, streams, frames]``, what is read. targets: the same shape, the next tokens (which the
+    depformer reads too); -1 where they are unknown. counted: the same shape, which predictions are compared. voices:
+    the voice whose embeddings are the first frames of a sequence, for each sequence; empty for none. scored: whether
+    targets were recorded, so that their likelihood is a figure. undelayed: the same sequences as recorded,
+    ``[sequences, streams, frames]``, None for the system prompt.
     """
 
     description: TokenDescription
@@ -73,21 +73,21 @@ class TokenSet:
         return TokenSet(self.description, tokens, targets, counted, voices, self.scored, undelayed)
 
     def vectors(self, voices: Sequence[Voice], dim: int) -> Floats | None:
-        """Return the embeddings of its voices, as a bundle or source holds them, in place: ``[seq., frames, dim]``."""
+        """Return the embeddings of its voices at their frames, zero elsewhere: ``[sequences, frames, dim]``."""
         if not self.voices:
             return None
-        held = {voice.name: voice.embeddings.reshape(-1, dim).astype(np.float32) for voice in voices}
-        found = np.zeros((len(self.voices), self.tokens.shape[2], dim), np.float32)
+        by_name = {voice.name: voice.embeddings.reshape(-1, dim).astype(np.float32) for voice in voices}
+        vectors = np.zeros((len(self.voices), self.tokens.shape[2], dim), np.float32)
         for number, name in enumerate(self.voices):
-            embeddings = held[name][: found.shape[1]]
-            found[number, : len(embeddings)] = embeddings
-        return found
+            embeddings = by_name[name][: vectors.shape[1]]
+            vectors[number, : len(embeddings)] = embeddings
+        return vectors
 
 
 def evenly_spaced(count: int, most: int) -> NDArray[np.int64]:
-    """Return so many of ``count``, at most, evenly spread."""
-    fitting = min(count, most)
-    return np.arange(fitting) * count // fitting
+    """Return at most ``most`` of ``count`` indices, evenly spaced."""
+    number = min(count, most)
+    return np.arange(number) * count // number
 
 
 def checked(token_set: TokenSet, architecture: Architecture) -> TokenSet:
@@ -106,7 +106,7 @@ def checked(token_set: TokenSet, architecture: Architecture) -> TokenSet:
 def from_tokens(tokens: Tokens, architecture: Architecture, kind: str = "tokens", file: str | None = None) -> TokenSet:
     """Return undelayed tokens ``[sequences, streams, frames]`` with delays applied and initial tokens in front.
 
-    A prediction counts where the token that it is for is one of the sequence's own.
+    Predictions of initial tokens do not count.
     """
     sequences, streams, frames = tokens.shape
     columns = np.empty((sequences, streams, frames + 1), np.int32)
@@ -132,26 +132,26 @@ def read_tokens(path: Path, architecture: Architecture, sequences: int | None, f
 def read_token_file(path: Path, architecture: Architecture) -> Tokens:
     """Return ``tokens`` ``[N, streams, T]`` of a safetensors file, not delayed; raises UserError for unusable ones."""
     if path.is_file() and path.stat().st_size > _LARGEST:
-        raise UserError(f"{path}: over 1 GiB, which no file of tokens is")
+        raise UserError(f"{path}: over 1 GiB: not a token file")
     file = TensorFile(path)
     try:
         spec = file.specs.get("tokens")
         streams = 1 + architecture.n_q
         if spec is None or spec.dtype not in ("I16", "I32", "I64") or len(spec.shape) != 3 or spec.shape[1] != streams:
             others = [*list(file.specs)[:3], "..."] if len(file.specs) > 3 else list(file.specs) or ["nothing"]
-            found = f"{spec.dtype} {list(spec.shape)}" if spec else ", ".join(others)
+            contents = f"{spec.dtype} {list(spec.shape)}" if spec else ", ".join(others)
             raise UserError(
-                f"{path}: holds {found}: integers called tokens, [sequences, {streams}, frames], are needed"
+                f"{path}: holds {contents}: integers called tokens, [sequences, {streams}, frames], are needed"
             )
         if 0 in spec.shape:
             raise UserError(f"{path}: tokens are empty: {list(spec.shape)}")
-        held = file.read("tokens", 0, spec.rows).reshape(spec.shape)
+        tokens = file.read("tokens", 0, spec.rows).reshape(spec.shape)
     finally:
         file.close()
     largest = np.array([architecture.text_card] + [architecture.card] * architecture.n_q)[:, None]
-    if held.min() < -1 or bool((held >= largest).any()):
+    if tokens.min() < -1 or bool((tokens >= largest).any()):
         raise UserError(f"{path}: holds tokens that this model does not have: it was made for another one")
-    return held.astype(np.int32)
+    return tokens.astype(np.int32)
 
 
 def from_system_prompt(
@@ -162,21 +162,21 @@ def from_system_prompt(
     frames: int | None,
     shown: str,
 ) -> TokenSet:
-    """Return how every conversation begins: a voice, silence, the text prompt, silence; a sequence for each voice.
+    """Return the system prompt of a conversation, a sequence for each voice: voice, silence, text prompt, silence.
 
-    Text predictions count everywhere, audio from the voice's end on: before, what the model said is not known. All
-    sequences are cut to the shortest one's length. text: the prompt's tokens; shown: the prompt.
+    Text predictions count everywhere, audio predictions after the voice: before, the tokens are unknown. All sequences
+    are cut to the length of the shortest one. text: the prompt's tokens; shown: the prompt.
     """
-    held = {voice.name: voice for voice in voices}
+    by_name = {voice.name: voice for voice in voices}
     prompt = system_prompt(architecture, text)
-    length = min(len(held[name].embeddings) for name in names) + len(prompt)
+    length = min(len(by_name[name].embeddings) for name in names) + len(prompt)
     length = min(length, frames or length)
     shape = (len(names), 1 + architecture.n_q, length)
     tokens, targets, counted = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, bool)
     counted[:, 0] = True
     for number, name in enumerate(names):
-        begin = len(held[name].embeddings)
-        read, completed = prompt_columns(architecture, held[name], prompt)
+        begin = len(by_name[name].embeddings)
+        read, completed = prompt_columns(architecture, by_name[name], prompt)
         tokens[number, :, begin:] = read[:, : max(length - begin, 0)]
         targets[number, :, begin:] = completed[:, : max(length - begin, 0)]
         counted[number, :, begin:] = True
