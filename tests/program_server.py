@@ -2,7 +2,7 @@
 
 A program takes two to three seconds to import PyTorch, MLX and matplotlib, and a run of the tests starts hundreds of
 them. Each command still runs in a process of its own, with its own arguments, folder, environment, output and exit
-status, as ``python -m MODULE`` would. The server must have computed nothing when it forks: threads don't survive.
+status, as ``python -m MODULE`` would. The server must have started no threads when it forks: they don't survive.
 
 On macOS each command is started afresh instead: Apple's frameworks, which PyTorch and MLX load, may crash in a fork.
 """
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import stopping
+from compiling import compile_kernels
 from stopping import Moment, stop_at
 
 FORKS = sys.platform != "darwin"
@@ -209,6 +210,7 @@ def serve(modules: Sequence[str]) -> None:
     for name in modules:
         importlib.import_module(name)
     draw()
+    compile_kernels()  # reads what numba has kept; its loops start no threads
     gc.freeze()
     answers = os.fdopen(os.dup(1), "w")
     while line := sys.stdin.readline():
