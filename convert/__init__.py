@@ -4,9 +4,9 @@
 they are first used.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .lazy_exports import load as _load
+from .lazy_exports import lazy_exports as _lazy_exports
 
 if TYPE_CHECKING:
     from .bundle.build import Conversion as Conversion
@@ -37,13 +37,4 @@ _MODULES = {
     "plan": "preparation",
 }
 __all__ = list(_MODULES)
-
-
-def __getattr__(name: str) -> Any:
-    """Import what is asked for."""
-    return _load(__name__, _MODULES, name)
-
-
-def __dir__() -> list[str]:
-    """List what there is."""
-    return sorted({*globals(), *_MODULES})
+__getattr__, __dir__ = _lazy_exports(__name__, _MODULES)

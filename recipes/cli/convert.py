@@ -94,17 +94,17 @@ def convert(
             allocation = size_budget.allocate_for(opened, request, tokens)
             show(size_budget.text(allocation))
             chosen = allocation.recipe
-        given = fine_tune or (tokens and not request)
-        done = opened.write(chosen, by_data if given or opened.needs_data(chosen) else None, jobs)
-        if not as_json:
-            console.show(describe.finished(done.folder, done.manifest, done.files_written))
+        needs_data = fine_tune or (tokens and not request) or opened.needs_data(chosen)
+        done = opened.write(chosen, by_data if needs_data else None, jobs)
+        console.show(describe.finished(done.folder, done.manifest, done.files_written)) if not as_json else None
         same: dict[str, Any] = {"adapter": adapter, "same_source": True, "quiet": quiet}
         report = bundle_report.verify(done.folder, opened.source, **same) if verify else None
-    bundle_report.write_card(done.folder, report)
     if as_json:
         console.show_json(done.to_json() | ({"verdict": typed_json.to_json(report.verdict)} if report else {}))
-    if report:
-        show(bundle_report.text(report, done.folder)) if not as_json else None
+    if report is None:  # a verification writes the card itself
+        bundle_report.write_card(done.folder)
+    else:
+        console.show(bundle_report.text(report, done.folder)) if not as_json else None
         bundle_report.fail_if_failed(report)
     if publish_to:
         show(gate.publish(done.folder, publish_to, gate.PublishOptions(private=private), quiet=quiet).line)
