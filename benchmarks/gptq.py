@@ -83,10 +83,11 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
         start = time.perf_counter()
         run_block(run.models["original"], block, streams["original"])
         alone = time.perf_counter() - start
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         with at_block(run, block, streams) as computed:
             yield computed
         took = time.perf_counter() - start
+        print(f"{time.process_time() - used:.1f} s of processors' time")
         extra["original"] += alone
         seconds[block.component] = seconds.get(block.component, 0.0) + took
         print(f"{block}: {took:.1f} s, {took / alone:.1f} times one pass ({alone:.1f} s)", flush=True)

@@ -32,10 +32,10 @@ from ..model.reference import Rows, TorchModel, Weights, kept_by, reference_of, 
 from ..model.tokens import TokenSet, evenly_spaced
 from ..model.walk import step_inputs, walk
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized, dequantize
-from ..quant.gptq import FALLBACK, Moments, Outcome, gptq_with_retries
+from ..quant.gptq import FALLBACK, Inputs, Moments, Outcome, Prepared, gptq_with_retries
 from . import weight_only
 from .block_tuning import tune_block
-from .moments import block_moments, moments_of
+from .moments import block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
 
 _STREAM = 1 << 29  # bytes of a stream, at most: sequences or rows are chosen, evenly spaced, to fit
@@ -96,14 +96,48 @@ class LayerwiseRun:
 
         Those that read the block's input come before those that read what these make of it.
         """
-        matrices = _matrices(block, self.source.architecture.steps)
-        for names in matrices:
-            if keys := [key for key in self.data_driven(names) if key not in self.store.files]:
-                label = names[0].removesuffix("weight").rstrip("._")
-                self.quantize(label, block_moments(self.models, block, keys, streams))
-        self.fine_tune(block, self.data_driven([name for names in matrices for name in names]), streams)
-        yield {}
+        first, second = _matrices(block, self.source.architecture.steps)
+        if keys := self.missing(first):
+            self.quantize(_label(first), block_moments(self.models, block, keys, streams))
+        computed: Streams = {}
+        if keys := self.missing(second):
+            if not self.tuning.steps and self.can_keep_inputs(block, keys, streams):
+                computed = self.quantize_last(_label(second), block, keys, streams)
+            else:
+                self.quantize(_label(second), block_moments(self.models, block, keys, streams))
+        self.fine_tune(block, self.data_driven([*first, *second]), streams)
+        yield computed
         self.release_weights()
+
+    def missing(self, names: Sequence[str]) -> list[MatrixKey]:
+        """Return the matrices of these tensors that are still to be quantized."""
+        return [key for key in self.data_driven(names) if key not in self.store.files]
+
+    def can_keep_inputs(self, block: Block, keys: list[MatrixKey], streams: Streams) -> bool:
+        """Tell whether these are all of a block's last matrices, and their inputs are small enough to be kept."""
+        a, shape = self.source.architecture, streams["original"].shape
+        frames, count = (shape[0] * shape[1], 1) if block.component == "temporal" else (shape[0], a.steps)
+        columns = sum(self.source.checkpoint.tensors[name].spec.columns for name, _ in keys)
+        return len(keys) == count and 4 * frames * columns <= _STREAM
+
+    def quantize_last(self, label: str, block: Block, keys: list[MatrixKey], streams: Streams) -> Streams:
+        """Quantize a block's last matrices; return the streams behind it, in place.
+
+        What the matrices read is computed once and kept, so that nothing before them is computed again.
+        """
+        device = self.models["original"].device
+        inputs = {name: block_inputs(model, block, keys, streams[name]) for name, model in self.models.items()}
+        pairs = {key: (inputs["original"][key], inputs["quantized"][key]) for key in keys}
+        self.quantize(label, {key: moments_of(*pair, device) for key, pair in pairs.items()})
+        for name, model in self.models.items():
+            stream = streams[name]
+            for rows in block.batches(stream):  # as ``walk`` takes them: a resumed run comes to the same bytes
+                for step, (key, x) in enumerate(inputs[name].items()):
+                    some = x.reshape(len(stream), -1, x.shape[-1])[rows]
+                    added = model.product(key[0], key[1], some).cpu().numpy()
+                    part = stream[rows] if block.component == "temporal" else stream[rows, step : step + 1]
+                    part += added
+        return streams
 
     def fine_tune(self, block: Block, keys: list[MatrixKey], streams: Streams) -> None:
         """Fine-tune a block's quantized matrices, and store them."""
@@ -119,16 +153,19 @@ class LayerwiseRun:
         for key in keys:
             self.kept["quantized"].pop(key, None)
 
-    def quantize(self, label: str, moments: dict[MatrixKey, Moments]) -> None:
+    def quantize(self, label: str, moments: dict[MatrixKey, Moments | Inputs]) -> None:
         """Quantize matrices by the moments of their inputs, and store them."""
         self.release_weights()  # GPTQ needs the memory; reading a block again takes little of its time
         matrices: dict[MatrixKey, Quantized] = {}
         adjusted: dict[MatrixKey, Adjustment] = {}
         read = source_weights(self.source.checkpoint)
+        previous, prepared = None, dict[float, Prepared]()
         for key, of_inputs in moments.items():
             quantization, dtype = self.quantizations[key]
+            if of_inputs is not previous:  # depformer_in: 16 matrices read the same
+                previous, prepared = of_inputs, {}
             try:
-                outcome = gptq_with_retries(read(*key), of_inputs, quantization, DTYPES[dtype])
+                outcome = gptq_with_retries(read(*key), of_inputs, quantization, DTYPES[dtype], prepared)
             except ValueError as error:
                 raise UserError(f"{key[0]}: {error}: give a recipe that keeps it float") from None
             matrices[key] = outcome.quantized
@@ -141,8 +178,18 @@ class LayerwiseRun:
 
     def quantize_readers(self, label: str, names: Sequence[str], inputs: Streams) -> None:
         """Quantize matrices that all read the same inputs."""
-        if keys := [key for key in self.data_driven(names) if key not in self.store.files]:
-            self.quantize(label, dict.fromkeys(keys, moments_of(inputs, self.models["original"].device)))
+        if keys := self.missing(names):
+            original, quantized = (
+                torch.from_numpy(np.ascontiguousarray(inputs[name])).flatten(0, -2)
+                for name in ("original", "quantized")
+            )
+            of_all = moments_of(original, quantized, self.models["original"].device)
+            self.quantize(label, dict.fromkeys(keys, of_all))
+
+
+def _label(names: Sequence[str]) -> str:
+    """Return what the file of matrices is called in a store, without its ending."""
+    return names[0].removesuffix("weight").rstrip("._")
 
 
 def _matrices(block: Block, steps: int) -> tuple[list[str], list[str]]:

@@ -1,17 +1,21 @@
-"""Second moments of the inputs of matrices, in the original and in the quantized model: the sums that GPTQ needs."""
+"""The inputs of matrices in the original and in the quantized model, and the sums over them that GPTQ needs."""
 
 from contextlib import suppress
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..convert.bundle.quantized_store import MatrixKey
+from ..convert.source.tensors import roles
 from ..model.blocks import POSITIONS, Block
 from ..model.forward import Floats
 from ..model.reference import TorchModel
-from ..quant.gptq import Moments
+from ..quant.gptq import Inputs, Moments, add_symmetric_product, mirror
+
+_FEW = 2  # columns for each frame, from which on the inputs themselves take less work than their moments
+_LAST = ("out_proj.weight", "linear_out.weight")  # of a block: they read what its other matrices make of its input
+MatrixInputs = dict[MatrixKey, Tensor]  # ``[frames, columns]`` each
 
 
 class _AllCapturedError(Exception):
@@ -19,36 +23,45 @@ class _AllCapturedError(Exception):
 
 
 class _Sums:
-    """Moments as they are summed up."""
+    """Moments as they are summed up; the inputs themselves if they are few."""
 
-    def __init__(self, columns: int, device: str) -> None:
-        self.second = torch.zeros((columns, columns), device=device)
-        self.cross = torch.zeros((columns, columns), device=device)
+    def __init__(self, columns: int, frames: int, device: str) -> None:
+        self.device = device
+        self.kept: list[tuple[Tensor, Tensor]] | None = [] if _FEW * frames <= columns else None
+        if self.kept is None:
+            self.second = torch.zeros((columns, columns), device=device)
+            self.cross = torch.zeros((columns, columns), device=device)
 
     def add(self, original: Tensor, quantized: Tensor) -> None:
-        original, quantized = (x.to(self.second.device, torch.float32) for x in (original, quantized))
-        self.second += quantized.T @ quantized
-        self.cross += original.T @ quantized
+        original, quantized = (x.to(self.device, torch.float32) for x in (original, quantized))
+        if self.kept is None:
+            add_symmetric_product(self.second, quantized)
+            self.cross.addmm_(original.T, quantized)
+        else:
+            self.kept.append((original, quantized))
 
-    def moments(self) -> Moments:
+    def moments(self) -> Moments | Inputs:
+        if self.kept is not None:
+            original, quantized = (
+                parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*self.kept, strict=True)
+            )
+            return Inputs(original, quantized)
+        mirror(self.second)
         return Moments(self.second, self.cross)
 
 
-def moments_of(inputs: dict[str, Floats], device: str) -> Moments:
-    """Return the moments of inputs ``[..., columns]`` of the original and of the quantized model, on a device."""
-    original, quantized = (
-        np.ascontiguousarray(inputs[name]).reshape(-1, inputs[name].shape[-1]) for name in ("original", "quantized")
-    )
-    sums = _Sums(original.shape[-1], device)
+def moments_of(original: Tensor, quantized: Tensor, device: str) -> Moments | Inputs:
+    """Return the moments of inputs ``[frames, columns]`` of the original and of the quantized model, on a device."""
+    sums = _Sums(original.shape[-1], len(original), device)
     for first in range(0, len(original), POSITIONS):
         rows = slice(first, first + POSITIONS)
-        sums.add(torch.from_numpy(original[rows]), torch.from_numpy(quantized[rows]))
+        sums.add(original[rows], quantized[rows])
     return sums.moments()
 
 
 def block_moments(
     models: dict[str, TorchModel], block: Block, keys: list[MatrixKey], streams: dict[str, Floats]
-) -> dict[MatrixKey, Moments]:
+) -> dict[MatrixKey, Moments | Inputs]:
     """Return the moments of the inputs of a block's matrices; streams: the inputs of the block, by model."""
     sums: dict[MatrixKey, _Sums] = {}
     for rows in block.batches(streams["original"]):
@@ -56,21 +69,45 @@ def block_moments(
         for key in keys:
             original, quantized = inputs["original"][key], inputs["quantized"][key]
             if key not in sums:
-                sums[key] = _Sums(original.shape[-1], models["original"].device)
+                frames = len(original) * len(streams["original"]) // len(streams["original"][rows])
+                sums[key] = _Sums(original.shape[-1], frames, models["original"].device)
             sums[key].add(original, quantized)
     return {key: of_inputs.moments() for key, of_inputs in sums.items()}
 
 
-def _captured(model: TorchModel, block: Block, keys: list[MatrixKey], x: Floats) -> dict[MatrixKey, Tensor]:
-    """Return the inputs ``[rows, columns]`` of matrices, from computing the block as far as it takes."""
-    captured: dict[MatrixKey, Tensor] = {}
+def block_inputs(model: TorchModel, block: Block, keys: list[MatrixKey], stream: Floats) -> MatrixInputs:
+    """Return the inputs ``[frames, columns]`` of a block's matrices for a whole stream."""
+    whole: MatrixInputs = {}
+    done = 0
+    for rows in block.batches(stream):
+        for key, part in _captured(model, block, keys, stream[rows]).items():
+            if key not in whole:
+                each = len(part) // len(stream[rows])
+                whole[key] = torch.empty((each * len(stream), part.shape[1]), dtype=part.dtype, device=part.device)
+            whole[key][done * each : done * each + len(part)] = part
+        done += len(stream[rows])
+    return whole
 
-    def capture(name: str, step: int | None, matrix_input: Tensor) -> None:
+
+def _captured(model: TorchModel, block: Block, keys: list[MatrixKey], x: Floats) -> MatrixInputs:
+    """Return the inputs ``[rows, columns]`` of matrices, from computing the block as far as it takes.
+
+    Of depformer steps each has its own: products that no wanted input depends on are not computed.
+    """
+    captured: MatrixInputs = {}
+    described = roles(model.architecture)
+    of_last = keys[0][0].endswith(_LAST)
+
+    def capture(name: str, step: int | None, matrix_input: Tensor) -> Tensor | None:
         key = (name, step or 0)
         if key in keys:
             captured[key] = matrix_input.reshape(-1, matrix_input.shape[-1])
             if len(captured) == len(keys):
                 raise _AllCapturedError
+        elif of_last and not name.endswith(_LAST):
+            return None
+        height = described[name].shape[0] // described[name].stacked
+        return matrix_input.new_zeros(()).expand(*matrix_input.shape[:-1], height)
 
     with suppress(_AllCapturedError):
         replace(model, input_hook=capture).block(block, x)

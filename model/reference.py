@@ -23,7 +23,8 @@ from .forward import EPSILON, Floats, KVCache, Tokens
 from .walk import each_block
 
 Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
-InputHook = Callable[[str, int | None, Tensor], None]  # name and step of a matrix, and its input [..., columns]
+# Name and step of a matrix, and its input [..., columns]; what it returns, if anything, is taken for the product.
+InputHook = Callable[[str, int | None, Tensor], Tensor | None]
 Rows = Callable[[str, Tokens], Tensor]  # name of an embedding table and tokens [...] -> its rows [..., dim]
 
 
@@ -91,6 +92,10 @@ class TorchModel:
         """Apply a codebook's head."""
         return self._out(self._linear(f"linears.{step}.weight", None, self._in(x)))
 
+    def product(self, name: str, step: int | None, x: Tensor) -> Tensor:
+        """Apply one matrix to inputs ``[..., columns]`` that a hook was called with."""
+        return self._linear(name, step, x)
+
     def logits(
         self,
         tokens: Tokens,
@@ -134,8 +139,8 @@ class TorchModel:
         return self.weights(name, step).to(self.device, torch.float32).reshape(-1)
 
     def _linear(self, name: str, step: int | None, x: Tensor) -> Tensor:
-        if self.input_hook:
-            self.input_hook(name, step, x)
+        if self.input_hook and (product := self.input_hook(name, step, x)) is not None:
+            return product
         return x @ self.weights(name, step).to(self.device, self.dtype).T
 
     def _look_up(self, name: str, tokens: Tokens) -> Tensor:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from . import kernels
+from . import kernels, packing
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -165,27 +165,15 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     """Return codes ``[rows, columns]`` as packed words ``[rows, columns * bits / 32]``."""
     rows, columns = codes.shape
     packed = np.empty((rows, columns * bits // 8), np.uint8)
-    for some in _some_rows(rows, columns):
-        bit_rows = np.unpackbits(codes[some, :, None], axis=-1, count=bits, bitorder="little")
-        packed[some] = np.packbits(bit_rows.reshape(len(bit_rows), -1), axis=-1, bitorder="little")
+    packing.pack_rows(codes, bits, packed)
     return packed.view("<u4")
 
 
 def unpack(weight: NDArray[np.uint32], bits: int) -> NDArray[np.uint8]:
     """Return the codes ``[rows, columns]`` of packed words ``[rows, columns * bits / 32]``."""
-    rows, columns = len(weight), weight.shape[1] * 32 // bits
-    codes = np.empty((rows, columns), np.uint8)
-    for some in _some_rows(rows, columns):
-        stream = np.unpackbits(np.ascontiguousarray(weight[some]).view(np.uint8), axis=-1, bitorder="little")
-        bit_rows = stream.reshape(len(stream), columns, bits)
-        codes[some] = np.packbits(bit_rows, axis=-1, bitorder="little")[..., 0]
+    codes = np.empty((len(weight), weight.shape[1] * 32 // bits), np.uint8)
+    packing.unpack_rows(np.ascontiguousarray(weight).view(np.uint8), bits, codes)
     return codes
-
-
-def _some_rows(rows: int, columns: int) -> list[slice]:
-    """Split rows into slices whose temporary arrays stay small."""
-    height = max(1, (1 << 22) // max(1, columns))
-    return [slice(first, first + height) for first in range(0, rows, height)]
 
 
 def dequantize(quantized: Quantized, quantization: QuantizationConfig) -> NDArray[np.float32]:

@@ -9,17 +9,22 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .affine import QuantizationConfig, Quantized, pack, quantize
+from .column_rounding import round_group
 
 DAMPING = 0.01  # of the mean second moment, added to each
 STEPS = (0.1, 1.0, 10.0)  # more damping, tried in turn where a factorization fails
 FALLBACK = "lsq"  # the method without data, where none of it helps
-_ROWS = 1024  # of a group, for which one thread computes scales and biases at a time
+_ROWS = 1024  # of a group, which one thread rounds at a time
+_COLUMNS = 512  # whose errors are passed on to the columns behind them in one product
+_TILE = 1024  # columns of a symmetric product that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,31 @@ class Moments:
 
     second: Tensor
     cross: Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A layer's inputs themselves, both ``[frames, columns]``: what takes less work than moments if frames are few.
+
+    original: x. quantized: x̂, the same in the quantized model.
+    """
+
+    original: Tensor
+    quantized: Tensor
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What GPTQ needs of moments or inputs, whatever matrix reads them; H: the damped second moments.
+
+    factor: R, upper triangular, with R Rᵀ = H. left, right: with ``W + (W @ left) @ right`` the matrix whose output on
+    x̂ is nearest to that of W on x; right is None where that takes two solves with R instead.
+    """
+
+    added: Tensor
+    factor: Tensor
+    left: Tensor
+    right: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -47,16 +77,23 @@ class Outcome:
 
 
 def gptq_with_retries(
-    weight: Tensor, moments: Moments, quantization: QuantizationConfig, storage: np.dtype[np.generic]
+    weight: Tensor,
+    moments: Moments | Inputs,
+    quantization: QuantizationConfig,
+    storage: np.dtype[np.generic],
+    prepared: dict[float, Prepared] | None = None,
 ) -> Outcome:
     """Quantize with ``gptq``; with more damping where that fails, by the weights alone where nothing helps.
 
-    Raises ValueError for weights that cannot be quantized at all.
+    prepared: what was prepared of the same moments for another matrix, by damping; added to. Raises ValueError for
+    weights that cannot be quantized at all.
     """
-    reason = ""
+    reason, known = "", {} if prepared is None else prepared
     for damping in (DAMPING, *STEPS):
         try:
-            return Outcome(gptq(weight, moments, quantization, storage, damping), damping, reason)
+            if damping not in known:
+                known[damping] = prepare(moments, damping)
+            return Outcome(gptq_prepared(weight, known[damping], quantization, storage), damping, reason)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             reason = "the second moments are not positive definite"
         except ValueError as error:
@@ -68,7 +105,7 @@ def gptq_with_retries(
 
 def gptq(
     weight: Tensor,
-    moments: Moments,
+    moments: Moments | Inputs,
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
     damping: float = DAMPING,
@@ -79,20 +116,70 @@ def gptq(
     the result are those of the weights. Raises ValueError for moments that are not finite or so large that the result
     is not, and LinAlgError where they are not positive definite.
     """
-    second = moments.second
-    if not bool(torch.isfinite(second).all()) or not bool(torch.isfinite(moments.cross).all()):
+    return gptq_prepared(weight, prepare(moments, damping), quantization, storage)
+
+
+def prepare(moments: Moments | Inputs, damping: float = DAMPING) -> Prepared:
+    """Factor damped second moments; raises as ``gptq`` does.
+
+    Of inputs: (X̂ᵀX̂ + λ)⁻¹ on one side of X̂ᵀ is (X̂X̂ᵀ + λ)⁻¹ on the other, which is smaller where frames are few.
+    """
+    if isinstance(moments, Inputs):
+        seen = moments.quantized
+        second = torch.zeros((seen.shape[1], seen.shape[1]), dtype=seen.dtype, device=seen.device)
+        add_symmetric_product(second, seen)
+        checked = moments.original
+    else:
+        second, checked = moments.second, moments.cross
+    if not bool(torch.isfinite(second).all()) or not bool(torch.isfinite(checked).all()):
         raise ValueError("moments are not finite")
-    wide = weight.to(second.device, second.dtype)
     mean = second.diagonal().mean()
     added = damping * (mean if mean > 0 else torch.ones_like(mean))
     factor = _factor(second, added)
-    goal = on_either(torch.cholesky_solve, (wide @ moments.cross + added * wide).T, factor).contiguous()
-    inverse = on_either(torch.cholesky_inverse, factor)
-    del factor
-    errors = on_either(partial(torch.linalg.cholesky, upper=True), inverse)
-    del inverse
-    codes, scales, biases = _round(goal, errors, quantization, storage)
-    return assemble(wide, codes, scales, biases, quantization, storage)
+    if not isinstance(moments, Inputs):
+        return Prepared(added, factor, moments.cross - second, None)
+    del second
+    smaller = seen @ seen.T
+    smaller.diagonal().add_(added)
+    right = on_either(torch.cholesky_solve, seen, on_either(torch.linalg.cholesky, smaller))
+    return Prepared(added, factor, (moments.original - seen).T, right)
+
+
+def add_symmetric_product(total: Tensor, x: Tensor) -> None:
+    """Add the upper triangle of ``x.T @ x`` to ``total``; what is below it is only partly computed."""
+    for first in range(0, x.shape[1], _TILE):
+        last = min(first + _TILE, x.shape[1])
+        total[:last, first:last].addmm_(x[:, :last].T, x[:, first:last])
+
+
+def mirror(total: Tensor) -> None:
+    """Copy the upper triangle of a matrix ``[n, n]`` to the lower one."""
+    for first in range(0, len(total), _TILE):
+        last = first + _TILE
+        square = total[first:last, first:last]
+        square.copy_(square.triu() + square.triu(1).T)
+        total[last:, first:last] = total[first:last, last:].T
+
+
+def gptq_prepared(
+    weight: Tensor, prepared: Prepared, quantization: QuantizationConfig, storage: np.dtype[np.generic]
+) -> Quantized:
+    """Quantize a matrix as ``gptq`` does, with moments that are prepared."""
+    factor, left = prepared.factor, prepared.left
+    wide = weight.to(factor.device, factor.dtype)
+    if prepared.right is not None:
+        goal = torch.addmm(wide, wide @ left, prepared.right)
+    elif len(wide) > len(factor):  # solving for the smaller one first
+        goal = torch.addmm(wide, wide, _solved(left, factor))
+    else:
+        goal = _solved(wide @ left, factor).add_(wide)
+    return _round(goal.contiguous(), weight.to("cpu", factor.dtype).contiguous(), factor, quantization, storage)
+
+
+def _solved(values: Tensor, factor: Tensor) -> Tensor:
+    """Return ``values @ inv(R @ R.T)`` of an upper triangular R."""
+    half = on_either(partial(torch.linalg.solve_triangular, upper=False, left=False), factor.T, values)
+    return on_either(partial(torch.linalg.solve_triangular, upper=True, left=False), factor, half)
 
 
 def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
@@ -104,44 +191,67 @@ def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
 
 
 def _factor(second: Tensor, added: Tensor) -> Tensor:
-    """Return the lower Cholesky factor of damped moments, without a copy of them: they are half a gigabyte."""
-    diagonal = second.diagonal().clone()
-    second.diagonal().add_(added)
-    try:
-        factor = on_either(torch.linalg.cholesky, second)
-    finally:
-        second.diagonal().copy_(diagonal)
-    return factor
+    """Return R, upper triangular, with R Rᵀ = second + added; reads the upper triangle of ``second``.
+
+    Its inverse is the upper Cholesky factor of the inverse, which GPTQ uses: with R, no matrix is inverted.
+    """
+    turned = second.flip(0, 1)
+    turned.diagonal().add_(added)
+    return on_either(torch.linalg.cholesky, turned).flip(0, 1)
 
 
 def _round(
-    goal: Tensor, errors: Tensor, quantization: QuantizationConfig, storage: np.dtype[np.generic]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Round column by column; return codes, scales and biases, ``[rows, ...]``.
+    goal: Tensor, exact: Tensor, factor: Tensor, quantization: QuantizationConfig, storage: np.dtype[np.generic]
+) -> Quantized:
+    """Round column by column.
 
-    goal: ``[columns, rows]``, overwritten. errors: the upper Cholesky factor of the inverse moments. Each group's
-    scales and biases are the least-squares ones of its weights as they are when its first column is rounded.
+    goal: ``[rows, columns]``, overwritten. exact: the weights, the same shape, on the CPU. Each group's scales and
+    biases are the least-squares ones of its weights as they are when its first column is rounded: the values that make
+    ``(goal - rounded) @ factor`` zero in the columns of the group.
     """
-    columns, rows = goal.shape
+    rows, columns = goal.shape
     size, top = quantization.group_size, (1 << quantization.bits) - 1
-    codes = torch.empty((columns, rows), dtype=torch.uint8, device=goal.device)
-    scales = torch.empty((columns // size, rows), dtype=goal.dtype, device=goal.device)
-    biases = torch.empty_like(scales)
-    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="ppx-grid") as pool:
+    codes = np.empty((rows, columns), np.uint8)
+    grids = np.empty((2, rows, columns // size), np.float32)
+    local = goal.cpu()  # where groups are rounded: with as many threads as there are, and no start of a kernel each
+    lost = goal  # of the columns that are rounded: goal - rounded
+    some = [slice(first, first + _ROWS) for first in range(0, rows, _ROWS)]
+    statistics = np.zeros((columns // size, len(some), 2))
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="ppx-round") as pool:
         for first in range(0, columns, size):
-            group = goal[first : first + size]
-            scale, bias = grid(group.T, quantization, storage, pool)
-            residuals = torch.empty_like(group)
-            for index in range(size):
-                column = first + index
-                code = ((group[index] - bias) / scale).round_().clamp_(0, top)
-                code = torch.where(scale == 0, torch.zeros_like(code), code)
-                codes[column] = code.to(torch.uint8)
-                residuals[index] = (group[index] - (code * scale + bias)) / errors[column, column]
-                group[index:] -= torch.outer(errors[column, column : first + size], residuals[index])
-            goal[first + size :] -= errors[first : first + size, first + size :].T @ residuals
-            scales[first // size], biases[first // size] = scale, bias
-    return codes.T.contiguous(), scales.T.contiguous(), biases.T.contiguous()
+            last, group, start = first + size, first // size, first - first % _COLUMNS
+            if first == start:
+                passed = lost[:, :start] @ factor[:start, start : start + _COLUMNS]
+            part = passed[:, first - start : last - start]
+            if first > start:
+                part = torch.addmm(part, lost[:, start:first], factor[start:first, first:last])
+            square = factor[first:last, first:last]
+            identity = torch.eye(size, dtype=square.dtype, device=square.device)
+            inverse = on_either(partial(torch.linalg.solve_triangular, upper=True), square, identity)
+            adjusted = (part @ inverse).cpu() + local[:, first:last]
+            sides = grid(adjusted, quantization, storage, pool)
+            arrays = [values.numpy() for values in (adjusted, local, exact, *sides)]
+            arguments = (first, np.ascontiguousarray(inverse.cpu().numpy()), top)
+            list(pool.map(partial(_round_rows, arrays, codes, arguments), some, statistics[group]))
+            if lost is not local:
+                lost[:, first:last] = local[:, first:last].to(lost.device)
+            grids[0, :, group], grids[1, :, group] = arrays[3], arrays[4]
+    error, norm = statistics.sum((0, 1))
+    scales, biases = (values.astype(storage) for values in grids)
+    return Quantized(pack(codes, quantization.bits), scales, biases, float(error), float(norm), 0, 0)
+
+
+def _round_rows(
+    arrays: list[NDArray[Any]],
+    codes: NDArray[np.uint8],
+    arguments: tuple[int, NDArray[Any], int],
+    rows: slice,
+    statistics: NDArray[np.float64],
+) -> None:
+    """Round some rows of a group: ``round_group``, whose arrays ``[rows, ...]`` these are."""
+    adjusted, local, exact, scale, bias = (array[rows] for array in arrays)
+    first, inverse, top = arguments
+    round_group(adjusted, local, exact, first, inverse, scale, bias, top, codes[rows], statistics)
 
 
 def grid(

@@ -1,8 +1,9 @@
 """Compiling the quantizer's loops, which numba keeps in the checkout: before workers start, which would each do it."""
 
 import numpy as np
-from ppx.quant.affine import BFLOAT16, FLOAT32, QuantizationConfig, quantize
+from ppx.quant.affine import BFLOAT16, FLOAT32, QuantizationConfig, pack, quantize, unpack
 from ppx.quant.casting import count_non_finite
+from ppx.quant.column_rounding import round_group
 
 
 def compile_kernels() -> None:
@@ -11,6 +12,9 @@ def compile_kernels() -> None:
         weights = np.ones((1, 64), dtype)
         quantize(weights, QuantizationConfig(4, 64), FLOAT32)
         count_non_finite(weights)
+    codes = unpack(pack(np.zeros((1, 64), np.uint8), 4), 4)
+    square, row, one = np.eye(64, dtype=np.float32), np.ones((1, 64), np.float32), np.ones(1, np.float32)
+    round_group(row, row.copy(), row, 0, square, one, one, 15, codes, np.zeros(2))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from ppx.convert.source.source import Source, locate, open_source
 from ppx.model.blocks import blocks_of
 from ppx.model.reference import reference_of, source_weights
 from ppx.model.tokens import TokenSet, read_tokens
-from ppx.quant.affine import QuantizationConfig, dequantize
-from ppx.quant.gptq import Moments, gptq
+from ppx.quant.affine import QuantizationConfig, dequantize, unpack
+from ppx.quant.gptq import Inputs, Moments, gptq
 from safetensors.numpy import load_file, save_file
 from stopping import Moment
 
@@ -136,10 +136,14 @@ def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path, store
         for weights in (read, quantized):
             model = replace(reference_of(source.checkpoint), weights=weights, input_hook=keep)
             model.block(blocks_of(source.architecture, "temporal")[0], model.embed(token_set.tokens))
-        expected = gptq(read(second, None), Moments(seen[1].T @ seen[1], seen[0].T @ seen[1]), FORM, storage)
+        expected = gptq(read(second, None), Inputs(*seen), FORM, storage)
     found = store.read((second, 0), 0, store.rows((second, 0)), storage)
     same = (found.weight == expected.weight).mean()
     assert same > 0.99  # sums of other pieces differ in their last bits
+    # In float64 and by moments: codes near the middle between two values differ.
+    wide, (exact, drifted) = read(second, None).double(), [inputs.double() for inputs in seen]
+    by_moments = gptq(wide, Moments(drifted.T @ drifted, exact.T @ drifted), FORM, storage)
+    assert (unpack(found.weight, 4) == unpack(by_moments.weight, 4)).mean() > 0.99
 
 
 def test_every_part_is_solved_once(opened, few, solved, tmp_path, store_at):

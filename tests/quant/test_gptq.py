@@ -8,7 +8,7 @@ import pytest
 import torch
 from ppx.quant import gptq
 from ppx.quant.affine import QuantizationConfig, Quantized, dequantize, pack, quantize, unpack
-from ppx.quant.gptq import Moments, gptq_with_retries
+from ppx.quant.gptq import Inputs, Moments, gptq_with_retries
 from torch import Tensor
 
 STORAGE = np.dtype(np.float32)
@@ -73,6 +73,62 @@ def test_it_rounds_as_the_textbook_does():
         now[:, column:] -= torch.outer(lost / inverse[0, 0], inverse[0])
     made = gptq.gptq(weight, Moments(second, second), quantization, STORAGE)
     assert (unpack(made.weight, 3) == codes).all()
+
+
+@pytest.mark.parametrize("samples", [40, 400])
+@pytest.mark.parametrize("rows", [16, 300])
+def test_inputs_give_what_their_moments_give(samples, rows):
+    """Few frames or many, more rows than columns or fewer: four orders of computing the same."""
+    weight, x, seen = layer(3, rows=rows, columns=128, samples=samples)
+    quantization = QuantizationConfig(4, 32, "gptq")
+    by_inputs = gptq.gptq(weight, Inputs(x, seen), quantization, STORAGE)
+    by_moments = gptq.gptq(weight, moments(x, seen), quantization, STORAGE)
+    codes = [unpack(made.weight, 4) for made in (by_inputs, by_moments)]
+    assert (codes[0] == codes[1]).mean() > 0.999
+    narrow = gptq.gptq(weight.float(), Inputs(x.float(), seen.float()), quantization, STORAGE)
+    errors = [output_error(weight, x, seen, made, quantization) for made in (narrow, by_moments)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+    with pytest.raises(ValueError, match="not finite"):
+        gptq.gptq(weight, Inputs(x * torch.nan, seen), quantization, STORAGE)
+
+
+def test_what_is_prepared_serves_every_matrix_that_reads_the_same():
+    weight, x, seen = layer(4, rows=48)
+    quantization, prepared = QuantizationConfig(4, 32, "gptq"), dict[float, gptq.Prepared]()
+    parts = [gptq_with_retries(part, Inputs(x, seen), quantization, STORAGE, prepared) for part in weight.split(16)]
+    assert list(prepared) == [gptq.DAMPING]
+    whole = gptq.gptq(weight, Inputs(x, seen), quantization, STORAGE)
+    together = np.concatenate([unpack(part.quantized.weight, 4) for part in parts])
+    assert (together == unpack(whole.weight, 4)).mean() > 0.999
+
+
+@pytest.mark.parametrize("columns", [64, 1024, 1100])
+def test_a_symmetric_product_is_the_whole_one(columns):
+    x = torch.randn(8, columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = torch.zeros(columns, columns, dtype=torch.float64)
+    for part in x.split(4):
+        gptq.add_symmetric_product(total, part)
+    gptq.mirror(total)
+    assert torch.allclose(total, x.T @ x)
+
+
+def test_columns_beyond_one_product_are_rounded_as_the_textbook_does():
+    """More columns than share one product: the error of the first reaches the last."""
+    weight, x, _ = layer(6, rows=3, columns=1088, samples=1500)
+    quantization = QuantizationConfig(4, 64, "gptq")
+    second = x.T @ x
+    damped = second + gptq.DAMPING * second.diagonal().mean() * torch.eye(1088, dtype=torch.float64)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    now, codes = weight.clone(), np.zeros((3, 1088), np.uint8)
+    for column in range(1088):
+        if column % 64 == 0:
+            scale, bias = gptq.grid(now[:, column : column + 64], quantization, STORAGE, ThreadPoolExecutor(1))
+        code = ((now[:, column] - bias) / scale).round().clamp(0, 15)
+        codes[:, column] = code
+        lost = (now[:, column] - (code * scale + bias)) / upper[column, column]
+        now[:, column:] -= torch.outer(lost, upper[column, column:])
+    made = gptq.gptq(weight, Moments(second, second), quantization, STORAGE)
+    assert (unpack(made.weight, 4) == codes).mean() > 0.999
 
 
 def test_it_comes_near_the_best_of_all_codes():
