@@ -35,7 +35,7 @@ from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized, dequantiz
 from ..quant.gptq import FALLBACK, Inputs, Moments, Outcome, Prepared, gptq_with_retries
 from . import weight_only
 from .block_tuning import tune_block
-from .moments import block_inputs, block_moments, moments_of
+from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
 
 _STREAM = 1 << 29  # bytes of a stream, at most: sequences or rows are chosen, evenly spaced, to fit
@@ -127,8 +127,11 @@ class LayerwiseRun:
         """
         device = self.models["original"].device
         inputs = {name: block_inputs(model, block, keys, streams[name]) for name, model in self.models.items()}
-        pairs = {key: (inputs["original"][key], inputs["quantized"][key]) for key in keys}
-        self.quantize(label, {key: moments_of(*pair, device) for key, pair in pairs.items()})
+        moments = {
+            key: moments_of(inputs["original"][key], inputs["quantized"][key], device, added_to(block, key, streams))
+            for key in keys
+        }
+        self.quantize(label, moments)
         for name, model in self.models.items():
             stream = streams[name]
             for rows in block.batches(stream):  # as ``walk`` takes them: a resumed run comes to the same bytes

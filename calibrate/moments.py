@@ -15,6 +15,7 @@ from ..quant.gptq import Inputs, Moments, add_symmetric_product, mirror
 
 _FEW = 2  # columns for each frame, from which on the inputs themselves take less work than their moments
 _LAST = ("out_proj.weight", "linear_out.weight")  # of a block: they read what its other matrices make of its input
+StreamPair = tuple[Floats, Floats]  # in front of a block, of the original and the quantized model: ``[frames, rows]``
 MatrixInputs = dict[MatrixKey, Tensor]  # ``[frames, columns]`` each
 
 
@@ -26,36 +27,45 @@ class _Sums:
     """Moments as they are summed up; the inputs themselves if they are few."""
 
     def __init__(self, columns: int, frames: int, device: str) -> None:
-        self.device = device
-        self.kept: list[tuple[Tensor, Tensor]] | None = [] if _FEW * frames <= columns else None
+        self.device, self.frames = device, 0
+        self.kept: list[tuple[Tensor, ...]] | None = [] if _FEW * frames <= columns else None
+        self.residual: Tensor | None = None
         if self.kept is None:
             self.second = torch.zeros((columns, columns), device=device)
             self.cross = torch.zeros((columns, columns), device=device)
 
-    def add(self, original: Tensor, quantized: Tensor) -> None:
+    def add(self, original: Tensor, quantized: Tensor, streams: StreamPair | None) -> None:
         original, quantized = (x.to(self.device, torch.float32) for x in (original, quantized))
-        if self.kept is None:
-            add_symmetric_product(self.second, quantized)
-            self.cross.addmm_(original.T, quantized)
-        else:
-            self.kept.append((original, quantized))
+        lacking = None if streams is None else torch.from_numpy(streams[0] - streams[1]).to(self.device)
+        self.frames += len(quantized)
+        if self.kept is not None:
+            self.kept.append((original, quantized) if lacking is None else (original, quantized, lacking))
+            return
+        add_symmetric_product(self.second, quantized)
+        self.cross.addmm_(original.T, quantized)
+        if lacking is not None:
+            if self.residual is None:
+                self.residual = torch.zeros((lacking.shape[1], quantized.shape[1]), device=self.device)
+            self.residual.addmm_(lacking.T, quantized)
 
     def moments(self) -> Moments | Inputs:
         if self.kept is not None:
-            original, quantized = (
-                parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*self.kept, strict=True)
+            return Inputs(
+                *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*self.kept, strict=True))
             )
-            return Inputs(original, quantized)
         mirror(self.second)
-        return Moments(self.second, self.cross)
+        return Moments(self.second, self.cross, self.residual, self.frames)
 
 
-def moments_of(original: Tensor, quantized: Tensor, device: str) -> Moments | Inputs:
-    """Return the moments of inputs ``[frames, columns]`` of the original and of the quantized model, on a device."""
+def moments_of(original: Tensor, quantized: Tensor, device: str, streams: StreamPair | None = None) -> Moments | Inputs:
+    """Return the moments of inputs ``[frames, columns]`` of the original and of the quantized model, on a device.
+
+    streams: what the matrix's output is added to, if anything.
+    """
     sums = _Sums(original.shape[-1], len(original), device)
     for first in range(0, len(original), POSITIONS):
         rows = slice(first, first + POSITIONS)
-        sums.add(original[rows], quantized[rows])
+        sums.add(original[rows], quantized[rows], streams and (streams[0][rows], streams[1][rows]))
     return sums.moments()
 
 
@@ -71,8 +81,21 @@ def block_moments(
             if key not in sums:
                 frames = len(original) * len(streams["original"]) // len(streams["original"][rows])
                 sums[key] = _Sums(original.shape[-1], frames, models["original"].device)
-            sums[key].add(original, quantized)
+            in_front = added_to(block, key, {name: stream[rows] for name, stream in streams.items()})
+            sums[key].add(original, quantized, in_front)
     return {key: of_inputs.moments() for key, of_inputs in sums.items()}
+
+
+def added_to(block: Block, key: MatrixKey, streams: dict[str, Floats]) -> StreamPair | None:
+    """Return the parts of the streams in front of a block that a matrix's output is added to, None if it is not."""
+    if not key[0].endswith(_LAST):
+        return None
+    original, quantized = streams["original"], streams["quantized"]
+    if block.component == "depformer":
+        name, number = key
+        step = number if block.sublayer == "attention" else int(name.split(".gating.")[1].split(".")[0])
+        return original[:, step], quantized[:, step]
+    return original.reshape(-1, original.shape[-1]), quantized.reshape(-1, quantized.shape[-1])
 
 
 def block_inputs(model: TorchModel, block: Block, keys: list[MatrixKey], stream: Floats) -> MatrixInputs:

@@ -2,7 +2,8 @@
 
 GPTQ (Frantar et al., 2022, arXiv:2210.17323) rounds the columns of a matrix one after another, and adjusts those that
 follow to compensate for the error of those before. Here it starts from the weights that, on the inputs that the layer
-gets in the quantized model, give what the original layer gives on its own inputs.
+gets in the quantized model, give what the original layer gives on its own inputs; of a layer whose output is added to a
+residual stream, what the quantized stream lacks as well.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from torch import Tensor
 from .affine import QuantizationConfig, Quantized, pack, quantize
 from .column_rounding import round_group
 
-DAMPING = 0.01  # of the mean second moment, added to each
+DAMPING = 0.01  # of the mean second moment, added to each: with as many frames as anyone may want
+_MOST_DAMPING = 1.0  # with few: columns / frames, at most this
 STEPS = (0.1, 1.0, 10.0)  # more damping, tried in turn where a factorization fails
 FALLBACK = "lsq"  # the method without data, where none of it helps
 _ROWS = 1024  # of a group, which one thread rounds at a time
@@ -31,36 +33,43 @@ _TILE = 1024  # columns of a symmetric product that are computed at a time
 class Moments:
     """Sums over a layer's inputs, both ``[columns, columns]``: of x̂ x̂ᵀ, and of x x̂ᵀ.
 
-    x̂: the input in the quantized model. x: the same input in the original.
+    x̂: the input in the quantized model. x: the same input in the original. residual: the sum of r x̂ᵀ, ``[rows,
+    columns]``, where r is what the original's residual stream has in front of the layer and the quantized one lacks;
+    None for a layer whose output is not added to a stream. frames: how many were summed, 0 if that is not known.
     """
 
     second: Tensor
     cross: Tensor
+    residual: Tensor | None = None
+    frames: int = 0
 
 
 @dataclass(frozen=True)
 class Inputs:
     """A layer's inputs themselves, both ``[frames, columns]``: what takes less work than moments if frames are few.
 
-    original: x. quantized: x̂, the same in the quantized model.
+    original: x. quantized: x̂, the same in the quantized model. residual: r, ``[frames, rows]``; see ``Moments``.
     """
 
     original: Tensor
     quantized: Tensor
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What GPTQ needs of moments or inputs, whatever matrix reads them; H: the damped second moments.
 
-    factor: R, upper triangular, with R Rᵀ = H. left, right: with ``W + (W @ left) @ right`` the matrix whose output on
-    x̂ is nearest to that of W on x; right is None where that takes two solves with R instead.
+    factor: R, upper triangular, with R Rᵀ = H. left, right: with ``W + (W @ left + residual) @ right`` the matrix whose
+    output on x̂ is nearest to that of W on x; right is None where that takes two solves with R instead. residual: None
+    for zero.
     """
 
     added: Tensor
     factor: Tensor
     left: Tensor
     right: Tensor | None
+    residual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Outcome:
     """A quantized matrix, and how it was quantized.
 
     damping: of the mean second moment, None where the matrix was quantized by its weights alone (``FALLBACK``). reason:
-    why it is not ``DAMPING``, else empty.
+    why it is not the usual one, else empty.
     """
 
     quantized: Quantized
@@ -88,8 +97,8 @@ def gptq_with_retries(
     prepared: what was prepared of the same moments for another matrix, by damping; added to. Raises ValueError for
     weights that cannot be quantized at all.
     """
-    reason, known = "", {} if prepared is None else prepared
-    for damping in (DAMPING, *STEPS):
+    reason, known, usual = "", {} if prepared is None else prepared, usual_damping(moments)
+    for damping in (usual, *(step for step in STEPS if step > usual)):
         try:
             if damping not in known:
                 known[damping] = prepare(moments, damping)
@@ -108,18 +117,28 @@ def gptq(
     moments: Moments | Inputs,
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
-    damping: float = DAMPING,
+    damping: float | None = None,
 ) -> Quantized:
-    """Quantize a matrix ``[rows, columns]`` so that ``Ŵ x̂`` is as near to ``W x`` as possible.
+    """Quantize a matrix ``[rows, columns]`` so that ``Ŵ x̂`` is as near to ``W x + r`` as possible.
 
-    damping: a share of the mean second moment, added to each. The device is that of the moments. Errors and norms in
-    the result are those of the weights. Raises ValueError for moments that are not finite or so large that the result
-    is not, and LinAlgError where they are not positive definite.
+    damping: a share of the mean second moment, added to each; by default ``usual_damping``. The device is that of the
+    moments. Errors and norms in the result are those of the weights. Raises ValueError for moments that are not finite
+    or so large that the result is not, and LinAlgError where they are not positive definite.
     """
     return gptq_prepared(weight, prepare(moments, damping), quantization, storage)
 
 
-def prepare(moments: Moments | Inputs, damping: float = DAMPING) -> Prepared:
+def usual_damping(moments: Moments | Inputs) -> float:
+    """Return the damping that fits the number of frames: columns / frames, within bounds.
+
+    With few frames, the weights would be fitted to what is particular to these.
+    """
+    columns = (moments.second if isinstance(moments, Moments) else moments.quantized).shape[1]
+    frames = moments.frames if isinstance(moments, Moments) else len(moments.quantized)
+    return min(_MOST_DAMPING, max(DAMPING, columns / frames)) if frames else DAMPING
+
+
+def prepare(moments: Moments | Inputs, damping: float | None = None) -> Prepared:
     """Factor damped second moments; raises as ``gptq`` does.
 
     Of inputs: (X̂ᵀX̂ + λ)⁻¹ on one side of X̂ᵀ is (X̂X̂ᵀ + λ)⁻¹ on the other, which is smaller where frames are few.
@@ -131,18 +150,19 @@ def prepare(moments: Moments | Inputs, damping: float = DAMPING) -> Prepared:
         checked = moments.original
     else:
         second, checked = moments.second, moments.cross
-    if not bool(torch.isfinite(second).all()) or not bool(torch.isfinite(checked).all()):
+    residual = moments.residual
+    if not all(bool(torch.isfinite(sums).all()) for sums in (second, checked, residual) if sums is not None):
         raise ValueError("moments are not finite")
     mean = second.diagonal().mean()
-    added = damping * (mean if mean > 0 else torch.ones_like(mean))
+    added = (usual_damping(moments) if damping is None else damping) * (mean if mean > 0 else torch.ones_like(mean))
     factor = _factor(second, added)
     if not isinstance(moments, Inputs):
-        return Prepared(added, factor, moments.cross - second, None)
+        return Prepared(added, factor, moments.cross - second, None, residual)
     del second
     smaller = seen @ seen.T
     smaller.diagonal().add_(added)
     right = on_either(torch.cholesky_solve, seen, on_either(torch.linalg.cholesky, smaller))
-    return Prepared(added, factor, (moments.original - seen).T, right)
+    return Prepared(added, factor, (moments.original - seen).T, right, None if residual is None else residual.T)
 
 
 def add_symmetric_product(total: Tensor, x: Tensor) -> None:
@@ -165,14 +185,14 @@ def gptq_prepared(
     weight: Tensor, prepared: Prepared, quantization: QuantizationConfig, storage: np.dtype[np.generic]
 ) -> Quantized:
     """Quantize a matrix as ``gptq`` does, with moments that are prepared."""
-    factor, left = prepared.factor, prepared.left
+    factor, left, residual = prepared.factor, prepared.left, prepared.residual
     wide = weight.to(factor.device, factor.dtype)
-    if prepared.right is not None:
-        goal = torch.addmm(wide, wide @ left, prepared.right)
-    elif len(wide) > len(factor):  # solving for the smaller one first
+    if prepared.right is None and residual is None and len(wide) > len(factor):  # solving for the smaller one first
         goal = torch.addmm(wide, wide, _solved(left, factor))
     else:
-        goal = _solved(wide @ left, factor).add_(wide)
+        lacking = wide @ left if residual is None else torch.addmm(residual, wide, left)
+        right = prepared.right
+        goal = _solved(lacking, factor).add_(wide) if right is None else torch.addmm(wide, lacking, right)
     return _round(goal.contiguous(), weight.to("cpu", factor.dtype).contiguous(), factor, quantization, storage)
 
 

@@ -136,13 +136,14 @@ def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path, store
         for weights in (read, quantized):
             model = replace(reference_of(source.checkpoint), weights=weights, input_hook=keep)
             model.block(blocks_of(source.architecture, "temporal")[0], model.embed(token_set.tokens))
-        expected = gptq(read(second, None), Inputs(*seen), FORM, storage)
+        given = Inputs(*seen)
+        expected = gptq(read(second, None), given, FORM, storage)
     found = store.read((second, 0), 0, store.rows((second, 0)), storage)
     same = (found.weight == expected.weight).mean()
     assert same > 0.99  # sums of other pieces differ in their last bits
     # In float64 and by moments: codes near the middle between two values differ.
     wide, (exact, drifted) = read(second, None).double(), [inputs.double() for inputs in seen]
-    by_moments = gptq(wide, Moments(drifted.T @ drifted, exact.T @ drifted), FORM, storage)
+    by_moments = gptq(wide, Moments(drifted.T @ drifted, exact.T @ drifted, frames=len(exact)), FORM, storage)
     assert (unpack(found.weight, 4) == unpack(by_moments.weight, 4)).mean() > 0.99
 
 

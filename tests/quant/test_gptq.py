@@ -2,6 +2,7 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def layer(
 
 
 def moments(x: Tensor, seen: Tensor) -> Moments:
-    return Moments(seen.T @ seen, x.T @ seen)
+    return Moments(seen.T @ seen, x.T @ seen, frames=len(seen))
 
 
 def output_error(weight: Tensor, x: Tensor, seen: Tensor, made: Quantized, quantization: QuantizationConfig) -> float:
@@ -96,7 +97,7 @@ def test_what_is_prepared_serves_every_matrix_that_reads_the_same():
     weight, x, seen = layer(4, rows=48)
     quantization, prepared = QuantizationConfig(4, 32, "gptq"), dict[float, gptq.Prepared]()
     parts = [gptq_with_retries(part, Inputs(x, seen), quantization, STORAGE, prepared) for part in weight.split(16)]
-    assert list(prepared) == [gptq.DAMPING]
+    assert list(prepared) == [gptq.usual_damping(Inputs(x, seen))]
     whole = gptq.gptq(weight, Inputs(x, seen), quantization, STORAGE)
     together = np.concatenate([unpack(part.quantized.weight, 4) for part in parts])
     assert (together == unpack(whole.weight, 4)).mean() > 0.999
@@ -161,8 +162,47 @@ def test_it_makes_up_for_what_the_layers_before_lost():
     quantization = QuantizationConfig(4, 64, "gptq")
     weight, x, seen = layer(1, drift=0.3)
     aware = gptq.gptq(weight, moments(x, seen), quantization, STORAGE)
-    blind = gptq.gptq(weight, Moments(seen.T @ seen, seen.T @ seen), quantization, STORAGE)
+    blind = gptq.gptq(weight, moments(seen, seen), quantization, STORAGE)
     assert output_error(weight, x, seen, aware, quantization) < 0.9 * output_error(weight, x, seen, blind, quantization)
+
+
+@pytest.mark.parametrize("samples", [50, 4000])
+def test_it_makes_up_for_what_the_residual_stream_lacks(samples):
+    """By moments and by the inputs themselves; the part of it that the inputs tell, and no more."""
+    quantization = QuantizationConfig(4, 64, "gptq")
+    weight, x, seen = layer(1, rows=24, samples=samples, drift=0.01)
+    random = torch.Generator().manual_seed(9)
+    map_of = torch.randn(seen.shape[1], 24, generator=random, dtype=torch.float64) / seen.shape[1] ** 0.5
+    lacking = 2 * seen @ map_of + 0.1 * torch.randn(samples, 24, generator=random, dtype=torch.float64)
+    by_inputs = Inputs(x, seen, lacking)
+    by_moments = replace(moments(x, seen), residual=lacking.T @ seen)
+    made = [gptq.gptq(weight, given, quantization, STORAGE) for given in (by_inputs, by_moments)]
+    assert (unpack(made[0].weight, 4) == unpack(made[1].weight, 4)).mean() > 0.999
+    blind = gptq.gptq(weight, moments(x, seen), quantization, STORAGE)
+    errors = []
+    for one in (made[0], blind):
+        back = torch.from_numpy(dequantize(one, quantization)).double()
+        errors.append(float((lacking + x @ weight.T - seen @ back.T).square().sum()))
+    assert errors[0] < 0.8 * errors[1]
+    with pytest.raises(ValueError, match="not finite"):
+        gptq.gptq(weight, replace(by_inputs, residual=lacking * torch.inf), quantization, STORAGE)
+
+
+def test_damping_grows_as_frames_get_few():
+    eye = torch.eye(64)
+    expected = {0: gptq.DAMPING, 16: 1.0, 64: 1.0, 640: 0.1, 6400: 0.01, 1 << 20: 0.01}
+    assert {frames: gptq.usual_damping(Moments(eye, eye, frames=frames)) for frames in expected} == expected
+    assert gptq.usual_damping(Inputs(torch.ones(128, 64), torch.ones(128, 64))) == 0.5
+    # What it is for: of few frames, the outputs of others come nearer.
+    quantization = QuantizationConfig(4, 64, "gptq")
+    ratios = []
+    for seed in range(4):
+        weight, x, seen = layer(seed, samples=2400, columns=256)
+        few = moments(x[:160], seen[:160])
+        made = [gptq.gptq(weight, few, quantization, STORAGE, damping) for damping in (None, gptq.DAMPING)]
+        errors = [output_error(weight, x[160:], seen[160:], one, quantization) for one in made]
+        ratios.append(errors[0] / errors[1])
+    assert max(ratios) < 0.9, ratios
 
 
 def test_an_input_that_never_comes_and_a_weight_that_is_zero():
