@@ -1,6 +1,8 @@
 """What the benchmarks share: how a process is measured, and what is printed of it."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,3 +44,49 @@ def test_no_column_of_the_conversions_table_is_empty():
     assert head.split() == ["seconds", "/", "copy", "peak", "memory", "above", "imports"]
     assert rows[0].split() == ["plain", "copy", "2.0", "1.00", "0.00", "GiB"]
     assert rows[1].split() == ["rtn", "4.0", "2.00", "0.47", "GiB"]
+
+
+def test_calibration_frames_are_as_many_as_were_asked_for(pico):
+    from calibration import some_frames
+    from ppx.convert.source.source import locate, open_source
+
+    path = pico / "calibration_tokens.safetensors"
+    with open_source(locate(str(pico))) as source:
+        whole = some_frames(source, path, None).tokens
+        for frames, shape in {100: (1, 100), 500: (2, 250), 700: (3, 233)}.items():
+            few = some_frames(source, path, frames).tokens
+            assert few.shape == (shape[0], whole.shape[1], shape[1])
+            step = len(whole) // shape[0]
+            assert (few == whole[::step][: shape[0], :, : shape[1]]).all()
+
+
+def test_the_curve_of_calibration_frames_is_drawn_for_every_model(tmp_path):
+    from calibration import draw, table
+
+    row = {"text": 0.001, "codebook_0": 0.02, "agent": 0.01, "agreement": 0.9, "seconds": 3.2, "frames": 500}
+    for model in ("first", "second"):
+        for name in ("4-bit-lsq", "1-frames-per-column", "0.25-frames-per-column"):
+            agent = 0.02 if name == "4-bit-lsq" else 0.01 * len(name)
+            (tmp_path / f"{model}+{name}.json").write_text(json.dumps({**row, "agent": agent}))
+    draw(tmp_path, tmp_path / "curve.svg")
+    drawn = (tmp_path / "curve.svg").read_text()
+    assert drawn.count("first, gptq") == drawn.count("second, gptq") == 1
+    assert "first, mse (no data)" in drawn
+    assert table({"4 bit, lsq": row}).splitlines()[-1] == "| 4 bit, lsq | 500 | 0.0010 | 0.0200 | 0.0100 | 0.900 | 3 |"
+
+
+def test_figures_of_the_reference_against_itself_are_zero(pico):
+    from calibration import figures
+    from ppx.convert.source.source import locate, open_source
+    from ppx.model.reference import reference_of
+    from ppx.model.tokens import read_tokens
+
+    with open_source(locate(str(pico))) as source:
+        held = read_tokens(pico / "heldout_tokens.safetensors", source.architecture, 5, 12)
+        reference = reference_of(source.checkpoint)
+        found = figures(reference, reference, held)
+        assert found == {"text": 0, "codebook_0": 0, "agent": 0, "agreement": 1}
+        louder = replace(reference, weights=lambda name, step: 1.1 * reference.weights(name, step))
+        found = figures(louder, reference, held)
+        assert min(found["text"], found["codebook_0"], found["agent"]) > 0
+        assert found["agreement"] < 1
