@@ -35,6 +35,14 @@ def to_torch(array: NDArray[np.generic]) -> Tensor:
     return torch.from_numpy(array)
 
 
+def to_numpy(tensor: Tensor) -> NDArray[np.generic]:
+    """Return a tensor on the CPU as a numpy array that shares its memory, bfloat16 too."""
+    if tensor.dtype == torch.bfloat16:
+        array: NDArray[np.generic] = tensor.contiguous().view(torch.uint16).numpy().view(BFLOAT16)
+        return array
+    return tensor.contiguous().numpy()
+
+
 @dataclass(frozen=True)
 class TorchModel:
     """The model over ``weights`` and embedding ``rows``; see ``Model`` for what its methods take and return.

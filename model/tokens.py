@@ -18,6 +18,7 @@ from ..convert.tensorfile import TensorFile
 from .forward import Floats, Tokens
 from .session import prompt_columns, system_prompt
 
+SYSTEM_PROMPT = "system prompt"
 SELF_GENERATED = "sessions that the model spoke itself"  # stored in files: its words stay
 CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: self-generated calibration tokens
 DEFAULT_SEQUENCES = 3  # of the system prompt: voices
@@ -181,6 +182,6 @@ def from_system_prompt(
         targets[number, :, begin:] = completed[:, : max(length - begin, 0)]
         counted[number, :, begin:] = True
     description = TokenDescription(
-        kind="system prompt", text=shown, sequences=len(names), frames=length, voices=tuple(names)
+        kind=SYSTEM_PROMPT, text=shown, sequences=len(names), frames=length, voices=tuple(names)
     )
     return checked(TokenSet(description, tokens, targets, counted, tuple(names), scored=False), architecture)

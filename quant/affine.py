@@ -126,11 +126,7 @@ def quantize(
         raise ValueError("; ".join(problems))
     rows, columns = weight.shape
     groups = rows * columns // quantization.group_size
-    if weight.dtype == BFLOAT16:
-        words: NDArray[np.generic] = np.ascontiguousarray(weight).view(np.uint16)
-        shift = 16
-    else:
-        words, shift = np.ascontiguousarray(weight, dtype=np.float32).view(np.uint32), 0
+    words, shift = _words(weight)
     packed = np.empty((groups, quantization.group_size * quantization.bits // 8), np.uint8)
     scales, biases = np.empty(groups, np.float32), np.empty(groups, np.float32)
     statistics = np.zeros(kernels.STATISTICS, np.float64)
@@ -159,6 +155,35 @@ def quantize(
         overflowed=int(statistics[kernels.OVERFLOW]),
         flushed=int(statistics[kernels.FLUSHED]),
     )
+
+
+def round_into(
+    values: NDArray[np.float32],
+    weight: NDArray[np.generic],
+    bits: int,
+    group_size: int,
+    storage: np.dtype[np.generic],
+) -> None:
+    """Quantize a matrix ``[rows, columns]`` by ``rtn`` and dequantize it into ``values`` of the same shape.
+
+    It takes one pass. The values are those of ``dequantize(quantize(...))``, without packing codes. Raises ValueError
+    for what it cannot quantize.
+    """
+    rows, columns = weight.shape
+    if weight.dtype not in _STORAGE or columns % group_size:
+        raise ValueError(f"{weight.dtype} weights with {columns} columns cannot be rounded in groups of {group_size}")
+    words, shift = _words(weight)
+    shape = rows * columns // group_size, group_size
+    how = shift, bits, _STORAGE[np.dtype(storage)]
+    if broken := kernels.round_groups(words.reshape(shape), *how, values.reshape(shape)):
+        raise ValueError(f"{broken} groups hold values that are NaN, infinite, or too far apart")
+
+
+def _words(weight: NDArray[np.generic]) -> tuple[NDArray[np.generic], int]:
+    """Return the bits of weights, and by how many places they are shifted to be those of a float32."""
+    if weight.dtype == BFLOAT16:
+        return np.ascontiguousarray(weight).view(np.uint16), 16
+    return np.ascontiguousarray(weight, dtype=np.float32).view(np.uint32), 0
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:

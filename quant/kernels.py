@@ -267,3 +267,28 @@ def quantize_groups(words, shift, bits, storage, search, step, packed, scales, b
         statistics[SQUARED_NORM] += _squared_norm(values, terms)
         scales[g], biases[g] = scale, bias
         _pack(codes, whole, bits, packed[g])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def round_groups(words, shift, bits, storage, values):
+    """Round groups of weights to the grid of ``mx.quantize`` and back; return how many are not finite or span too much.
+
+    words, shift, storage: as for ``quantize_groups``. values: float32 ``[groups, group_size]``, what is written.
+    """
+    groups, size = words.shape
+    top = np.float32((1 << bits) - 1)
+    shift = np.uint32(shift)
+    bits_of = np.empty(size, np.int32)
+    group = bits_of.view(np.float32)
+    broken = 0
+    for g in range(groups):
+        low, high = _load(words[g], shift, bits_of)
+        if not np.isfinite(high - low):
+            broken += 1
+            continue
+        exact_scale, exact_bias = _mlx_grid(low, high, top)
+        _encode(group, exact_scale, exact_bias, top, values[g])
+        scale, bias = _stored(exact_scale, storage), _stored(exact_bias, storage)
+        for j in range(size):
+            values[g, j] = values[g, j] * scale + bias
+    return broken

@@ -12,6 +12,7 @@ from ..convert.errors import CheckFailed, UserError
 from ..convert.preparation import open_merged, trimmed
 from ..convert.source.source import Source, locate
 from ..model.kernel_test import workarounds
+from . import headline
 from . import report as reports
 from .options import EMBEDDED, VerifyOptions
 from .provenance import adapter_of, check_adapter, command_of, reference_of
@@ -149,25 +150,24 @@ def write_card(bundle: str | Path, report: Report | None = None) -> None:
 
 def text(report: Report, bundle: Path) -> str:
     """Return what a verification prints for people."""
-    verdict = "passes" if report.verdict.passed else "fails"
-    tokens = report.tokens
+    verdict, tokens = headline.verdict(report).lower(), report.tokens
     page = bundle / reports.FOLDER / reports.HTML
     sequences = f"{tokens.sequences} sequence{'s' if tokens.sequences > 1 else ''}"
     if not report.predictions:
-        return f"{bundle} {verdict}: nothing was computed, it could not be read\nreport: {page}"
-    lines = [f"{bundle} {verdict} the comparison: {sequences} of {tokens.frames} frames, {tokens.kind}"]
-    lines.append(f"{'':<41}{'bundle':>8}  {'limit':>8}  {'noise floor':>11}")
+        return f"{bundle} is {verdict}: nothing was computed, it could not be read\nreport: {page}"
+    lines = [headline.headline(report)]
+    lines.append(f"{bundle} is {verdict}: {sequences} of {tokens.frames} frames, {tokens.kind}")
+    lines.append(f"{'':<41}{'bundle':>8}  {'plain':>8}  {'limit':>8}  {'noise floor':>11}")
     for row in reports.figures(report):
         bound = f"{row.sign} {reports.short(row.bound)}"
-        values = f"{reports.short(row.bundle):>8}  {bound:>8}  {reports.short(row.noise):>11}"
+        plain = reports.short(row.control)
+        values = f"{reports.short(row.bundle):>8}  {plain:>8}  {bound:>8}  {reports.short(row.noise):>11}"
         lines.append(f"{row.name:<41}{values}{'' if row.passed else '  fails'}")
     if replaced := workarounds(report.kernels):
         mlx = f"MLX {report.ran_on.libraries.get('mlx')} on {report.ran_on.device.mlx}"
         lines.append(
             f"{mlx} computes quantized_matmul wrongly; dequantized and multiplied instead: {'; '.join(replaced)}"
         )
-    if report.looser_limits:
-        lines.append(f"its recipe allows more than is usual for its bits: {', '.join(report.looser_limits)}")
     if session := report.rollout:
         first = session.first_difference
         where = f"the first difference is at frame {first.frame} ({first.stream})" if first else "no difference"

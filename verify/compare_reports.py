@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from ..convert import typed_json
 from ..convert.bundle.describe import size
 from .figures import ActivationRow, WeightRow
+from .headline import INTACT, NOT_INTACT
 from .records import Report
 from .report import figures, read, short
 
@@ -147,7 +148,7 @@ def text(names: tuple[str, str], compared: Comparison) -> str:
     lines = [f"warning: {why}" for why in compared.not_comparable]
     width = max(len(pair.name) for pair in pairs)
     lines.append(f"{'':<{width}}  {'A':>12}  {'B':>12}    A: {names[0]}, B: {names[1]}")
-    verdicts = ["passes" if passed else "fails" for passed in (compared.passed.a, compared.passed.b)]
+    verdicts = [(INTACT if passed else NOT_INTACT).lower() for passed in (compared.passed.a, compared.passed.b)]
     lines.append(f"{'verdict':<{width}}  {verdicts[0]:>12}  {verdicts[1]:>12}")
     arrows = {"a": "◀ A", "b": "  B ▶", "same": ""}
     for pair in pairs:

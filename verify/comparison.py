@@ -24,9 +24,11 @@ from ..model.reference import TorchModel, reference_of
 from ..model.tokens import TokenSet
 from ..model.walk import run_block, step_inputs, walk
 from . import weights
-from .figures import ActivationRow, StreamFigures, WeightRow
-from .metrics import Predictions, difference, mean_of
+from .control import control_of
+from .figures import BUNDLE, CONTROL, NOISE, ActivationRow, HiddenFigures, StreamFigures, WeightRow
+from .metrics import Predictions, cosine, cosines, difference, mean_of_streams
 
+REFERENCE = "reference"
 _LOGITS = 1 << 24  # logits in memory at a time, of each model
 
 
@@ -37,21 +39,22 @@ class Measured:
     weights: list[WeightRow] = field(default_factory=list)
     activations: list[ActivationRow] = field(default_factory=list)
     predictions: dict[str, StreamFigures] = field(default_factory=dict)
+    hidden: HiddenFigures | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Three models, and the tokens that all of them read.
+    """The models, by name, and the tokens that all of them read. None holds more than one block's weights.
 
-    reference: float32. noise: the checkpoint's own weights, computed in the bundle's 16-bit dtype. bundle: MLX on what
-    the bundle stores. None of them holds more than one block's weights.
+    ``reference``: float32. ``noise``: the checkpoint's own weights, computed in the bundle's 16-bit dtype. ``bundle``:
+    MLX on what the bundle stores. Every other one is a control: its name says at how many bits it rounds.
     """
 
     source: Source
     stored: Bundle
     reference: TorchModel
-    noise: TorchModel
     bundle: MlxModel
+    others: dict[str, TorchModel]
     token_set: TokenSet
     measured: Measured
     pool: ThreadPoolExecutor
@@ -59,8 +62,8 @@ class Comparison:
 
     @property
     def models(self) -> dict[str, Model]:
-        """All three, by name."""
-        return {"reference": self.reference, "noise": self.noise, "bundle": self.bundle}
+        """All of them, by name."""
+        return {REFERENCE: self.reference, BUNDLE: self.bundle, **self.others}
 
     def look_at(self, name: str, keep: bool = False) -> list[Floats]:
         """Compare all that a source tensor became with it; keep its float32 values if asked to.
@@ -81,7 +84,7 @@ class Comparison:
         return 2 * (output.rows[1] - output.rows[0]) * output.shape[-1]
 
     def walk(self, component: str, streams: dict[str, Floats]) -> dict[str, Floats]:
-        """Take the three streams through a component's blocks."""
+        """Take the models' streams through a component's blocks."""
         return walk(self.source.architecture, component, streams, self.models.__getitem__, self._at_block)
 
     @contextmanager
@@ -94,11 +97,11 @@ class Comparison:
             return torch.from_numpy(kept[name][(step or 0) if len(kept[name]) > 1 else 0])
 
         local = replace(self.reference, weights=read, context=self.bundle.context, steps_seen=self.bundle.steps_seen)
-        start = streams["reference"]
+        start = streams[REFERENCE]
         added, after = run_block(self.reference, block, start)
-        once = {"bundle": run_block(local, block, start)[0], "noise": run_block(self.noise, block, start)[0]}
+        once = run_block(local, block, start)[0]
         kept.clear()
-        yield {"reference": after}
+        yield {REFERENCE: after}
         self.measured.activations += _rows(block, added, once, streams)
 
 
@@ -108,24 +111,25 @@ def _belongs(name: str, block: Block) -> bool:
     return any(name.startswith(f"{block.prefix}.{part}.") for part in parts)
 
 
-def _rows(block: Block, added: Floats, once: dict[str, Floats], after: dict[str, Floats]) -> list[ActivationRow]:
-    """Return a block's row, or one for each depformer step."""
+def _rows(block: Block, added: Floats, once: Floats, after: dict[str, Floats]) -> list[ActivationRow]:
+    """Return a block's row, or one for each depformer step.
+
+    added, once: what the block computes from the reference's input, with the checkpoint's and the bundle's weights.
+    """
     steps = range(added.shape[1]) if block.component == "depformer" else (None,)
     rows = []
     for step in steps:
         part = slice(None) if step is None else (slice(None), step)
-        local = {name: difference(once[name][part], added[part]) for name in ("bundle", "noise")}
-        drift = {name: difference(after[name][part], after["reference"][part]) for name in ("bundle", "noise")}
+        drift = {name: difference(after[name][part], after[REFERENCE][part]) for name in (BUNDLE, NOISE)}
         rows.append(
             ActivationRow(
                 component=block.component,
                 layer=block.layer,
                 sublayer=block.sublayer,
                 step=step,
-                local=local["bundle"],
-                accumulated=drift["bundle"],
-                noise_local=local["noise"],
-                noise_accumulated=drift["noise"],
+                local=difference(once[part], added[part]),
+                accumulated=drift[BUNDLE],
+                noise_accumulated=drift[NOISE],
             )
         )
     return rows
@@ -140,16 +144,20 @@ def compare(
     arithmetic: str = "float32",
     device: str = "cpu",
     matmul: QuantizedMatmul | None = None,
+    controls: Sequence[int] = (),
 ) -> Measured:
-    """Run a bundle and its checkpoint on a token set; return all that was measured.
+    """Run a bundle, its checkpoint and the control on a token set; return all that was measured.
 
     voices: the bundle's own. arithmetic: dtype of the bundle's activations. device: where PyTorch runs. matmul: how
-    MLX multiplies by packed weights. The bar advances by the checkpoint's bytes. Raises UserError for truncated files.
+    MLX multiplies by packed weights. controls: bits of more controls. The bar advances by the checkpoint's bytes.
+    Raises UserError for truncated files.
     """
     noise = reference_of(source.checkpoint, getattr(torch, stored.manifest.dtype), device)
     reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, matmul)
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx") as pool, torch.inference_mode():
-        comparison = Comparison(source, stored, reference, noise, bundle, token_set, Measured(), pool, bar)
+        others = {NOISE: noise, CONTROL: control_of(reference, stored, pool)}
+        others |= {str(bits): control_of(reference, stored, pool, bits) for bits in controls}
+        comparison = Comparison(source, stored, reference, bundle, others, token_set, Measured(), pool, bar)
         hidden = _temporal(comparison, voices)
         _text(comparison, hidden)
         _audio(comparison, hidden)
@@ -162,22 +170,28 @@ def _temporal(comparison: Comparison, voices: Sequence[Voice]) -> dict[str, Floa
     for name, outputs in comparison.stored.layout.outputs.items():
         if outputs[0].role.component == "embeddings":
             comparison.look_at(name)
-    vectors = {name: token_set.vectors(comparison.source.voices, arch.dim) for name in ("reference", "noise")}
-    vectors["bundle"] = token_set.vectors(voices, arch.dim)
-    streams = {name: model.embed(token_set.tokens, vectors[name]) for name, model in comparison.models.items()}
+    original, stored = (token_set.vectors(some, arch.dim) for some in (comparison.source.voices, voices))
+    streams = {
+        name: model.embed(token_set.tokens, stored if name == BUNDLE else original)
+        for name, model in comparison.models.items()
+    }
     comparison.measured.activations += _edge("embeddings", streams)
     streams = comparison.walk("temporal", streams)
     comparison.look_at("out_norm.alpha")
     streams = {name: model.out_norm(streams[name]) for name, model in comparison.models.items()}
     comparison.measured.activations += _edge("out_norm", streams)
+    read = token_set.counted[:, 0]
+    of = {name: cosine(cosines(x[read], streams[REFERENCE][read])) for name, x in streams.items()}
+    others = {name: one for name, one in of.items() if name not in (REFERENCE, BUNDLE, NOISE, CONTROL)}
+    comparison.measured.hidden = HiddenFigures(of[BUNDLE], of[NOISE], of[CONTROL], others)
     return streams
 
 
 def _edge(name: str, streams: dict[str, Floats], step: int | None = None) -> list[ActivationRow]:
     """Return the row of what stands between blocks, which has an accumulated error only."""
-    drift = {key: difference(streams[key], streams["reference"]) for key in ("bundle", "noise")}
+    drift = {key: difference(streams[key], streams[REFERENCE]) for key in (BUNDLE, NOISE)}
     component = "depformer" if name == "input" else "temporal"
-    return [ActivationRow(component, None, name, step, None, drift["bundle"], None, drift["noise"])]
+    return [ActivationRow(component, None, name, step, None, drift[BUNDLE], drift[NOISE])]
 
 
 def _text(comparison: Comparison, hidden: dict[str, Floats]) -> None:
@@ -219,11 +233,8 @@ def _audio(comparison: Comparison, hidden: dict[str, Floats]) -> None:
     half = arch.n_q // 2
     of = [measured.predictions[f"codebook_{step}"] for step in range(arch.steps)]
     for name, streams_of in (("agent", of[:half]), ("user", of[half:])):
-        if not streams_of:  # a model without the user's steps
-            continue
-        measured.predictions[name] = StreamFigures(
-            mean_of([stream.bundle for stream in streams_of]), mean_of([stream.noise for stream in streams_of])
-        )
+        if streams_of:  # a model may lack the user's steps
+            measured.predictions[name] = mean_of_streams(streams_of)
 
 
 def _head(model: Model, step: int) -> Callable[[Floats], Floats]:
@@ -237,13 +248,14 @@ def _predict(
     sequences: NDArray[np.int64],
     card: int,
 ) -> StreamFigures:
-    """Return the figures of one stream's predictions, for the bundle and for the noise floor."""
-    compared = {"bundle": Predictions(), "noise": Predictions()}
+    """Return the figures of one stream's predictions, for each model but the reference."""
+    compared = {name: Predictions() for name in heads if name != REFERENCE}
     height = max(1, _LOGITS // card)
-    for first in range(0, len(states["reference"]), height):
+    for first in range(0, len(states[REFERENCE]), height):
         rows = slice(first, first + height)
-        reference = heads["reference"](states["reference"][rows])
+        reference = heads[REFERENCE](states[REFERENCE][rows])
         for name, predictions in compared.items():
             tokens = None if targets is None else targets[rows]
             predictions.add(heads[name](states[name][rows]), reference, tokens, sequences[rows])
-    return StreamFigures(compared["bundle"].summary(), compared["noise"].summary())
+    summaries = {name: predictions.summary() for name, predictions in compared.items()}
+    return StreamFigures.of(summaries)

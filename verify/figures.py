@@ -4,7 +4,8 @@ Where a field is None although something was measured, JSON has no number for th
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from ..convert.schema import number, whole
@@ -13,6 +14,7 @@ from ..convert.typed_json import MAY_BE_MISSING, NOT_STORED, Key
 Amount = Annotated[float, number(0)]
 Share = Annotated[float, number(0, 1)]
 Index = Annotated[int, whole(0, 1 << 20)]
+BUNDLE, NOISE, CONTROL = "bundle", "noise", "control"
 _BySequence = Annotated[tuple[float, ...], NOT_STORED]  # the mean of each sequence, from which standard errors come
 
 
@@ -74,7 +76,7 @@ class ActivationRow:
     """The output of a block, or of what stands between blocks, at one depformer step.
 
     local: of a block whose input is the reference's, over what it adds; accumulated: of a block whose input is the
-    bundle's own, over the whole stream. The noise floor is the checkpoint itself in 16 bit.
+    bundle's own, over the whole stream. noise_accumulated: of the checkpoint itself in 16 bit, the noise floor.
     """
 
     component: str
@@ -83,7 +85,6 @@ class ActivationRow:
     step: Index | None
     local: Difference | None
     accumulated: Difference
-    noise_local: Difference | None
     noise_accumulated: Difference
 
     @property
@@ -131,21 +132,60 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Cosine:
+    """Cosine of two vectors, at each position: mean and smallest."""
+
+    mean: float | None
+    min: float | None
+
+
+@dataclass(frozen=True)
 class PredictionFigures:
-    """Predictions of one stream, or the mean of several, against the reference's; None where no position counts."""
+    """Predictions of one stream, or the mean of several, against the reference's; None where no position counts.
+
+    logits: their cosine; a mean of several streams has none.
+    """
 
     positions: int
     kl: Divergence | None
     top1: Top1 | None
     loss: Loss | None
+    logits: Cosine | None = None
 
 
 @dataclass(frozen=True)
 class StreamFigures:
-    """One stream's predictions by the bundle, and by the checkpoint in 16 bit, the noise floor."""
+    """One stream's predictions by each model.
+
+    noise: the checkpoint in 16 bit, the noise floor. control: the checkpoint, rounded to nearest at the bundle's own
+    bits; reports of earlier versions have none. controls: the same at other bits, by their number.
+    """
 
     bundle: PredictionFigures
     noise: PredictionFigures
+    control: PredictionFigures | None = None
+    controls: dict[str, PredictionFigures] = field(default_factory=dict)
+
+    def by_model(self) -> dict[str, PredictionFigures]:
+        """Return the figures under the names of their models."""
+        known = {BUNDLE: self.bundle, NOISE: self.noise} | ({CONTROL: self.control} if self.control else {})
+        return known | self.controls
+
+    @classmethod
+    def of(cls, figures: Mapping[str, PredictionFigures]) -> "StreamFigures":
+        """Return figures that stand under the names of their models."""
+        others = {name: one for name, one in figures.items() if name not in (BUNDLE, NOISE, CONTROL)}
+        return cls(figures[BUNDLE], figures[NOISE], figures[CONTROL], others)
+
+
+@dataclass(frozen=True)
+class HiddenFigures:
+    """Cosines of the temporal transformer's output, frame by frame; see ``StreamFigures`` for the models."""
+
+    bundle: Cosine
+    noise: Cosine
+    control: Cosine
+    controls: dict[str, Cosine]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from ..model.divergence import kl_divergence
 from ..model.forward import Floats, Tokens
-from .figures import Difference, Divergence, Loss, PredictionFigures, Top1, finite_or_infinite
+from .figures import (
+    Cosine,
+    Difference,
+    Divergence,
+    Loss,
+    PredictionFigures,
+    StreamFigures,
+    Top1,
+    finite_or_infinite,
+)
 
 PERCENTILES = {"median": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
 _BLOCK = 1 << 22  # logits in float64 at a time
@@ -33,6 +42,20 @@ def difference(actual: Floats, expected: Floats) -> Difference:
     )
 
 
+def cosines(actual: Floats, expected: Floats) -> NDArray[np.float64]:
+    """Return the cosine of each row ``[rows, columns]`` with the expected one; 1 for two rows of zeros."""
+    pairs = ((actual, expected), (actual, actual), (expected, expected))
+    along, length, norm = (np.einsum("ij,ij->i", a, b, dtype=np.float64) for a, b in pairs)
+    both = np.sqrt(length * norm)
+    values: NDArray[np.float64] = np.where(both > 0, along / np.where(both > 0, both, 1), length == norm)
+    return values
+
+
+def cosine(values: NDArray[np.float64]) -> Cosine:
+    """Return mean and smallest of some cosines."""
+    return Cosine(float(values.mean()), float(values.min()))
+
+
 def root_ratio(squared: float, squared_expected: float) -> float:
     """Return the root of a ratio of sums of squares; of nothing to nothing 0, of something to nothing infinity."""
     if squared_expected > 0:
@@ -45,8 +68,8 @@ class Predictions:
     """Figures of one stream's predictions, position by position.
 
     kl: Kullback-Leibler divergence from the expected to the actual distribution, in nats. same: whether the top-1
-    tokens are equal. loss_actual, loss_expected: negative log-likelihood of the next token, in nats. sequences,
-    scored: the sequence that each position of the former two, and of the latter two, belongs to.
+    tokens are equal. logits: cosine of both. loss_actual, loss_expected: negative log-likelihood of the next token, in
+    nats. sequences, scored: the sequence that each position of the former three, and of the latter two, belongs to.
     """
 
     kl: list[NDArray[np.float64]] = field(default_factory=list)
@@ -55,6 +78,7 @@ class Predictions:
     loss_expected: list[NDArray[np.float64]] = field(default_factory=list)
     sequences: list[NDArray[np.int64]] = field(default_factory=list)
     scored: list[NDArray[np.int64]] = field(default_factory=list)
+    logits: list[NDArray[np.float64]] = field(default_factory=list)
 
     def add(self, actual: Floats, expected: Floats, targets: Tokens | None, sequences: NDArray[np.int64]) -> None:
         """Compare logits ``[positions, vocabulary]``; targets: the next tokens, -1 where none is known."""
@@ -62,6 +86,7 @@ class Predictions:
         height = max(1, _BLOCK // expected.shape[1])
         for first in range(0, len(expected), height):
             rows = slice(first, first + height)
+            self.logits.append(cosines(actual[rows], expected[rows]))
             q, p = (torch.from_numpy(x[rows]).double().log_softmax(-1) for x in (actual, expected))
             self.kl.append(kl_divergence(q, p).clamp(min=0).numpy())
             self.same.append((q.argmax(-1) == p.argmax(-1)).numpy())
@@ -75,7 +100,8 @@ class Predictions:
     def summary(self) -> PredictionFigures:
         """Return the figures of the stream."""
         columns = (self.kl, self.same, self.loss_actual, self.loss_expected, self.sequences, self.scored)
-        return summarize(*(_joined(parts) for parts in columns))
+        figures = summarize(*(_joined(parts) for parts in columns))
+        return replace(figures, logits=cosine(_joined(self.logits))) if figures.positions else figures
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[np.float64]:
@@ -159,6 +185,12 @@ def mean_of(streams: Sequence[PredictionFigures]) -> PredictionFigures:
         if losses
         else None,
     )
+
+
+def mean_of_streams(streams: Sequence[StreamFigures]) -> StreamFigures:
+    """Return the mean of several streams' figures, of each model."""
+    figures = [stream.by_model() for stream in streams]
+    return StreamFigures.of({name: mean_of([one[name] for one in figures]) for name in figures[0]})
 
 
 def _mean(values: Sequence[float | None]) -> float:

@@ -15,7 +15,7 @@ class VerifyOptions:
 
     sequences, frames: at most so many of each; None for all, or as many as are usual for the system prompt.
     arithmetic: of the bundle's activations, ``float32``, or ``bundle`` for its own dtype. device: None for MLX's
-    choice.
+    choice. controls: bits at which the checkpoint is rounded for comparison, beside the bundle's own.
     """
 
     tokens: Path | None = None
@@ -25,3 +25,4 @@ class VerifyOptions:
     rollout: int = 0
     arithmetic: str = ARITHMETICS[0]
     device: str | None = None
+    controls: tuple[int, ...] = ()

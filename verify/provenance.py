@@ -64,6 +64,8 @@ def command_of(bundle: Path, reference: str | None, adapter: str | None, options
         ("--rollout", options.rollout),
     ):
         words += [option, str(number)] if number else []
+    for bits in options.controls:
+        words += ["--controls", str(bits)]
     words += ["--arithmetic", options.arithmetic] if options.arithmetic != ARITHMETICS[0] else []
     words += ["--device", options.device] if options.device else []
     return printable(shlex.join(words))

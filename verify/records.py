@@ -6,21 +6,24 @@ from typing import Annotated, Any
 
 from ..convert import typed_json
 from ..convert.bundle.manifest import Manifest
-from ..convert.schema import FILE, Each, Leaf, mismatch, number, whole
+from ..convert.schema import FILE, Each, Leaf, OrNull, mismatch, number, whole
 from ..convert.source.scan import Fingerprint
 from ..convert.typed_json import MAY_BE_MISSING, Key
 from ..model.kernel_test import KernelRow
 from ..model.tokens import TokenDescription
-from .figures import ActivationRow, Amount, Rollout, StreamFigures, WeightRow
+from .figures import ActivationRow, Amount, HiddenFigures, Rollout, StreamFigures, WeightRow
 from .limits import AT_LEAST, FIGURES, Failure
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
+_READ = (1, 2)  # 1 had limits that did not depend on the checkpoint
 _FLAC = re.compile("data:audio/flac;base64,[A-Za-z0-9+/]*={0,2}")
 _FILES = Each(FILE)
 _Sound = Annotated[
     str, Leaf("a sound in FLAC", lambda value: isinstance(value, str) and _FLAC.fullmatch(value) is not None)
 ]
-_Limits = Annotated[dict[str, float], {key: number() if key in AT_LEAST else number(0) for key in FIGURES}]
+_Limits = Annotated[
+    dict[str, float | None], {key: OrNull(number() if key in AT_LEAST else number(0)) for key in FIGURES}
+]
 # Streams that limits apply to, and texts mention, where anything was computed
 _PREDICTED = {"predictions": dict.fromkeys(("text", "codebook_0", "agent"), typed_json.schema_of(StreamFigures))}
 
@@ -169,14 +172,14 @@ class Times:
 class Report:
     """A whole verification (docs/verification.md describes every field).
 
-    limits: by the names in ``limits.FIGURES``; looser_limits: those that allow more than the defaults. arithmetic:
-    dtype of the bundle's activations. predictions: by stream, empty where nothing was computed. rollout, round_trip:
-    None where they were not asked for. command: what runs it again.
+    limits: what figures may be, by the names in ``limits.FIGURES``; None where nothing was computed to judge by.
+    arithmetic: dtype of the bundle's activations. predictions: by stream, empty where nothing was computed; hidden:
+    None there, and in earlier versions. rollout, round_trip: None where they were not asked for. command: what runs it
+    again.
     """
 
     verdict: Verdict
     limits: _Limits
-    looser_limits: tuple[str, ...]
     bundle: BundleIdentity
     source: SourceIdentity
     tokens: Annotated[TokenDescription, Key("material")]
@@ -186,6 +189,7 @@ class Report:
     weights: tuple[WeightRow, ...]
     activations: tuple[ActivationRow, ...]
     predictions: dict[str, StreamFigures]
+    hidden: Annotated[HiddenFigures | None, MAY_BE_MISSING]
     rollout: Rollout | None
     round_trip: Annotated[RoundTrip | None, MAY_BE_MISSING]
     ran_on: Machine
@@ -208,7 +212,7 @@ class Report:
         """
         if problem := mismatch(data, {"report_version": whole()}):
             raise ValueError(problem)
-        if data["report_version"] != REPORT_VERSION:
+        if data["report_version"] not in _READ:
             raise ValueError(f"report_version is {data['report_version']}")
         report = typed_json.from_json(cls, data)
         if report.predictions and (problem := mismatch(data, _PREDICTED)):

@@ -19,8 +19,8 @@ from ..convert.hints import Hint
 from ..convert.regular_files import read_json
 from ..convert.typed_json import mapped
 from ..model.kernel_test import workarounds
-from . import plots
-from .figures import WeightRow, finite_or_infinite
+from . import headline, plots
+from .figures import Cosine, WeightRow, finite_or_infinite
 from .limits import AT_LEAST, FIGURES, NAMES, limited
 from .records import Report
 
@@ -92,20 +92,24 @@ def read(path: Path) -> Report:
 
 @dataclass(frozen=True)
 class LimitedFigure:
-    """A row of the table of limits: the figure, its bound and its noise floor. error: standard error over sequences."""
+    """A row of the table of limits: a figure of each model, and its bound, None where there is nothing to judge by.
+
+    error: standard error over sequences. control: None in reports of earlier versions.
+    """
 
     name: str
-    bound: float
+    bound: float | None
     sign: str
     error: float | None
     passed: bool
     bundle: float | None
+    control: float | None
     noise: float | None
 
     @property
     def is_beyond(self) -> bool:
         """Whether the figure itself is beyond the bound, or not known."""
-        if self.bundle is None:
+        if self.bundle is None or self.bound is None:
             return True
         return self.bundle < self.bound if self.sign == "≥" else self.bundle > self.bound
 
@@ -118,6 +122,7 @@ def figures(report: Report) -> list[LimitedFigure]:
         of_stream = report.predictions.get(stream)
         bundle = of_stream and limited(of_stream.bundle, limit)
         noise = of_stream and limited(of_stream.noise, limit)
+        control = limited(of_stream.control, limit) if of_stream and of_stream.control else None
         rows.append(
             LimitedFigure(
                 name=NAMES[limit],
@@ -126,6 +131,7 @@ def figures(report: Report) -> list[LimitedFigure]:
                 error=bundle.standard_error if bundle else None,
                 passed=limit not in failed,
                 bundle=bundle.value if bundle else None,
+                control=control.value if control else None,
                 noise=noise.value if noise else None,
             )
         )
@@ -163,6 +169,11 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
 
 
+def _cosine(figures: Cosine | None) -> str:
+    values = (figures.mean, figures.min) if figures else (None, None)
+    return ", ".join("–" if value is None else f"{value:.4f}" for value in values)
+
+
 def short(value: float | None) -> str:
     """Return a figure in a few digits."""
     if value is None:
@@ -172,11 +183,18 @@ def short(value: float | None) -> str:
 
 def _render(name: str, report: Report, **more: Any) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters |= {"short": short, "size": size, "percent": _percent, "share": _share}
+    environment.filters |= {"short": short, "size": size, "percent": _percent, "share": _share, "cosine": _cosine}
     environment.autoescape = name.endswith(".html")
     template = environment.from_string((files(__package__) / "templates" / name).read_text("utf-8"))
     return template.render(
-        report=report, figures=figures(report), worst=worst(report), replaced=workarounds(report.kernels), **more
+        report=report,
+        verdict=headline.verdict(report),
+        headline=headline.headline(report),
+        meaning=headline.MEANING,
+        figures=figures(report),
+        worst=worst(report),
+        replaced=workarounds(report.kernels),
+        **more,
     )
 
 

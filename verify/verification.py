@@ -90,8 +90,6 @@ def _verify(
         checked = structure.check_files(folder, manifest, layout, source, progress)
     problems = checked.problems
     half = source.architecture.n_q // 2
-    bounds = limits.limits_of(manifest, layout.every(), half)
-    looser = limits.looser(bounds, manifest, layout.every(), half)
     arithmetic = manifest.dtype if request.arithmetic == "bundle" else "float32"
     tests, matmul = _kernels(layout, manifest.dtype, arithmetic, matmul, quiet)
     measured, session = Measured(), None
@@ -103,12 +101,14 @@ def _verify(
             measured = _compare(source, stored, token_set, voices, request, arithmetic, matmul, quiet)
             if request.rollout and not wrong:  # a session begins with a voice
                 session = _roll(source, stored, token_set, request, arithmetic, matmul, quiet)
-    if measured.predictions and arithmetic != "float32":
-        bounds = limits.with_noise(bounds, measured.predictions)
+    bounds: dict[str, float | None] = dict.fromkeys(limits.FIGURES)
+    if measured.predictions:
+        bounds = limits.bounds_of(
+            measured.predictions, limits.factors_for(token_set.description), arithmetic, manifest.recipe
+        )
     return Report(
         verdict=_verdict(problems, tests, measured, bounds, manifest, half),
         limits=bounds,
-        looser_limits=tuple(looser),
         bundle=_identity(folder, manifest, total),
         source=SourceIdentity(manifest.source.id, manifest.source.revision, manifest.source.files),
         tokens=token_set.description,
@@ -118,6 +118,7 @@ def _verify(
         weights=tuple(measured.weights),
         activations=tuple(measured.activations),
         predictions=measured.predictions,
+        hidden=measured.hidden,
         rollout=session,
         round_trip=None,
         ran_on=_machine(request),
@@ -148,7 +149,8 @@ def _compare(
 ) -> Measured:
     size = sum(2 * role.shape[0] * role.shape[-1] for role in roles(source.architecture).values())
     with byte_bar("comparing", size, quiet) as progress:
-        return compare(source, stored, token_set, voices, progress, arithmetic, _torch_device(request), matmul)
+        device, more = _torch_device(request), request.controls
+        return compare(source, stored, token_set, voices, progress, arithmetic, device, matmul, more)
 
 
 def _roll(
@@ -172,7 +174,7 @@ def _verdict(
     problems: Sequence[Problem],
     tests: Sequence[KernelRow],
     measured: Measured,
-    bounds: Mapping[str, float],
+    bounds: Mapping[str, float | None],
     manifest: Manifest,
     agent_steps: int,
 ) -> Verdict:

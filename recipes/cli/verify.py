@@ -10,7 +10,7 @@ from ...convert.bundle.manifest import manifest_of
 from ...convert.errors import UserError
 from ...model.mlx_device import ARITHMETICS
 from ...verify import bundle_report, compare_reports
-from ...verify.options import EMBEDDED, VerifyOptions
+from ...verify.options import VerifyOptions
 from . import console, endings, options
 
 EXAMPLES = """\b
@@ -21,6 +21,8 @@ Examples:
       the same, on recorded conversations
   ppx-verify my-bundle --round-trip question.wav
       let it answer a recording, and transcribe the answer with a speech recognizer
+  ppx-verify my-bundle --reference ./my-finetune --controls 8
+      say how much it loses beside plain rounding at its own bits, and at 8
   ppx-verify my-4bit my-8bit
       print two reports side by side
 """
@@ -53,13 +55,12 @@ def verify_bundle(
     arithmetic: Annotated[
         options.ArithmeticName | None, typer.Option(help=f"Of the bundle's activations.  [default: {ARITHMETICS[0]}]")
     ] = None,
+    controls: options.Controls = None,
     device: options.Device = None,
     round_trip: Annotated[
         Path | None, typer.Option(metavar="QUESTION", help="Recording to answer; the answer is transcribed and judged.")
     ] = None,
-    recognizer: Annotated[
-        options.RecognizerName | None, typer.Option(help=f"What transcribes the answer.  [default: {EMBEDDED}]")
-    ] = None,
+    recognizer: options.Recognizer = None,
     codec: Annotated[Path | None, typer.Option(help="Mimi's weights for that.  [default: the bundle's]")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON; errors go to standard error.")
@@ -71,9 +72,9 @@ def verify_bundle(
 
     Without tokens or audio it reads what every conversation starts with: a few voices, silence, a text prompt, silence.
     --round-trip adds to the report that is there, or makes one first.
-    Ends with 0 if the bundle passes, 1 if it fails, 2 if it could not be compared.
+    Ends with 0 if the bundle is intact, 1 if it is not, 2 if it could not be compared.
     """
-    compared = any((reference, adapter, tokens, audio, sequences, frames, rollout, arithmetic))
+    compared = any((reference, adapter, tokens, audio, sequences, frames, rollout, arithmetic, controls))
     if other is not None:
         if compared or any((device, round_trip, recognizer, codec)):
             raise UserError("two bundles are compared by their reports: leave all options but --json out")
@@ -89,7 +90,8 @@ def verify_bundle(
     quiet, where, listener = console.quiet(as_json), device and str(device), recognizer and str(recognizer)
     if round_trip:
         bundle_report.check_round_trip(bundle, round_trip, codec, listener)
-    asked = VerifyOptions(tokens, audio, sequences, frames, rollout, str(arithmetic or ARITHMETICS[0]), where)
+    more, computed_in = options.numbers(controls), str(arithmetic or ARITHMETICS[0])
+    asked = VerifyOptions(tokens, audio, sequences, frames, rollout, computed_in, where, more)
     manifest_of(bundle)  # what is not a bundle is told first
     report = None if compared or not round_trip else bundle_report.report_of(bundle)
     if report is None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ppx.convert.bundle import recipe_file, shipped
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from ppx.convert.bundle.ranges import format_ranges, parse_ranges, ranges_of
-from ppx.convert.bundle.recipe import LIMITS, Recipe, Rule, uniform
+from ppx.convert.bundle.recipe import Recipe, Rule, uniform
 from ppx.convert.bundle.recipe_file import limits_in, to_toml
 from ppx.convert.bundle.targets import TARGETS
 from ppx.convert.errors import UserError
@@ -28,7 +28,7 @@ def test_shipped_recipes_can_be_loaded_by_their_target(name):
     plan = make_plan(SEVEN_B, recipe)
     assert plan.target.name == recipe.target
     assert recipe.description
-    assert set(recipe.parity) == set(LIMITS)
+    assert not recipe.parity  # what may be lost depends on the checkpoint
 
 
 @pytest.mark.parametrize("name", shipped.names())

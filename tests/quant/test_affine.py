@@ -19,6 +19,7 @@ from ppx.quant.affine import (
     Quantized,
     dequantize,
     quantize,
+    round_into,
     unpack,
 )
 
@@ -205,3 +206,22 @@ def test_scales_beyond_float16_are_counted_and_stay_finite():
     assert made.overflowed == 2
     assert np.isfinite(made.scales).all()
     assert np.isfinite(made.biases).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("size", GROUP_SIZES)
+@pytest.mark.parametrize("storage", [BFLOAT16, FLOAT16, np.dtype(np.float32)])
+def test_rounding_in_one_pass_is_quantizing_and_dequantizing(bits, size, storage):
+    weight = np.random.default_rng(bits).standard_normal((9, 384), np.float32).astype(BFLOAT16)
+    quantization = QuantizationConfig(bits, size, "rtn")
+    values = np.empty(weight.shape, np.float32)
+    round_into(values, weight, bits, size, storage)
+    np.testing.assert_array_equal(values, dequantize(quantize(weight, quantization, storage), quantization))
+
+
+def test_rounding_refuses_what_quantizing_refuses():
+    values = np.empty((2, 64), np.float32)
+    with pytest.raises(ValueError, match="cannot be rounded in groups of 64"):
+        round_into(values[:, :63], np.zeros((2, 63), np.float32), 4, 64, FLOAT16)
+    with pytest.raises(ValueError, match="1 groups hold values that are NaN"):
+        round_into(values, np.where(np.arange(128).reshape(2, 64) == 5, np.nan, 1).astype(np.float32), 4, 64, FLOAT16)

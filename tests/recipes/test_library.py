@@ -43,7 +43,7 @@ def test_the_pages_notebook_runs(pico, tmp_path):
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"\d\.\d\d bits per weight", lines[0])
     assert lines[1] == "my-4bit 24 files"
-    assert lines[2] == "passes"
+    assert lines[2] == "intact"
     assert "verdict" in done.stdout
     assert "expected divergence" in lines[-1]
     assert "calibration tokens are scarce" in done.stderr

@@ -18,7 +18,7 @@ from ppx.convert.bundle import recipe_file, shipped
 from ppx.convert.bundle.describe import size
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from ppx.convert.bundle.recipe_file import to_toml
-from ppx.verify import limits
+from ppx.verify.limits import NARROW, WIDE, Factor
 from safetensors.numpy import load_file, save_file
 
 NAMES = {name_of(path) for path in modules()}
@@ -252,11 +252,13 @@ def test_every_field_of_the_report_is_documented(bundle, program, pico, tmp_path
         assert f"`{field}`" in page, field
 
 
-def test_the_documented_limits_are_the_defaults():
+def test_the_documented_factors_are_those_that_apply():
     page = (ROOT / "docs" / "verification.md").read_text()
-    rows = re.findall(r"^\| (\d+|16 \(float\)) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
-    found = {int(bits.split()[0]): tuple(float(value) for value in values) for bits, *values in rows}
-    assert found == limits.DEFAULTS
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+)(?: \(\+ ([\d.]+) of the agent's KL\))? \|$", page, re.MULTILINE
+    )
+    assert {limit: Factor(float(narrow)) for limit, narrow, _, _ in rows} == NARROW
+    assert {limit: Factor(float(wide), float(share or 0)) for limit, _, wide, share in rows} == WIDE
 
 
 @pytest.mark.slow

@@ -132,9 +132,9 @@ def test_how_it_is_loaded(target, said, made):
 def test_it_says_all_that_the_report_and_the_manifest_prove(made):
     manifest, report = made
     text = rendered(made)[0].text
-    assert "**It passes** the comparison" in text
+    assert "**Intact: " in text
     for row in reports.figures(report):
-        assert f"| {row.name} | {reports.short(row.bundle)} | {row.sign} " in text
+        assert f"| {row.name} | {reports.short(row.bundle)} | {reports.short(row.control)} | {row.sign} " in text
     for name, record in {**manifest["files"], **manifest["source"]["files"]}.items():
         assert name in text
         assert record["sha256"] in text
@@ -237,7 +237,7 @@ def test_a_bundle_that_was_not_compared_or_fails(made):
     failed = Verdict(passed=False, failures=(failure("predictions", "text", "x", limit="text_kl"),))
     report = dataclasses.replace(report, verdict=failed)
     text = card.files(checked, report, objections=["its report fails: x"])["README.md"]
-    assert "**It fails** the comparison" in text
+    assert "**Not intact: " in text
     assert text.index("Published with `--force`") < text.index("# Use")
 
 
@@ -245,7 +245,7 @@ def test_converting_again_without_verification_keeps_what_the_card_proves(verifi
     shutil.copytree(verified / "bundle", tmp_path / "bundle")
     card_of, report = tmp_path / "bundle" / "README.md", tmp_path / "bundle" / "parity" / "report.json"
     before = card_of.read_text()
-    assert "**It passes** the comparison" in before
+    assert "**Intact: " in before
     program("ppx-convert", pico, "-o", "bundle", cwd=tmp_path)  # with --no-verify
     assert card_of.read_text() == before
     report.write_text(report.read_text().replace('"sha256": "', '"sha256": "0'))  # of other files

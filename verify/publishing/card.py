@@ -17,6 +17,7 @@ from ...convert.source.source import is_hub_id
 from ...convert.source.tensors import roles
 from ...model.kernel_test import workarounds
 from ...model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED
+from .. import headline
 from .. import report as reports
 from ..records import Report
 
@@ -43,6 +44,9 @@ def files(
     text = environment.from_string((resources(__package__) / "templates" / "card.md").read_text("utf-8")).render(
         manifest=manifest,
         report=report,
+        verdict=headline.verdict(report) if report else "",
+        headline=headline.headline(report) if report else "",
+        meaning=headline.MEANING,
         figures=reports.figures(report) if report else [],
         replaced=workarounds(report.kernels) if report else [],
         repository=repository,

@@ -1,0 +1,59 @@
+"""What a report says first: how much a bundle loses, beside plain rounding of the same checkpoint."""
+
+from .figures import PredictionFigures
+from .records import Report
+
+INTACT, NOT_INTACT = "Intact", "Not intact"
+MEANING = (
+    "Intact means that files and weights are what the conversion wrote, and that predictions diverge about as much as "
+    "plain rounding makes them, or less. It is not the same as good: the figures say how much is lost."
+)
+
+
+def verdict(report: Report) -> str:
+    """Return the verdict in a word or two."""
+    return INTACT if report.verdict.passed else NOT_INTACT
+
+
+def headline(report: Report) -> str:
+    """Return one sentence on what is lost: bits, size, divergence over that of plain rounding, top-1 agreement."""
+    bits, size = bits_of(report), f"{report.bundle.bits_per_weight:.2f} bpw"
+    agent = report.predictions.get("agent")
+    if agent is None or agent.bundle.kl is None or agent.bundle.top1 is None:
+        return f"{bits}, {size}: nothing was computed"
+    parts = []
+    if any(row.bits for row in report.weights):
+        known = [("plain rounding", agent.control)] if agent.control else []
+        known += [(f"{width} bit", figures) for width, figures in agent.controls.items()]
+        ratios = [(name, times(agent.bundle, figures)) for name, figures in known]
+        parts = [f"{_shown(ratio)} what {name} loses" for name, ratio in ratios if ratio is not None]
+    lost = f"loses {' and '.join(parts)}" if parts else f"agent KL {_figure(agent.bundle)} nats/token"
+    agreement = agent.bundle.top1.agreement
+    shown = "unknown" if agreement is None else f"{100 * agreement:.0f} %"
+    return f"{bits}, {size}: {lost}; agent top-1 agreement {shown}"
+
+
+def times(bundle: PredictionFigures, control: PredictionFigures) -> float | None:
+    """Return the divergence of a bundle over that of a control, None where either is not known or the latter is 0."""
+    if bundle.kl is None or control.kl is None or bundle.kl.mean is None or not control.kl.mean:
+        return None
+    return bundle.kl.mean / control.kl.mean
+
+
+def bits_of(report: Report) -> str:
+    """Return the bits of a bundle's quantized tensors, such as ``4 bit`` or ``4 to 8 bit``."""
+    widths = sorted({row.bits for row in report.weights if row.bits})
+    if not widths:
+        return f"{report.bundle.dtype}, not quantized" if report.weights else "not read"
+    return f"{widths[0]} bit" if len(widths) == 1 else f"{widths[0]} to {widths[-1]} bit"
+
+
+def _shown(ratio: float) -> str:
+    if ratio >= 0.995:
+        return f"{ratio:.1f} times" if ratio < 9.95 else f"{ratio:.0f} times"
+    return f"{100 * ratio:.0f} % of" if ratio >= 0.0995 else f"{100 * ratio:.1f} % of"
+
+
+def _figure(figures: PredictionFigures) -> str:
+    mean = figures.kl.mean if figures.kl else None
+    return "unknown" if mean is None else f"{mean:.2g}"
