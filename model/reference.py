@@ -47,9 +47,10 @@ def to_numpy(tensor: Tensor) -> NDArray[np.generic]:
 class TorchModel:
     """The model over ``weights`` and embedding ``rows``; see ``Model`` for what its methods take and return.
 
-    dtype: of activations and matrices; norms and rotations are computed in float32, as published. context: how many
-    frames, its own included, a frame attends to. steps_seen: the same for depformer steps. input_hook: called
-    with the input of every matrix.
+    dtype: of activations and matrices; norms and rotations are computed in float32, as published. A CPU multiplies in
+    float32 and rounds the result: 16-bit products sum in float32 everywhere, and are slow on older CPUs. context: how
+    many frames, its own included, a frame attends to. steps_seen: the same for depformer steps. input_hook: called with
+    the input of every matrix.
     """
 
     architecture: Architecture
@@ -149,7 +150,10 @@ class TorchModel:
     def _linear(self, name: str, step: int | None, x: Tensor) -> Tensor:
         if self.input_hook and (product := self.input_hook(name, step, x)) is not None:
             return product
-        return x @ self.weights(name, step).to(self.device, self.dtype).T
+        weight = self.weights(name, step)
+        if x.device.type == "cpu":
+            return (x.float() @ weight.float().T).to(x.dtype)
+        return x @ weight.to(self.device, self.dtype).T
 
     def _look_up(self, name: str, tokens: Tokens) -> Tensor:
         rows = self.rows(name, np.maximum(tokens, 0)).to(self.device, self.dtype)

@@ -38,6 +38,12 @@ def system_prompt(architecture: Architecture, text: Sequence[int]) -> list[Frame
     return [Frame(token, agent, user) for token in (*pause, *text, *pause)]
 
 
+def listening(architecture: Architecture, user: Tokens) -> list[Frame]:
+    """Return frames in which the user speaks, ``[codebooks, frames]``, and the agent is silent."""
+    agent = [token % architecture.card for token in SILENCE[: len(user)]]
+    return [Frame(architecture.text_padding, agent, column) for column in user.T.tolist()]
+
+
 @dataclass
 class Columns:
     """The delayed columns of tokens under way, ``[streams]`` each, beginning with a voice's last ones.

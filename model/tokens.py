@@ -16,9 +16,9 @@ from ..convert.source.architecture import Architecture
 from ..convert.source.voices import Voice
 from ..convert.tensorfile import TensorFile
 from .forward import Floats, Tokens
-from .session import prompt_columns, system_prompt
+from .session import listening, prompt_columns, system_prompt
 
-SYSTEM_PROMPT = "system prompt"
+SYSTEM_PROMPT, AUDIO = "system prompt", "audio"
 SELF_GENERATED = "sessions that the model spoke itself"  # stored in files: its words stay
 CALIBRATION_FRAMES, CALIBRATION_SESSIONS = 250, 108  # of 20 seconds: self-generated calibration tokens
 DEFAULT_SEQUENCES = 3  # of the system prompt: voices
@@ -162,14 +162,17 @@ def from_system_prompt(
     text: Sequence[int],
     frames: int | None,
     shown: str,
+    user: Tokens | None = None,
+    file: str | None = None,
 ) -> TokenSet:
     """Return the system prompt of a conversation, a sequence for each voice: voice, silence, text prompt, silence.
 
     Text predictions count everywhere, audio predictions after the voice: before, the tokens are unknown. All sequences
-    are cut to the length of the shortest one. text: the prompt's tokens; shown: the prompt.
+    are cut to the length of the shortest one. text: the prompt's tokens; shown: the prompt. user: ``[codebooks,
+    frames]``, what the user says then, to an agent that is silent; file: the recording that it comes from.
     """
     by_name = {voice.name: voice for voice in voices}
-    prompt = system_prompt(architecture, text)
+    prompt = [*system_prompt(architecture, text), *([] if user is None else listening(architecture, user))]
     length = min(len(by_name[name].embeddings) for name in names) + len(prompt)
     length = min(length, frames or length)
     shape = (len(names), 1 + architecture.n_q, length)
@@ -181,7 +184,8 @@ def from_system_prompt(
         tokens[number, :, begin:] = read[:, : max(length - begin, 0)]
         targets[number, :, begin:] = completed[:, : max(length - begin, 0)]
         counted[number, :, begin:] = True
+    kind = SYSTEM_PROMPT if user is None else AUDIO
     description = TokenDescription(
-        kind=SYSTEM_PROMPT, text=shown, sequences=len(names), frames=length, voices=tuple(names)
+        kind=kind, text=shown, file=file, sequences=len(names), frames=length, voices=tuple(names)
     )
     return checked(TokenSet(description, tokens, targets, counted, tuple(names), scored=False), architecture)

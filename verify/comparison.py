@@ -20,7 +20,7 @@ from ..model.blocks import Block
 from ..model.forward import Floats, Model, Tokens
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import MlxModel, model_of
-from ..model.reference import TorchModel, reference_of
+from ..model.reference import TorchModel, kept_by, reference_of
 from ..model.tokens import TokenSet
 from ..model.walk import run_block, step_inputs, walk
 from . import weights
@@ -47,7 +47,8 @@ class Comparison:
     """The models, by name, and the tokens that all of them read. None holds more than one block's weights.
 
     ``reference``: float32. ``noise``: the checkpoint's own weights, computed in the bundle's 16-bit dtype. ``bundle``:
-    MLX on what the bundle stores. Every other one is a control: its name says at how many bits it rounds.
+    MLX on what the bundle stores. Every other one is a control: its name says at how many bits it rounds. held: weights
+    of the checkpoint that several of them read, until they are released.
     """
 
     source: Source
@@ -59,6 +60,7 @@ class Comparison:
     measured: Measured
     pool: ThreadPoolExecutor
     bar: "tqdm[Any]"
+    held: dict[tuple[str, int], torch.Tensor]
 
     @property
     def models(self) -> dict[str, Model]:
@@ -102,6 +104,7 @@ class Comparison:
         once = run_block(local, block, start)[0]
         kept.clear()
         yield {REFERENCE: after}
+        self.held.clear()
         self.measured.activations += _rows(block, added, once, streams)
 
 
@@ -152,12 +155,15 @@ def compare(
     MLX multiplies by packed weights. controls: bits of more controls. The bar advances by the checkpoint's bytes.
     Raises UserError for truncated files.
     """
-    noise = reference_of(source.checkpoint, getattr(torch, stored.manifest.dtype), device)
-    reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, matmul)
+    held: dict[tuple[str, int], torch.Tensor] = {}
+    reference = reference_of(source.checkpoint, device=device)
+    reference = replace(reference, weights=kept_by(held, reference.weights, device))
+    noise = replace(reference, dtype=getattr(torch, stored.manifest.dtype))
+    bundle = model_of(stored, arithmetic, matmul)
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx") as pool, torch.inference_mode():
         others = {NOISE: noise, CONTROL: control_of(reference, stored, pool)}
         others |= {str(bits): control_of(reference, stored, pool, bits) for bits in controls}
-        comparison = Comparison(source, stored, reference, bundle, others, token_set, Measured(), pool, bar)
+        comparison = Comparison(source, stored, reference, bundle, others, token_set, Measured(), pool, bar, held)
         hidden = _temporal(comparison, voices)
         _text(comparison, hidden)
         _audio(comparison, hidden)
@@ -206,6 +212,7 @@ def _text(comparison: Comparison, hidden: dict[str, Floats]) -> None:
     targets = token_set.targets[:, 0][chosen] if token_set.scored else None
     card = comparison.source.architecture.text_card
     comparison.measured.predictions["text"] = _predict(heads, states, targets, np.nonzero(chosen)[0], card)
+    comparison.held.clear()
 
 
 def _audio(comparison: Comparison, hidden: dict[str, Floats]) -> None:
@@ -221,6 +228,7 @@ def _audio(comparison: Comparison, hidden: dict[str, Floats]) -> None:
     streams = {name: step_inputs(model, states[name], known, arch.steps) for name, model in comparison.models.items()}
     for step in range(arch.steps):
         measured.activations += _edge("input", {name: array[:, step] for name, array in streams.items()}, step)
+    comparison.held.clear()
     streams = comparison.walk("depformer", streams)
     of_steps = counted.transpose(0, 2, 1)[chosen]
     for step in range(arch.steps):

@@ -34,7 +34,7 @@ def control_of(reference: TorchModel, stored: Bundle, pool: ThreadPoolExecutor, 
     storage = NUMPY_DTYPES[DTYPES[stored.manifest.dtype]]
 
     def plain(name: str, step: int | None, values: Tensor) -> Tensor:
-        array = to_numpy(values).reshape(-1, values.shape[-1])
+        array = to_numpy(values.cpu()).reshape(-1, values.shape[-1])
         quantization = stored.output(name, step).quantization
         if quantization is None:
             return to_torch(cast(array, storage).array).reshape(values.shape)

@@ -46,7 +46,7 @@ def verify_bundle(
         typer.Option(help="The LoRA that was merged.  [default: the one that the manifest names, if on the Hub]"),
     ] = None,
     tokens: Annotated[Path | None, typer.Option(help="Evaluation tokens [N, streams, T], in safetensors.")] = None,
-    audio: Annotated[Path | None, typer.Option(help="WAV file to encode with the source's codec and read.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="WAV file: a question after the system prompt.")] = None,
     sequences: Annotated[int | None, typer.Option(min=1, help="At most so many sequences, or voices.")] = None,
     frames: Annotated[int | None, typer.Option(min=2, help="At most so many frames of each (80 ms).")] = None,
     rollout: Annotated[

@@ -12,24 +12,28 @@ import rustymimi
 import soundfile
 from numpy.typing import NDArray
 from ppx.convert.errors import UserError
-from ppx.convert.file_names import CODEC
+from ppx.convert.file_names import CODEC, TOKENIZER
 from ppx.convert.source.mimi import FRAME, RATE, tensors
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model.forward import Floats
-from ppx.model.session import SILENCE
-from ppx.model.tokens import TokenDescription
+from ppx.model.prompt import PROMPT, prompt_tokens
+from ppx.model.session import PAUSE, SILENCE
+from ppx.model.tokens import TokenDescription, from_tokens
 from ppx.speak import audio_files
 from ppx.speak.codec import Codec
-from ppx.speak.recordings import read_audio
+from ppx.speak.recordings import read_audio, recorded
 from safetensors import safe_open
 
 
 @pytest.fixture(scope="module")
-def source(pico: Path, codec: Path) -> Iterator[Source]:
+def source(pico: Path, codec: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Source]:
     """Pico with a whole codec, and room for its 2048 tokens."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / CODEC).symlink_to(codec)
+    (folder / TOKENIZER).symlink_to(pico.absolute() / TOKENIZER)
     with open_source(locate(str(pico))) as opened:
         room = replace(opened.checkpoint, architecture=replace(opened.architecture, card=2048))
-        yield replace(opened, checkpoint=room, location=replace(opened.location, folder=codec.parent))
+        yield replace(opened, checkpoint=room, location=replace(opened.location, folder=folder))
 
 
 def tone(seconds: float, rate: int, pitch: int = 220) -> Floats:
@@ -43,18 +47,35 @@ def encoded(source: Source, samples: Floats) -> NDArray[Any]:
     return codes
 
 
-def test_one_channel_is_the_user_and_the_agent_is_silent(source, tmp_path):
+def test_one_channel_is_a_user_who_speaks_after_the_system_prompt(source, tmp_path):
     samples = tone(1.0, RATE)
     soundfile.write(tmp_path / "mono.wav", samples, RATE, subtype="FLOAT")
     token_set = read_audio(tmp_path / "mono.wav", source, None)
-    assert token_set.description == TokenDescription(kind="audio", file="mono.wav", sequences=1, frames=12)
+    voice, text = source.voices[0], prompt_tokens(source.location.folder / TOKENIZER, source.architecture, PROMPT)
+    begin = len(voice.embeddings) + 2 * PAUSE + len(text)
+    description = TokenDescription(
+        kind="audio", text=PROMPT, file="mono.wav", sequences=1, frames=begin + 12, voices=(voice.name,)
+    )
+    assert token_set.description == description
     expected = encoded(source, samples[: 12 * FRAME])
     targets = token_set.targets[0]
-    np.testing.assert_array_equal(targets[9], expected[0])  # codebook 0 has no delay
-    np.testing.assert_array_equal(targets[10:, 1:], expected[1:, :-1])
-    assert (targets[0] == source.architecture.text_padding).all()
-    assert (targets[1] == SILENCE[0]).all()
+    np.testing.assert_array_equal(targets[0, begin - PAUSE - len(text) : begin - PAUSE], text)
+    np.testing.assert_array_equal(targets[9, begin:], expected[0])  # codebook 0 has no delay
+    np.testing.assert_array_equal(targets[10:, begin + 1 :], expected[1:, :-1])
+    assert (targets[0, begin:] == source.architecture.text_padding).all()
+    assert (targets[1, begin:] == SILENCE[0]).all()
+    assert token_set.counted[0, 9, begin:].all()
     assert len(np.unique(expected)) > 3
+    assert read_audio(tmp_path / "mono.wav", source, begin + 5).tokens.shape == (1, 17, begin + 5)
+
+
+def test_one_channel_alone_is_the_user_and_the_agent_is_silent(source, tmp_path):
+    samples = tone(1.0, RATE)
+    soundfile.write(tmp_path / "mono.wav", samples, RATE, subtype="FLOAT")
+    tokens = recorded(tmp_path / "mono.wav", source)[0]
+    np.testing.assert_array_equal(tokens[9:], encoded(source, samples[: 12 * FRAME]))
+    assert (tokens[0] == source.architecture.text_padding).all()
+    assert (tokens[1:9] == np.array(SILENCE)[:, None]).all()
 
 
 def test_two_channels_are_agent_and_user_at_any_rate(source, tmp_path):
@@ -66,7 +87,7 @@ def test_two_channels_are_agent_and_user_at_any_rate(source, tmp_path):
     alone = []
     for channel in (0, 1):
         soundfile.write(tmp_path / "one.wav", samples[:, channel], rate)
-        alone.append(read_audio(tmp_path / "one.wav", source, 5).targets[0, 9:])
+        alone.append(from_tokens(recorded(tmp_path / "one.wav", source, 5), source.architecture).targets[0, 9:])
     np.testing.assert_array_equal(token_set.targets[0, 1:9], alone[0])
     np.testing.assert_array_equal(token_set.targets[0, 9:], alone[1])
     assert (alone[0] != alone[1]).any()
