@@ -151,7 +151,7 @@ class TorchModel:
         if self.input_hook and (product := self.input_hook(name, step, x)) is not None:
             return product
         weight = self.weights(name, step)
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and x.dtype.itemsize < torch.float32.itemsize:
             return (x.float() @ weight.float().T).to(x.dtype)
         return x @ weight.to(self.device, self.dtype).T
 
