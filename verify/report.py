@@ -20,7 +20,7 @@ from ..convert.regular_files import read_json
 from ..convert.typed_json import mapped
 from ..model.kernel_test import workarounds
 from . import headline, plots
-from .figures import Cosine, WeightRow, finite_or_infinite
+from .figures import Cosine, PredictionFigures, WeightRow, finite_or_infinite
 from .limits import AT_LEAST, FIGURES, NAMES, limited
 from .records import Report
 
@@ -94,7 +94,7 @@ def read(path: Path) -> Report:
 class LimitedFigure:
     """A row of the table of limits: a figure of each model, and its bound, None where there is nothing to judge by.
 
-    error: standard error over sequences. control: None in reports of earlier versions.
+    error: standard error over sequences. control: None in reports of earlier versions. controls: at other bits.
     """
 
     name: str
@@ -104,6 +104,7 @@ class LimitedFigure:
     passed: bool
     bundle: float | None
     control: float | None
+    controls: list[float | None]
     noise: float | None
 
     @property
@@ -132,10 +133,16 @@ def figures(report: Report) -> list[LimitedFigure]:
                 passed=limit not in failed,
                 bundle=bundle.value if bundle else None,
                 control=control.value if control else None,
+                controls=[_value(figures, limit) for figures in of_stream.controls.values()] if of_stream else [],
                 noise=noise.value if noise else None,
             )
         )
     return rows
+
+
+def _value(figures: PredictionFigures, limit: str) -> float | None:
+    found = limited(figures, limit)
+    return found.value if found else None
 
 
 def worst(report: Report) -> dict[str, list[str]]:
@@ -171,7 +178,7 @@ def _share(value: float | None) -> str:
 
 def _cosine(figures: Cosine | None) -> str:
     values = (figures.mean, figures.min) if figures else (None, None)
-    return ", ".join("–" if value is None else f"{value:.4f}" for value in values)
+    return ", ".join("–" if value is None else f"{value:.5f}" for value in values)
 
 
 def short(value: float | None) -> str:
@@ -192,6 +199,7 @@ def _render(name: str, report: Report, **more: Any) -> str:
         headline=headline.headline(report),
         meaning=headline.MEANING,
         figures=figures(report),
+        controls=list(report.hidden.controls) if report.hidden else [],
         worst=worst(report),
         replaced=workarounds(report.kernels),
         **more,

@@ -18,6 +18,7 @@ from ppx.model.reference import reference_of
 from ppx.model.tokens import TokenDescription
 from ppx.model.walk import forward_blocks
 from ppx.verify import headline
+from ppx.verify import report as reports
 from ppx.verify.figures import Divergence, PredictionFigures, StreamFigures, Top1
 from ppx.verify.limits import MANY, NARROW, WIDE, bounds_of, factors_for, prediction_failures
 from ppx.verify.options import VerifyOptions
@@ -65,6 +66,11 @@ def test_more_controls(source, bundle):
     assert own
     assert two
     assert eight > own > two
+    assert "| figure | bundle | plain rounding | 8 bit | 2 bit | limit | noise floor |" in reports.markdown(found)
+    table = [line for line in reports.markdown(found).splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table[:6]} == {8}
+    assert {line.count("|") for line in table[6:]} == {7}
+    assert reports.html(found).count("<th>8 bit</th><th>2 bit</th>") == 2
     line = headline.headline(found)
     assert " times what 8 bit loses" in line
     assert "% of what 2 bit loses" in line
