@@ -19,15 +19,17 @@ from typing import Any
 
 from ppx.convert.bundle.manifest import manifest_of
 
-RTN, LSQ, GPTQ = (["--method", method] for method in ("rtn", "lsq", "gptq"))
+RTN, LSQ, UNWEIGHTED, GPTQ = (["--method", method] for method in ("rtn", "lsq", "lsq_unweighted", "gptq"))
 FOUR, THREE = (["--bits", bits, "--group-size", "64"] for bits in ("4", "3"))
 SAME_SIZE = ["--target", "mlx", "--dtype", "float16", "--depformer-steps", "8", "--target-size", "{size}"]
 ROWS: dict[str, list[str]] = {
     "4 bit, rtn": [*FOUR, *RTN],
+    "4 bit, lsq_unweighted": [*FOUR, *UNWEIGHTED],
     "4 bit, lsq": [*FOUR, *LSQ],
     "4 bit, gptq": [*FOUR, *GPTQ],
     "4 bit, gptq, refined": [*FOUR, *GPTQ, "--refine"],
     "3 bit, rtn": [*THREE, *RTN],
+    "3 bit, lsq_unweighted": [*THREE, *UNWEIGHTED],
     "3 bit, lsq": [*THREE, *LSQ],
     "3 bit, gptq": [*THREE, *GPTQ],
     "3 bit, gptq, refined": [*THREE, *GPTQ, "--refine"],
@@ -45,7 +47,7 @@ ROWS: dict[str, list[str]] = {
     "moshi-q8, lsq": ["--recipe", "moshi-q8", *LSQ],
 }
 COLUMNS = ("text", "codebook_0", "agent")
-COLOURS = {"rtn": "#7a8288", "lsq": "#2b7bba", "gptq": "#d9730d", "refined": "#1a7f37"}
+COLOURS = {"rtn": "#7a8288", "lsq_unweighted": "#8fbfe0", "lsq": "#2b7bba", "gptq": "#d9730d", "refined": "#1a7f37"}
 
 
 def run(program: str, *arguments: str) -> str:

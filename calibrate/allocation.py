@@ -20,7 +20,7 @@ from .sensitivity import STREAMS, Sensitivities, TensorGroup, group_of
 
 DEFAULT_TARGET = "mlx"  # which takes any setting for any module
 # Divergence of models quantized by other methods, over that by lsq: measured at 4 bit on small models.
-_METHODS = {"lsq": 1.0, "rtn": 1.25, "gptq": 0.4}
+_METHODS = {"lsq": 1.0, "lsq_unweighted": 1.05, "rtn": 1.25, "gptq": 0.4}
 _UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _TRIES, _MARGIN = 8, 1 << 12  # at a budget that headers and settings do not overrun; bytes
 _COMPONENTS = (COMPONENTS[:1], COMPONENTS[:2], COMPONENTS)  # that one setting may be for

@@ -251,7 +251,8 @@ def quantized_weights(
             return weight
         quantization, dtype = quantizations[key]
         if quantization.method not in DATA_DRIVEN:
-            return weight_only.dequantized(name, weight, quantization, DTYPES[dtype])
+            importance = source.checkpoint.importance(name)
+            return weight_only.dequantized(name, weight, quantization, DTYPES[dtype], importance)
         if key not in store.files:
             return weight
         return torch.from_numpy(dequantize(store.read(key, 0, len(weight), DTYPES[dtype]), quantization))

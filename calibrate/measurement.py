@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..convert.errors import UserError
 from ..convert.progress import bar
 from ..convert.source.architecture import Architecture
+from ..convert.source.checkpoint import Checkpoint
 from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.blocks import SUBLAYERS, Block, blocks_of
@@ -29,7 +30,7 @@ from ..model.forward import Floats, Tokens
 from ..model.reference import Rows, TorchModel, kept_by, reference_of, source_weights
 from ..model.tokens import TokenSet, evenly_spaced
 from ..model.walk import advance, step_inputs, walk
-from ..quant.affine import BITS, QuantizationConfig
+from ..quant.affine import BITS, QuantizationConfig, dequantize
 from .sensitivity import STREAMS, Sensitivities, TensorGroup, members_of, settings_of, usual_group
 from .weight_only import dequantized, quantized
 
@@ -43,7 +44,10 @@ Streams = dict[Variant | None, Floats]  # by variant; None for the original
 
 
 def _altered(
-    model: TorchModel, members: Sequence[tuple[str, int | None]], quantization: QuantizationConfig
+    model: TorchModel,
+    checkpoint: Checkpoint,
+    members: Sequence[tuple[str, int | None]],
+    quantization: QuantizationConfig,
 ) -> TorchModel:
     """Return the model with some tensors quantized when they are read."""
 
@@ -51,7 +55,7 @@ def _altered(
         values = model.weights(name, step)
         if (name, step) not in members:
             return values
-        return dequantized(name, values, quantization, _STORAGE).to(values.device)
+        return dequantized(name, values, quantization, _STORAGE, checkpoint.importance(name)).to(values.device)
 
     def rows(name: str, tokens: Tokens) -> Tensor:
         values = model.rows(name, tokens)
@@ -164,10 +168,10 @@ class Pass:
         if variant is None:
             return self.model
         group, bits = variant
-        columns = [self.source.checkpoint.tensors[name].role.shape[-1] for name, _ in self.members[group]]
-        return _altered(
-            self.model, self.members[group], QuantizationConfig(bits, usual_group(settings_of(columns)), "lsq")
-        )
+        checkpoint, members = self.source.checkpoint, self.members[group]
+        columns = [checkpoint.tensors[name].role.shape[-1] for name, _ in members]
+        quantization = QuantizationConfig(bits, usual_group(settings_of(columns)), "lsq")
+        return _altered(self.model, checkpoint, members, quantization)
 
     def variants(self, *components: str) -> list[Variant]:
         """Return all variants of the groups of these components, or of these modules outside of layers."""
@@ -284,16 +288,26 @@ def _steps(
 
 
 def _errors(source: Source, members: Sequence[tuple[str, int | None]]) -> dict[tuple[int, int], float]:
-    """Return the relative squared error of some rows of a group's tensors, by bits and group size."""
+    """Return the relative squared error of some rows of a group's tensors, by bits and group size.
+
+    Errors and norms are weighted where the quantizer weighs them.
+    """
     read = source_weights(source.checkpoint)
     weights = [read(name, step) for name, step in members]
     some = [np.ascontiguousarray(weight[evenly_spaced(len(weight), _ROWS)].float().numpy()) for weight in weights]
+    importances = [source.checkpoint.importance(name) for name, _ in members]
+    norms = [_weighted_sum(*pair) for pair in zip(some, importances, strict=True)]
     errors = settings_of(weight.shape[1] for weight in some)
     for bits, size in errors:
-        quantization = QuantizationConfig(bits, size, "lsq")
-        matrices = [
-            quantized(name, weight, quantization, _STORAGE) for (name, _), weight in zip(members, some, strict=True)
-        ]
-        norm = sum(matrix.squared_norm for matrix in matrices)
-        errors[bits, size] = sum(matrix.squared_error for matrix in matrices) / norm if norm else 0.0
+        quantization, total = QuantizationConfig(bits, size, "lsq"), 0.0
+        for (name, _), weight, importance in zip(members, some, importances, strict=True):
+            restored = dequantize(quantized(name, weight, quantization, _STORAGE, importance), quantization)
+            total += _weighted_sum(weight - restored, importance)
+        errors[bits, size] = total / sum(norms) if sum(norms) else 0.0
     return errors
+
+
+def _weighted_sum(values: NDArray[np.float32], importance: NDArray[np.float64] | None) -> float:
+    """Return the sum of squares, each times the importance of its column if there is one."""
+    squares = np.square(values, dtype=np.float64).sum(0)
+    return float(squares.sum() if importance is None else squares @ importance)

@@ -9,13 +9,16 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from . import kernels, packing
+from . import group, kernels, packing
+from .importance import problems_of, weighing
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-METHODS = ("lsq", "rtn", "gptq")  # as recipes, manifests and reports store them
-METHOD_NAMES = ("mse", "rtn", "gptq")  # as people call them; lsq names Learned Step Size Quantization in papers
-_STORED = {"mse": "lsq"}
+METHODS = ("lsq", "rtn", "gptq", "lsq_unweighted")  # as recipes, manifests and reports store them
+METHOD_NAMES = ("mse", "rtn", "gptq", "mse-unweighted")  # as people call them; lsq is another method in papers
+_STORED = {"mse": "lsq", "mse-unweighted": "lsq_unweighted"}
+WEIGHTED = ("lsq",)  # those that weigh errors by the gains of the norm that a matrix reads
+_SEARCHED = ("lsq", "lsq_unweighted")
 DATA_DRIVEN = ("gptq",)  # those that need more than the weights
 DEFAULT_METHOD = "lsq"
 DEFAULT_METHOD_NAME = "mse"  # of the same
@@ -23,11 +26,11 @@ DEFAULT_METHOD_NAME = "mse"  # of the same
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
-_STORAGE = {BFLOAT16: kernels.BFLOAT16, FLOAT16: kernels.FLOAT16, FLOAT32: kernels.FLOAT32}
+_STORAGE = {BFLOAT16: group.BFLOAT16, FLOAT16: group.FLOAT16, FLOAT32: group.FLOAT32}
 
 
 def stored_method(name: str) -> str:
-    """Return a method as recipes and manifests store it: ``lsq`` for ``mse``, any other name as it is."""
+    """Return a method as recipes and manifests store it: ``lsq`` for ``mse``, other names likewise."""
     return _STORED.get(name, str(name)) if isinstance(name, str) else name  # untrusted recipes may hold anything
 
 
@@ -36,8 +39,8 @@ class QuantizationConfig:
     """How a tensor is quantized.
 
     bits: width of a code. group_size: weights that share one scale and bias. method: ``rtn`` (the grid and rounding
-    of ``mx.quantize``), ``lsq`` (least squares and clip search from there; also called ``mse``) or ``gptq`` (by the
-    layer's inputs, see ``gptq.gptq``).
+    of ``mx.quantize``), ``lsq`` (least squares and clip search from there; also called ``mse``), ``lsq_unweighted``
+    (which never weighs the errors of columns) or ``gptq`` (by the layer's inputs, see ``gptq.gptq``).
     """
 
     bits: int
@@ -102,15 +105,22 @@ def relative_rmse(squared_error: float, squared_norm: float) -> float:
 
 
 def quantize(
-    weight: NDArray[np.generic], quantization: QuantizationConfig, storage: np.dtype[np.generic] | None = None
+    weight: NDArray[np.generic],
+    quantization: QuantizationConfig,
+    storage: np.dtype[np.generic] | None = None,
+    importance: NDArray[np.generic] | None = None,
 ) -> Quantized:
     """Quantize a matrix ``[rows, columns]`` of bfloat16, float16 or float32.
 
     Scales and biases are stored as ``storage``, by default the dtype of the weights. With method ``rtn`` every word,
     scale and bias equals that of ``mx.quantize`` on the CPU; with ``lsq`` no group has a larger squared error.
+    importance: ``[columns]``, for ``lsq``: by how much the squared errors of each column count, such as the squared
+    gains of the norm that the matrix reads; then no group's weighted error is larger than with ``rtn``, up to rounding
+    in float32. Proportions within a group count, and zeros alone are ones. Errors in the result are unweighted.
 
     Raises ValueError for unknown settings or dtypes, columns that are not a multiple of the group size, weights that
-    are not finite, and groups whose range overflows float32.
+    are not finite, groups whose range overflows float32, and an importance of another shape or method, or which is
+    negative or not finite.
     """
     storage = weight.dtype if storage is None else np.dtype(storage)
     problems = [f"{name} {problem}" for name, problem in quantization.problems().items()]
@@ -122,6 +132,8 @@ def quantize(
         problems.append(f"rows of {weight.shape[1]} weights are not divided by groups of {quantization.group_size}")
     if weight.dtype not in _STORAGE or storage not in _STORAGE:
         problems.append(f"dtypes are {weight.dtype} and {storage}: use bfloat16, float16 or float32")
+    if importance is not None and weight.ndim == 2:
+        problems += problems_of(importance, weight.shape[1], quantization.method in WEIGHTED)
     if problems:
         raise ValueError("; ".join(problems))
     rows, columns = weight.shape
@@ -135,8 +147,9 @@ def quantize(
         shift,
         quantization.bits,
         _STORAGE[storage],
-        quantization.method == "lsq",
+        quantization.method in _SEARCHED,
         np.float32(kernels.clip_step(quantization.bits)),
+        None if importance is None else weighing(importance, quantization.group_size),
         packed,
         scales,
         biases,

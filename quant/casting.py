@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from . import kernels
+from .group import largest_masked
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,6 @@ def count_non_finite(array: NDArray[np.generic]) -> int:
     if array.dtype == ml_dtypes.bfloat16:
         mask = np.uint16(0x7F80)
         words = np.ascontiguousarray(array).reshape(-1).view(np.uint16)
-        if kernels.largest_masked(words, mask) < mask:
+        if largest_masked(words, mask) < mask:
             return 0
     return array.size - int(np.count_nonzero(np.isfinite(array)))

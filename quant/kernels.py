@@ -9,15 +9,18 @@ give the same bytes on every machine.
 import numpy as np
 from numba import njit
 
-MAGIC = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to nearest even below 2^22
-EPSILON = np.float32(1e-7)  # the smallest step that mx.quantize allows
+from .group import EPSILON, FLOAT16, FLOAT32, MAGIC, encode, halving_sum, load, mlx_grid, pack, squared_norm, stored
 
-BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # how scales and biases are stored
 SQUARED_ERROR, SQUARED_NORM, OVERFLOW, FLUSHED, NON_FINITE, STATISTICS = 0, 1, 2, 3, 4, 5
 
 STEPS = 8  # how many symmetric clips of a group's range the search tries before it moves each end alone
 HALVINGS = 2  # how often it then halves the distance by which it moves an end
 PASSES = 3  # least squares and new codes in turn, at most
+
+FIT, IMPORTANCE, OUTLINES = 0, 1, 2  # rows of what a weighted search needs of a group's columns
+# Ranges that it begins with: one of the outlines, and by how many steps each of its ends is clipped.
+# Found by a scan on Gaussian and on trained weights, with equal gains and with gains over five decades.
+RANGES = ((0, 0), (0, 2), (0, 4), (1, 1), (2, 2), (3, 1), (4, 1))
 
 
 def clip_step(bits: int) -> float:
@@ -26,35 +29,6 @@ def clip_step(bits: int) -> float:
     Found by a scan on Gaussian and on trained weights: few codes gain from clipping much, many codes from little.
     """
     return {2: 0.03, 3: 0.02, 4: 0.02, 5: 0.015}.get(bits, 0.005)
-
-
-@njit(nogil=True, cache=True)
-def largest_masked(words, mask):
-    """Return the largest ``word & mask`` of uint16 words: with a mask of exponents, whether any is not finite."""
-    top = np.uint16(0)
-    for j in range(words.shape[0]):
-        top = np.uint16(max(top, np.uint16(words[j] & mask)))
-    return top
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _stored(value, storage):
-    """Round a float32 to the nearest value of the storage dtype, ties to even, saturated at its largest."""
-    size = abs(value)
-    if storage == BFLOAT16:
-        word = np.float32(value).view(np.uint32)
-        word = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-        rounded = np.uint32(word).view(np.float32)
-        return rounded if np.isfinite(rounded) else np.float32(np.copysign(np.float32(3.3895314e38), value))
-    if storage == FLOAT16:
-        if size >= np.float32(65504):
-            return np.float32(np.copysign(np.float32(65504), value))
-        if size < np.float32(2.0**-14):  # subnormal: the spacing of float32 above 0.5 is that of these, 2^-24
-            return np.float32(np.copysign((size + np.float32(0.5)) - np.float32(0.5), value))
-        word = np.float32(value).view(np.uint32)
-        word = (word + np.uint32(0xFFF) + ((word >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
-        return np.uint32(word).view(np.float32)
-    return np.float32(value)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -68,70 +42,12 @@ def _count_losses(exact, stored, storage, statistics):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _load(words, shift, bits_of):
-    """Widen one group to float32 bits and return its smallest and largest value (NaN or infinite if any is).
-
-    Both are taken on integers that sort like the floats; the casts keep numba from widening them to 64 bit.
-    """
-    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
-    for j in range(words.shape[0]):
-        word = np.int32(np.uint32(words[j]) << shift)
-        bits_of[j] = word
-        key = np.int32(word ^ np.int32(np.int32(word >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-        low = np.int32(min(low, key))
-        high = np.int32(max(high, key))
-    low ^= (low >> np.int32(31)) & np.int32(0x7FFFFFFF)
-    high ^= (high >> np.int32(31)) & np.int32(0x7FFFFFFF)
-    return np.int32(low).view(np.float32), np.int32(high).view(np.float32)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _sum(terms):
-    """Return the sum of a power-of-two number of terms, at least 8; overwrites them."""
-    half = terms.shape[0]
-    while half > 8:
-        half //= 2
-        for j in range(half):
-            terms[j] += terms[half + j]
-    return ((terms[0] + terms[4]) + (terms[2] + terms[6])) + ((terms[1] + terms[5]) + (terms[3] + terms[7]))
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _mlx_grid(low, high, top):
-    """Return (scale, bias) as ``mx.quantize`` chooses them: zero and the end farther from it are exact."""
-    negative = abs(low) > abs(high)
-    scale = max((high - low) / top, EPSILON)
-    edge = low if negative else high
-    scale = scale if negative else -scale
-    steps = np.rint(edge / scale)
-    if steps != 0:
-        return np.float32(edge / steps), np.float32(edge)
-    return np.float32(scale), np.float32(0)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _encode(values, scale, bias, top, codes):
-    """Give each value the nearest code of a grid, kept as float32."""
-    for j in range(values.shape[0]):
-        code = ((values[j] - bias) / scale + MAGIC) - MAGIC
-        code = code if code > np.float32(0) else np.float32(0)
-        codes[j] = code if code < top else top
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _squared_error(values, codes, scale, bias, terms):
-    """Return the sum of (value - (scale * code + bias))^2, in float64."""
+def _squared_error(values, codes, scale, bias, importance, terms):
+    """Return the sum of importance * (value - (scale * code + bias))^2, in float64; importance None is 1 for all."""
     for j in range(values.shape[0]):
         error = np.float64(values[j]) - (np.float64(scale) * np.float64(codes[j]) + np.float64(bias))
-        terms[j] = error * error
-    return _sum(terms)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _squared_norm(values, terms):
-    for j in range(values.shape[0]):
-        terms[j] = np.float64(values[j]) * np.float64(values[j])
-    return _sum(terms)
+        terms[j] = error * error if importance is None else np.float64(importance[j]) * (error * error)
+    return halving_sum(terms)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -148,7 +64,95 @@ def _moments(centered, codes, products):
         total = np.int32(total + code)
         squares = np.int32(squares + np.int32(code * code))
     mean = np.float32(total) / np.float32(centered.shape[0])
-    return _sum(products), np.float32(squares) - np.float32(total) * mean, mean
+    return halving_sum(products), np.float32(squares) - np.float32(total) * mean, mean
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _weighted_moments(centered, codes, anchor, importance, sums):
+    """Return the same, weighted by an importance whose mean is 1.
+
+    anchor: near the weighted mean code. Codes are counted from there: where one column outweighs all others, the
+    difference of the sums would otherwise lose the variance.
+    """
+    half = centered.shape[0] // 2  # halved once while they are computed: most of the time is spent here
+    for j in range(half):
+        sums[j] = importance[j] * (codes[j] - anchor) + importance[half + j] * (codes[half + j] - anchor)
+    mean = np.float32(halving_sum(sums) / np.float32(2 * half))
+    for j in range(half):
+        left, right = codes[j] - anchor, codes[half + j] - anchor
+        sums[j] = importance[j] * (left * left) + importance[half + j] * (right * right)
+    squares = halving_sum(sums)
+    for j in range(half):
+        left, right = codes[j] - anchor, codes[half + j] - anchor
+        sums[j] = importance[j] * (centered[j] * left) + importance[half + j] * (centered[half + j] * right)
+    return halving_sum(sums), squares - np.float32(2 * half) * mean * mean, np.float32(anchor + mean)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _outline(centered, factors, scaled):
+    """Return the smallest and the largest of centered values times factors, or 0 where all are on one side of it.
+
+    Both are taken on integers, as in ``load``: those of positive floats sort like them, and others are below 0.
+    scaled: overwritten.
+    """
+    keys = scaled.view(np.int32)
+    for j in range(centered.shape[0]):
+        scaled[j] = centered[j] * factors[j]
+    low, high = np.int32(0), np.int32(0)
+    for j in range(centered.shape[0]):
+        high = np.int32(max(high, keys[j]))
+        low = np.int32(max(low, np.int32(keys[j] ^ np.int32(-0x80000000))))
+    return -np.int32(low).view(np.float32), np.int32(high).view(np.float32)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _weighted_search(centered, top, step, columns, codes, sums):
+    """Find the range of a grid by weighted errors; return (scale, mean code) of the best grid.
+
+    Columns of little importance must not decide the range: it begins with those of values that are scaled down, or left
+    out, by their importance, each end from the same or from another of these; then it moves each end alone.
+    """
+    importance, count = columns[FIT], len(RANGES)
+    lows, highs = np.empty(count, np.float32), np.empty(count, np.float32)
+    low, high = np.float32(0), np.float32(0)
+    for k in range(count):
+        kind, steps = RANGES[k]
+        if k == 0 or kind != RANGES[k - 1][0]:
+            low, high = _outline(centered, columns[OUTLINES + kind], codes)
+        margin = np.float32(np.float32(steps) * step * (high - low))
+        lows[k], highs[k] = low + margin, high - margin
+    best, scale, mean = np.float32(-1), np.float32(0), np.float32(0)
+    left, right, from_left, from_right = lows[0], highs[0], lows[0], highs[0]
+    for trial in range(3 * count + 4 * HALVINGS):
+        if trial < count:  # both ends of one range
+            low, high = lows[trial], highs[trial]
+        elif trial < 3 * count:  # one end of another
+            if trial % count == 0:
+                from_left, from_right = left, right
+            low = lows[trial - count] if trial < 2 * count else from_left
+            high = from_right if trial < 2 * count else highs[trial - 2 * count]
+            if low == left and high == right:
+                continue
+        else:  # one end alone, from the best pair so far
+            turn = trial - 3 * count
+            if turn % 4 == 0:
+                from_left, from_right = left, right
+            move = np.float32(step * (from_right - from_left) / np.float32(2 << (turn // 4)))
+            move = move if turn % 2 == 0 else -move
+            low = from_left + (move if turn % 4 < 2 else np.float32(0))
+            high = from_right - (move if turn % 4 >= 2 else np.float32(0))
+        if not high > low:
+            continue
+        inverse = np.float32(top / (high - low))
+        for j in range(centered.shape[0]):  # as ``encode``, but for ties: these codes are not stored
+            code = ((centered[j] - low) * inverse + MAGIC) - MAGIC
+            code = code if code > np.float32(0) else np.float32(0)
+            codes[j] = code if code < top else top
+        covariance, variance, center = _weighted_moments(centered, codes, np.float32(-low * inverse), importance, sums)
+        if variance > 0 and covariance * covariance / variance > best:
+            best = covariance * covariance / variance
+            left, right, scale, mean = low, high, covariance / variance, center
+    return scale, mean
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -168,7 +172,7 @@ def _search(centered, low, extent, top, step, codes, products):
             move = move if turn % 2 == 0 else -move
             a = from_left + (move if turn % 4 < 2 else np.float32(0))
             b = from_right + (move if turn % 4 >= 2 else np.float32(0))
-        _encode(centered, np.float32((extent - a - b) / top), np.float32(low + a), top, codes)
+        encode(centered, np.float32((extent - a - b) / top), np.float32(low + a), top, codes)
         covariance, variance, center = _moments(centered, codes, products)
         if variance > 0 and covariance * covariance / variance > best:
             best = covariance * covariance / variance
@@ -177,52 +181,46 @@ def _search(centered, low, extent, top, step, codes, products):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _pack(codes, whole, bits, packed):
-    """Write codes as a little-endian bit stream: eight codes take ``bits`` bytes."""
-    if bits == 4:  # the common case, without the detour; sums of two codes are exact as floats
-        for i in range(packed.shape[0]):
-            packed[i] = np.uint8(np.int32(codes[2 * i] + np.float32(16) * codes[2 * i + 1]))
-        return
-    for j in range(codes.shape[0]):
-        whole[j] = np.uint8(np.int32(codes[j]))
-    for i in range(codes.shape[0] // 8):
-        stream = np.uint64(0)
-        for j in range(8):
-            stream |= np.uint64(whole[8 * i + j]) << np.uint64(bits * j)
-        for j in range(bits):
-            packed[bits * i + j] = np.uint8(stream >> np.uint64(8 * j))
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _improve(values, low, high, top, storage, step, start, codes, centered, others, products, terms):
+def _improve(values, low, high, top, storage, step, start, columns, codes, centered, others, products, sums, terms):
     """Look for a grid with less squared error than ``start``, an (error, scale, bias, exact scale, exact bias).
 
     Returns the same five of the best grid and leaves its codes in ``codes``: least squares for the codes, then codes
-    for the grid as it is stored, as long as that helps.
+    for the grid as it is stored, as long as that helps. columns: None, or what weighs the errors; the one weighted by
+    the importance does not grow, either.
     """
+    importance = None if columns is None else columns[FIT]
+    most = 0.0 if columns is None else _squared_error(values, codes, start[1], start[2], columns[IMPORTANCE], terms)
     size = values.shape[0]
     for j in range(size):
-        products[j] = values[j]
-    middle = np.float32(_sum(products) / np.float32(size))
+        products[j] = values[j] if importance is None else importance[j] * values[j]
+    middle = np.float32(halving_sum(products) / np.float32(size))
     for j in range(size):
         centered[j] = values[j] - middle
-    extent = max(high - low, EPSILON * top)
-    fitted, mean = _search(centered, low - middle, extent, top, step, others, products)
+    if importance is None:
+        extent = max(high - low, EPSILON * top)
+        fitted, mean = _search(centered, low - middle, extent, top, step, others, products)
+    else:
+        fitted, mean = _weighted_search(centered, top, step, columns, others, sums)
     best = start
     for _ in range(PASSES):
-        scale = _stored(fitted, storage)
+        scale = stored(fitted, storage)
         if scale == 0:
             break
         exact_bias = np.float32(middle - scale * mean)
-        bias = _stored(exact_bias, storage)
-        _encode(values, scale, bias, top, others)
-        error = _squared_error(values, others, scale, bias, terms)
+        bias = stored(exact_bias, storage)
+        encode(values, scale, bias, top, others)
+        error = _squared_error(values, others, scale, bias, importance, terms)
         if not error < best[0]:
+            break
+        if columns is not None and _squared_error(values, others, scale, bias, columns[IMPORTANCE], terms) > most:
             break
         best = (error, scale, bias, fitted, exact_bias)
         for j in range(size):
             codes[j] = others[j]
-        covariance, variance, mean = _moments(centered, codes, products)
+        if importance is None:
+            covariance, variance, mean = _moments(centered, codes, products)
+        else:
+            covariance, variance, mean = _weighted_moments(centered, codes, mean, importance, sums)
         if not variance > 0:
             break
         fitted = np.float32(covariance / variance)
@@ -230,11 +228,13 @@ def _improve(values, low, high, top, storage, step, start, codes, centered, othe
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def quantize_groups(words, shift, bits, storage, search, step, packed, scales, biases, statistics):
+def quantize_groups(words, shift, bits, storage, search, step, columns, packed, scales, biases, statistics):
     """Quantize groups of weights.
 
     words: uint16 or uint32 ``[groups, group_size]``: bfloat16 bits with shift 16, or float32 bits with shift 0.
     search: false for the grid of ``mx.quantize``, true to look for a better one from there.
+    columns: None, or float32 ``[groups of a row, 7, group_size]``: what the search weighs squared errors by, of mean 1;
+    what also weighs those that must not grow; factors of values for the five outlines of ranges that it begins with.
     packed: uint8 ``[groups, group_size * bits // 8]``; scales, biases: float32 ``[groups]``, already rounded to
     storage. statistics: float64 ``[STATISTICS]``, added to: squared error, squared norm, scales and biases that
     overflowed or became zero in storage, groups that are not finite or span too much.
@@ -246,27 +246,43 @@ def quantize_groups(words, shift, bits, storage, search, step, packed, scales, b
     values = bits_of.view(np.float32)
     codes, whole = np.empty(size, np.float32), np.empty(size, np.uint8)
     centered, others, products = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
-    terms = np.empty(size, np.float64)
+    sums, terms = np.empty(size // 2, np.float32), np.empty(size, np.float64)
     for g in range(groups):
-        low, high = _load(words[g], shift, bits_of)
+        low, high = load(words[g], shift, bits_of)
         if not np.isfinite(high - low):  # NaN and infinities sort to the ends
             statistics[NON_FINITE] += 1
             continue
-        exact_scale, exact_bias = _mlx_grid(low, high, top)
-        _encode(values, exact_scale, exact_bias, top, codes)
-        scale, bias = _stored(exact_scale, storage), _stored(exact_bias, storage)
-        error = _squared_error(values, codes, scale, bias, terms)
+        exact_scale, exact_bias = mlx_grid(low, high, top)
+        encode(values, exact_scale, exact_bias, top, codes)
+        scale, bias = stored(exact_scale, storage), stored(exact_bias, storage)
+        of_group = None if columns is None else columns[g % columns.shape[0]]
+        error = _squared_error(values, codes, scale, bias, None if of_group is None else of_group[FIT], terms)
         if search and error > 0:
             start = (error, scale, bias, exact_scale, exact_bias)
             error, scale, bias, exact_scale, exact_bias = _improve(
-                values, low, high, top, storage, step, start, codes, centered, others, products, terms
+                values,
+                low,
+                high,
+                top,
+                storage,
+                step,
+                start,
+                of_group,
+                codes,
+                centered,
+                others,
+                products,
+                sums,
+                terms,
             )
+        if columns is not None:
+            error = _squared_error(values, codes, scale, bias, None, terms)
         _count_losses(exact_scale, scale, storage, statistics)
         _count_losses(exact_bias, bias, storage, statistics)
         statistics[SQUARED_ERROR] += error
-        statistics[SQUARED_NORM] += _squared_norm(values, terms)
+        statistics[SQUARED_NORM] += squared_norm(values, terms)
         scales[g], biases[g] = scale, bias
-        _pack(codes, whole, bits, packed[g])
+        pack(codes, whole, bits, packed[g])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -282,13 +298,13 @@ def round_groups(words, shift, bits, storage, values):
     group = bits_of.view(np.float32)
     broken = 0
     for g in range(groups):
-        low, high = _load(words[g], shift, bits_of)
+        low, high = load(words[g], shift, bits_of)
         if not np.isfinite(high - low):
             broken += 1
             continue
-        exact_scale, exact_bias = _mlx_grid(low, high, top)
-        _encode(group, exact_scale, exact_bias, top, values[g])
-        scale, bias = _stored(exact_scale, storage), _stored(exact_bias, storage)
+        exact_scale, exact_bias = mlx_grid(low, high, top)
+        encode(group, exact_scale, exact_bias, top, values[g])
+        scale, bias = stored(exact_scale, storage), stored(exact_bias, storage)
         for j in range(size):
             values[g, j] = values[g, j] * scale + bias
     return broken

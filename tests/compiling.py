@@ -7,10 +7,11 @@ from ppx.quant.column_rounding import round_group
 
 
 def compile_kernels() -> None:
-    """Compile the loops for both kinds of words, if they are not there yet."""
+    """Compile the loops for both kinds of words, weighted and not, if they are not there yet."""
     for dtype in (FLOAT32, BFLOAT16):
         weights = np.ones((1, 64), dtype)
-        quantize(weights, QuantizationConfig(4, 64), FLOAT32)
+        for importance in (None, np.ones(64)):
+            quantize(weights, QuantizationConfig(4, 64), FLOAT32, importance)
         count_non_finite(weights)
     codes = unpack(pack(np.zeros((1, 64), np.uint8), 4), 4)
     square, row, one = np.eye(64, dtype=np.float32), np.ones((1, 64), np.float32), np.ones(1, np.float32)

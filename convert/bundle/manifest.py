@@ -148,6 +148,7 @@ def fingerprint(
         "identity": plan.inventory.identity,
         "filled": plan.inventory.copied_steps,
         "files": [(file.name, file.nbytes, file.text) for file in plan.files],
+        "weighted": [(output.name, output.weighted_by) for output in plan.outputs if output.weighted_by],
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

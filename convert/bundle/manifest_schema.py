@@ -20,6 +20,7 @@ _TENSOR = _ENTRY | {  # an entry without these keys is for a voice
     "bits": Maybe(whole()),
     "group_size": Maybe(whole()),
     "method": Maybe(TEXT),
+    "weighted_by": Maybe(TEXT),
     "relative_rmse": Maybe(number(0)),
     "relative_rmse_by_step": Maybe([number(0)]),
     "adjusted": Maybe([_ADJUSTMENT]),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ...quant.affine import QuantizationConfig
+from ...quant.affine import WEIGHTED, QuantizationConfig
 from ..source.tensors import Role
 from ..tensorfile import Spec
 
@@ -33,6 +33,11 @@ class Output:
     def path(self) -> str:
         """The module's path: the name without ``.weight`` or ``_weight``."""
         return self.name.removesuffix("weight").rstrip("._")
+
+    @property
+    def weighted_by(self) -> str:
+        """The norm whose squared gains weigh the quantization errors of columns, empty where nothing weighs them."""
+        return self.role.norm if self.quantization and self.quantization.method in WEIGHTED else ""
 
     def specs(self) -> list[Spec]:
         """Return what the output puts into its file, in order: the weight, then its scales and biases."""

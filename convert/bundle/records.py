@@ -127,10 +127,11 @@ class TensorRecord:
     """One output tensor of the model.
 
     source, rows: which rows (the first, and the one after the last) of which tensor of the checkpoint. outputs: names
-    in the file: the weight, then its scales and biases. bits, group_size, method: None for a float. relative_rmse: the
-    quantization error of the whole, by_step: of each stacked depformer step. overflowed, flushed: values that became
-    infinite or zero in the dtype.
-    adjusted: by stacked step, None where no steps are stacked. crc32: of the bytes of each of the outputs.
+    in the file: the weight, then its scales and biases. bits, group_size, method: None for a float. weighted_by: the
+    norm whose gains weighed the errors, None for none and in bundles of earlier versions. relative_rmse: the
+    quantization error of the whole, unweighted; by_step: of each stacked depformer step. overflowed, flushed: values
+    that became infinite or zero in the dtype. adjusted: by stacked step, None where no steps are stacked. crc32: of the
+    bytes of each of the outputs.
     """
 
     file: str
@@ -146,12 +147,13 @@ class TensorRecord:
     flushed: int = 0
     adjusted: tuple[tuple[int | None, Adjustment], ...] = ()
     crc32: tuple[str, ...] = ()
+    weighted_by: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of the manifest's ``tensors``, without what does not apply."""
         entry: dict[str, Any] = {"file": self.file, "source": self.source, "rows": list(self.rows)}
         entry["outputs"] = list(self.outputs)
-        for key in ("bits", "group_size", "method", "relative_rmse"):
+        for key in ("bits", "group_size", "method", "weighted_by", "relative_rmse"):
             if getattr(self, key) is not None:
                 entry[key] = getattr(self, key)
         if self.relative_rmse_by_step:
@@ -175,6 +177,7 @@ class TensorRecord:
             bits=data.get("bits"),
             group_size=data.get("group_size"),
             method=data.get("method"),
+            weighted_by=data.get("weighted_by"),
             relative_rmse=data.get("relative_rmse"),
             relative_rmse_by_step=tuple(data.get("relative_rmse_by_step") or ()),
             overflowed=data.get("overflowed") or 0,

@@ -25,12 +25,16 @@ from .records import Adjustment, TensorRecord, VoiceRecord
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows ``first`` to ``last`` of an output, all of one depformer step where several are stacked."""
+    """Rows ``first`` to ``last`` of an output, all of one depformer step where several are stacked.
+
+    importance: of its columns, None where errors are not weighted.
+    """
 
     output: Output
     part: int
     first: int
     last: int
+    importance: NDArray[np.float64] | None = None
 
 
 @dataclass
@@ -74,6 +78,7 @@ class ErrorStats:
             bits=output.quantization.bits,
             group_size=output.quantization.group_size,
             method=output.quantization.method,
+            weighted_by=output.weighted_by or None,
             relative_rmse=_rounded(relative_rmse(float(self.squared_error.sum()), float(self.squared_norm.sum()))),
             relative_rmse_by_step=tuple(_rounded(relative_rmse(float(e), float(n))) for e, n in pairs),
         )
@@ -83,15 +88,16 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def blocks(outputs: tuple[Output, ...]) -> Iterator[RowBlock]:
+def blocks(outputs: tuple[Output, ...], checkpoint: Checkpoint) -> Iterator[RowBlock]:
     """Cut outputs into blocks of about BLOCK_WEIGHTS weights; how does not depend on the machine."""
     for output in outputs:
+        importance = checkpoint.importance(output.role.name) if output.weighted_by else None
         rows = output.rows[1] - output.rows[0]
         height = rows // output.parts
         step = max(1, BLOCK_WEIGHTS // output.shape[-1])
         for part in range(output.parts):
             for first in range(part * height, (part + 1) * height, step):
-                yield RowBlock(output, part, first, min(first + step, (part + 1) * height))
+                yield RowBlock(output, part, first, min(first + step, (part + 1) * height), importance)
 
 
 def _make(checkpoint: Checkpoint, block: RowBlock, store: QuantizedStore | None) -> Quantized | Cast:
@@ -105,7 +111,7 @@ def _make(checkpoint: Checkpoint, block: RowBlock, store: QuantizedStore | None)
             raise ValueError(f"{output.role.name} is quantized with data, and no store is given")
         return store.make(output, block.first, array, DTYPES[output.dtype])
     try:
-        return quantize(array, output.quantization, DTYPES[output.dtype])
+        return quantize(array, output.quantization, DTYPES[output.dtype], block.importance)
     except ValueError as error:
         raise UserError(
             f"{output.role.name}: {error}: did the source change meanwhile? Run the command again"
@@ -128,7 +134,9 @@ def write_tensors(
     records: list[TensorRecord] = []
     bar.update(writer.header_bytes)
     try:
-        results = in_order(lambda block: (block, _make(checkpoint, block, store)), blocks(file.outputs), workers)
+        results = in_order(
+            lambda block: (block, _make(checkpoint, block, store)), blocks(file.outputs, checkpoint), workers
+        )
         stats = _no_error(file.outputs[0])
         for block, result in results:
             output = block.output

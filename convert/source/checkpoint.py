@@ -104,6 +104,14 @@ class Checkpoint:
         weights = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         return self.merge(name, first, weights) if self.merge and name in self.merged else weights
 
+    def importance(self, name: str) -> NDArray[np.float64] | None:
+        """Return by how much errors in each column of a matrix count: the squared gains of the norm that it reads.
+
+        ``[columns]``; None for a matrix that reads no norm.
+        """
+        norm = self.tensors[name].role.norm
+        return np.square(self.read(norm, 0, 1).astype(np.float64).reshape(-1)) if norm else None
+
 
 def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps: bool = False) -> Checkpoint:
     """Open a checkpoint, to be closed, and compare every name, dtype and shape with its architecture.

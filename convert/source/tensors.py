@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from .architecture import Architecture
 
 COMPONENTS = ("temporal", "depformer", "embeddings", "heads")
+_OUT_NORM = "out_norm.alpha"
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Role:
 
     component: one of COMPONENTS. module: its place in a layer, such as ``self_attn.in_proj``, or its own name outside
     of layers. kind: ``linear``, ``embedding`` or ``norm``. layer, step: where it belongs, None where it has none.
-    stacked: how many depformer steps lie one after another on its rows (1 for a tensor of one step or none).
+    stacked: how many depformer steps lie one after another on its rows (1 for a tensor of one step or none). norm: the
+    RMSNorm whose output a matrix multiplies, empty where it reads something else.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Role:
     layer: int | None = None
     step: int | None = None
     stacked: int = 1
+    norm: str = ""
 
 
 def roles(architecture: Architecture) -> dict[str, Role]:
@@ -31,8 +34,8 @@ def roles(architecture: Architecture) -> dict[str, Role]:
     a = architecture
     all_roles = [
         Role("text_emb.weight", (a.text_card + 1, a.dim), "embeddings", "text_emb", "embedding"),
-        Role("text_linear.weight", (a.text_card, a.dim), "heads", "text_linear", "linear"),
-        Role("out_norm.alpha", (1, 1, a.dim), "temporal", "out_norm", "norm"),
+        Role("text_linear.weight", (a.text_card, a.dim), "heads", "text_linear", "linear", norm=_OUT_NORM),
+        Role(_OUT_NORM, (1, 1, a.dim), "temporal", "out_norm", "norm"),
         Role(
             "depformer_text_emb.weight",
             (a.text_card + 1, a.depformer_dim),
@@ -48,7 +51,8 @@ def roles(architecture: Architecture) -> dict[str, Role]:
         all_roles += _layer(f"transformer.layers.{layer}", "temporal", a.dim, a.hidden, layer)
     for step in range(a.steps):
         shape = (a.depformer_dim, a.dim)
-        all_roles.append(Role(f"depformer_in.{step}.weight", shape, "depformer", "depformer_in", "linear", step=step))
+        name = f"depformer_in.{step}.weight"
+        all_roles.append(Role(name, shape, "depformer", "depformer_in", "linear", step=step, norm=_OUT_NORM))
         shape = (a.card, a.depformer_dim)
         all_roles.append(Role(f"linears.{step}.weight", shape, "heads", "linears", "linear", step=step))
     for step in range(1, a.steps):  # step 0 reads the text token, step k the codebook k - 1
@@ -68,16 +72,17 @@ def _layer(prefix: str, component: str, dim: int, hidden: int, layer: int, stack
         Role(f"{prefix}.norm1.alpha", (1, 1, dim), component, "norm1", "norm", layer),
         Role(f"{prefix}.norm2.alpha", (1, 1, dim), component, "norm2", "norm", layer),
         *(
-            Role(f"{prefix}.self_attn.{name}", shape, component, module, "linear", layer, stacked=stacked)
-            for name, module, shape in (
-                ("in_proj_weight", "self_attn.in_proj", (3 * dim * stacked, dim)),
-                ("out_proj.weight", "self_attn.out_proj", (dim * stacked, dim)),
+            Role(f"{prefix}.self_attn.{name}", shape, component, module, "linear", layer, stacked=stacked, norm=norm)
+            for name, module, shape, norm in (
+                ("in_proj_weight", "self_attn.in_proj", (3 * dim * stacked, dim), f"{prefix}.norm1.alpha"),
+                ("out_proj.weight", "self_attn.out_proj", (dim * stacked, dim), ""),
             )
         ),
     ]
     for step in steps:
         gating = f"{prefix}.gating" if step is None else f"{prefix}.gating.{step}"
-        for module, shape in (("linear_in", (2 * hidden, dim)), ("linear_out", (dim, hidden))):
+        norm2 = f"{prefix}.norm2.alpha"
+        for module, shape, norm in (("linear_in", (2 * hidden, dim), norm2), ("linear_out", (dim, hidden), "")):
             name = f"{gating}.{module}.weight"
-            layer_roles.append(Role(name, shape, component, f"gating.{module}", "linear", layer, step))
+            layer_roles.append(Role(name, shape, component, f"gating.{module}", "linear", layer, step, norm=norm))
     return layer_roles

@@ -58,10 +58,12 @@ def measured(pico, few, held):
         yield source, read_tokens(few, source.architecture, None, None), sensitivity.read(held)
 
 
-def rounded(values: torch.Tensor, bits: int) -> torch.Tensor:
+def rounded(values: torch.Tensor, bits: int, importance: NDArray[np.float64] | None = None) -> torch.Tensor:
     flat = np.ascontiguousarray(values.float().numpy().reshape(-1, values.shape[-1]))
     quantization = QuantizationConfig(bits, 64, "lsq")
-    return torch.from_numpy(dequantize(quantize(flat, quantization, SCALES), quantization)).reshape(values.shape)
+    return torch.from_numpy(dequantize(quantize(flat, quantization, SCALES, importance), quantization)).reshape(
+        values.shape
+    )
 
 
 def predictions(
@@ -72,8 +74,8 @@ def predictions(
 
     class Altered:
         def weights(self, name: str, step: int | None) -> torch.Tensor:
-            held = model.weights(name, step)
-            return rounded(held, bits) if altered and altered(name, step) else held
+            held, importance = model.weights(name, step), source.checkpoint.importance(name)
+            return rounded(held, bits, importance) if altered and altered(name, step) else held
 
         def rows(self, name: str, tokens: Tokens) -> torch.Tensor:
             held = model.rows(name, tokens)
@@ -172,8 +174,8 @@ def test_a_part_whose_predictions_are_not_finite_is_named(measured, monkeypatch)
     source, token_set, _ = measured
     head = source.checkpoint.tensors["text_linear.weight"].role.shape
 
-    def broken(weight, quantization, storage):
-        made = quantize(weight, quantization, storage)
+    def broken(weight, quantization, storage, importance):
+        made = quantize(weight, quantization, storage, importance)
         return replace(made, scales=np.full_like(made.scales, np.nan)) if weight.shape == head else made
 
     monkeypatch.setattr(weight_only, "quantize", broken)

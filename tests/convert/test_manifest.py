@@ -73,9 +73,23 @@ def test_a_manifest_has_the_keys_of_the_last_version_in_their_order(bundle, pico
     now = json.loads((bundle("--bits", "4", "--group-size", "64") / "manifest.json").read_text())
     before = earlier("4bit")
     now["libraries"] = before["libraries"]  # whose versions may be others
+    weighted = [entry.pop("weighted_by", None) for entry in now["tensors"]]  # the only key that was added since
+    assert any(weighted)
+    assert not all(weighted)
     assert shape_of(now) == shape_of(before)
     for key in ("source", "target", "dtype", "recipe", "architecture", "parameters", "bits_per_weight", "voices"):
         assert now[key] == before[key]
+
+
+def test_the_norm_that_weighed_errors_is_written_after_the_method_and_read_again():
+    data = earlier("4bit")
+    entry = quantized(data)
+    assert Manifest.from_json(data).to_json()["tensors"] == data["tensors"]
+    entry["weighted_by"] = "transformer.layers.0.norm1.alpha"
+    written = quantized(Manifest.from_json(data).to_json())
+    assert written == entry
+    keys = list(written)
+    assert keys[keys.index("method") + 1] == "weighted_by"
 
 
 def test_a_journal_of_an_earlier_version_is_resumed():
@@ -120,6 +134,7 @@ def quantized(manifest: Any) -> dict[str, Any]:
         (lambda m: m["libraries"].update(mlx=3), r"libraries\.mlx is 3: a line of printable text is needed"),
         (lambda m: m["calibration"].update(refined=["x"]), r"calibration\.refined is a list"),
         (lambda m: m["tensors"][1].update(adjusted=[{"reason": "x"}]), r"tensors\[1\]\.adjusted\[0\]\.step is missing"),
+        (lambda m: quantized(m).update(weighted_by=3), r"tensors\[\d+\]\.weighted_by is 3"),
         (lambda m: quantized(m).update(group_size=None), r"tensors\[\d+\]\.bits is there without group_size"),
     ],
 )

@@ -173,7 +173,7 @@ def test_both_names_of_a_quantizer_write_the_same(program, pico, tmp_path):
     assert read[0].rules == read[1].rules
     assert 'method = "lsq"' in to_toml(read[0])
     assert QuantizationConfig(4, 64, "mse") == QuantizationConfig(4, 64, "lsq")
-    assert "[mse|rtn|gptq]" in run("convert", "-h", terminal_width=200).stdout
+    assert "[mse|rtn|gptq|mse-unweighted]" in run("convert", "-h", terminal_width=200).stdout
 
 
 def test_messages_of_options_that_contradict_each_other(pico, tmp_path, monkeypatch):
