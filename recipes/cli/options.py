@@ -94,7 +94,7 @@ FineTune = Annotated[
 ]
 PublishTo = Annotated[
     str | None,
-    typer.Option("--publish", metavar="USER/NAME", help="Upload it when it has passed; see ppx-publish."),
+    typer.Option("--publish", metavar="USER/NAME", help="Upload it if it is intact; see ppx-publish."),
 ]
 Dtype = Annotated[
     DtypeName | None, typer.Option(help="Of floats, scales and biases.  [default: the recipe's or the target's]")

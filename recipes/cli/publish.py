@@ -1,4 +1,4 @@
-"""ppx-publish: a bundle that has passed, up to the Hugging Face Hub."""
+"""ppx-publish: a bundle that is intact, up to the Hugging Face Hub."""
 
 from functools import partial
 from typing import Annotated
@@ -33,7 +33,7 @@ def publish_bundle(
         str | None, typer.Option(metavar="BRANCH", help="A branch, made if it is not there.  [default: main]")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Publish without a passing report; the card then says so.")
+        bool, typer.Option("--force", help="Publish without a report that it is intact; the card then says so.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up; needs no network.")] = False,
     as_json: options.Json = False,
@@ -42,7 +42,7 @@ def publish_bundle(
 ) -> None:
     """Upload a bundle with its report and model card, and compare what arrived.
 
-    Only a bundle whose report passes and is about these very files goes up, and nothing but the files that manifest,
+    Only a bundle whose report says that it is intact and is about these very files goes up, and nothing but the files that manifest,
     report and card name. Ends with the page's address; a second run with nothing new changes nothing.
     """
     quiet = console.quiet(as_json)
