@@ -92,15 +92,17 @@ def main() -> None:
     for source in options.sources:
         for bits in options.bits:
             for method in options.methods:
-                for name, cell in measure(source, bits, method, options).items():
+                cells = measure(source, bits, method, options)
+                for name, cell in cells.items():
                     label = f"{source.name} {bits} bit {method}, {name}"
                     broken += [] if cell["intact"] else [label]
                     for limit, (bundle, control, bound) in cell["figures"].items():
                         share, ratio = bundle / bound, bundle / control if control else 0.0
                         used.setdefault((limit, name), []).append((share, ratio, label))
-                print(f"{source.name} {bits} bit {method}: {'not intact' if broken else 'intact'}", flush=True)
-    for (limit, name), cells in used.items():
-        share, ratio, label = max(cells)
+                intact = all(cell["intact"] for cell in cells.values())
+                print(f"{source.name} {bits} bit {method}: {'intact' if intact else 'not intact'}", flush=True)
+    for (limit, name), shares in used.items():
+        share, ratio, label = max(shares)
         print(f"{limit}, {name}: at most {share:.0%} of the bound, {ratio:.2f} times plain rounding ({label})")
     print(f"not intact: {'; '.join(broken) or 'none'}")
     sys.exit(1 if broken else 0)

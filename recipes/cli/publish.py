@@ -42,7 +42,7 @@ def publish_bundle(
 ) -> None:
     """Upload a bundle with its report and model card, and compare what arrived.
 
-    Only a bundle whose report says that it is intact and is about these very files goes up, and nothing but the files that manifest,
+    Only a bundle whose report says that these very files are intact goes up, and nothing but the files that manifest,
     report and card name. Ends with the page's address; a second run with nothing new changes nothing.
     """
     quiet = console.quiet(as_json)
