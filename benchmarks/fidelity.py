@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", choices=ROWS, help="[default: all]")
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--frames", type=int, default=200)
-    parser.add_argument("--refine", type=int, default=0)
+    parser.add_argument("--refine", dest="fine_tune", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("benchmark-fidelity"), help="kept")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
