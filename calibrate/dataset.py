@@ -1,6 +1,7 @@
 """What a model is quantized by: conversations."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..convert.source.source import Source
 from ..convert.tensorfile import Spec, TensorWriter
 from ..model.forward import Tokens
 from ..model.tokens import TokenSet, read_token_file, read_tokens
+from .forecast import forecast
 from .layerwise import BlockTuning, quantize_model
 from .tuning import Schedule, fine_tune, trainable_scope
 
@@ -39,6 +41,8 @@ def quantizer_of(
     whole = trainable_scope(plan.outputs, memory) if steps else None
 
     def run(store: QuantizedStore) -> None:
+        if not quiet and (expected := forecast(plan, tokens, store.files)):
+            sys.stderr.write(f"{expected.text}\n")
         quantize_model(source, plan.outputs, token_set, store, BlockTuning(0 if whole == "codes" else steps), quiet)
         if whole:
             fine_tune(source, plan.outputs, token_set, store, Schedule(steps, whole == "codes"), quiet)

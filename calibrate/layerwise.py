@@ -37,8 +37,8 @@ from . import weight_only
 from .block_tuning import tune_block
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
+from .work import STREAM_BYTES, inputs_are_kept
 
-_STREAM = 1 << 29  # bytes of a stream, at most: sequences or rows are chosen, evenly spaced, to fit
 FINE_TUNED = "refined.safetensors"  # in a quantized-weight store: the matrices that were fine-tuned together
 Streams = dict[str, Floats]  # of the models called original and quantized
 
@@ -87,8 +87,8 @@ class LayerwiseRun:
 
     def release_weights(self) -> None:
         """Drop the weights that are kept."""
-        for kept in self.kept.values():
-            kept.clear()
+        for weights in self.kept.values():
+            weights.clear()
 
     @contextmanager
     def at_block(self, block: Block, streams: Streams) -> Iterator[Streams]:
@@ -118,7 +118,7 @@ class LayerwiseRun:
         a, shape = self.source.architecture, streams["original"].shape
         frames, count = (shape[0] * shape[1], 1) if block.component == "temporal" else (shape[0], a.steps)
         columns = sum(self.source.checkpoint.tensors[name].spec.columns for name, _ in keys)
-        return len(keys) == count and 4 * frames * columns <= _STREAM
+        return len(keys) == count and inputs_are_kept(frames, columns)
 
     def quantize_last(self, label: str, block: Block, keys: list[MatrixKey], streams: Streams) -> Streams:
         """Quantize a block's last matrices; return the streams behind it, in place.
@@ -301,4 +301,4 @@ def _audio(run: LayerwiseRun, token_set: TokenSet, hidden: Streams) -> None:
 
 def _fitting(count: int, floats: int) -> NDArray[np.int64]:
     """Return which of ``count`` sequences or rows, of so many floats each, fit into a stream."""
-    return evenly_spaced(count, max(1, _STREAM // (4 * floats)))
+    return evenly_spaced(count, max(1, STREAM_BYTES // (4 * floats)))

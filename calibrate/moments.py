@@ -12,9 +12,9 @@ from ..model.blocks import POSITIONS, Block
 from ..model.forward import Floats
 from ..model.reference import TorchModel
 from ..quant.gptq import Inputs, Moments, add_symmetric_product, mirror
+from .work import LAST, are_few
 
-_FEW = 2  # columns for each frame, from which on the inputs themselves take less work than their moments
-_LAST = ("out_proj.weight", "linear_out.weight")  # of a block: they read what its other matrices make of its input
+_LAST = tuple(f"{module}.weight" for module in LAST)
 StreamPair = tuple[Floats, Floats]  # in front of a block, of the original and the quantized model: ``[frames, rows]``
 MatrixInputs = dict[MatrixKey, Tensor]  # ``[frames, columns]`` each
 
@@ -28,7 +28,7 @@ class _Sums:
 
     def __init__(self, columns: int, frames: int, device: str) -> None:
         self.device, self.frames = device, 0
-        self.kept: list[tuple[Tensor, ...]] | None = [] if _FEW * frames <= columns else None
+        self.kept: list[tuple[Tensor, ...]] | None = [] if are_few(frames, columns) else None
         self.residual: Tensor | None = None
         if self.kept is None:
             self.second = torch.zeros((columns, columns), device=device)

@@ -32,6 +32,7 @@ from ..model.reference import TorchModel, kept_by, reference_of, rows_of
 from ..model.session import PAUSE, Frame, sessions, system_prompt
 from ..model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED, evenly_spaced
 from .dataset import write
+from .work import KV_SHARE, WEIGHTS_SHARE
 
 # The topics of conversations. The prompt that a verification uses is not among them.
 PROMPTS = (
@@ -42,8 +43,6 @@ PROMPTS = (
     "You take orders for a small bakery. Bread is 4 dollars, cakes are 30, and Monday is closed.",
     "You are a travel guide who knows the mountains well and likes to tell old stories.",
 )
-_WEIGHTS_SHARE = 0.4  # of memory, for weights; what does not fit in float32 computes in bfloat16
-_KV_SHARE = 0.1  # of memory, for keys and values of the sessions that run side by side
 _VERSION = 1  # of the way to generate them
 Beginning = tuple[Voice, Sequence[int] | None]  # a voice, and the tokens of a text prompt
 
@@ -95,7 +94,7 @@ def generate(source: Source, frames: int, sessions_wanted: int | None = None, qu
         for lengths, group in groupby(wanted, _lengths):
             pairs = list(group)
             nbytes = 2 * model.dtype.itemsize * a.num_layers * a.dim * min(a.context, sum(lengths) + frames)
-            some = max(1, int(_KV_SHARE * devices.memory()) // nbytes)
+            some = max(1, int(KV_SHARE * devices.memory()) // nbytes)
             for first in range(0, len(pairs), some):
                 generated.append(_generate(model, pairs[first : first + some], frames, len(generated), progress))
     return np.concatenate(generated)
@@ -116,7 +115,7 @@ def _empty_voice(architecture: Architecture) -> Voice:
 
 def _model(source: Source) -> TorchModel:
     """Return the reference: in float32 and in memory if that fits, else in bfloat16 and in memory if that fits."""
-    size, available = source.checkpoint.file.path.stat().st_size, _WEIGHTS_SHARE * devices.memory()
+    size, available = source.checkpoint.file.path.stat().st_size, WEIGHTS_SHARE * devices.memory()
     dtype = torch.float32 if 2 * size < available else torch.bfloat16
     model = reference_of(source.checkpoint, dtype, devices.device())
     if size < available:

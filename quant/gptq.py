@@ -193,7 +193,7 @@ def gptq_prepared(
         lacking = wide @ left if residual is None else torch.addmm(residual, wide, left)
         right = prepared.right
         goal = _solved(lacking, factor).add_(wide) if right is None else torch.addmm(wide, lacking, right)
-    return _round(goal.contiguous(), weight.to("cpu", factor.dtype).contiguous(), factor, quantization, storage)
+    return round_columns(goal.contiguous(), weight.to("cpu", factor.dtype).contiguous(), factor, quantization, storage)
 
 
 def _solved(values: Tensor, factor: Tensor) -> Tensor:
@@ -220,7 +220,7 @@ def _factor(second: Tensor, added: Tensor) -> Tensor:
     return on_either(torch.linalg.cholesky, turned).flip(0, 1)
 
 
-def _round(
+def round_columns(
     goal: Tensor, exact: Tensor, factor: Tensor, quantization: QuantizationConfig, storage: np.dtype[np.generic]
 ) -> Quantized:
     """Round column by column.

@@ -56,6 +56,12 @@ def show(text: str) -> None:
     typer.echo("\n".join(map(printable, text.split("\n"))))
 
 
+def advise(option: str, advice: str | None) -> None:
+    """Print advice that begins with what an option can be, if there is any."""
+    if advice:
+        show(f"{option} {advice}")
+
+
 def say(line: str) -> None:
     """Write a line for people, beside the output."""
     typer.echo(printable(line), err=True)

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...calibrate import quantizer, size_budget
+from ...calibrate import forecast, quantizer, size_budget
 from ...calibrate.allocation import request_of
 from ...convert import conversion, preparation, typed_json
 from ...convert.bundle import describe, recipe_choice, targets
@@ -82,13 +82,12 @@ def convert(
         if request:
             raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
         plan, workers = preparation.plan(where, chosen, **which, quiet=quiet), jobs or cores()
-        folder = str(conversion.output_of(where, output, chosen))
-        summary = typed_json.to_json(describe.summary(plan, workers)) | {"output": folder}
-        console.show_json(summary) if as_json else console.show(describe.text(plan, workers))
+        expected, folder = forecast.forecast(plan, tokens), str(conversion.output_of(where, output, chosen))
+        summary = typed_json.to_json(describe.summary(plan, workers)) | {"output": folder, **forecast.to_json(expected)}
+        console.show_json(summary) if as_json else console.show(describe.text(plan, workers) + forecast.line(expected))
         return
     by_data, show = quantizer.quantizer_for(tokens, fine_tune), console.say if as_json else console.show
-    if publish_to:
-        gate.check_token(publish_to)
+    gate.check_token(publish_to) if publish_to else None
     with conversion.open_conversion(where, output, chosen, force=force, **which, quiet=quiet) as opened:
         if request:
             allocation = size_budget.allocate_for(opened, request, tokens)
@@ -97,6 +96,7 @@ def convert(
         needs_data = fine_tune or (tokens and not request) or opened.needs_data(chosen)
         done = opened.write(chosen, by_data if needs_data else None, jobs)
         console.show(describe.finished(done.folder, done.manifest, done.files_written)) if not as_json else None
+        console.advise("--method", None if as_json else forecast.advice(opened.source, chosen))
         same: dict[str, Any] = {"adapter": adapter, "same_source": True, "quiet": quiet}
         report = bundle_report.verify(done.folder, opened.source, **same) if verify else None
     if as_json:
