@@ -22,7 +22,7 @@ _FACTORED = 3072  # columns of what is factored
 _FRAMES = 1024
 _SEQUENCE = 256  # of these frames
 _BLOCK = 512  # width of a block whose element by element operations are timed
-_GROUPS = 2
+_GROUPS = 8
 _THIN = 8  # rows: sessions that are generated side by side
 _DISK = 2 / 1e9  # seconds for a weight in bfloat16: assumed, 1 GB/s
 _TIMES = 2  # the shorter of which counts
@@ -70,7 +70,7 @@ class _Timer:
 def measure(a: Architecture, device: str | None = None, clock: Callable[[], float] = time.perf_counter) -> Rates:
     """Measure rates for an architecture's widths: a few seconds at full size."""
     timer = _Timer(device or devices.device(), clock)
-    wide = min(_WIDEST, max(a.dim, a.hidden) // 64 * 64)
+    wide = min(_WIDEST, max(a.dim, a.hidden, 64 * _GROUPS) // 64 * 64)
     values = torch.randn(wide, wide, generator=torch.Generator().manual_seed(7))
     square = values.to(timer.device)
     frames = square[:_FRAMES]

@@ -128,6 +128,8 @@ def _of_tensor(role: Role, a: Architecture, frames: int, length: int, quantized:
             total += Work(products=2 * 4 * frames * role.stacked * seen * columns)
     for size in sizes:
         total += matrix_work(height, columns, frames, size)
+        if role.module.endswith(LAST) and not are_few(frames, columns):
+            total += Work(products=2 * frames * height * columns)  # what the residual stream lacks
     if sizes and not (role.module == "depformer_in" and role.step):  # whose 16 matrices read the same
         total += inputs_work(columns, frames).times(len(sizes))
     return total

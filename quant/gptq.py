@@ -6,6 +6,7 @@ gets in the quantized model, give what the original layer gives on its own input
 residual stream, what the quantized stream lacks as well.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,8 +25,9 @@ DAMPING = 0.01  # of the mean second moment, added to each: with as many frames 
 _MOST_DAMPING = 1.0  # with few: columns / frames, at most this
 STEPS = (0.1, 1.0, 10.0)  # more damping, tried in turn where a factorization fails
 FALLBACK = "lsq"  # the method without data, where none of it helps
-_ROWS = 1024  # of a group, which one thread rounds at a time
+_ROWS = 256  # of a group, which one thread rounds at a time
 _COLUMNS = 512  # whose errors are passed on to the columns behind them in one product
+_OfGroup = tuple[NDArray[Any], NDArray[Any]]
 _TILE = 1024  # columns of a symmetric product that are computed at a time
 
 
@@ -233,11 +235,11 @@ def round_columns(
     size, top = quantization.group_size, (1 << quantization.bits) - 1
     codes = np.empty((rows, columns), np.uint8)
     grids = np.empty((2, rows, columns // size), np.float32)
-    local = goal.cpu()  # where groups are rounded: with as many threads as there are, and no start of a kernel each
     lost = goal  # of the columns that are rounded: goal - rounded
+    local, weights = goal.cpu().numpy(), exact.numpy()  # groups are rounded by the processor, with all its threads
     some = [slice(first, first + _ROWS) for first in range(0, rows, _ROWS)]
     statistics = np.zeros((columns // size, len(some), 2))
-    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="ppx-round") as pool:
+    with ThreadPoolExecutor(_threads(), thread_name_prefix="ppx-round") as pool:
         for first in range(0, columns, size):
             last, group, start = first + size, first // size, first - first % _COLUMNS
             if first == start:
@@ -248,44 +250,48 @@ def round_columns(
             square = factor[first:last, first:last]
             identity = torch.eye(size, dtype=square.dtype, device=square.device)
             inverse = on_either(partial(torch.linalg.solve_triangular, upper=True), square, identity)
-            adjusted = (part @ inverse).cpu() + local[:, first:last]
-            sides = grid(adjusted, quantization, storage, pool)
-            arrays = [values.numpy() for values in (adjusted, local, exact, *sides)]
-            arguments = (first, np.ascontiguousarray(inverse.cpu().numpy()), top)
-            list(pool.map(partial(_round_rows, arrays, codes, arguments), some, statistics[group]))
-            if lost is not local:
-                lost[:, first:last] = local[:, first:last].to(lost.device)
-            grids[0, :, group], grids[1, :, group] = arrays[3], arrays[4]
+            moved, triangle = (part @ inverse).cpu().numpy(), np.ascontiguousarray(inverse.cpu().numpy())
+
+            def rounded(rows: slice, sums: NDArray[Any], group: int = group, of: _OfGroup = (moved, triangle)) -> None:
+                moved, triangle = of
+                values = moved[rows] + local[rows, group * size : (group + 1) * size]
+                scale, bias = _grid(values, quantization, storage)
+                grids[0, rows, group], grids[1, rows, group] = scale, bias
+                round_group(
+                    values, local[rows], weights[rows], group * size, triangle, scale, bias, top, codes[rows], sums
+                )
+
+            list(pool.map(rounded, some, statistics[group]))
+            if lost.device.type != "cpu":
+                lost[:, first:last] = torch.from_numpy(local[:, first:last]).to(lost.device)
     error, norm = statistics.sum((0, 1))
     scales, biases = (values.astype(storage) for values in grids)
     return Quantized(pack(codes, quantization.bits), scales, biases, float(error), float(norm), 0, 0)
 
 
-def _round_rows(
-    arrays: list[NDArray[Any]],
-    codes: NDArray[np.uint8],
-    arguments: tuple[int, NDArray[Any], int],
-    rows: slice,
-    statistics: NDArray[np.float64],
-) -> None:
-    """Round some rows of a group: ``round_group``, whose arrays ``[rows, ...]`` these are."""
-    adjusted, local, exact, scale, bias = (array[rows] for array in arrays)
-    first, inverse, top = arguments
-    round_group(adjusted, local, exact, first, inverse, scale, bias, top, codes[rows], statistics)
+def _threads() -> int:
+    """Return how many processors this process may use, whatever PyTorch does with them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def grid(
     group: Tensor, quantization: QuantizationConfig, storage: np.dtype[np.generic], pool: Executor
 ) -> tuple[Tensor, Tensor]:
     """Return scale and bias of each row of a group ``[rows, group_size]``: least squares, as they are stored."""
-    array = np.ascontiguousarray(group.float().cpu().numpy())
-    plain = QuantizationConfig(quantization.bits, quantization.group_size, "lsq")
+    array = group.cpu().numpy()
     batches = [array[first : first + _ROWS] for first in range(0, len(array), _ROWS)]
-    quantized = list(pool.map(lambda rows: quantize(rows, plain, storage), batches))
-    scale, bias = (
-        torch.from_numpy(np.concatenate(arrays).astype(np.float32).reshape(-1)).to(group.device, group.dtype)
-        for arrays in ([one.scales for one in quantized], [one.biases for one in quantized])
-    )
+    sides = list(pool.map(lambda rows: _grid(rows, quantization, storage), batches))
+    scale, bias = (torch.from_numpy(np.concatenate(arrays)).to(group.device) for arrays in zip(*sides, strict=True))
+    return scale, bias
+
+
+def _grid(
+    group: NDArray[Any], quantization: QuantizationConfig, storage: np.dtype[np.generic]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the same of an array, in its dtype."""
+    plain = QuantizationConfig(quantization.bits, quantization.group_size, "lsq")
+    made = quantize(np.ascontiguousarray(group, np.float32), plain, storage)
+    scale, bias = (sides.astype(np.float32).astype(group.dtype).reshape(-1) for sides in (made.scales, made.biases))
     return scale, bias
 
 
