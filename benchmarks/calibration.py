@@ -32,7 +32,7 @@ from ppx.model.tokens import TokenSet, evenly_spaced, from_tokens, read_token_fi
 from ppx.quant.affine import DATA_DRIVEN, QuantizationConfig
 from torch.nn.functional import log_softmax
 
-METHODS = ("rtn", "lsq", "gptq", "gptq, refined")
+METHODS = ("rtn", "mse-unweighted", "lsq", "gptq", "gptq, refined")
 ROWS = [f"{bits} bit, {method}" for bits in (4, 3) for method in METHODS]
 FRAMES_PER_COLUMN = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 _AT_ONCE = 4  # sequences
