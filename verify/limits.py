@@ -53,6 +53,7 @@ TIMES_GAUSSIAN = 3.0  # a tensor's error over that of Gaussian weights
 TIMES_GAUSSIAN_WEIGHTED = 12.0  # the same where errors were weighted: gains over 5 decades showed 4, over 8 showed 10
 _LARGEST_ERROR = 0.8  # at any setting: a tensor of zeros has 1
 RECORDED_WITHIN = 1e-4  # of the manifest's figure: float32 rounding moves it by some 1e-6
+_SPREADS = 3.0  # standard deviations of a share of so many positions, which is allowed beside the factor
 _NOISES = 3.0  # times the noise floor is allowed for 16-bit arithmetic: MLX rounds in other places than PyTorch
 _STANDS_OUT = 3.0  # times what is usual for its kind: the lower quartile, since several may be broken
 
@@ -171,8 +172,9 @@ def bounds_of(
 ) -> dict[str, float | None]:
     """Return what each limited figure may be: a factor of the control's, and the noise floor.
 
-    Three noise floors for a bundle computed in 16 bit. None where there is no bound to judge by: the control's figure
-    is not finite, or no position counts. A limit of the recipe applies where it is tighter.
+    Of a share of tokens, three standard deviations are added: at 8 bit a few tokens decide. Three noise floors for a
+    bundle computed in 16 bit. None where there is no bound to judge by: the control's figure is not finite, or no
+    position counts. A limit of the recipe applies where it is tighter.
     """
     noises = 1.0 if arithmetic == "float32" else _NOISES
     agent = predictions["agent"].control
@@ -186,6 +188,8 @@ def bounds_of(
         if control and noise and control.value is not None and noise.value is not None:
             plain = apart(limit, control.value) + (factor.share * shared if factor.share else 0)
             bound = factor.times * plain + noises * apart(limit, noise.value)
+            if limit in AT_LEAST and of_stream.control:
+                bound += _SPREADS * math.sqrt(max(plain * (1 - plain), 0.0) / of_stream.control.positions)
             bound = 1 - bound if limit in AT_LEAST else bound
             bound = bound if math.isfinite(bound) else None
         bounds[limit] = bound

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..convert.errors import UserError
 from ..model.mlx_device import ARITHMETICS
+from ..quant.affine import BITS
 
 EMBEDDED = "pocketsphinx"  # the recognizer that comes with a small model of its own
 RECOGNIZERS = (EMBEDDED, "faster-whisper", "mlx-whisper")
@@ -26,3 +28,8 @@ class VerifyOptions:
     arithmetic: str = ARITHMETICS[0]
     device: str | None = None
     controls: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise UserError for bits that nothing is rounded to."""
+        if wrong := [bits for bits in self.controls if bits not in BITS]:
+            raise UserError(f"controls of {wrong[0]} bit: use {', '.join(map(str, BITS))}")

@@ -23,18 +23,12 @@ DtypeName = StrEnum("DtypeName", {name: name for name in DTYPES})  # type: ignor
 MethodName = StrEnum("MethodName", {name: name for name in (*METHOD_NAMES, *METHODS)})  # type: ignore[misc]
 DeviceName = StrEnum("DeviceName", {name: name for name in DEVICES})  # type: ignore[misc]
 ArithmeticName = StrEnum("ArithmeticName", {name: name for name in ARITHMETICS})  # type: ignore[misc]
-BitsNumber = StrEnum("BitsNumber", {str(bits): str(bits) for bits in BITS})  # type: ignore[misc]
 RecognizerName = StrEnum("RecognizerName", {name: name for name in RECOGNIZERS})  # type: ignore[misc]
 
 
 def _or(values: Sequence[int]) -> str:
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}"
-
-
-def numbers(given: Sequence[str] | None) -> tuple[int, ...]:
-    """Return numbers that were chosen by name."""
-    return tuple(map(int, given or ()))
 
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that ppx-convert wrote.")]
@@ -106,8 +100,7 @@ CalibrationTokens = Annotated[
     ),
 ]
 Controls = Annotated[
-    list[BitsNumber] | None,
-    typer.Option(metavar="BITS", help="Compare with plain rounding at these bits too. Repeatable."),
+    list[int] | None, typer.Option(metavar="BITS", help="Compare with plain rounding at these bits too. Repeatable.")
 ]
 Recognizer = Annotated[RecognizerName | None, typer.Option(help=f"What transcribes the answer.  [default: {EMBEDDED}]")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the bundle with its source at the end.")]

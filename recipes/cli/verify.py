@@ -90,7 +90,7 @@ def verify_bundle(
     quiet, where, listener = console.quiet(as_json), device and str(device), recognizer and str(recognizer)
     if round_trip:
         bundle_report.check_round_trip(bundle, round_trip, codec, listener)
-    more, computed_in = options.numbers(controls), str(arithmetic or ARITHMETICS[0])
+    more, computed_in = tuple(controls or ()), str(arithmetic or ARITHMETICS[0])
     asked = VerifyOptions(tokens, audio, sequences, frames, rollout, computed_in, where, more)
     manifest_of(bundle)  # what is not a bundle is told first
     report = None if compared or not round_trip else bundle_report.report_of(bundle)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from ppx.convert.bundle.reader import Bundle, layout_of
 from ppx.convert.bundle.records import RecipeRecord
+from ppx.convert.errors import UserError
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model.mlx_weights import read_by_name
 from ppx.model.reference import reference_of
@@ -135,11 +136,12 @@ def streams(bundle: float, control: float, noise: float = 0.0) -> dict[str, Stre
 def test_a_bound_is_a_factor_of_the_control_and_the_noise_floor():
     bounds = bounds_of(streams(0.5, 0.1, 0.01), NARROW, "float32", NO_LIMITS)
     assert bounds["agent_kl"] == pytest.approx(NARROW["agent_kl"].times * 0.1 + 0.01)
-    assert bounds["agent_top1"] == pytest.approx(1 - NARROW["agent_top1"].times * 0.1 - 0.01)
+    spread = 3 * math.sqrt(0.1 * 0.9 / 100)
+    assert bounds["agent_top1"] == pytest.approx(1 - NARROW["agent_top1"].times * 0.1 - 0.01 - spread)
     wide = bounds_of(streams(0.5, 0.1, 0.01), WIDE, "bfloat16", NO_LIMITS)
     text = WIDE["text_kl"]
     assert wide["text_kl"] == pytest.approx(text.times * (0.1 + text.share * 0.1) + 3 * 0.01)
-    failures = prediction_failures(streams(0.5, 0.1, 0.01), bounds, [], 8)
+    failures = prediction_failures(streams(0.9, 0.1, 0.01), bounds, [], 8)
     assert [failure.limit for failure in failures] == list(bounds)
     assert "(plain rounding: 0.1), at most 0." in failures[0].message
 
@@ -152,6 +154,11 @@ def test_many_recorded_sequences_are_judged_by_narrow_factors():
     assert of("tokens", MANY - 1) is WIDE
     assert of("system prompt", 18) is WIDE
     assert all(NARROW[limit].times < WIDE[limit].times for limit in NARROW)
+
+
+def test_bits_that_nothing_is_rounded_to():
+    with pytest.raises(UserError, match="controls of 7 bit: use 2, 3, 4, 5, 6, 8"):
+        VerifyOptions(controls=(8, 7))
 
 
 @pytest.mark.parametrize("control", [math.nan, math.inf])
