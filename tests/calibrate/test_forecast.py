@@ -118,7 +118,7 @@ def test_durations_have_two_digits(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("layers", "percent"), [(4, "39%"), (6, "39%"), (24, "14%"), (32, "14%")])
+@pytest.mark.parametrize(("layers", "percent"), [(4, "37%"), (6, "37%"), (24, "13%"), (32, "13%")])
 def test_advice_names_the_figures_of_the_nearest_depth(layers, percent, opened, monkeypatch):
     source, _ = opened
     monkeypatch.setattr(forecast, "_measured", lambda _: RATES)
