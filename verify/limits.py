@@ -10,6 +10,7 @@ from ..convert.bundle.manifest import Manifest
 from ..convert.bundle.recipe_file import limits_in
 from ..convert.bundle.records import RecipeRecord
 from ..convert.errors import printable
+from ..convert.source.tensors import roles
 from ..convert.typed_json import MAY_BE_MISSING
 from ..model.tokens import SYSTEM_PROMPT, TokenDescription
 from .figures import ActivationRow, PredictionFigures, StreamFigures, WeightRow, finite_or_infinite
@@ -114,7 +115,12 @@ def failure(
 def weight_failures(rows: Iterable[WeightRow], manifest: Manifest) -> list[Failure]:
     """Return tensors that are not what their quantization makes of the checkpoint, or not what the manifest records."""
     failures = []
-    weighted = {(tensor.file, tensor.outputs[0]) for tensor in manifest.tensors if tensor.weighted_by}
+    norms = {name: role.norm for name, role in roles(manifest.architecture).items()}
+    weighted = {
+        (tensor.file, tensor.outputs[0])
+        for tensor in manifest.tensors
+        if tensor.weighted_by and tensor.weighted_by == norms.get(tensor.source)  # a manifest may claim anything
+    }
     sums: dict[tuple[str, str], dict[int | None, list[float]]] = {}
     for row in rows:
         error = finite_or_infinite(row.relative_rmse)

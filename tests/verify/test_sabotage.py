@@ -447,6 +447,20 @@ class TestByAStrangerWhoSealsWhatHeDid:
         found = reasons(folder)
         assert named(found, "layers.0.gating.linear_out.weight: relative error 100.00%, at most", check="weights")
 
+    def test_a_tensor_that_no_norm_weighs_claims_to_be_weighted(self, broken, reasons, source):
+        folder = broken("--recipe", "8bit")
+        name = "layers.0.gating.linear_out"
+        change(folder, "temporal.safetensors", f"{name}.scales", lambda array: array * np.float16(1.05))
+        seal(folder)
+
+        def claim(manifest):
+            for entry in manifest["tensors"]:
+                if f"{name}.weight" in entry.get("outputs", ()):
+                    entry["weighted_by"] = "transformer.layers.0.norm2.alpha"
+
+        self.edit(folder, claim)
+        assert named(reasons(folder), f"{name}.weight: relative error", "at 8 bit", check="weights")
+
     def test_voices_whose_tokens_are_no_whole_numbers(self, broken, reasons):
         folder = broken(*SWIFT)
         change(folder, "voices/NATM0.safetensors", "cache", lambda array: array + np.float32(0.5))
