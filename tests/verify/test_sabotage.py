@@ -447,7 +447,7 @@ class TestByAStrangerWhoSealsWhatHeDid:
         found = reasons(folder)
         assert named(found, "layers.0.gating.linear_out.weight: relative error 100.00%, at most", check="weights")
 
-    def test_a_tensor_that_no_norm_weighs_claims_to_be_weighted(self, broken, reasons, source):
+    def test_a_tensor_that_no_norm_weighs_claims_to_be_weighted(self, broken, reasons):
         folder = broken("--recipe", "8bit")
         name = "layers.0.gating.linear_out"
         change(folder, "temporal.safetensors", f"{name}.scales", lambda array: array * np.float16(1.05))
