@@ -196,8 +196,10 @@ def bounds_of(
             bound = factor.times * plain + noises * apart(limit, noise.value)
             if limit in AT_LEAST and of_stream.control:
                 bound += _SPREADS * math.sqrt(max(plain * (1 - plain), 0.0) / of_stream.control.positions)
-            bound = max(0.0, 1 - bound) if limit in AT_LEAST else bound
-            bound = bound if math.isfinite(bound) else None
+            if not math.isfinite(bound):
+                bound = None
+            elif limit in AT_LEAST:
+                bound = max(0.0, 1 - bound)
         bounds[limit] = bound
     for limit, absolute in limits_in(recipe.text).items():
         known = bounds[limit]
