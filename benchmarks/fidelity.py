@@ -12,12 +12,12 @@ processor each of its steps takes as long as a pass over 16 sequences, there and
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from ppx.convert.bundle.manifest import manifest_of
+from processes import run_program
 
 RTN, LSQ, UNWEIGHTED, GPTQ = (["--method", method] for method in ("rtn", "lsq", "lsq_unweighted", "gptq"))
 FOUR, THREE = (["--bits", bits, "--group-size", "64"] for bits in ("4", "3"))
@@ -50,15 +50,6 @@ COLUMNS = ("text", "codebook_0", "agent")
 COLOURS = {"rtn": "#7a8288", "lsq_unweighted": "#8fbfe0", "lsq": "#2b7bba", "gptq": "#d9730d", "refined": "#1a7f37"}
 
 
-def run(program: str, *arguments: str) -> str:
-    """Run one of the programs; return what it prints. A bundle beyond its limits is a figure, too."""
-    command = [sys.executable, "-m", f"ppx.recipes.cli.{program}", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
-    return done.stdout
-
-
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Convert and verify for one row; what the table needs of it."""
     held = options.folder / f"{name.replace(' ', '-').replace(',', '')}.json"
@@ -73,9 +64,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     bundle, reusable = options.folder / "bundle", options.folder / "sensitivity.json"
     if reusable.is_file():
         shutil.copy(reusable, options.folder / "bundle.sensitivity.json")
-    run("convert", str(options.source), *words, "--output", str(bundle), "--no-verify")
+    run_program("convert", str(options.source), *words, "--output", str(bundle), "--no-verify")
     tokens = ["--tokens", str(options.heldout), "--sequences", str(options.sequences), "--frames", str(options.frames)]
-    report = json.loads(run("verify", str(bundle), "--reference", str(options.source), *tokens, "--json"))
+    report = json.loads(run_program("verify", str(bundle), "--reference", str(options.source), *tokens, "--json"))
     manifest = manifest_of(bundle)
     found = {stream: report["predictions"][stream]["bundle"]["kl"]["mean"] for stream in COLUMNS}
     found["agreement"] = report["predictions"]["agent"]["bundle"]["top1"]["agreement"]

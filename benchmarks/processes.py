@@ -35,3 +35,12 @@ def run(command: list[str], allowed: tuple[int, ...] = (0,)) -> Finished:
     if status not in allowed:
         raise SystemExit(f"{' '.join(command)} ended with {status}")
     return Finished(seconds, peak * (1 if sys.platform == "darwin" else 1024), output)
+
+
+def run_program(program: str, *arguments: str) -> str:
+    """Run one of the programs; return what it prints. A bundle that is not intact is a result, too."""
+    command = [sys.executable, "-m", f"ppx.recipes.cli.{program}", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
+    return done.stdout

@@ -11,27 +11,18 @@ is not measured again. Ends with 1 if a bundle is not intact.
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from ppx.quant.affine import BITS
 from ppx.verify.limits import FIGURES, apart
+from processes import run_program
 from safetensors.numpy import load_file, save_file
 
 METHODS = ("rtn", "lsq", "gptq")
 SETS = ("system prompt", "tokens")
 NAMES = ("bundle", "control")
-
-
-def run(program: str, *arguments: str) -> str:
-    """Run one of the programs; return what it prints. A bundle that is not intact is a result, too."""
-    command = [sys.executable, "-m", f"ppx.recipes.cli.{program}", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}")
-    return done.stdout
 
 
 def measure(source: Path, bits: int, method: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -44,12 +35,14 @@ def measure(source: Path, bits: int, method: str, options: argparse.Namespace) -
     words = ["--bits", str(bits), "--group-size", "64", "--method", method, "--no-verify", "--output", str(bundle)]
     if method == "gptq":
         words += ["--tokens", str(calibration(source, options))]
-    run("convert", str(source), *words)
+    run_program("convert", str(source), *words)
     tokens = ["--tokens", str(source / "heldout_tokens.safetensors")]
     tokens += ["--sequences", str(options.sequences), "--frames", str(options.frames)]
     found = {}
     for name, more in zip(SETS, ([], tokens), strict=True):
-        report = json.loads(run("verify", str(bundle), "--reference", str(source), "--device", "cpu", *more, "--json"))
+        report = json.loads(
+            run_program("verify", str(bundle), "--reference", str(source), "--device", "cpu", *more, "--json")
+        )
         found[name] = {"intact": report["verdict"]["passed"], "figures": figures(report)}
     shutil.rmtree(bundle)
     kept.write_text(json.dumps(found, indent=1) + "\n")
