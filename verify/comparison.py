@@ -187,9 +187,9 @@ def _temporal(comparison: Comparison, voices: Sequence[Voice]) -> dict[str, Floa
     streams = {name: model.out_norm(streams[name]) for name, model in comparison.models.items()}
     comparison.measured.activations += _edge("out_norm", streams)
     read = token_set.counted[:, 0]
-    of = {name: cosine(cosines(x[read], streams[REFERENCE][read])) for name, x in streams.items()}
-    others = {name: one for name, one in of.items() if name not in (REFERENCE, BUNDLE, NOISE, CONTROL)}
-    comparison.measured.hidden = HiddenFigures(of[BUNDLE], of[NOISE], of[CONTROL], others)
+    expected = streams[REFERENCE][read]
+    of = {name: cosine(cosines(x[read], expected)) for name, x in streams.items() if name != REFERENCE}
+    comparison.measured.hidden = HiddenFigures.of(of)
     return streams
 
 

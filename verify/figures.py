@@ -6,7 +6,7 @@ Where a field is None although something was measured, JSON has no number for th
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from ..convert.schema import number, whole
 from ..convert.typed_json import MAY_BE_MISSING, NOT_STORED, Key
@@ -14,6 +14,7 @@ from ..convert.typed_json import MAY_BE_MISSING, NOT_STORED, Key
 Amount = Annotated[float, number(0)]
 Share = Annotated[float, number(0, 1)]
 Index = Annotated[int, whole(0, 1 << 20)]
+T = TypeVar("T")
 BUNDLE, NOISE, CONTROL = "bundle", "noise", "control"
 _BySequence = Annotated[tuple[float, ...], NOT_STORED]  # the mean of each sequence, from which standard errors come
 
@@ -174,8 +175,7 @@ class StreamFigures:
     @classmethod
     def of(cls, figures: Mapping[str, PredictionFigures]) -> "StreamFigures":
         """Return figures that stand under the names of their models."""
-        others = {name: one for name, one in figures.items() if name not in (BUNDLE, NOISE, CONTROL)}
-        return cls(figures[BUNDLE], figures[NOISE], figures[CONTROL], others)
+        return cls(figures[BUNDLE], figures[NOISE], figures[CONTROL], _at_other_bits(figures))
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,16 @@ class HiddenFigures:
     noise: Cosine
     control: Cosine
     controls: dict[str, Cosine]
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Cosine]) -> "HiddenFigures":
+        """Return cosines that stand under the names of their models."""
+        return cls(figures[BUNDLE], figures[NOISE], figures[CONTROL], _at_other_bits(figures))
+
+
+def _at_other_bits(figures: Mapping[str, T]) -> dict[str, T]:
+    """Return the figures of controls at other bits than the bundle's."""
+    return {name: one for name, one in figures.items() if name not in (BUNDLE, NOISE, CONTROL)}
 
 
 @dataclass(frozen=True)
