@@ -1,20 +1,16 @@
 """Work on a stream with several threads, in order and with little in memory at a time."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from ..quant.processors import cores as cores
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AHEAD = 4  # items under way for each worker: enough to keep it busy while the consumer waits for a disk
-
-
-def cores() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:

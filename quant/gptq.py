@@ -6,9 +6,8 @@ gets in the quantized model, give what the original layer gives on its own input
 residual stream, what the quantized stream lacks as well.
 """
 
-import os
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from .affine import QuantizationConfig, Quantized, pack, quantize
 from .column_rounding import round_group
+from .processors import cores
 
 DAMPING = 0.01  # of the mean second moment, added to each: with as many frames as anyone may want
 _MOST_DAMPING = 1.0  # with few: columns / frames, at most this
@@ -239,7 +239,7 @@ def round_columns(
     local, weights = goal.cpu().numpy(), exact.numpy()  # groups are rounded by the processor, with all its threads
     some = [slice(first, first + _ROWS) for first in range(0, rows, _ROWS)]
     statistics = np.zeros((columns // size, len(some), 2))
-    with ThreadPoolExecutor(_threads(), thread_name_prefix="ppx-round") as pool:
+    with ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round") as pool:
         for first in range(0, columns, size):
             last, group, start = first + size, first // size, first - first % _COLUMNS
             if first == start:
@@ -255,7 +255,7 @@ def round_columns(
             def rounded(rows: slice, sums: NDArray[Any], group: int = group, of: _OfGroup = (moved, triangle)) -> None:
                 moved, triangle = of
                 values = moved[rows] + local[rows, group * size : (group + 1) * size]
-                scale, bias = _grid(values, quantization, storage)
+                scale, bias = grid(values, quantization, storage)
                 grids[0, rows, group], grids[1, rows, group] = scale, bias
                 round_group(
                     values, local[rows], weights[rows], group * size, triangle, scale, bias, top, codes[rows], sums
@@ -269,26 +269,13 @@ def round_columns(
     return Quantized(pack(codes, quantization.bits), scales, biases, float(error), float(norm), 0, 0)
 
 
-def _threads() -> int:
-    """Return how many processors this process may use, whatever PyTorch does with them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def grid(
-    group: Tensor, quantization: QuantizationConfig, storage: np.dtype[np.generic], pool: Executor
-) -> tuple[Tensor, Tensor]:
-    """Return scale and bias of each row of a group ``[rows, group_size]``: least squares, as they are stored."""
-    array = group.cpu().numpy()
-    batches = [array[first : first + _ROWS] for first in range(0, len(array), _ROWS)]
-    sides = list(pool.map(lambda rows: _grid(rows, quantization, storage), batches))
-    scale, bias = (torch.from_numpy(np.concatenate(arrays)).to(group.device) for arrays in zip(*sides, strict=True))
-    return scale, bias
-
-
-def _grid(
     group: NDArray[Any], quantization: QuantizationConfig, storage: np.dtype[np.generic]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the same of an array, in its dtype."""
+    """Return scale and bias of each row of a group ``[rows, group_size]``, as they are stored, in the group's dtype.
+
+    They are those of least squares.
+    """
     plain = QuantizationConfig(quantization.bits, quantization.group_size, "lsq")
     made = quantize(np.ascontiguousarray(group, np.float32), plain, storage)
     scale, bias = (sides.astype(np.float32).astype(group.dtype).reshape(-1) for sides in (made.scales, made.biases))

@@ -7,6 +7,8 @@ delete ``quant/__pycache__``.
 import numpy as np
 from numba import njit
 
+from .packing import pack_row
+
 MAGIC = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to nearest even below 2^22
 EPSILON = np.float32(1e-7)  # the smallest step that mx.quantize allows
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2  # how scales and biases are stored
@@ -109,9 +111,4 @@ def pack(codes, whole, bits, packed):
         return
     for j in range(codes.shape[0]):
         whole[j] = np.uint8(np.int32(codes[j]))
-    for i in range(codes.shape[0] // 8):
-        stream = np.uint64(0)
-        for j in range(8):
-            stream |= np.uint64(whole[8 * i + j]) << np.uint64(bits * j)
-        for j in range(bits):
-            packed[bits * i + j] = np.uint8(stream >> np.uint64(8 * j))
+    pack_row(whole, bits, packed)

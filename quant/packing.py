@@ -5,19 +5,25 @@ from numba import njit
 
 
 @njit(nogil=True, cache=True)
+def pack_row(codes, bits, packed):
+    """Write one row of ``pack_rows``."""
+    if bits == 4:
+        for i in range(packed.shape[0]):
+            packed[i] = codes[2 * i] | np.uint8(codes[2 * i + 1] << np.uint8(4))
+        return
+    for i in range(codes.shape[0] // 8):
+        stream = np.uint64(0)
+        for j in range(8):
+            stream |= np.uint64(codes[8 * i + j]) << np.uint64(bits * j)
+        for j in range(bits):
+            packed[bits * i + j] = np.uint8(stream >> np.uint64(8 * j))
+
+
+@njit(nogil=True, cache=True)
 def pack_rows(codes, bits, packed):
     """Write codes, uint8 ``[rows, columns]``, as uint8 ``[rows, columns * bits / 8]``; columns: a multiple of 8."""
     for row in range(codes.shape[0]):
-        if bits == 4:
-            for i in range(packed.shape[1]):
-                packed[row, i] = codes[row, 2 * i] | np.uint8(codes[row, 2 * i + 1] << np.uint8(4))
-            continue
-        for i in range(codes.shape[1] // 8):
-            stream = np.uint64(0)
-            for j in range(8):
-                stream |= np.uint64(codes[row, 8 * i + j]) << np.uint64(bits * j)
-            for j in range(bits):
-                packed[row, bits * i + j] = np.uint8(stream >> np.uint64(8 * j))
+        pack_row(codes[row], bits, packed[row])
 
 
 @njit(nogil=True, cache=True)
