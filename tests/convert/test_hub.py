@@ -153,8 +153,19 @@ def test_what_is_not_there(options, message, convert):
 
 def test_a_repository_of_another_kind(convert, hub):
     repository = hub.repositories[REPOSITORY]
-    repository.commit("main", {name: data for name, data in repository.at("main").items() if name != "voices.tgz"})
-    assert "has no voices.tgz" in convert(REPOSITORY, status=2).stderr
+    whole = repository.at("main")
+    for lacking in ("model.safetensors", "tokenizer_spm_32k_3.model"):
+        repository.commit("main", {name: data for name, data in whole.items() if name != lacking})
+        done = convert(REPOSITORY, status=2)
+        assert f"has no {lacking}: is this the right repository?" in done.stderr
+        assert not fetched(hub).get("tokenizer-e351c8d8-checkpoint125.safetensors")
+
+
+def test_personaplex_itself_has_voices(convert, hub):
+    files = hub.repositories[REPOSITORY].at("main")
+    without = {name: data for name, data in files.items() if name != "voices.tgz"}
+    hub.repositories["nvidia/personaplex-7b-v1"] = Repository(without)
+    assert "has no voices.tgz" in convert("nvidia/personaplex-7b-v1", status=2).stderr
 
 
 def test_a_busy_or_broken_hub_is_waited_for(convert, hub):
