@@ -24,7 +24,7 @@ _KEPT = 2 << 30  # bytes: a checkpoint up to this size is kept in memory, a larg
 
 @dataclass(frozen=True)
 class Script:
-    """What is given of a session: a voice's name (empty for none), the tokens of a text prompt, and the user's frames."""
+    """What is given of a session: a voice's name (empty for none), a text prompt's tokens, and the user's frames."""
 
     voice: str
     prompt: Sequence[int]
