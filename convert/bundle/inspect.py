@@ -200,7 +200,8 @@ def text(contents: Contents, every_tensor: bool = False) -> str:
         bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}"
         counts = f"{row.tensors:>8}{row.parameters:>16,}{size(row.nbytes):>11}{bits:>13}"
         lines.append(f"{row.component:<12}{counts}  {', '.join(row.dtypes)}")
-    lines += ["", f"{len(contents.voices)} voices: {', '.join(contents.voices)}"]
+    named = f"{len(contents.voices)} voice{'' if len(contents.voices) == 1 else 's'}: {', '.join(contents.voices)}"
+    lines += ["", named if contents.voices else "no voices"]
     if every_tensor:
         lines.append("")
         lines += [

@@ -20,7 +20,8 @@ from .tensors import Role, roles
 
 WEIGHTS = "lora.safetensors"
 FILES = (WEIGHTS, "adapter_model.safetensors", "adapters.safetensors")  # moshi-finetune's, PEFT's, mlx-lm's
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<stem>.+?)\.lora_(?P<side>[ABab])(?:\.default)?(?:\.weight)?")
+_PEFT = "base_model.model."  # in front of all of PEFT's names
+_KEY = re.compile(r"(?P<stem>.+?)\.lora_(?P<side>[ABab])(?:\.default)?(?:\.weight)?")
 _OTHER = {"A": "B", "B": "A", "a": "b", "b": "a"}
 _STACKED = re.compile(r"(.+\.self_attn)\.(in|out)_projs\.(\d{1,3})")
 
@@ -154,7 +155,7 @@ def _completed(settings: AdapterSettings, file: TensorFile) -> tuple[int, float]
     Raises UserError for an adapter with other names, whose trainer's defaults are not known.
     """
     names = [match for name in file.offsets if (match := _KEY.fullmatch(name))]
-    foreign = any(match["side"] in "ab" or match[0].startswith("base_model.") for match in names)
+    foreign = _prefix(file) or any(match["side"] in "ab" for match in names)
     if foreign and (settings.scaling is None or settings.rank is None):
         which = "a scaling" if settings.rank else "rank and scaling"
         listed = ", ".join(SIDE_FILES)
@@ -162,13 +163,19 @@ def _completed(settings: AdapterSettings, file: TensorFile) -> tuple[int, float]
     return settings.rank or RANK, SCALING if settings.scaling is None else settings.scaling
 
 
+def _prefix(file: TensorFile) -> str:
+    """Return what stands in front of every name that is not a part of the layer's."""
+    return _PEFT if file.offsets and all(name.startswith(_PEFT) for name in file.offsets) else ""
+
+
 def _claim(file: TensorFile, architecture: Architecture, rank: int) -> dict[str, tuple[LoraPair, ...]]:
     """Give every pair of matrices its rows in the checkpoint; raises UserError with all that do not fit."""
     known = roles(architecture)
     problems = [Problem(name, "stands there twice") for name in file.doubled]
+    prefix = _prefix(file)
     stems: dict[str, dict[str, str]] = {}  # of each layer, the names of its matrices by side
     for name in file.offsets:
-        match = _KEY.fullmatch(name)
+        match = _KEY.fullmatch(name.removeprefix(prefix))
         if not match or name in file.unknown or file.specs[name].dtype not in FLOATS:
             why = "not a matrix of a LoRA (its names end in lora_A.weight and lora_B.weight, or lora_a and lora_b)"
             problems.append(Problem(name, why))
