@@ -91,8 +91,8 @@ def test_it_is_verified_without_voices(bundles, moshi, program):
     program("ppx-verify", folder, "--reference", moshi, "--rollout", 6, cwd=moshi.parent)
     report = json.loads((folder / "parity" / "report.json").read_text())
     assert report["verdict"] == {"passed": True, "failures": []}
-    assert (report["tokens"]["kind"], report["tokens"]["sequences"]) == ("system prompt", 1)
-    assert not report["tokens"].get("voices")
+    assert (report["material"]["kind"], report["material"]["sequences"]) == ("system prompt", 1)
+    assert not report["material"].get("voices")
     assert report["rollout"]["voice"] is None
     assert report["rollout"]["frames"] == 6
     assert [row["stream"] for row in report["predictions"]][-1] == "codebook 7"
