@@ -10,6 +10,7 @@ from .bundle.recipe import Recipe
 from .errors import UserError
 from .source import demo
 from .source.adapter import on_hub, open_adapter
+from .source.architecture import PERSONAPLEX_STEPS, impossible
 from .source.source import DEFAULT, Location, Source, is_hub_id, locate, locate_here, open_source
 from .source.source_files import check_adapter
 
@@ -126,6 +127,14 @@ def trimmed(source: Source, steps: int) -> Source:
 def check_recipe(recipe: Recipe) -> None:
     """Raise UserError for what a target cannot load of a recipe, judged on PersonaPlex-7B, before any download."""
     make_plan(inventory_of_7b(DEFAULT), recipe)
+
+
+def check_sizes(location: Location, recipe: Recipe, fill_depformer_steps: bool = False) -> None:
+    """Raise UserError for what a target cannot load of the sizes in config.json, of which alone this judges."""
+    architecture, stated = location.architecture()
+    if stated and not impossible(architecture):
+        architecture = replace(architecture, steps=PERSONAPLEX_STEPS) if fill_depformer_steps else architecture
+        make_plan(replace(inventory_of_7b(location.identity), architecture=architecture), recipe)
 
 
 def check_request(source: str, revision: str | None, recipe: Recipe) -> None:

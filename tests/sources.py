@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 INDEX = "model.safetensors.index.json"
 
 
-def base_moshi(folder: Path, **sizes: int) -> Path:
+def base_moshi(folder: Path, card: int = 128) -> Path:
     """Make a base Moshi of random weights: 8 depformer steps, no voices, a config as Kyutai writes them."""
-    small = replace(demo.SIZES["demo"], steps=8, num_layers=2, depformer_num_layers=2, **sizes)
+    small = replace(demo.SIZES["demo"], steps=8, num_layers=2, depformer_num_layers=2, card=card)
     demo.make("demo", folder, quiet=True, architecture=small)
     (folder / "voices.tgz").unlink()
     edit_config(folder, lambda config: config | {"model_type": "moshi", "depformer_context": 8, "lm_gen_config": {}})

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -133,16 +133,22 @@ class Source:
 
 
 def locate(
-    source: str, revision: str | None = None, quiet: bool = False, room: hub.DiskBudget | None = None
+    source: str,
+    revision: str | None = None,
+    quiet: bool = False,
+    room: hub.DiskBudget | None = None,
+    check: Callable[[Location], None] | None = None,
 ) -> Location:
     """Find a source: a folder, a Hub id such as ``nvidia/personaplex-7b-v1``, ``demo`` or ``demo:7b``.
 
     Downloads what is not in the Hub's cache; makes the demo. room: where the bundle will stand, to see before a
-    download whether all fits. Raises UserError if it is nowhere or not accessible.
+    download whether all fits. check: raises UserError for a source on the Hub that is not wanted, of which only
+    config.json and an index are there yet. Raises UserError if it is nowhere or not accessible.
     """
     if is_hub_id(source):
         optional = (CARD, VOICES, CONFIG)
-        folder, commit = hub.download(source, revision, _required(source), optional, room, quiet, HUB_FILES)
+        choice = _checked(source, check) if check else HUB_FILES
+        folder, commit = hub.download(source, revision, _required(source), optional, room, quiet, choice)
         return Location(source, folder, commit)
     return _local(source, quiet)
 
@@ -158,6 +164,17 @@ def locate_here(source: str, revision: str | None = None, quiet: bool = False) -
     if source in demo.SIZES and not demo.folder_of(source).is_dir():
         return None
     return _local(source, quiet)
+
+
+def _checked(source: str, check: Callable[[Location], None]) -> hub.Choice:
+    """Return the choice of a source's files that looks at its config.json first."""
+
+    def choose(folder: Path, available: Callable[[str], bool]) -> Sequence[str]:
+        names = name_files(folder, available).names
+        check(Location(source, folder))
+        return names
+
+    return hub.Choice(NAMING, choose)
 
 
 def _required(source: str) -> tuple[str, ...]:

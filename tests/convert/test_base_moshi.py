@@ -40,7 +40,7 @@ def moshi(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundles(program, moshi):
-    made = {}
+    made: dict[str, Path] = {}
 
     def convert(recipe: str) -> Path:
         if recipe not in made:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hub_server import Repository, Server, running, sha256
@@ -198,6 +201,22 @@ def test_a_repository_lacks_a_shard_or_has_a_damaged_one(convert, hub, tmp_path)
     blob.write_bytes(files[shards[1]][:-1] + b"x")
     done = convert("someone/moshi", "--recipe", "moshi-q4", "-o", "again", status=2)
     assert "its sha256 is not the one that the Hub gave: damaged in the cache" in done.stderr
+
+
+def test_the_command_of_the_sources_page(hub, program, environment, tmp_path):
+    """And what the target cannot load is told before the weights are downloaded."""
+    page = (Path(__file__).parents[2] / "docs" / "sources.md").read_text()
+    (block,) = re.findall(r"```sh\n(.+?)\n```", page, re.DOTALL)
+    name, source, *options = shlex.split(block)
+    folder = base_moshi(tmp_path / "made" / "moshi")
+    hub.repositories[source] = Repository({path.name: path.read_bytes() for path in folder.iterdir()})
+    done = program(name, source, cwd=tmp_path, status=2, environment=environment)
+    assert "speech-swift loads a depformer of 16 steps, not 8" in done.stderr
+    assert "--fill-depformer-steps copies" in done.stderr
+    assert set(fetched(hub)) == {"config.json"}
+    program(name, source, *options, cwd=tmp_path, environment=environment)
+    manifest = json.loads((tmp_path / "moshiko-pytorch-bf16-moshi-mlx-moshi-q4" / "manifest.json").read_text())
+    assert (manifest["source"]["id"], manifest["voices"]) == ("kyutai/moshiko-pytorch-bf16", [])
 
 
 @pytest.mark.parametrize(("spare", "fits"), [(-1, False), (0, True)])
