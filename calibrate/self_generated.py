@@ -1,6 +1,7 @@
 """Self-generated calibration data: sessions in which the original predicts both speakers.
 
-Half of them begin with a voice and a text prompt, as conversations do, half with nothing, as training data did. What is
+Half of them begin with a voice and a text prompt, as conversations do, half with nothing, as training data did; all of
+them with nothing where the source has no voices, as base Moshi was never given a prompt. What is
 sampled from a model's own distribution is like its training data, as far as the model has learnt it.
 """
 
@@ -17,10 +18,8 @@ import torch
 from tqdm import tqdm
 
 from ..convert.errors import UserError
-from ..convert.file_names import TOKENIZER, WEIGHTS
 from ..convert.hints import Hint
 from ..convert.progress import bar
-from ..convert.source.architecture import Architecture
 from ..convert.source.scan import Fingerprint
 from ..convert.source.source import Source, fingerprint
 from ..convert.source.voices import Voice
@@ -29,7 +28,7 @@ from ..model import torch_device as devices
 from ..model.forward import Floats, Tokens
 from ..model.prompt import prompt_tokens
 from ..model.reference import TorchModel, kept_by, reference_of, rows_of
-from ..model.session import PAUSE, Frame, sessions, system_prompt
+from ..model.session import PAUSE, Frame, no_voice, sessions, system_prompt
 from ..model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED, evenly_spaced
 from .dataset import write
 from .work import KV_SHARE, WEIGHTS_SHARE
@@ -60,7 +59,7 @@ def self_generated(
     """
     adapter = source.adapter and source.adapter.sha256
     decisive = [
-        (fingerprints or fingerprint(source, quiet))[WEIGHTS].sha256,
+        source.location.files.weights_sha256(fingerprints or fingerprint(source, quiet)),
         adapter,
         sessions_wanted,
         CALIBRATION_FRAMES,
@@ -82,11 +81,11 @@ def self_generated(
 def generate(source: Source, frames: int, sessions_wanted: int | None = None, quiet: bool = False) -> Tokens:
     """Return sessions ``[sessions, streams, frames]`` without delays; the same again on the same machine."""
     a = source.architecture
-    texts = [prompt_tokens(source.location.folder / TOKENIZER, a, text) for text in PROMPTS]
+    texts = [prompt_tokens(source.location.tokenizer, a, text) for text in PROMPTS]
     count = sessions_wanted or CALIBRATION_SESSIONS
     beginnings = [(voice, text) for text in texts for voice in source.voices]
     wanted: list[Beginning] = [beginnings[index] for index in evenly_spaced(len(beginnings), (count + 1) // 2)]
-    wanted += [(_empty_voice(a), None)] * (count - len(wanted))
+    wanted += [(no_voice(a), None)] * (count - len(wanted))
     wanted.sort(key=_lengths)
     generated: list[Tokens] = []
     model = _model(source)
@@ -105,17 +104,9 @@ def _lengths(pair: Beginning) -> tuple[int, int]:
     return len(voice.embeddings), 0 if text is None else len(text) + 2 * PAUSE
 
 
-def _empty_voice(architecture: Architecture) -> Voice:
-    """Return a voice without frames, whose cache holds the initial tokens."""
-    a = architecture
-    cache = np.full((1, 1 + a.n_q, max(a.delays) + 2), a.card, np.int64)
-    cache[:, 0] = a.text_card
-    return Voice("", np.zeros((0, 1, 1, a.dim), np.float32), cache)
-
-
 def _model(source: Source) -> TorchModel:
     """Return the reference: in float32 and in memory if that fits, else in bfloat16 and in memory if that fits."""
-    size, available = source.checkpoint.file.path.stat().st_size, WEIGHTS_SHARE * devices.memory()
+    size, available = source.checkpoint.file.nbytes, WEIGHTS_SHARE * devices.memory()
     dtype = torch.float32 if 2 * size < available else torch.bfloat16
     model = reference_of(source.checkpoint, dtype, devices.device())
     if size < available:

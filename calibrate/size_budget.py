@@ -12,7 +12,6 @@ from ..convert.bundle.recipe_file import to_toml
 from ..convert.bundle.workspace import write_durably
 from ..convert.conversion import OpenConversion
 from ..convert.errors import UserError
-from ..convert.file_names import WEIGHTS
 from ..convert.hints import Hint
 from ..convert.preparation import inventory, open_named
 from ..convert.source import source as sources
@@ -103,7 +102,7 @@ def sensitivities(source: Source, fingerprints: Fingerprints, tokens: Path, file
 
     token_set = read_tokens(tokens, source.architecture, None, None)
     adapter = source.adapter and source.adapter.to_json()  # as earlier versions hashed it
-    decisive = [fingerprints[WEIGHTS].sha256, adapter, dataset.fingerprint(token_set)]
+    decisive = [source.location.files.weights_sha256(fingerprints), adapter, dataset.fingerprint(token_set)]
     fingerprint = hashlib.sha256(repr(decisive).encode()).hexdigest()
     if file.exists():
         measured = sensitivity.read(file)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..quant.affine import DATA_DRIVEN
@@ -15,7 +16,7 @@ from .bundle.recipe import Recipe
 from .bundle.recipe_choice import make_recipe
 from .errors import UserError
 from .hints import Hint
-from .preparation import check_request, open_checked, planned
+from .preparation import check_request, check_sizes, open_checked, planned
 from .source import adapter as adapters
 from .source.hub import DiskBudget
 from .source.scan import Fingerprint
@@ -142,7 +143,8 @@ def open_conversion(
     present = check_output(folder, force)
     if adapter:
         adapters.locate(adapter, quiet)
-    location = locate(where, revision, quiet, _disk_budget(where, recipe, folder))
+    check = partial(check_sizes, recipe=recipe, fill_depformer_steps=fill_depformer_steps)
+    location = locate(where, revision, quiet, _disk_budget(where, recipe, folder), check)
     with open_checked(location, recipe, fill_depformer_steps, True, quiet, adapter) as opened:
         make_parent(folder)
         fingerprints = fingerprint(opened, quiet)

@@ -43,4 +43,5 @@ class Hint(Enum):
     SHORTEN_PROMPT = "shorten it"
     TARGET_MLX = "use the target mlx"
     VERIFY_FIRST = "verify it first"
+    WITHOUT_VOICE = "leave it out"
     WAIT_OR_OTHER_OUTPUT = "wait, or choose another output"

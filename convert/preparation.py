@@ -8,10 +8,11 @@ from pathlib import Path
 from .bundle.plan import Inventory, Plan, inventory_of_7b, inventory_of_demo, make_plan
 from .bundle.recipe import Recipe
 from .errors import UserError
-from .file_names import FILES
 from .source import demo
 from .source.adapter import on_hub, open_adapter
+from .source.architecture import PERSONAPLEX_STEPS, impossible
 from .source.source import DEFAULT, Location, Source, is_hub_id, locate, locate_here, open_source
+from .source.source_files import check_adapter
 
 _log = logging.getLogger(__name__)
 
@@ -22,7 +23,10 @@ def inventory(source: Source) -> Inventory:
     return Inventory(
         identity=source.location.identity,
         architecture=source.architecture,
-        sizes={name: (source.location.folder / name).stat().st_size for name in FILES},
+        sizes={
+            kind: sum((source.location.folder / name).stat().st_size for name in names)
+            for kind, names in source.location.files.by_kind().items()
+        },
         voices=voices,
         others=tuple(source.others),
         copied_steps=tuple(sorted(source.checkpoint.copied_steps.items())),
@@ -40,6 +44,7 @@ def open_merged(
 
     The source that is returned is a context manager, which closes both.
     """
+    check_adapter(location.files, adapter is not None)
     source = open_source(location, fill_depformer_steps, thorough, quiet)
     if adapter is None:
         return source
@@ -122,6 +127,14 @@ def trimmed(source: Source, steps: int) -> Source:
 def check_recipe(recipe: Recipe) -> None:
     """Raise UserError for what a target cannot load of a recipe, judged on PersonaPlex-7B, before any download."""
     make_plan(inventory_of_7b(DEFAULT), recipe)
+
+
+def check_sizes(location: Location, recipe: Recipe, fill_depformer_steps: bool = False) -> None:
+    """Raise UserError for what a target cannot load of the sizes in config.json, of which alone this judges."""
+    architecture, stated = location.architecture()
+    if stated and not impossible(architecture):
+        architecture = replace(architecture, steps=PERSONAPLEX_STEPS) if fill_depformer_steps else architecture
+        make_plan(replace(inventory_of_7b(location.identity), architecture=architecture), recipe)
 
 
 def check_request(source: str, revision: str | None, recipe: Recipe) -> None:

@@ -151,7 +151,7 @@ class TensorFile:
                 raise UserError(f"{self.path}: ends at byte {offset + done}, while it was read", Hint.DOWNLOAD_AGAIN)
             done += count
 
-    def _state(self) -> tuple[int, ...]:
+    def _state(self) -> tuple[int, int, int, int]:
         status = self.path.stat()
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -161,6 +161,15 @@ class TensorFile:
             return self._state() == self._opened_as
         except OSError:
             return False
+
+    def changed(self) -> list[Path]:
+        """Return its path if it is not the file that was opened, else nothing."""
+        return [] if self.is_unchanged() else [self.path]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file when it was opened."""
+        return self._opened_as[2]
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

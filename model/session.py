@@ -38,6 +38,14 @@ def system_prompt(architecture: Architecture, text: Sequence[int]) -> list[Frame
     return [Frame(token, agent, user) for token in (*pause, *text, *pause)]
 
 
+def no_voice(architecture: Architecture) -> Voice:
+    """Return a voice without a name and frames, whose cache holds the initial tokens: a session without a voice."""
+    a = architecture
+    cache = np.full((1, 1 + a.n_q, max(a.delays) + 2), a.card, np.int64)
+    cache[:, 0] = a.text_card
+    return Voice("", np.zeros((0, 1, 1, a.dim), np.float32), cache)
+
+
 def listening(architecture: Architecture, user: Tokens) -> list[Frame]:
     """Return frames in which the user speaks, ``[codebooks, frames]``, and the agent is silent."""
     agent = [token % architecture.card for token in SILENCE[: len(user)]]

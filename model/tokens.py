@@ -16,7 +16,7 @@ from ..convert.source.architecture import Architecture
 from ..convert.source.voices import Voice
 from ..convert.tensorfile import TensorFile
 from .forward import Floats, Tokens
-from .session import listening, prompt_columns, system_prompt
+from .session import listening, no_voice, prompt_columns, system_prompt
 
 SYSTEM_PROMPT, AUDIO = "system prompt", "audio"
 SELF_GENERATED = "sessions that the model spoke itself"  # stored in files: its words stay
@@ -167,18 +167,20 @@ def from_system_prompt(
 ) -> TokenSet:
     """Return the system prompt of a conversation, a sequence for each voice: voice, silence, text prompt, silence.
 
+    names: of the voices; one sequence without a voice where there are none.
     Text predictions count everywhere, audio predictions after the voice: before, the tokens are unknown. All sequences
     are cut to the length of the shortest one. text: the prompt's tokens; shown: the prompt. user: ``[codebooks,
     frames]``, what the user says then, to an agent that is silent; file: the recording that it comes from.
     """
-    by_name = {voice.name: voice for voice in voices}
+    by_name = {voice.name: voice for voice in voices} if names else {"": no_voice(architecture)}
+    begins = names or [""]
     prompt = [*system_prompt(architecture, text), *([] if user is None else listening(architecture, user))]
-    length = min(len(by_name[name].embeddings) for name in names) + len(prompt)
+    length = min(len(by_name[name].embeddings) for name in begins) + len(prompt)
     length = min(length, frames or length)
-    shape = (len(names), 1 + architecture.n_q, length)
+    shape = (len(begins), 1 + architecture.n_q, length)
     tokens, targets, counted = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32), np.zeros(shape, bool)
     counted[:, 0] = True
-    for number, name in enumerate(names):
+    for number, name in enumerate(begins):
         begin = len(by_name[name].embeddings)
         read, completed = prompt_columns(architecture, by_name[name], prompt)
         tokens[number, :, begin:] = read[:, : max(length - begin, 0)]
@@ -186,6 +188,6 @@ def from_system_prompt(
         counted[number, :, begin:] = True
     kind = SYSTEM_PROMPT if user is None else AUDIO
     description = TokenDescription(
-        kind=kind, text=shown, file=file, sequences=len(names), frames=length, voices=tuple(names)
+        kind=kind, text=shown, file=file, sequences=len(begins), frames=length, voices=tuple(names) or None
     )
     return checked(TokenSet(description, tokens, targets, counted, tuple(names), scored=False), architecture)

@@ -19,12 +19,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer to a recording. seconds: of sound. took: seconds of work."""
+    """An answer to a recording. seconds: of sound. took: seconds of work. voice: its name, empty for no voice."""
 
     output: Path
     text: str
     seconds: float
     took: float
+    voice: str = ""
 
     @property
     def line(self) -> str:
@@ -62,7 +63,7 @@ def answer(
     if speaker.wrapped:
         card = speaker.conversation.runtime.architecture.card
         _log.warning("this model knows %d of the codec's tokens: the question's were taken modulo that", card)
-    return Answer(path, text_of(pieces), count / RATE, took)
+    return Answer(path, text_of(pieces), count / RATE, took, speaker.conversation.voice.name)
 
 
 def talk(

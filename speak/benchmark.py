@@ -27,7 +27,7 @@ from ..convert.typed_json import Key
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_device import computing_on, streams
 from ..model.mlx_model import arithmetic_of
-from ..model.session import PAUSE, system_prompt
+from ..model.session import PAUSE, no_voice, system_prompt
 from . import loader
 from .codec import Codec
 from .generation import Conversation, compilation_progress
@@ -142,7 +142,7 @@ def _measure(
     with closing(open_bundle(folder)) as bundle:
         manifest, layout = bundle.manifest, bundle.layout
         model = loader.load(bundle, arithmetic_of(arithmetic, manifest.dtype))
-        voice = bundle.voices()[0]
+        voice = next(iter(bundle.voices()), no_voice(bundle.architecture))
     loaded = time.perf_counter() - began
     began = time.perf_counter()
     model = on_tested_kernels(model, silent, matmul)

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 
 from ..convert.errors import UserError, printable
-from ..convert.file_names import CODEC, TOKENIZER
 from ..convert.source.architecture import Architecture
 from ..convert.source.mimi import FRAME
 from ..convert.source.source import Source
@@ -20,15 +19,15 @@ from .codec import Codec
 def read_audio(path: Path, source: Source, frames: int | None) -> TokenSet:
     """Read a recording as a token set; raises UserError for unreadable files, and if optional packages are missing.
 
-    A mono file is what a user says after the system prompt of a conversation, in the first voice: the model reads it as
-    it does in use. Channels 1 and 2 of another are agent and user; nothing stands in front of them. frames: at most so
-    many, the prompt included.
+    A mono file is what a user says after the system prompt of a conversation, in the first voice if there are any: the
+    model reads it as it does in use. Channels 1 and 2 of another are agent and user; nothing stands in front of them.
+    frames: at most so many, the prompt included.
     """
     a, name = source.architecture, printable(path.name)
     channels = _encoded(path, source, frames)
     if len(channels) > 1:
         return from_tokens(_conversation(channels, a), a, AUDIO, name)
-    text = prompt_tokens(source.location.folder / TOKENIZER, a, PROMPT)
+    text = prompt_tokens(source.location.tokenizer, a, PROMPT)
     voices = [voice.name for voice in source.voices][:1]
     return from_system_prompt(a, source.voices, voices, text, frames, PROMPT, channels[0], name)
 
@@ -54,7 +53,7 @@ def _encoded(path: Path, source: Source, frames: int | None) -> list[Tokens]:
     length = min(length, frames or length)
     if not length:
         raise UserError(f"{path}: shorter than a frame of 80 ms: give a longer recording")
-    codec = Codec(source.location.folder / CODEC, a.n_q // 2)
+    codec = Codec(source.location.codec, a.n_q // 2)
     channels = [codec.encode_whole(channel[: length * FRAME]).astype(np.int32) for channel in samples]
     if max(channel.max() for channel in channels) >= a.card:
         raise UserError(

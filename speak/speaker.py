@@ -1,7 +1,7 @@
 """Audio in, audio and text out: a bundle with its model, codec, voice and tokenizer."""
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,14 @@ from ..convert.bundle.reader import open_bundle
 from ..convert.errors import UserError, printable
 from ..convert.file_names import CODEC, CONFIG, TOKENIZER
 from ..convert.hints import Hint
-from ..convert.source.architecture import read_config
+from ..convert.source.architecture import Architecture, read_config
 from ..convert.source.tokenizer import open_tokenizer
+from ..convert.source.voices import Voice
 from ..model.forward import Floats, Tokens
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import arithmetic_of
 from ..model.prompt import PROMPT, VOICE, prompt_tokens
-from ..model.session import system_prompt
+from ..model.session import no_voice, system_prompt
 from . import loader
 from .codec import Codec
 from .generation import Conversation, compilation_progress
@@ -29,10 +30,12 @@ from .sampling import Sampling, sampling_of
 class SpeakOptions:
     """Voice, text prompt and sampling.
 
-    sampling, codec: None for the bundle's. arithmetic: dtype of activations, None for the default of the device.
+    voice: None for the usual one, else the bundle's first; a bundle without voices speaks without one, and with an
+    empty prompt its session begins with nothing, as base Moshi's do. sampling, codec: None for the bundle's.
+    arithmetic: dtype of activations, None for the default of the device.
     """
 
-    voice: str = VOICE
+    voice: str | None = None
     prompt: str = PROMPT
     sampling: Sampling | None = None
     seed: int = 0
@@ -81,14 +84,10 @@ def open_speaker(
         codec = Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
         if layout.architecture.steps < layout.architecture.n_q // 2:
             raise UserError(f"{folder}: the depformer has too few steps for the agent's codebooks")
-        voices = {voice.name: voice for voice in bundle.voices()}
-        if options.voice not in voices:
-            raise UserError(
-                f"voice {options.voice}: not in this bundle, which has {', '.join(voices)}", Hint.CHOOSE_VOICE
-            )
+        voice = _chosen(bundle.voices(), options.voice, layout.architecture)
         tokenizer = folder / layout.target.copies[TOKENIZER]
         text = prompt_tokens(tokenizer, layout.architecture, options.prompt)
-        prompt = system_prompt(layout.architecture, text)
+        prompt = system_prompt(layout.architecture, text) if voice.name or options.prompt else []
         context = loader.context_of(bundle)
         if len(prompt) >= context:
             most = max(context - 1 - (len(prompt) - len(text)), 0)
@@ -99,11 +98,23 @@ def open_speaker(
     model = on_tested_kernels(model, silent, matmul)
     sampling = options.sampling or sampling_of(read_config(folder / CONFIG))
     with compilation_progress(silent) as progress:
-        conversation = Conversation(model, voices[options.voice], prompt, sampling, options.seed)
+        conversation = Conversation(model, voice, prompt, sampling, options.seed)
         progress.update()
         conversation.compile()
         progress.update()
     return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
+
+
+def _chosen(voices: Sequence[Voice], wanted: str | None, architecture: Architecture) -> Voice:
+    """Return the voice of a session; raises UserError for one that the bundle does not have."""
+    by_name = {voice.name: voice for voice in voices}
+    if wanted is None:
+        return by_name.get(VOICE) or next(iter(voices), no_voice(architecture))
+    if not voices:
+        raise UserError(f"voice {wanted}: this bundle has no voices", Hint.WITHOUT_VOICE)
+    if wanted not in by_name:
+        raise UserError(f"voice {wanted}: not in this bundle, which has {', '.join(by_name)}", Hint.CHOOSE_VOICE)
+    return by_name[wanted]
 
 
 def load(bundle: str | Path, options: SpeakOptions | None = None, *, quiet: bool = True) -> Speaker:

@@ -15,7 +15,7 @@ from ..convert.source.voices import Voice
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import model_of
 from ..model.reference import reference_of
-from ..model.session import SILENCE, Frame, greedy, system_prompt
+from ..model.session import SILENCE, Frame, greedy, no_voice, system_prompt
 from ..model.tokens import TokenSet
 from .figures import FirstDifference, Rollout
 
@@ -24,7 +24,7 @@ _KEPT = 2 << 30  # bytes: a checkpoint up to this size is kept in memory, a larg
 
 @dataclass(frozen=True)
 class Script:
-    """What is given of a session: a voice's name, the tokens of a text prompt, and the user's frames."""
+    """What is given of a session: a voice's name (empty for none), a text prompt's tokens, and the user's frames."""
 
     voice: str
     prompt: Sequence[int]
@@ -42,8 +42,8 @@ def script(source: Source, token_set: TokenSet, prompt: Sequence[int], frames: i
     if token_set.undelayed is not None:
         recorded = token_set.undelayed[0, 1 + half :, :frames].T
         user[: len(recorded)] = np.where(recorded < 0, silence, recorded)
-    voice = token_set.voices[0] if token_set.voices else source.voices[0].name
-    return Script(voice, prompt, user.tolist())
+    names = token_set.voices or [voice.name for voice in source.voices]
+    return Script(names[0] if names else "", prompt, user.tolist())
 
 
 def frames_of(architecture: Architecture, played: Script) -> list[Frame]:
@@ -62,7 +62,7 @@ def run(
 ) -> Rollout:
     """Run a session on both; return where the agent's text and codebooks differ first, and how many tokens agree."""
     reference, bundle = reference_of(source.checkpoint, device=device), model_of(stored, arithmetic, matmul)
-    if source.checkpoint.file.path.stat().st_size <= _KEPT:
+    if source.checkpoint.file.nbytes <= _KEPT:
         reference = replace(reference, weights=cache(reference.weights))
         bundle = replace(bundle, read=cache(bundle.read))
     frames = frames_of(source.architecture, played)
@@ -70,7 +70,7 @@ def run(
     for model, voices in ((reference, source.voices), (bundle, stored.voices())):
         # while it streams, the reference's rotating KV cache hides the oldest key
         streaming = replace(model, context=model.context - 1, steps_seen=model.steps_seen - 1)
-        voice = next(voice for voice in voices if voice.name == played.voice)
+        voice = next((v for v in voices if v.name == played.voice), no_voice(source.architecture))
         sessions.append(_agent(streaming, source, voice, frames, len(played.user), bar))
     same = sessions[0] == sessions[1]
     different = np.argwhere(~same)
@@ -79,7 +79,7 @@ def run(
         frame, stream = (int(value) for value in different[0])
         first = FirstDifference(frame, "text" if stream == 0 else f"codebook {stream - 1}")
     return Rollout(
-        voice=played.voice,
+        voice=played.voice or None,
         frames=len(played.user),
         first_difference=first,
         agreement=tuple(float(share) for share in same.mean(1)),

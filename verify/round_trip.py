@@ -74,7 +74,7 @@ def run(
     return RoundTrip(
         question=_question(question, count, asked, speaker.codec, transcribe),
         answer=judged(answer, tokens, text, transcribe),
-        session=Session(options.voice, options.prompt, options.seed, speaker.wrapped),
+        session=Session(speaker.conversation.voice.name or "no voice", options.prompt, options.seed, speaker.wrapped),
         recognizer=listener,
         limits=LIMITS,
         audio=Sounds(_embedded(asked[:count]), _embedded(answer)),

@@ -17,7 +17,7 @@ from ..convert.bundle.plan import index_of, json_text
 from ..convert.bundle.reader import Bundle, Layout
 from ..convert.bundle.recipe import DTYPES
 from ..convert.errors import Problem, UserError, reason
-from ..convert.file_names import CONFIG, INDEX, MANIFEST
+from ..convert.file_names import CONFIG, INDEX, MANIFEST, VOICES
 from ..convert.hints import Hint
 from ..convert.source.architecture import Architecture
 from ..convert.source.architecture import read_config as read_json
@@ -90,7 +90,12 @@ def _ours(error: UserError) -> list[Problem]:
 def _unexpected(manifest: Manifest, layout: Layout, source: Source) -> list[Problem]:
     """Return files that the manifest names and the target does not have, or the other way round."""
     target = layout.target
-    expected = {*layout.files.values(), *target.copies.values(), CONFIG, *([INDEX] if target.indexed else [])}
+    expected = {
+        *layout.files.values(),
+        *target.copies_of(source.location.files.voices is not None).values(),
+        CONFIG,
+        *([INDEX] if target.indexed else []),
+    }
     if target.voice_cache:
         expected |= {f"voices/{voice.name}.safetensors" for voice in source.voices}
     unnamed, others = sorted(expected - manifest.files.keys()), sorted(manifest.files.keys() - expected)
@@ -148,7 +153,7 @@ def _settings(folder: Path, manifest: Manifest, layout: Layout, source: Source) 
     voices = sorted(voice.name for voice in source.voices)
     problems = []
     if list(manifest.voices) != voices:
-        problems.append(Problem(MANIFEST, f"names the voices {', '.join(manifest.voices)}"))
+        problems.append(Problem(MANIFEST, f"names the voices {', '.join(manifest.voices) or 'none'}"))
     config = target.config(source.architecture, outputs, manifest.source.id, voices)
     problems += _unequal(folder, CONFIG, config)
     if target.indexed:
@@ -188,7 +193,9 @@ def _flat(value: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str
 def _copies(manifest: Manifest, layout: Layout, source: Source) -> list[Problem]:
     """Return files that are copies of the source's by their names, and hold something else."""
     problems = []
-    for original, name in layout.target.copies.items():
+    kinds = source.location.files.by_kind()
+    for kind, name in layout.target.copies_of(VOICES in kinds).items():
+        (original,) = kinds[kind]
         with tqdm(disable=True) as unseen:  # 400 MB at most: a second
             expected = hash_file(source.location.folder / original, unseen).sha256
         if name not in manifest.files or manifest.files[name].sha256 != expected:

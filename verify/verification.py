@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..convert.bundle.manifest import TOOLKIT, Manifest
 from ..convert.bundle.reader import Bundle, Layout, layout_of
 from ..convert.errors import Problem, UserError, printable
-from ..convert.file_names import MANIFEST, TOKENIZER, WEIGHTS
+from ..convert.file_names import MANIFEST
 from ..convert.hints import Hint
 from ..convert.progress import bar, byte_bar, long_step
 from ..convert.source.scan import hash_file
@@ -39,7 +39,7 @@ LIBRARIES = ("mlx", "numpy", "torch")
 
 def token_set_of(source: Source, request: VerifyOptions) -> TokenSet:
     """Return the tokens that a request asks to read."""
-    a, folder = source.architecture, source.location.folder
+    a = source.architecture
     if request.tokens:
         return read_tokens(request.tokens, a, request.sequences, request.frames)
     if request.audio:
@@ -48,7 +48,7 @@ def token_set_of(source: Source, request: VerifyOptions) -> TokenSet:
         return read_audio(request.audio, source, request.frames)
     voices = [voice.name for voice in source.voices]
     chosen = [voices[index] for index in evenly_spaced(len(voices), request.sequences or DEFAULT_SEQUENCES)]
-    text = prompt_tokens(folder / TOKENIZER, a, PROMPT)
+    text = prompt_tokens(source.location.tokenizer, a, PROMPT)
     return from_system_prompt(a, source.voices, chosen, text, request.frames or DEFAULT_FRAMES, PROMPT)
 
 
@@ -163,7 +163,7 @@ def _roll(
     quiet: bool,
 ) -> Rollout:
     a = source.architecture
-    text = prompt_tokens(source.location.folder / TOKENIZER, a, PROMPT)
+    text = prompt_tokens(source.location.tokenizer, a, PROMPT)
     played = rollout.script(source, token_set, text, request.rollout)
     total = 2 * (len(text) + 2 * PAUSE + request.rollout)
     with bar("speaking", total, "frame", quiet) as progress:
@@ -193,16 +193,16 @@ def _verdict(
 
 def _check_origin(source: Source, manifest: Manifest, quiet: bool) -> None:
     """Raise UserError if a bundle was made from other weights than the source's."""
-    recorded = manifest.source.files.get(WEIGHTS)
-    path = source.location.folder / WEIGHTS
-    with byte_bar("hashing source", path.stat().st_size, quiet) as progress:
-        actual = hash_file(path, progress).sha256
-    if recorded is None or actual != recorded.sha256:
-        raise UserError(
-            f"{source.location.identity}: its {WEIGHTS} is not the one that the bundle was made from "
-            f"({manifest.source.id})",
-            Hint.OTHER_REFERENCE,
-        )
+    with byte_bar("hashing source", source.checkpoint.file.nbytes, quiet) as progress:
+        for name in source.location.files.weights:
+            recorded = manifest.source.files.get(name)
+            actual = hash_file(source.location.folder / name, progress).sha256
+            if recorded is None or actual != recorded.sha256:
+                raise UserError(
+                    f"{source.location.identity}: its {name} is not the one that the bundle was made from "
+                    f"({manifest.source.id})",
+                    Hint.OTHER_REFERENCE,
+                )
 
 
 def _identity(folder: Path, manifest: Manifest, total: int) -> BundleIdentity:

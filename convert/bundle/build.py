@@ -148,7 +148,8 @@ def _make_files(
                 voice = voices[file.voice]
                 sha256, voice_records = write_voice(temporary, file, voice, specs_of(plan, file), bar)
             elif file.copy:
-                sha256 = write_copy(temporary, source.location.folder / file.copy, fingerprints[file.copy].sha256, bar)
+                (name,) = source.location.files.by_kind()[file.copy]
+                sha256 = write_copy(temporary, source.location.folder / name, fingerprints[name].sha256, bar)
             else:
                 sha256 = write_text(temporary, file.text, bar)
             workspace.rename(file.name)

@@ -12,6 +12,7 @@ from .manifest import Manifest
 from .output_tensor import Output
 from .plan import Plan
 from .ranges import format_ranges, ranges_of
+from .targets import TARGETS
 
 _LISTED = 3  # names of what is dropped for one reason
 
@@ -112,6 +113,8 @@ def text(plan: Plan, workers: int) -> str:
         counts = f"{group.tensors:>7}  {group.parameters:>12,}  {size(group.nbytes):>9}"
         lines.append(f"{counts}  {f'{group.component} {group.module}':<32}  {group.action:<16}  {where}".rstrip())
     voices = [file for file in plan.files if file.voice]
+    if not plan.inventory.voices:
+        lines.append(f"no voices, as the source has none: {plan.target.without_voices}")
     if voices:
         lines.append(f"voices/ ({size(sum(file.nbytes for file in voices))}): {len(voices)} presets")
     lines += [
@@ -162,5 +165,8 @@ def finished(folder: Path, manifest: Manifest, written: int) -> str:
         lines.append(f"{adapter.id} was merged into {len(adapter.merged)} tensors")
     lines += [f"{name}: copied from {origin}" for name, origin in manifest.source.copied_steps.items()]
     verb = "read back and checked" if written else "checked again"
-    lines.append(f"every file was {verb}; {len(manifest.voices)} voices; see manifest.json")
+    voices = f"{len(manifest.voices) or 'no'} voice{'' if len(manifest.voices) == 1 else 's'}"
+    if not manifest.voices and (target := TARGETS.get(manifest.target)):
+        lines.append(f"the source has no voices: {target.without_voices}")
+    lines.append(f"every file was {verb}; {voices}; see manifest.json")
     return "\n".join(lines)

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 from .. import typed_json
 from ..errors import UserError
-from ..file_names import CODEC, CONFIG, FILES, MANIFEST, VOICES, WEIGHTS
+from ..file_names import CODEC, CONFIG, MANIFEST, VOICES
 from ..source.architecture import from_config, read_config
 from ..source.source import is_hub_id, locate, locate_here
-from ..source.tensors import roles
+from ..source.source_files import files_in, missing_files
+from ..source.tensors import roles, stored_as
 from ..source.voices import read_voices
 from ..tensorfile import DTYPES, TensorFile
 from ..typed_json import Key
@@ -108,21 +109,30 @@ def read_contents(folder: Path) -> Contents:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: not a folder: give one that holds a source or a bundle")
-    manifest = read_manifest(folder)
-    if manifest is None and not ((folder / WEIGHTS).is_file() and (folder / CONFIG).is_file()):
-        raise UserError(f"{folder}: neither a bundle (no {MANIFEST}) nor a source (no {WEIGHTS} and {CONFIG})")
-    files = files_of(folder)
+    manifest, files = read_manifest(folder), files_of(folder)
     if manifest is not None:
         missing = [name for name in manifest.files if name not in files]
         known = _known(manifest)
         tensors = [one for name in files if name.endswith(".safetensors") for one in _tensors_of(folder, name, known)]
         return Contents(folder, "bundle", tensors, files, missing, list(manifest.voices), manifest)
-    architecture = from_config(read_config(folder / CONFIG))
-    parts = {(WEIGHTS, name): (role.component, None) for name, role in roles(architecture).items()}
-    tensors = [one for name in (WEIGHTS, CODEC) if name in files for one in _tensors_of(folder, name, parts)]
-    voices = [voice.name for voice in read_voices(folder / VOICES, architecture)[0]] if VOICES in files else []
-    missing = [name for name in FILES if name not in files]
-    return Contents(folder, "source", tensors, files, missing, voices, None)
+    names = files_in(folder)
+    if not any(name in files for name in names.weights):
+        raise UserError(f"{folder}: neither a bundle (no {MANIFEST}) nor a source (no {' or '.join(names.weights)})")
+    architecture = from_config(read_config(folder / CONFIG) if names.config else {})
+    stored = {name: role for role in roles(architecture).values() for way in stored_as(role) for name in way}
+    parts = {(file, name): (role.component, None) for file in names.weights for name, role in stored.items()}
+    parts |= {(names.codec, name): ("codec", None) for name in _names_in(folder / names.codec)}
+    kept = (*names.weights, names.codec)
+    tensors = [one for name in kept if name in files for one in _tensors_of(folder, name, parts)]
+    voices = [voice.name for voice in read_voices(folder / VOICES, architecture)[0]] if names.voices else []
+    return Contents(folder, "source", tensors, files, missing_files(folder, names), voices, None)
+
+
+def _names_in(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    with closing(TensorFile(path)) as file:
+        return [*file.specs]
 
 
 def inspect(source: str | Path, *, quiet: bool = True) -> Contents:
@@ -190,7 +200,8 @@ def text(contents: Contents, every_tensor: bool = False) -> str:
         bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}"
         counts = f"{row.tensors:>8}{row.parameters:>16,}{size(row.nbytes):>11}{bits:>13}"
         lines.append(f"{row.component:<12}{counts}  {', '.join(row.dtypes)}")
-    lines += ["", f"{len(contents.voices)} voices: {', '.join(contents.voices)}"]
+    named = f"{len(contents.voices)} voice{'' if len(contents.voices) == 1 else 's'}: {', '.join(contents.voices)}"
+    lines += ["", named if contents.voices else "no voices"]
     if every_tensor:
         lines.append("")
         lines += [

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import Problem, UserError, refuse
 from ..file_names import CODEC, CONFIG, INDEX, TOKENIZER, VOICES, WEIGHTS
+from ..hints import Hint
 from ..parallel import AHEAD
 from ..source import demo
 from ..source.architecture import Architecture
@@ -30,7 +31,8 @@ _MANIFEST_BYTES = 1 << 20
 class Inventory:
     """What a plan needs to know of a source.
 
-    identity: its Hub id or folder name. sizes: bytes of its files. voices: name -> (frames, token slots).
+    identity: its Hub id or folder name. sizes: bytes of its files, under the names that PersonaPlex's have, those of
+    shards together; what it lacks is left out. voices: name -> (frames, token slots).
     others: members of its archive of voices that are no voices. filled: tensors copied from other depformer steps.
     """
 
@@ -113,15 +115,20 @@ def make_plan(inventory: Inventory, recipe: Recipe) -> Plan:
         replace(output, dtype=dtype, quantization=recipe.quantization(output.role, output.step))
         for output in target.layout(inventory.architecture)
     ]
-    refuse(target.problems(inventory.architecture, outputs) + _problems(recipe, outputs))
+    of_target = target.problems(inventory.architecture, outputs)
+    if unused:  # the recipe asks for fewer steps than the source has: filling them is no way out
+        of_target = [replace(p, hint="") if p.hint is Hint.FILL_DEPFORMER_STEPS else p for p in of_target]
+    refuse(of_target + _problems(recipe, outputs))
     files = [_tensors(name, group) for name, group in target.split(outputs).items()]
     if target.indexed:
         files.append(_index(files))
     dropped = unused | dict.fromkeys(inventory.others, "not a voice")
     if target.voice_cache:
         files += [_voice(name, inventory, dtype, target) for name in sorted(inventory.voices)]
+    if target.voice_cache and VOICES in inventory.sizes:
         dropped[VOICES] = "its voices stand in voices/"
-    files += [PlannedFile(name, inventory.sizes[source], copy=source) for source, name in target.copies.items()]
+    copies = target.copies_of(VOICES in inventory.sizes)
+    files += [PlannedFile(name, inventory.sizes[source], copy=source) for source, name in copies.items()]
     config = target.config(inventory.architecture, outputs, inventory.identity, sorted(inventory.voices))
     files.append(_text("config.json", config))
     plan = Plan(inventory, recipe, target, tuple(files), dropped)

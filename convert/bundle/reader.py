@@ -115,7 +115,9 @@ class Bundle:
         return [file.read(spec.name, first, last) for spec in output.specs()]
 
     def voices(self) -> list[Voice]:
-        """Read the bundle's voices; raises UserError with what is wrong with them."""
+        """Read the bundle's voices, none where its source has none; raises UserError with what is wrong with them."""
+        if not self.manifest.voices and VOICES not in self.manifest.files:
+            return []
         if self.layout.target.voice_cache is None:
             return read_voices(self.folder / VOICES, self.architecture)[0]  # which refuses an archive that lacks some
         files = sorted(name for name in self.manifest.files if name.startswith("voices/"))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import Problem
+from ..hints import Hint
 from ..source.architecture import SAMPLING, Architecture
 from ..source.tensors import Role, roles
 from .output_tensor import Output, whole
@@ -37,12 +38,13 @@ def split(outputs: Sequence[Output]) -> dict[str, list[Output]]:
 
 def problems(architecture: Architecture, outputs: Sequence[Output]) -> list[Problem]:
     """Return what of a quantization the Swift loader cannot load."""
-    messages = []
+    messages, too_few = [], []
     if architecture.steps < architecture.n_q:
-        messages.append(
+        message = (
             f"speech-swift loads a depformer of {architecture.n_q} steps, not {architecture.steps}: "
             "the targets moshi-mlx and mlx load fewer"
         )
+        too_few = [Problem("", message, Hint.FILL_DEPFORMER_STEPS)]
     linears = [output for output in outputs if output.role.kind == "linear"]
     settings = sorted({(o.quantization.bits, o.quantization.group_size) for o in outputs if o.quantization})
     if len(settings) > 1:
@@ -64,7 +66,7 @@ def problems(architecture: Architecture, outputs: Sequence[Output]) -> list[Prob
             )
     if quantized["depformer"] and not quantized["temporal"]:
         messages.append("speech-swift loads a quantized depformer only beside a quantized temporal: quantize both")
-    return [Problem("", message) for message in messages]
+    return too_few + [Problem("", message) for message in messages]
 
 
 def config(architecture: Architecture, outputs: Sequence[Output], base_model: str, voices: list[str]) -> dict[str, Any]:

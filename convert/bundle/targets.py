@@ -19,6 +19,7 @@ class Target:
     file -> its name in the bundle. voice_cache: dtype of a voice's tokens in ``voices/NAME.safetensors``, None where
     the archive is copied instead. indexed: whether model.safetensors.index.json belongs to it.
     mixes: whether any module may have any setting. problems: what of an architecture and a quantization it cannot load.
+    without_voices: what it does with a bundle that has none.
     """
 
     name: str
@@ -33,6 +34,11 @@ class Target:
     split: Callable[[Sequence[Output]], dict[str, list[Output]]]
     problems: Callable[[Architecture, Sequence[Output]], list[Problem]]
     config: Callable[[Architecture, Sequence[Output], str, list[str]], dict[str, Any]]
+    without_voices: str
+
+    def copies_of(self, with_voices: bool) -> dict[str, str]:
+        """Return ``copies`` of a source that has an archive of voices, or none."""
+        return {source: name for source, name in self.copies.items() if with_voices or source != VOICES}
 
 
 def _anything(architecture: Architecture, outputs: Sequence[Output]) -> list[Problem]:
@@ -56,6 +62,7 @@ TARGETS = {
             split=speech_swift.split,
             problems=speech_swift.problems,
             config=speech_swift.config,
+            without_voices="the library then speaks in whatever voice the model samples",
         ),
         Target(
             name="moshi-mlx",
@@ -70,6 +77,7 @@ TARGETS = {
             split=moshi_mlx.runtime_split,
             problems=moshi_mlx.runtime_problems,
             config=moshi_mlx.runtime_config,
+            without_voices="moshi_mlx needs none, personaplex-mlx does",
         ),
         Target(
             name="mlx",
@@ -84,6 +92,7 @@ TARGETS = {
             split=moshi_mlx.sharded_split,
             problems=_anything,
             config=moshi_mlx.sharded_config,
+            without_voices="ppx-speak needs none",
         ),
     )
 }

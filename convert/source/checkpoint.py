@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Problem, UserError, refuse
+from ..file_names import CONFIG
 from ..hints import Hint
-from ..tensorfile import DTYPES, FLOATS, Spec, TensorFile
+from ..tensorfile import DTYPES, FLOATS, Spec
 from .architecture import PERSONAPLEX_STEPS, Architecture
-from .tensors import Role, roles
+from .shards import Weights, open_weights
+from .tensors import Role, roles, stored_as
 
 MOSHI_STEPS = 8
 ZEROS = "zeros"
@@ -21,7 +23,7 @@ ZEROS = "zeros"
 
 @dataclass(frozen=True)
 class TensorRows:
-    """Rows 0 to ``rows`` of a tensor in the file, or rows of zeros where ``tensor`` is ZEROS."""
+    """Rows 0 to ``rows`` of a tensor in the files, or rows of zeros where ``tensor`` is ZEROS."""
 
     tensor: str
     rows: int
@@ -29,7 +31,7 @@ class TensorRows:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the checkpoint: its role, its dtype, and the parts of the file that make up its rows."""
+    """A tensor of the checkpoint: its role, its dtype, and the stored tensors that make up its rows."""
 
     role: Role
     spec: Spec
@@ -41,18 +43,19 @@ class Checkpoint:
     """An open checkpoint, a context manager; every tensor of its architecture is there and has the right shape.
 
     Closing it also closes the file of its adapter, and what was derived from it (``trimmed``, ``with_adapter``).
+    file: one safetensors file, or shards that are read as one.
     filled: what was copied from other steps, by name of the tensor that was incomplete or missing.
     merge: (name, first row, rows) -> the rows with an adapter merged, in float32, for the tensors in ``merged``; it
     reads ``merge_file``.
     """
 
-    file: TensorFile
+    file: Weights
     architecture: Architecture
     tensors: dict[str, Tensor]
     copied_steps: dict[str, str]
     merge: Callable[[str, int, NDArray[Any]], NDArray[Any]] | None = None
     merged: frozenset[str] = frozenset()
-    merge_file: TensorFile | None = None
+    merge_file: Weights | None = None
 
     def close(self) -> None:
         """Close its files."""
@@ -62,7 +65,7 @@ class Checkpoint:
 
     def changed(self) -> list[Path]:
         """Return those of its files that are not what they were when they were opened."""
-        return [file.path for file in (self.file, self.merge_file) if file and not file.is_unchanged()]
+        return [path for file in (self.file, self.merge_file) if file for path in file.changed()]
 
     def __enter__(self) -> Self:
         return self
@@ -71,7 +74,7 @@ class Checkpoint:
         self.close()
 
     def with_adapter(
-        self, merge: Callable[[str, int, NDArray[Any]], NDArray[Any]], merged: Iterable[str], file: TensorFile
+        self, merge: Callable[[str, int, NDArray[Any]], NDArray[Any]], merged: Iterable[str], file: Weights
     ) -> "Checkpoint":
         """Return the checkpoint that reads as if an adapter had been merged into some of its tensors."""
         names = frozenset(merged)
@@ -113,21 +116,32 @@ class Checkpoint:
         return np.square(self.read(norm, 0, 1).astype(np.float64).reshape(-1)) if norm else None
 
 
-def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path,
+    architecture: Architecture,
+    fill_depformer_steps: bool = False,
+    index: str | None = None,
+    steps_stated: bool = True,
+) -> Checkpoint:
     """Open a checkpoint, to be closed, and compare every name, dtype and shape with its architecture.
 
-    Raises UserError that lists all unknown, missing and wrong tensors at once; and for a checkpoint of 8 depformer
-    steps (base Moshi), unless ``fill_depformer_steps`` asks to copy steps 0-7 to 8-15 as the reference's loader does.
+    index: the name of the index beside ``path`` where the weights are in shards. fill_depformer_steps: copy steps 0-7
+    of a base Moshi, which has 8, to 8-15 as the reference's loader does. steps_stated: whether config.json gives the
+    number of steps; where it does not, 8 are taken as they are. Raises UserError that lists all unknown, missing and
+    wrong tensors at once; and for a checkpoint of 8 steps where more are stated.
     """
-    file = TensorFile(path)
+    file = open_weights(path.parent, (path.name,), index)
     try:
         steps = sum(re.fullmatch(r"depformer_in\.\d+\.weight", name) is not None for name in file.specs)
-        if steps != MOSHI_STEPS:
+        if steps == MOSHI_STEPS and not steps_stated:
+            architecture = replace(architecture, steps=steps)
+        if steps != MOSHI_STEPS or (steps == architecture.steps and not fill_depformer_steps):
             tensors = _claim(file, roles(architecture))
             return Checkpoint(file, architecture, tensors, {})
         if not fill_depformer_steps:
             raise UserError(
-                f"{path}: has {MOSHI_STEPS} depformer steps, as base Moshi does; PersonaPlex has {PERSONAPLEX_STEPS}",
+                f"{file.path}: has {MOSHI_STEPS} depformer steps, as base Moshi does; {CONFIG} says "
+                f"{architecture.steps} (dep_q)",
                 Hint.FILL_DEPFORMER_STEPS,
             )
         few = _claim(file, roles(replace(architecture, steps=MOSHI_STEPS)))
@@ -138,28 +152,39 @@ def open_checkpoint(path: Path, architecture: Architecture, fill_depformer_steps
         raise
 
 
-def _claim(file: TensorFile, expected: dict[str, Role]) -> dict[str, Tensor]:
+def _claim(file: Weights, expected: dict[str, Role]) -> dict[str, Tensor]:
     """Give every tensor of the file its one role; raises UserError with all that do not fit."""
-    problems = [Problem(name, "missing") for name in expected if name not in file.offsets]
-    problems += [Problem(name, "stands there twice") for name in file.doubled]
+    problems = [Problem(name, "stands there twice") for name in file.doubled]
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}  # of what is stored, by name
+    for name, role in expected.items():
+        ways = stored_as(role)
+        present = [way for way in ways if any(part in file.offsets for part in way)]
+        if len(present) > 1:
+            problems.append(Problem(name, f"is there twice, also as {present[1][0]}", "delete one of them"))
+        way = next(iter(present), ways[0])
+        shapes |= {part: (role.shape[0] // len(each), *role.shape[1:]) for each in (present or [way]) for part in each}
+        dtypes = {file.specs[part].dtype for part in way if part in file.specs}
+        if len(dtypes) > 1:
+            problems.append(Problem(name, f"its parts are {' and '.join(sorted(dtypes))}: one dtype is needed"))
+        parts = tuple(TensorRows(part, Spec(part, "", shapes[part]).rows) for part in way)
+        tensors[name] = Tensor(role, Spec(name, min(dtypes, default=""), role.shape), parts)
+    problems += [Problem(part, "missing") for part in shapes if part not in file.offsets]
     for name in file.offsets:
         dtype = file.unknown.get(name) or file.specs[name].dtype
-        if name not in expected:
+        if name not in shapes:
             problems.append(Problem(name, "unknown, no part of this architecture claims it"))
         elif dtype not in FLOATS:
             problems.append(Problem(name, f"dtype {dtype}, where one of {', '.join(FLOATS)} is needed"))
-        elif file.specs[name].shape != expected[name].shape:
-            shapes = [list(shape) for shape in (file.specs[name].shape, expected[name].shape)]
-            problems.append(Problem(name, f"shape {shapes[0]}, where config.json makes it {shapes[1]}"))
+        elif file.specs[name].shape != shapes[name]:
+            both = [list(shape) for shape in (file.specs[name].shape, shapes[name])]
+            problems.append(Problem(name, f"shape {both[0]}, where config.json makes it {both[1]}"))
     if problems:
         message = f"{len(problems)} tensors do not fit the architecture"
         why = "(config.json's, or PersonaPlex-7B's where it gives no dim)"
         problems.insert(0, Problem(str(file.path), f"{message} {why}"))
     refuse(problems)
-    return {
-        name: Tensor(role, file.specs[name], (TensorRows(name, file.specs[name].rows),))
-        for name, role in expected.items()
-    }
+    return tensors
 
 
 def _fill(few: dict[str, Tensor], expected: dict[str, Role]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from ..progress import byte_bar
 from .hub_client import TRIES, asked_wait, git_blob, is_transient, silent_client, translate_errors, with_retries
 
 _PATIENCE = 60.0  # seconds without a byte
+_LARGEST_NAMING = 16 << 20  # bytes of a config.json or an index
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # names a file in the cache
 
 
@@ -67,10 +68,29 @@ class DiskBudget:
     share: float
 
 
-def cached(repository: str, revision: str | None, files: Sequence[str]) -> tuple[Path, str] | None:
+@dataclass(frozen=True)
+class Choice:
+    """Files that others name.
+
+    naming: the small files that do, taken where the repository has them. choose: takes the folder that holds these, and
+    a function that tells whether the repository has a file of a name; it returns the files that are needed.
+    """
+
+    naming: tuple[str, ...]
+    choose: Callable[[Path, Callable[[str], bool]], Sequence[str]]
+
+    def of(self, folder: Path) -> Sequence[str]:
+        """Return the files that are needed, as far as a folder tells."""
+        return self.choose(folder, lambda name: (folder / name).is_file())
+
+
+def cached(
+    repository: str, revision: str | None, files: Sequence[str], choice: Choice | None = None
+) -> tuple[Path, str] | None:
     """Return folder and commit of files that the Hub's cache holds already, None if one is not there.
 
-    A revision other than a commit is looked up in the cache, not on the Hub: ask ``download`` for the newest.
+    choice: which other files must be there. A revision other than a commit is looked up in the cache, not on the Hub:
+    ask ``download`` for the newest.
     """
     try:
         folder = Path(
@@ -78,7 +98,8 @@ def cached(repository: str, revision: str | None, files: Sequence[str]) -> tuple
         )
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return (folder, folder.name) if all((folder / name).is_file() for name in files) else None
+    needed = [*files, *(choice.of(folder) if choice and folder.is_dir() else ())]
+    return (folder, folder.name) if needed and all((folder / name).is_file() for name in needed) else None
 
 
 def download(
@@ -88,10 +109,12 @@ def download(
     optional: Sequence[str] = (),
     room: DiskBudget | None = None,
     quiet: bool = False,
+    choice: Choice | None = None,
 ) -> tuple[Path, str]:
     """Download files of a model repository into the Hub's cache; return their folder and the commit.
 
-    optional: files that are taken where they are there. What is in the cache is not fetched again. Raises UserError,
+    optional: files that are taken where they are there. choice: files that are named by others, which are fetched
+    first. What is in the cache is not fetched again. Raises UserError,
     one line for what the user can do (accept a license, give a token, mend the id or the network, free some disk), and
     CheckFailed for a file whose hash is not the Hub's.
     """
@@ -100,28 +123,39 @@ def download(
         try:
             resolved = with_retries(lambda: api.resolve_revision(repository, revision=revision))
         except (RevisionResolutionError, RepositoryNotFoundError, HfHubHTTPError) as error:
-            if not isinstance(error, RevisionNotFoundError) and (local := cached(repository, revision, files)):
+            if not isinstance(error, RevisionNotFoundError) and (local := cached(repository, revision, files, choice)):
                 return local
             raise
         commit = resolved.resolved
-        if local := cached(repository, commit, [*files, *optional]):
+        if local := cached(repository, commit, [*files, *optional], choice):
             return local
         try:
-            remote = _listed(api, repository, commit, [*files, *optional])
+            listing = _listed(api, repository, commit)
         except (httpx2.TransportError, OfflineModeIsEnabled):
-            if local := cached(repository, commit, files):  # what is optional may be nowhere
+            if local := cached(repository, commit, files, choice):  # what is optional may be nowhere
                 return local
             raise
-        refuse([f"{repository}: has no {n}: is this the right repository?" for n in files if n not in remote])
         store = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
         folder = store / "snapshots" / commit
-        missing = [file for name, file in remote.items() if not (folder / name).is_file()]
-        _check_room(store, missing, room)
-        with byte_bar("downloading", sum(file.size for file in missing), quiet) as bar:
-            for file in missing:
-                bar.set_postfix_str(file.name, refresh=False)
-                _fetch(repository, commit, file, store, bar)
-        snapshot_download(repository, revision=resolved, allow_patterns=list(remote))  # names the blobs
+
+        def bring(names: Iterable[str], room: DiskBudget | None, quiet: bool) -> None:
+            remote = [_remote(repository, listing[name]) for name in dict.fromkeys(names) if name in listing]
+            missing = [file for file in remote if not (folder / file.name).is_file()]
+            _check_room(store, missing, room)
+            with byte_bar("downloading", sum(file.size for file in missing), quiet) as bar:
+                for file in missing:
+                    bar.set_postfix_str(file.name, refresh=False)
+                    _fetch(repository, commit, file, store, bar)
+            if remote:  # the client names the blobs
+                snapshot_download(repository, revision=resolved, allow_patterns=[file.name for file in remote])
+
+        if choice:
+            large = [n for n in choice.naming if n in listing and listing[n].size > _LARGEST_NAMING]
+            refuse([f"{repository}: its {name} has {listing[name].size} bytes: do not trust it" for name in large])
+            bring(choice.naming, None, True)
+            files = [*files, *choice.choose(folder, listing.__contains__)]
+        refuse([f"{repository}: has no {n}: is this the right repository?" for n in files if n not in listing])
+        bring([*files, *optional], room, quiet)
         if not cached(repository, commit, files):
             raise UserError(f"{repository}: its files came, and the cache does not show them: run the command again")
         return folder, commit
@@ -133,17 +167,19 @@ def hub_sha256(path: Path) -> str | None:
     return name if re.fullmatch("[0-9a-f]{64}", name) else None
 
 
-def _listed(api: HfApi, repository: str, commit: str, names: Sequence[str]) -> dict[str, Remote]:
-    """Return those files of a commit that are asked for; other names in the listing are skipped."""
-    found = {}
-    for entry in with_retries(lambda: list(api.list_repo_tree(repository, revision=commit))):
-        if isinstance(entry, RepoFile) and entry.path in names:
-            file = Remote(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id or "")
-            if not _HASH.fullmatch(file.hash):
-                named = f"{file.name} {file.hash[:40]!r}"
-                raise UserError(f"{repository}: the Hub names {named}, which is no hash: do not trust it")
-            found[entry.path] = file
-    return found
+def _listed(api: HfApi, repository: str, commit: str) -> dict[str, RepoFile]:
+    """Return what a commit has in its first folder, by name."""
+    entries = with_retries(lambda: list(api.list_repo_tree(repository, revision=commit)))
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _remote(repository: str, entry: RepoFile) -> Remote:
+    """Return a file that is asked for; raises UserError if its hash is none, which would name a file here."""
+    file = Remote(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id or "")
+    if not _HASH.fullmatch(file.hash):
+        named = f"{file.name} {file.hash[:40]!r}"
+        raise UserError(f"{repository}: the Hub names {named}, which is no hash: do not trust it")
+    return file
 
 
 def _check_room(store: Path, missing: Sequence[Remote], room: DiskBudget | None) -> None:

@@ -29,6 +29,21 @@ class Role:
     norm: str = ""
 
 
+def stored_as(role: Role) -> tuple[tuple[str, ...], ...]:
+    """Return the ways in which checkpoints name a tensor: each is one name, or one for each depformer step.
+
+    Newer code of moshi keeps attention's projections apart, as ``in_projs.N`` and ``out_projs.N``; the temporal
+    transformer has one of each.
+    """
+    module = role.module.removeprefix("self_attn.")
+    if module not in ("in_proj", "out_proj"):
+        return ((role.name,),)
+    stem = role.name.rpartition(f".{module}")[0]
+    apart = tuple(f"{stem}.{module}s.{step}.weight" for step in range(role.stacked))
+    joined = f"{stem}.{module}.weight"
+    return ((role.name,), apart) if joined == role.name else ((role.name,), (joined,), apart)
+
+
 def roles(architecture: Architecture) -> dict[str, Role]:
     """Return the role of every tensor that a checkpoint of this architecture holds, by name; no name comes twice."""
     a = architecture

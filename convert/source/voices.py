@@ -38,7 +38,8 @@ def read_voices(path: Path, architecture: Architecture) -> tuple[list[Voice], li
     """Read every preset of an archive into memory, sorted by name; nothing is unpacked on the disk.
 
     Returns the voices, and the names of files that are no voices. Raises UserError with all that is wrong: what
-    ``read_archive`` refuses, pickles that ask for code, wrong shapes, a missing preset.
+    ``read_archive`` refuses, pickles that ask for code, wrong shapes, an archive without voices, and one with some of
+    PersonaPlex's presets that lacks others (one with none of them has voices of its own, as many as there are).
     """
     files, others = read_archive(path, lambda name: name.suffix == ".pt" and _NAME.fullmatch(name.stem) is not None)
     voices, problems = [], []
@@ -50,9 +51,9 @@ def read_voices(path: Path, architecture: Architecture) -> tuple[list[Voice], li
     names = Counter(voice.name for voice in voices)
     problems += [Problem(str(path), f"the voice {name} is there twice") for name in sorted(names) if names[name] > 1]
     missing = [name for name in PRESETS if name not in names]
-    if missing and not problems:
+    if missing and not problems and (len(missing) < len(PRESETS) or not names):
         message = f"voices are missing: {', '.join(missing)}"
-        problems.append(Problem(str(path), message, "download the archive again"))
+        problems.append(Problem(str(path), message, "download the archive again, or move it away to do without voices"))
     refuse(problems)
     return sorted(voices, key=lambda voice: voice.name), others
 

@@ -37,5 +37,6 @@ HINTS = {
     Hint.SHORTEN_PROMPT: "shorten --prompt",
     Hint.TARGET_MLX: "use --target mlx",
     Hint.VERIFY_FIRST: "run ppx-verify with --reference SOURCE first",
+    Hint.WITHOUT_VOICE: "leave --voice out",
     Hint.WAIT_OR_OTHER_OUTPUT: "wait, or choose another --output",
 }

@@ -41,7 +41,7 @@ def speak(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="ANSWER", help="WAV file to write.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Use microphone and speaker instead, until Ctrl-C.")] = False,
-    voice: Annotated[str, typer.Option(help="One of the bundle's voices.")] = VOICE,
+    voice: Annotated[str | None, typer.Option(help=f"One of the bundle's voices.  [default: {VOICE}]")] = None,
     prompt: Annotated[str, typer.Option(help="Text prompt: its role.")] = PROMPT,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the top-1 token.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of sampling.")] = 0,
@@ -97,7 +97,13 @@ def speak(
             silent=as_json,
         )
     if as_json:
-        summary = {"output": str(output), "seconds": done.seconds, "text": done.text, "voice": voice, "seed": seed}
+        summary = {
+            "output": str(output),
+            "seconds": done.seconds,
+            "text": done.text,
+            "voice": done.voice or None,
+            "seed": seed,
+        }
         console.show(json.dumps(summary | {"took": round(done.took, 3)}, ensure_ascii=False))
     else:
         typer.echo()

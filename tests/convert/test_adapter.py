@@ -161,6 +161,103 @@ def test_the_manifest_and_the_card_name_it(program, pico, adapter, tmp_path):
     assert "--adapter lora.safetensors" in card
 
 
+def renamed(tensors: dict[str, torch.Tensor], layout: str) -> dict[str, torch.Tensor]:
+    """The same matrices as others store them."""
+    if layout == "peft":
+        return {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    if layout == "peft with the adapter's name":
+        return {f"base_model.model.{name.replace('.weight', '.default.weight')}": t for name, t in tensors.items()}
+    lower = {name.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): t for name, t in tensors.items()}
+    if layout == "lower case":
+        return lower
+    bare = {name.removesuffix(".weight"): tensor for name, tensor in lower.items()}
+    return bare if layout == "lower case, bare" else {name: t.T.contiguous() for name, t in bare.items()}
+
+
+SIDE = {  # every one stands for rank 4 and scaling 1.5
+    "adapter_config.json": {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "bias": "none", "rank_pattern": {}},
+    "lora_config.json": {"rank": 4, "alpha": 6.0},
+    "config.yaml": "lora:\n  enable: true\n  rank: 4\n  scaling: 1.5\n",
+    "params.json": {"batch_size": 16, "lora": {"enable": True, "rank": 4, "scaling": 1.5}},
+    "config.json": {"lora_rank": 4, "lora_alpha": 3, "use_rslora": True},
+}
+
+
+def write_side(folder: Path, name: str, content: object) -> None:
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "side"),
+    [
+        ("peft", "adapter_model.safetensors", "adapter_config.json"),
+        ("peft with the adapter's name", "adapter_model.safetensors", "adapter_config.json"),
+        ("lower case", "lora.safetensors", "lora_config.json"),
+        ("lower case, bare", "lora.safetensors", "config.yaml"),
+        ("lower case, bare", "lora.safetensors", "params.json"),
+        ("transposed", "adapters.safetensors", "config.json"),
+    ],
+)
+def test_other_layouts_are_the_same_adapter(layout, file, side, pico, adapter, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    save_file(renamed(matrices(pico), layout), folder / file)
+    write_side(folder, side, SIDE[side])
+    one, other = (open_adapter(str(path), architecture_of(pico), quiet=True) for path in (adapter, folder))
+    with one.file, other.file:
+        assert (other.rank, other.scaling) == (one.rank, one.scaling) == (RANK, SCALING)
+        assert other.pieces.keys() == one.pieces.keys()
+        for name in one.pieces:
+            role = roles(architecture_of(pico))[name]
+            rows = np.zeros((role.shape[0] - 3, role.shape[1]), np.float32)
+            added = one.merged(name, 3, rows)
+            assert added.any()
+            np.testing.assert_array_equal(other.merged(name, 3, rows), added)
+
+
+@pytest.mark.parametrize(
+    ("side", "content", "message"),
+    [
+        ("", "", "rank and scaling is not known: put a side file with rank and alpha beside it (config.json, adapter_"),
+        ("lora_config.json", {"rank": 4}, "a scaling is not known"),
+        ("lora_config.json", {"alpha": 4}, "gives alpha without a rank: add it as lora_rank"),
+        ("lora_config.json", {"rank": 8, "alpha": 8}, "where rank 8 makes it [8, "),
+        ("lora_config.json", {"rank": 4, "alpha": "inf"}, "alpha is 'inf': a number is needed"),
+        (
+            "lora_config.json",
+            {"rank": 4, "alpha": 6, "scaling": 2},
+            "gives the scaling 2, and alpha and rank make it 1.5",
+        ),
+        ("adapter_config.json", {"r": True, "lora_alpha": 4}, "r is True: a whole number above 0 is needed"),
+        ("adapter_config.json", {"r": 4, "lora_alpha": 6, "use_dora": True}, "use_dora is True, and such an adapter"),
+        ("adapter_config.json", {"r": 4, "lora_alpha": 6, "alpha_pattern": {"linears": 1}}, "alpha_pattern is {'lin"),
+        ("config.yaml", "lora: !!python/object/apply:os.system ['true']", "not an adapter's configuration"),
+        ("config.yaml", "- 1", "not an adapter's configuration (holds a list)"),
+        ("config.yaml", "lora: {rank: 4, alpha: .nan}", "alpha is nan: a number is needed"),
+    ],
+)
+def test_side_files_are_not_trusted(side, content, message, pico, tmp_path):
+    save_file(renamed(matrices(pico), "lower case"), tmp_path / "lora.safetensors")
+    if side:
+        write_side(tmp_path, side, content)
+    with pytest.raises(UserError) as caught:
+        open_adapter(str(tmp_path), architecture_of(pico), quiet=True)
+    assert message in str(caught.value)
+
+
+def test_a_peft_adapter_from_the_hub_is_merged(program, pico, tmp_path):
+    save_file(renamed(matrices(pico), "peft"), tmp_path / "adapter_model.safetensors")
+    data = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with running() as hub:
+        side = json.dumps(SIDE["adapter_config.json"]).encode()
+        hub.repositories["me/peft"] = Repository({"adapter_model.safetensors": data, "adapter_config.json": side})
+        where = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        program("ppx-convert", pico, "--adapter", "me/peft", "-o", "out", cwd=tmp_path, environment=where)
+    record = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["adapter"]
+    assert (record["rank"], record["scaling"], record["sha256"]) == (4, 1.5, sha256(data))
+    assert len(record["merged"]) == 10
+
+
 def test_without_a_configuration_rank_and_scaling_are_those_of_moshi_finetune(program, pico, tmp_path):
     bare = write(tmp_path / "bare", matrices(pico, 128), None)
     program("ppx-convert", pico, "--adapter", bare, "-o", "out", cwd=tmp_path)

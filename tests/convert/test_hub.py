@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from hub_server import Repository, Server, running, sha256
 from ppx.convert.file_names import FILES
+from sources import base_moshi, rename, shard
 
 REPOSITORY = "someone/personaplex-tune"
 
@@ -153,8 +157,109 @@ def test_what_is_not_there(options, message, convert):
 
 def test_a_repository_of_another_kind(convert, hub):
     repository = hub.repositories[REPOSITORY]
-    repository.commit("main", {name: data for name, data in repository.at("main").items() if name != "voices.tgz"})
-    assert "has no voices.tgz" in convert(REPOSITORY, status=2).stderr
+    whole = repository.at("main")
+    for lacking in ("model.safetensors", "tokenizer_spm_32k_3.model"):
+        repository.commit("main", {name: data for name, data in whole.items() if name != lacking})
+        done = convert(REPOSITORY, status=2)
+        assert f"has no {lacking}: is this the right repository?" in done.stderr
+        assert not fetched(hub).get("tokenizer-e351c8d8-checkpoint125.safetensors")
+
+
+def test_a_sharded_source_without_voices_is_downloaded_whole_and_from_the_cache(convert, hub, tmp_path):
+    """As base Moshi's repositories, with shards: what config.json and the index name, and nothing else."""
+    folder = base_moshi(tmp_path / "made" / "moshi")
+    rename(folder, mimi_name="mimi.safetensors")
+    shards = sorted(set(shard(folder).values()))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    others = {"README.md": b"---\nlicense: cc-by-4.0\n---\n", "pytorch_model.bin": b"not asked for"}
+    hub.repositories["someone/moshi"] = Repository(files | others)
+    hub.faults = [(rf"GET .*/resolve/.*{shards[1]}", ("cut", 0.5))]  # gone on with
+    convert("someone/moshi", "--recipe", "moshi-q4", "-o", "out")
+    assert fetched(hub) == {name: len(data) for name, data in (files | others).items() if not name.endswith(".bin")}
+    source = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]
+    assert set(source["files"]) == set(files)
+    assert {name: source["files"][name]["sha256"] for name in shards} == {name: sha256(files[name]) for name in shards}
+    hub.log.clear()
+    convert("someone/moshi", "--recipe", "moshi-q4", "-o", "again", HF_HUB_OFFLINE="1")
+    done = convert("someone/moshi", "--recipe", "moshi-q4", "--dry-run")
+    assert "no voices, as the source has none" in done.stdout
+    assert "is not on this machine" not in done.stderr
+    assert fetched(hub) == {}
+
+
+def test_a_repository_lacks_a_shard_or_has_a_damaged_one(convert, hub, tmp_path):
+    folder = base_moshi(tmp_path / "made" / "moshi")
+    shards = sorted(set(shard(folder).values()))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.repositories["someone/less"] = Repository({name: data for name, data in files.items() if name != shards[2]})
+    done = convert("someone/less", "--recipe", "moshi-q4", status=2)
+    assert f"has no {shards[2]}: is this the right repository?" in done.stderr
+    assert shards[0] not in fetched(hub)
+    hub.repositories["someone/moshi"] = Repository(files)
+    convert("someone/moshi", "--recipe", "moshi-q4", "-o", "out")
+    blob = next((tmp_path / "hf").rglob(sha256(files[shards[1]])))
+    blob.write_bytes(files[shards[1]][:-1] + b"x")
+    done = convert("someone/moshi", "--recipe", "moshi-q4", "-o", "again", status=2)
+    assert "its sha256 is not the one that the Hub gave: damaged in the cache" in done.stderr
+
+
+def test_the_command_of_the_sources_page(hub, program, environment, tmp_path):
+    """And what the target cannot load is told before the weights are downloaded."""
+    page = (Path(__file__).parents[2] / "docs" / "sources.md").read_text()
+    (block,) = re.findall(r"```sh\n(.+?)\n```", page, re.DOTALL)
+    name, source, *options = shlex.split(block)
+    folder = base_moshi(tmp_path / "made" / "moshi")
+    hub.repositories[source] = Repository({path.name: path.read_bytes() for path in folder.iterdir()})
+    done = program(name, source, cwd=tmp_path, status=2, environment=environment)
+    assert "speech-swift loads a depformer of 16 steps, not 8" in done.stderr
+    assert "--fill-depformer-steps copies" in done.stderr
+    assert set(fetched(hub)) == {"config.json"}
+    program(name, source, *options, cwd=tmp_path, environment=environment)
+    manifest = json.loads((tmp_path / "moshiko-pytorch-bf16-moshi-mlx-moshi-q4" / "manifest.json").read_text())
+    assert (manifest["source"]["id"], manifest["voices"]) == ("kyutai/moshiko-pytorch-bf16", [])
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(-1, False), (0, True)])
+def test_the_disk_must_have_room_for_every_shard(spare, fits, hub, environment, tmp_path):
+    folder = base_moshi(tmp_path / "made" / "moshi")
+    shard(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.repositories["someone/moshi"] = Repository(files)
+    naming = ("config.json", "model.safetensors.index.json")  # fetched first: they name the others
+    total = sum(len(data) for name, data in files.items() if name not in naming)
+    code = (
+        "import collections, shutil, pathlib, ppx.convert.source.source as s\n"
+        "usage = collections.namedtuple('usage', 'total used free')\n"
+        f"shutil.disk_usage = lambda _: usage(0, 0, {total + total // 2 + spare})\n"
+        f"room = s.hub.DiskBudget(pathlib.Path({str(tmp_path / 'out')!r}), 0.5)\n"
+        "s.locate('someone/moshi', quiet=True, room=room)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+    assert (done.returncode == 0) is fits, done.stderr
+    assert set(fetched(hub)) == (set(files) if fits else set(naming))
+
+
+@pytest.mark.parametrize("name", ["../../evil.safetensors", "/tmp/evil.safetensors", "hf://a/b/c.safetensors"])
+def test_names_in_a_strangers_config_and_index_stay_inside(name, convert, hub, tmp_path):
+    folder = base_moshi(tmp_path / "made" / "moshi")
+    shard(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    index = json.dumps({"weight_map": {"out_norm.alpha": name}}).encode()
+    hub.repositories["someone/one"] = Repository(files | {"model.safetensors.index.json": index})
+    done = convert("someone/one", status=2)
+    assert "not the plain name of a safetensors file: do not trust this source" in done.stderr
+    config = json.loads(files["config.json"]) | {"mimi_name": name}
+    hub.repositories["someone/two"] = Repository(files | {"config.json": json.dumps(config).encode()})
+    done = convert("someone/two", status=2)
+    assert f"mimi_name is {name!r}" in done.stderr
+    assert not list(tmp_path.rglob("evil*"))
+
+
+def test_personaplex_itself_has_voices(convert, hub):
+    files = hub.repositories[REPOSITORY].at("main")
+    without = {name: data for name, data in files.items() if name != "voices.tgz"}
+    hub.repositories["nvidia/personaplex-7b-v1"] = Repository(without)
+    assert "has no voices.tgz" in convert("nvidia/personaplex-7b-v1", status=2).stderr
 
 
 def test_a_busy_or_broken_hub_is_waited_for(convert, hub):
