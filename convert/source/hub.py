@@ -88,10 +88,13 @@ def download(
     optional: Sequence[str] = (),
     room: DiskBudget | None = None,
     quiet: bool = False,
+    most: int | None = None,
+    absent: str = "is this the right repository?",
 ) -> tuple[Path, str]:
     """Download files of a model repository into the Hub's cache; return their folder and the commit.
 
-    optional: files that are taken where they are there. What is in the cache is not fetched again. Raises UserError,
+    optional: files that are taken where they are there. most: bytes that all of them may have together, None for any
+    number. absent: what to say of a file that is not there. What is in the cache is not fetched again. Raises UserError,
     one line for what the user can do (accept a license, give a token, mend the id or the network, free some disk), and
     CheckFailed for a file whose hash is not the Hub's.
     """
@@ -112,7 +115,10 @@ def download(
             if local := cached(repository, commit, files):  # what is optional may be nowhere
                 return local
             raise
-        refuse([f"{repository}: has no {n}: is this the right repository?" for n in files if n not in remote])
+        refuse([f"{repository}: has no {n}: {absent}" for n in files if n not in remote])
+        total = sum(file.size for file in remote.values())
+        if most is not None and total > most:
+            raise UserError(f"{repository}: its files have {total} bytes, and at most {most} are expected: do not trust it")
         store = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
         folder = store / "snapshots" / commit
         missing = [file for name, file in remote.items() if not (folder / name).is_file()]
@@ -136,7 +142,8 @@ def hub_sha256(path: Path) -> str | None:
 def _listed(api: HfApi, repository: str, commit: str, names: Sequence[str]) -> dict[str, Remote]:
     """Return those files of a commit that are asked for; other names in the listing are skipped."""
     found = {}
-    for entry in with_retries(lambda: list(api.list_repo_tree(repository, revision=commit))):
+    below = any("/" in name for name in names)
+    for entry in with_retries(lambda: list(api.list_repo_tree(repository, recursive=below, revision=commit))):
         if isinstance(entry, RepoFile) and entry.path in names:
             file = Remote(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id or "")
             if not _HASH.fullmatch(file.hash):
@@ -156,11 +163,12 @@ def _check_room(store: Path, missing: Sequence[Remote], room: DiskBudget | None)
         same = _existing(store).stat().st_dev == _existing(room.folder).stat().st_dev
         place = str(store) if same else str(room.folder)
         needed[place] = needed.get(place, 0) + int(room.share * size)
+    what = "download and bundle need" if room else "the download needs"
     for place, amount in needed.items():
         free = shutil.disk_usage(_existing(Path(place))).free
         if free < amount:
             raise UserError(
-                f"{place}: {free / 1e9:.2f} GB are free, and download and bundle need {amount / 1e9:.2f} GB there",
+                f"{place}: {free / 1e9:.2f} GB are free, and {what} {amount / 1e9:.2f} GB there",
                 Hint.FREE_DISK_OR_MOVE_CACHE,
             )
 

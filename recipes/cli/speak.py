@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from ...convert.bundle.destination import check_new_file
+from ...convert.bundle.location import locate_bundle
 from ...convert.errors import UserError
 from ...model.mlx_device import computing_on
 from ...model.prompt import PROMPT, VOICE
 from ...speak import answers
 from ...speak.sampling import GREEDY, sampling_in
 from ...speak.speaker import SpeakOptions
-from . import console, endings, options
+from . import bundle_argument, console, endings, options
 
 EXAMPLES = """\b
 Examples:
@@ -26,6 +27,8 @@ Examples:
       another voice, another role, another answer
   ppx-speak my-bundle --live
       talk to it through microphone and headphones
+  ppx-speak me/personaplex-4bit question.wav -o answer.wav
+      a bundle on the Hub, downloaded first
 """
 Setting = typer.Option(min=0, help="[default: the bundle's]")
 
@@ -35,7 +38,7 @@ app = console.application()
 @app.command(epilog=EXAMPLES)
 @partial(endings.reported, interrupted="interrupted: no answer was written")
 def speak(
-    bundle: options.Bundle,
+    where: bundle_argument.Bundle,
     question: Annotated[
         Path | None, typer.Argument(metavar="[QUESTION]", help="Recording to answer, of any sample rate.")
     ] = None,
@@ -49,6 +52,7 @@ def speak(
     audio_top_k: Annotated[int | None, Setting] = None,
     text_temperature: Annotated[float | None, Setting] = None,
     text_top_k: Annotated[int | None, Setting] = None,
+    revision: bundle_argument.Revision = None,
     codec: options.Codec = None,
     arithmetic: options.Arithmetic = None,
     device: options.Device = None,
@@ -76,6 +80,7 @@ def speak(
         raise UserError("--greedy takes the top-1 token: leave temperatures and top-k out")
     if output is not None:
         check_new_file(output, ".wav", force)
+    bundle = locate_bundle(where, revision, console.quiet(as_json))
     with computing_on(device and str(device)):
         sampling = replace(sampling_in(bundle), **settings)
         chosen = GREEDY if greedy else sampling
