@@ -24,7 +24,7 @@ _SHOWN = 3  # reasons that are printed; the report has them all
 
 
 def report_home(bundle: Path) -> Path:
-    """Return the folder in which a bundle's report is: the bundle, or ``USER--NAME`` here for one in the Hub's cache."""
+    """Return the folder for a bundle's report: its own, or ``USER--NAME`` here for one in the Hub's cache."""
     published = published_as(bundle)
     return Path(published[0].replace("/", "--")) if published else bundle
 

@@ -94,9 +94,9 @@ def download(
     """Download files of a model repository into the Hub's cache; return their folder and the commit.
 
     optional: files that are taken where they are there. most: bytes that all of them may have together, None for any
-    number. absent: what to say of a file that is not there. What is in the cache is not fetched again. Raises UserError,
-    one line for what the user can do (accept a license, give a token, mend the id or the network, free some disk), and
-    CheckFailed for a file whose hash is not the Hub's.
+    number. absent: what to say of a file that is not there. What is in the cache is not fetched again. Raises
+    UserError, one line for what the user can do (accept a license, give a token, mend the id or the network, free some
+    disk), and CheckFailed for a file whose hash is not the Hub's.
     """
     with silent_client(), translate_errors(repository, revision):
         api = HfApi()
@@ -118,7 +118,7 @@ def download(
         refuse([f"{repository}: has no {n}: {absent}" for n in files if n not in remote])
         total = sum(file.size for file in remote.values())
         if most is not None and total > most:
-            raise UserError(f"{repository}: its files have {total} bytes, and at most {most} are expected: do not trust it")
+            raise UserError(f"{repository}: its files have {total} bytes, at most {most} are expected: do not trust it")
         store = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
         folder = store / "snapshots" / commit
         missing = [file for name, file in remote.items() if not (folder / name).is_file()]
