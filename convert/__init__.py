@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .bundle.install import Installation as Installation
     from .bundle.install import Removal as Removal
     from .bundle.install import install as install
-    from .bundle.install import remove as remove
+    from .bundle.install import uninstall as uninstall
     from .bundle.location import locate_bundle as locate_bundle
     from .bundle.plan import Plan as Plan
     from .bundle.recipe import Recipe as Recipe
@@ -34,7 +34,7 @@ _MODULES = {
     "Installation": "bundle.install",
     "Removal": "bundle.install",
     "install": "bundle.install",
-    "remove": "bundle.install",
+    "uninstall": "bundle.install",
     "locate_bundle": "bundle.location",
     "Plan": "bundle.plan",
     "Recipe": "bundle.recipe",

@@ -101,7 +101,7 @@ def install(
     return Installation(source, manifest.target, name, folder, copy, sizes, replaces, same, usage)
 
 
-def remove(bundle: str | Path, identity: str | None = None, *, dry_run: bool = False, quiet: bool = True) -> Removal:
+def uninstall(bundle: str | Path, identity: str | None = None, *, dry_run: bool = False, quiet: bool = True) -> Removal:
     """Remove what ``install`` put there for a bundle, which itself may be gone; return what was removed and what stays.
 
     Raises UserError if nothing is installed under that name.

@@ -55,7 +55,7 @@ def install_bundle(
     if remove:
         if copy or revision:
             raise UserError("--remove takes away what is installed: leave --copy and --revision out")
-        _show_removal(install.remove(bundle, identity, dry_run=dry_run, quiet=quiet), dry_run, as_json)
+        _show_removal(install.uninstall(bundle, identity, dry_run=dry_run, quiet=quiet), dry_run, as_json)
         return
     done = install.install(bundle, identity, revision=revision, copy=copy, dry_run=dry_run, quiet=quiet)
     if as_json:
