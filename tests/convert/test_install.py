@@ -383,3 +383,22 @@ def test_a_bundle_for_mlx_is_run_by_ppx_speak(bundle, home):
     (usage,) = done.usage
     assert shlex.split(str(usage.line))[:2] == ["ppx-speak", str(done.bundle)]
     assert list(home.iterdir()) == []
+
+
+def test_commands_of_the_page_run(bundle, home, program, tmp_path):
+    """Those with a bundle in a folder, one after the other."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "install.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("ppx-install")]
+    assert len(commands) == 4
+    (tmp_path / "my-bundle").symlink_to(bundle("--recipe", "4bit"))
+    (tmp_path / "my-moshi-q4").symlink_to(bundle("--recipe", "moshi-q4"))
+    found = []
+    for command in commands:
+        name, *arguments = shlex.split(command)
+        found.append(program(name, *arguments, cwd=tmp_path, environment={"HOME": str(home)}).stdout)
+    assert "would be installed as me/personaplex-4bit" in found[0]
+    assert "is installed as me/personaplex-4bit" in found[1]
+    assert "26 files removed" in found[2]
+    assert "python -m personaplex_mlx.local -q 4" in found[3]
+    assert not list(home.rglob("*.safetensors"))
