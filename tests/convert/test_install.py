@@ -316,7 +316,7 @@ def test_a_disk_without_room_is_told_before_copying(mine, there, monkeypatch):
     assert list(there.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize
+@pytest.mark.parametrize("name", ["x", "../x", "a/../b", "a/b/c", "me/.hidden", "me/a--b", "-a/b", "a b/c", "/a/b"])
 def test_names_that_are_no_models(name, mine, home):
     with pytest.raises(UserError, match="not a name such as me/personaplex-4bit"):
         install(mine, name)
