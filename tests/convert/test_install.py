@@ -77,6 +77,7 @@ def test_the_cache_is_where_speech_swifts_environment_says(variable, mine, home,
     monkeypatch.setenv(variable, str(tmp_path / "elsewhere"))
     done = install(mine, ME)
     assert done.folder == tmp_path / "elsewhere" / "qwen3-speech" / "models" / "me" / "personaplex"
+    assert done.folder is not None
     assert (done.folder / "config.json").is_file()
     assert not (home / "Library").exists()
 
