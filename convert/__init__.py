@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from .bundle.build import Conversion as Conversion
     from .bundle.inspect import Contents as Contents
     from .bundle.inspect import inspect as inspect
+    from .bundle.install import Installation as Installation
+    from .bundle.install import Removal as Removal
+    from .bundle.install import install as install
+    from .bundle.install import uninstall as uninstall
+    from .bundle.location import locate_bundle as locate_bundle
     from .bundle.plan import Plan as Plan
     from .bundle.recipe import Recipe as Recipe
     from .bundle.recipe_choice import make_recipe as make_recipe
@@ -26,6 +31,11 @@ _MODULES = {
     "Conversion": "bundle.build",
     "Contents": "bundle.inspect",
     "inspect": "bundle.inspect",
+    "Installation": "bundle.install",
+    "Removal": "bundle.install",
+    "install": "bundle.install",
+    "uninstall": "bundle.install",
+    "locate_bundle": "bundle.location",
     "Plan": "bundle.plan",
     "Recipe": "bundle.recipe",
     "make_recipe": "bundle.recipe_choice",

@@ -37,6 +37,7 @@ PROGRAMS = {
     "ppx-calibrate": "ppx.recipes.cli.calibrate",
     "ppx-convert": "ppx.recipes.cli.convert",
     "ppx-inspect": "ppx.recipes.cli.inspect",
+    "ppx-install": "ppx.recipes.cli.install",
     "ppx-publish": "ppx.recipes.cli.publish",
     "ppx-speak": "ppx.recipes.cli.speak",
     "ppx-verify": "ppx.recipes.cli.verify",

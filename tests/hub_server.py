@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
                 return self.info(match[1], match[2] or "main")
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(refs/pr/\d+|[^/]+)/?", path):
-                return self.tree(match[1], match[2])
+                return self.tree(match[1], match[2], query.get("recursive", [""])[0].lower() == "true")
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/discussions", path):
                 found = self.server.repositories[match[1]].requests
                 return self.answer(200, {"discussions": found, "count": len(found), "start": 0})
@@ -267,11 +267,16 @@ class Handler(BaseHTTPRequestHandler):
         body = {"id": name, "sha": commit, "private": repository.private, "tags": []}
         return self.answer(200, body | {"siblings": [{"rfilename": file} for file in files]})
 
-    def tree(self, name: str, revision: str) -> None:
+    def tree(self, name: str, revision: str, recursive: bool) -> None:
         if self.refused(name, revision):
             return None
         body = list(self.server.extra)
-        for path, data in self.server.repositories[name].at(revision).items():
+        files = self.server.repositories[name].at(revision)
+        for folder in {path.partition("/")[0] for path in files if "/" in path}:
+            body.append({"type": "directory", "path": folder, "size": 0, "oid": git_hash(folder.encode())})
+        for path, data in files.items():
+            if "/" in path and not recursive:
+                continue
             entry: dict[str, object] = {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)}
             if len(data) >= LARGE:
                 entry["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from ..convert.bundle.location import published_as
 from ..convert.bundle.manifest import manifest_of, read_manifest
 from ..convert.bundle.workspace import write_durably
 from ..convert.errors import CheckFailed, UserError
@@ -22,9 +23,25 @@ from .records import Report, RoundTrip, Verdict
 _SHOWN = 3  # reasons that are printed; the report has them all
 
 
+def report_home(bundle: Path) -> Path:
+    """Return the folder for a bundle's report: its own, or ``USER--NAME`` here for one in the Hub's cache."""
+    published = published_as(bundle)
+    return Path(published[0].replace("/", "--")) if published else bundle
+
+
+def _reported(bundle: Path) -> Path:
+    """Return what has a bundle's report: a file beside it, where it lies in the Hub's cache, or the bundle itself."""
+    file = report_home(bundle) / reports.FOLDER / reports.JSON
+    return file if file.is_file() else bundle
+
+
 def _check_writable(bundle: Path) -> None:
-    if not os.access(bundle, os.W_OK) and bundle.is_dir():
-        raise UserError(f"{bundle}: not writable: the report goes into it, so copy the bundle to where you can write")
+    home = report_home(bundle)
+    if home != bundle and not home.exists():
+        home.mkdir()
+    if not os.access(home, os.W_OK) and home.is_dir():
+        why = "the report goes into it, so copy the bundle to where you can write"
+        raise UserError(f"{home}: not writable: {why if home == bundle else 'run it where you can write'}")
 
 
 def verify(
@@ -76,16 +93,16 @@ def _leave_report(
     )
 
     report = reports.finish(compare_with(source, bundle, options, command, quiet, same_source))
-    reports.write(report, bundle)
+    reports.write(report, report_home(bundle))
     return report
 
 
 def report_of(bundle: Path) -> Report | None:
     """Return the report that a bundle has, None if it has none, or one of other files."""
-    manifest = manifest_of(bundle)
-    if not (bundle / reports.FOLDER / reports.JSON).is_file():
+    manifest, where = manifest_of(bundle), _reported(bundle)
+    if where == bundle and not (bundle / reports.FOLDER / reports.JSON).is_file():
         return None
-    report = reports.read(bundle)
+    report = reports.read(where)
     return report if report.is_about(manifest) else None
 
 
@@ -117,14 +134,14 @@ def add_round_trip(
     from . import round_trip
 
     folder = Path(bundle)
-    before = report or reports.read(folder)
+    before = report or reports.read(_reported(folder))
     with computing_on(device):
         spoken = round_trip.run(folder, Path(question), SpeakOptions(codec=codec), recognizer or EMBEDDED, quiet)
     failures = [failure for failure in before.verdict.failures if failure.check != round_trip.CHECK]
     failures += round_trip.failures(spoken.answer, spoken.question.word_error_rate)
     verdict = Verdict(passed=not failures, failures=tuple(failures))
     finished = reports.finish(replace(before, round_trip=spoken, verdict=verdict))
-    reports.write(finished, folder)
+    reports.write(finished, report_home(folder))
     write_card(folder, finished)
     return finished
 
@@ -138,10 +155,13 @@ def as_json(report: Report) -> str:
 
 
 def write_card(bundle: str | Path, report: Report | None = None) -> None:
-    """Write a bundle's model card; report: None for the one that the bundle has, if any."""
+    """Write a bundle's model card; report: None for the one that the bundle has, if any.
+
+    A bundle in the Hub's cache keeps the card that was published with it.
+    """
     folder = Path(bundle)
     manifest = read_manifest(folder)
-    if manifest is not None:
+    if manifest is not None and not published_as(folder):
         with suppress(UserError):  # a report that cannot be read proves nothing
             report = report or report_of(folder)
         for name, content in card.files(manifest, report).items():
@@ -151,12 +171,13 @@ def write_card(bundle: str | Path, report: Report | None = None) -> None:
 def text(report: Report, bundle: Path) -> str:
     """Return what a verification prints for people."""
     verdict, tokens = headline.verdict(report).lower(), report.tokens
-    page = bundle / reports.FOLDER / reports.HTML
+    page, published = report_home(bundle) / reports.FOLDER / reports.HTML, published_as(bundle)
+    name = published[0] if published else bundle
     sequences = f"{tokens.sequences} sequence{'s' if tokens.sequences > 1 else ''}"
     if not report.predictions:
-        return f"{bundle} is {verdict}: nothing was computed, it could not be read\nreport: {page}"
+        return f"{name} is {verdict}: nothing was computed, it could not be read\nreport: {page}"
     lines = [headline.headline(report)]
-    lines.append(f"{bundle} is {verdict}: {sequences} of {tokens.frames} frames, {tokens.kind}")
+    lines.append(f"{name} is {verdict}: {sequences} of {tokens.frames} frames, {tokens.kind}")
     lines.append(f"{'':<41}{'bundle':>8}  {'plain':>8}  {'limit':>8}  {'noise floor':>11}")
     for row in reports.figures(report):
         bound = f"{row.sign} {reports.short(row.bound)}"

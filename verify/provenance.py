@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+from ..convert.bundle.location import published_as
 from ..convert.bundle.records import SourceRecord
 from ..convert.errors import UserError, printable
 from ..convert.hints import Hint
@@ -51,7 +52,9 @@ def check_adapter(opened: Source, made_from: SourceRecord) -> None:
 
 def command_of(bundle: Path, reference: str | None, adapter: str | None, options: VerifyOptions) -> str:
     """Return the command that runs a verification again; folders are named without what is above them."""
-    words = ["ppx-verify", bundle.resolve().name]
+    published = published_as(bundle)
+    words = ["ppx-verify", published[0] if published else bundle.resolve().name]
+    words += ["--revision", published[1]] if published else []
     if reference:
         words += ["--reference", reference if is_hub_id(reference) else Path(reference).name]
     if adapter:

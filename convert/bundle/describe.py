@@ -12,6 +12,7 @@ from .manifest import Manifest
 from .output_tensor import Output
 from .plan import Plan
 from .ranges import format_ranges, ranges_of
+from .run_memory import RunMemory, run_memory
 from .targets import TARGETS
 
 _LISTED = 3  # names of what is dropped for one reason
@@ -34,7 +35,11 @@ class OutputGroup:
 
 @dataclass(frozen=True)
 class PlanSummary:
-    """What a dry run shows. files: bytes by name. peak_memory_bytes: above Python and its imports."""
+    """What a dry run shows.
+
+    files: bytes by name. peak_memory_bytes: of the conversion, above Python and its imports. run_memory: of a
+    conversation with the bundle.
+    """
 
     source: str
     target: str
@@ -48,6 +53,7 @@ class PlanSummary:
     parameters: int
     bits_per_weight: float
     peak_memory_bytes: int
+    run_memory: RunMemory
     free_disk_bytes: int
 
 
@@ -91,6 +97,7 @@ def summary(plan: Plan, workers: int) -> PlanSummary:
         parameters=plan.parameters,
         bits_per_weight=round(plan.bits_per_weight, 4),
         peak_memory_bytes=plan.peak_memory(workers),
+        run_memory=run_memory(plan),
         free_disk_bytes=plan.free_disk,
     )
 
@@ -135,6 +142,9 @@ def text(plan: Plan, workers: int) -> str:
         f"{about.parameters:,} parameters",
         f"needs about {size(about.peak_memory_bytes)} of memory above Python and its imports, "
         f"and {size(about.free_disk_bytes)} of free disk",
+        f"a conversation takes about {size(about.run_memory.nbytes)} of memory: weights "
+        f"{size(about.run_memory.weights)}, KV cache of a whole context {size(about.run_memory.kv_cache)}, codec "
+        f"{size(about.run_memory.codec)}",
     ]
     return "\n".join(lines)
 

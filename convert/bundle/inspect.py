@@ -17,6 +17,7 @@ from ..source.voices import read_voices
 from ..tensorfile import DTYPES, TensorFile
 from ..typed_json import Key
 from .describe import size
+from .location import locate_bundle
 from .manifest import Manifest, files_of, read_manifest
 from .speech_swift import CODEC as SWIFT_CODEC
 
@@ -135,23 +136,27 @@ def _names_in(path: Path) -> list[str]:
         return [*file.specs]
 
 
-def inspect(source: str | Path, *, quiet: bool = True) -> Contents:
-    """Look at a source or bundle as ``read_contents`` does: a folder, a Hub id that was downloaded, or ``demo``.
+def inspect(source: str | Path, revision: str | None = None, *, quiet: bool = True) -> Contents:
+    """Look at a source or bundle as ``read_contents`` does: a folder, a Hub id, or ``demo``.
 
-    Raises UserError for what is neither, or not on this machine.
+    revision: of a Hub id. A bundle is downloaded from the Hub, a source is not. Raises UserError for what is neither,
+    or a source that is not on this machine.
     """
-    return read_contents(folder_of(source, quiet))
+    return read_contents(folder_of(source, revision, quiet))
 
 
-def folder_of(source: str | Path, quiet: bool = True) -> Path:
-    """Return the folder of a source or bundle; raises UserError for one that is not on this machine."""
-    if Path(source).is_dir():
-        return Path(source)
+def folder_of(source: str | Path, revision: str | None = None, quiet: bool = True) -> Path:
+    """Return the folder of a source or bundle, of a bundle on the Hub where it was downloaded to.
+
+    Raises UserError for what is neither, and for a source on the Hub that is not in its cache.
+    """
     where = str(source)
-    location = locate_here(where, quiet=quiet) if is_hub_id(where) else locate(where, quiet=quiet)
-    if location is None:
-        raise UserError(f"{where}: not a folder, and not in the Hub's cache: run `hf download {where}` first")
-    return location.folder
+    if is_hub_id(where):
+        location = locate_here(where, revision, quiet=quiet)
+        return location.folder if location else locate_bundle(where, revision, quiet)
+    if Path(source).is_dir() or revision is not None:
+        return locate_bundle(source, revision)
+    return locate(where, quiet=quiet).folder
 
 
 Known = Mapping[tuple[str, str], tuple[str, int | None]]  # file and tensor -> component, parameters if not its values

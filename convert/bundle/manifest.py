@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import Problem, UserError, reason
-from ..file_names import MANIFEST
+from ..file_names import CARD, MANIFEST, NOTICE
 from ..regular_files import read_json
 from ..source.architecture import Architecture, from_config, to_config
 from ..source.scan import Fingerprint
@@ -35,7 +35,7 @@ VERSION = 1
 TOOLKIT = "ppx-convert"
 _LIBRARIES = ("ml_dtypes", "mlx", "numba", "numpy", "safetensors", "torch")
 _NOT_OURS = f"not a manifest of {TOOLKIT}: move the folder away, and make the bundle again"
-_LARGEST = 64 << 20  # bytes; that of the 7B model has 300 thousand
+LARGEST = 64 << 20  # bytes; that of the 7B model has 300 thousand
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        data = read_json(path, _LARGEST)
+        data = read_json(path, LARGEST)
         if data["manifest_version"] != VERSION:
             shown = ascii(data["manifest_version"])[:40]
             raise UserError(f"{path}: version {shown}: this toolkit reads version {VERSION}")
@@ -236,7 +236,16 @@ def manifest_of(bundle: Path) -> Manifest:
 
 
 def _inside(folder: Path, name: str) -> bool:
-    return name.isprintable() and (folder / name).resolve().is_relative_to(folder.resolve())
+    if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
+        return False
+    path, home = (folder / name).resolve(), folder.resolve()
+    return path.is_relative_to(home) or _in_hub_cache(home, path)
+
+
+def _in_hub_cache(folder: Path, path: Path) -> bool:
+    """Tell whether a file is a blob of the repository whose snapshot a folder is: there the Hub's client links to."""
+    blobs = folder.parent.parent / "blobs"
+    return folder.parent.name == "snapshots" and not blobs.is_symlink() and path.parent == blobs
 
 
 def untracked_files(folder: Path, manifest: Manifest) -> list[str]:
@@ -245,7 +254,7 @@ def untracked_files(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _added(name: str) -> bool:
-    return name in (MANIFEST, "README.md", "NOTICE") or name.startswith("parity/")
+    return name in (MANIFEST, CARD, NOTICE) or name.startswith("parity/")
 
 
 def files_of(folder: Path) -> dict[str, int]:

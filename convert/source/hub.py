@@ -1,21 +1,13 @@
-"""Files from the Hugging Face Hub, through its own client: its cache, its tokens, its environment variables.
+"""Files from the Hugging Face Hub, through its own client: its cache, its tokens, its environment variables."""
 
-The client drops what a killed process had of a file. Here parts stay beside the cache's blobs, are gone on with, and
-become blobs when their hash is the Hub's.
-"""
-
-import hashlib
-import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx2
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -27,37 +19,15 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, hf_raise_for_status
-from tqdm import tqdm
 
-from ..errors import CheckFailed, UserError, refuse
+from ..errors import UserError, refuse
 from ..hints import Hint
 from ..progress import byte_bar
-from .hub_client import TRIES, asked_wait, git_blob, is_transient, silent_client, translate_errors, with_retries
+from .hub_client import silent_client, translate_errors, with_retries
+from .hub_file import Remote, fetch
 
-_PATIENCE = 60.0  # seconds without a byte
 _LARGEST_NAMING = 16 << 20  # bytes of a config.json or an index
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # names a file in the cache
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A file on the Hub. sha256: of large files; blob: git's hash of small ones."""
-
-    name: str
-    size: int
-    sha256: str | None
-    blob: str
-
-    @property
-    def hash(self) -> str:
-        """What its blob in the cache is called, by the client too."""
-        return self.sha256 or self.blob
-
-    @property
-    def part(self) -> str:
-        """What the begun blob is called."""
-        return f"{self.hash}.ppx.incomplete"
 
 
 @dataclass(frozen=True)
@@ -110,13 +80,16 @@ def download(
     room: DiskBudget | None = None,
     quiet: bool = False,
     choice: Choice | None = None,
+    most: int | None = None,
+    absent: str = "is this the right repository?",
 ) -> tuple[Path, str]:
     """Download files of a model repository into the Hub's cache; return their folder and the commit.
 
     optional: files that are taken where they are there. choice: files that are named by others, which are fetched
-    first. What is in the cache is not fetched again. Raises UserError,
-    one line for what the user can do (accept a license, give a token, mend the id or the network, free some disk), and
-    CheckFailed for a file whose hash is not the Hub's.
+    first. most: bytes that all of them may have together, None for any number. absent: what to say of a file that is
+    not there. What is in the cache is not fetched again. Raises UserError, one line for what the user can do (accept a
+    license, give a token, mend the id or the network, free some disk), and CheckFailed for a file whose hash is not the
+    Hub's.
     """
     with silent_client(), translate_errors(repository, revision):
         api = HfApi()
@@ -130,7 +103,7 @@ def download(
         if local := cached(repository, commit, [*files, *optional], choice):
             return local
         try:
-            listing = _listed(api, repository, commit)
+            listing = _listed(api, repository, commit, any("/" in name for name in (*files, *optional)))
         except (httpx2.TransportError, OfflineModeIsEnabled):
             if local := cached(repository, commit, files, choice):  # what is optional may be nowhere
                 return local
@@ -145,7 +118,7 @@ def download(
             with byte_bar("downloading", sum(file.size for file in missing), quiet) as bar:
                 for file in missing:
                     bar.set_postfix_str(file.name, refresh=False)
-                    _fetch(repository, commit, file, store, bar)
+                    fetch(repository, commit, file, store, bar)
             if remote:  # the client names the blobs
                 snapshot_download(repository, revision=resolved, allow_patterns=[file.name for file in remote])
 
@@ -154,7 +127,10 @@ def download(
             refuse([f"{repository}: its {name} has {listing[name].size} bytes: do not trust it" for name in large])
             bring(choice.naming, None, True)
             files = [*files, *choice.choose(folder, listing.__contains__)]
-        refuse([f"{repository}: has no {n}: is this the right repository?" for n in files if n not in listing])
+        refuse([f"{repository}: has no {n}: {absent}" for n in files if n not in listing])
+        total = sum(listing[name].size for name in {*files, *optional} if name in listing)
+        if most is not None and total > most:
+            raise UserError(f"{repository}: its files have {total} bytes, at most {most} are expected: do not trust it")
         bring([*files, *optional], room, quiet)
         if not cached(repository, commit, files):
             raise UserError(f"{repository}: its files came, and the cache does not show them: run the command again")
@@ -167,9 +143,9 @@ def hub_sha256(path: Path) -> str | None:
     return name if re.fullmatch("[0-9a-f]{64}", name) else None
 
 
-def _listed(api: HfApi, repository: str, commit: str) -> dict[str, RepoFile]:
-    """Return what a commit has in its first folder, by name."""
-    entries = with_retries(lambda: list(api.list_repo_tree(repository, revision=commit)))
+def _listed(api: HfApi, repository: str, commit: str, below: bool = False) -> dict[str, RepoFile]:
+    """Return the files of a commit by name: those in its first folder, or with ``below`` all of them."""
+    entries = with_retries(lambda: list(api.list_repo_tree(repository, recursive=below, revision=commit)))
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
@@ -192,11 +168,12 @@ def _check_room(store: Path, missing: Sequence[Remote], room: DiskBudget | None)
         same = _existing(store).stat().st_dev == _existing(room.folder).stat().st_dev
         place = str(store) if same else str(room.folder)
         needed[place] = needed.get(place, 0) + int(room.share * size)
+    what = "download and bundle need" if room else "the download needs"
     for place, amount in needed.items():
         free = shutil.disk_usage(_existing(Path(place))).free
         if free < amount:
             raise UserError(
-                f"{place}: {free / 1e9:.2f} GB are free, and download and bundle need {amount / 1e9:.2f} GB there",
+                f"{place}: {free / 1e9:.2f} GB are free, and {what} {amount / 1e9:.2f} GB there",
                 Hint.FREE_DISK_OR_MOVE_CACHE,
             )
 
@@ -204,82 +181,3 @@ def _check_room(store: Path, missing: Sequence[Remote], room: DiskBudget | None)
 def _existing(path: Path) -> Path:
     path = path.absolute()
     return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def _fetch(repository: str, commit: str, file: Remote, store: Path, bar: "tqdm[Any]") -> None:
-    """Make the cache's blob of one file, going on from the part of it that an earlier run left."""
-    url = hf_hub_url(repository, file.name, revision=commit)
-    blob = store / "blobs" / file.hash
-    part = blob.with_name(file.part)
-    lock = store.parent / ".locks" / store.name / f"{file.hash}.lock"
-    for folder in (blob.parent, lock.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
-        if not blob.exists():
-            _complete(url, part, file.size, bar)
-            _check(part, file)
-            part.rename(blob)
-        else:
-            bar.update(file.size)
-
-
-def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
-    """Append to a partial file what it lacks; resumes after a broken connection, and gives up after some in a row.
-
-    Bytes are written as they come: the client's own download loses up to 10 MB at every break.
-    """
-    part.touch()
-    if part.stat().st_size > size:
-        part.unlink()
-        part.touch()
-    bar.update(part.stat().st_size)
-    tries = TRIES
-    while (have := part.stat().st_size) < size:
-        wait = 1.0
-        try:
-            _append(url, part, size, bar)
-        except (httpx2.TransportError, HfHubHTTPError) as error:
-            if isinstance(error, HfHubHTTPError):
-                if not is_transient(error):
-                    raise
-                asked = asked_wait(error)
-                wait = wait if asked is None else asked
-            tries = TRIES if part.stat().st_size > have else tries - 1
-            if not tries:
-                raise
-            time.sleep(wait)
-
-
-def _append(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
-    """Fetch what a partial file lacks, once; an answer of another length is somebody else's, and not written."""
-    have = part.stat().st_size
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with get_session().stream("GET", url, headers=headers, timeout=_PATIENCE) as response:
-        hf_raise_for_status(response)
-        whole = response.status_code == 200  # also where a part was asked for: then all of it comes again
-        expected = str(size if whole else size - have)
-        if response.status_code not in (200, 206) or response.headers.get("Content-Length", expected) != expected:
-            raise httpx2.RemoteProtocolError(f"an answer of another length than the {expected} bytes of the file")
-        with part.open("wb" if whole else "ab", buffering=0) as target:
-            bar.update(-have if whole else 0)
-            for block in response.iter_bytes():
-                target.write(block)
-                if target.tell() > size:
-                    raise httpx2.RemoteProtocolError(f"more than the {size} bytes that were announced")
-                bar.update(len(block))
-            if target.tell() < size:
-                raise httpx2.RemoteProtocolError("it broke off")
-
-
-def _check(part: Path, file: Remote) -> None:
-    """Raise CheckFailed if a file is not what the Hub says, and remove it."""
-    small = len(file.hash) == 40
-    digest = git_blob(file.size) if small else hashlib.sha256()
-    with part.open("rb") as data:
-        os.fsync(data.fileno())
-        while block := data.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != file.hash:
-        part.unlink()
-        kind = "git hash" if small else "sha256"
-        raise CheckFailed(f"{file.name}: its {kind} is not the Hub's: damaged on its way, and removed: try again")

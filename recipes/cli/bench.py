@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ...convert.bundle.location import locate_bundle
 from ...speak import benchmark
-from . import console, endings, options
+from . import bundle_argument, console, endings, options
 
 EXAMPLES = """\b
 Examples:
@@ -14,6 +15,8 @@ Examples:
       how long a frame of 80 ms takes here, and how long it must take at least
   ppx-bench my-bundle --context-frames 3000
       the same, four minutes into a conversation
+  ppx-bench me/personaplex-4bit
+      a bundle on the Hub, downloaded first
 """
 
 app = console.application()
@@ -22,7 +25,7 @@ app = console.application()
 @app.command(epilog=EXAMPLES)
 @partial(endings.reported, interrupted="interrupted")
 def bench(
-    bundle: options.Bundle,
+    bundle: bundle_argument.Bundle,
     frames: Annotated[int, typer.Option(min=2, max=100_000, help="Frames to time.")] = benchmark.DEFAULT_FRAMES,
     context_frames: Annotated[
         int,
@@ -34,6 +37,7 @@ def bench(
             help="Frames in the KV cache before the first.  [default: a voice and a prompt]",
         ),
     ] = 0,
+    revision: bundle_argument.Revision = None,
     codec: options.Codec = None,
     arithmetic: options.Arithmetic = None,
     device: options.Device = None,
@@ -45,14 +49,15 @@ def bench(
 
     The bound is the time in which this machine's memory can read the weights that a frame needs.
     """
+    quiet = console.quiet(as_json)
     figures = benchmark.measure(
-        bundle,
+        locate_bundle(bundle, revision, quiet),
         frames,
         context_frames=context_frames,
         arithmetic=arithmetic and str(arithmetic),
         codec=codec,
         device=device and str(device),
-        quiet=console.quiet(as_json),
+        quiet=quiet,
         silent=as_json,
     )
     console.show_json(figures.to_json()) if as_json else console.show(benchmark.text(figures))

@@ -6,7 +6,7 @@ import typer
 
 from ...convert.bundle import inspect, integrity
 from ...convert.errors import CheckFailed
-from . import console, endings, options
+from . import bundle_argument, console, endings, options
 
 EXAMPLES = """\b
 Examples:
@@ -16,6 +16,8 @@ Examples:
       hash every file and compare with the manifest
   ppx-inspect demo --tensors --json
       every tensor of a source, for a program
+  ppx-inspect me/personaplex-4bit --check
+      a bundle on the Hub, downloaded first
 """
 
 app = console.application()
@@ -24,7 +26,8 @@ app = console.application()
 @app.command(epilog=EXAMPLES)
 @endings.reported
 def inspect_folder(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a source or bundle, or demo.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or Hub id of a source or bundle, or demo.")],
+    revision: bundle_argument.Revision = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Hash a bundle's files, compare with its manifest.")] = False,
     as_json: options.Json = False,
@@ -33,7 +36,7 @@ def inspect_folder(
 ) -> None:
     """Show what is in a source or bundle: components, parameters, bytes, dtypes, bits per weight, voices."""
     quiet = console.quiet(as_json)
-    folder = inspect.folder_of(path, quiet)
+    folder = inspect.folder_of(path, revision, quiet)
     differences = [str(problem) for problem in integrity.check(folder, quiet)] if check else []
     if differences:
         if as_json:

@@ -5,18 +5,19 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ...convert.bundle.destination import check_new_file
+from ...convert.bundle.location import locate_bundle
 from ...convert.errors import UserError
 from ...model.mlx_device import computing_on
-from ...model.prompt import PROMPT, VOICE
+from ...model.prompt import PROMPT
 from ...speak import answers
 from ...speak.sampling import GREEDY, sampling_in
 from ...speak.speaker import SpeakOptions
-from . import console, endings, options
+from . import bundle_argument, console, endings, options, speak_options
 
 EXAMPLES = """\b
 Examples:
@@ -26,8 +27,9 @@ Examples:
       another voice, another role, another answer
   ppx-speak my-bundle --live
       talk to it through microphone and headphones
+  ppx-speak me/personaplex-4bit question.wav -o answer.wav
+      a bundle on the Hub, downloaded first
 """
-Setting = typer.Option(min=0, help="[default: the bundle's]")
 
 app = console.application()
 
@@ -35,20 +37,21 @@ app = console.application()
 @app.command(epilog=EXAMPLES)
 @partial(endings.reported, interrupted="interrupted: no answer was written")
 def speak(
-    bundle: options.Bundle,
+    where: bundle_argument.Bundle,
     question: Annotated[
         Path | None, typer.Argument(metavar="[QUESTION]", help="Recording to answer, of any sample rate.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="ANSWER", help="WAV file to write.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Use microphone and speaker instead, until Ctrl-C.")] = False,
-    voice: Annotated[str | None, typer.Option(help=f"One of the bundle's voices.  [default: {VOICE}]")] = None,
-    prompt: Annotated[str, typer.Option(help="Text prompt: its role.")] = PROMPT,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the top-1 token.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of sampling.")] = 0,
-    audio_temperature: Annotated[float | None, Setting] = None,
-    audio_top_k: Annotated[int | None, Setting] = None,
-    text_temperature: Annotated[float | None, Setting] = None,
-    text_top_k: Annotated[int | None, Setting] = None,
+    voice: speak_options.Voice = None,
+    prompt: speak_options.Prompt = PROMPT,
+    greedy: speak_options.Greedy = False,
+    seed: speak_options.Seed = 0,
+    audio_temperature: speak_options.Temperature = None,
+    audio_top_k: speak_options.TopK = None,
+    text_temperature: speak_options.Temperature = None,
+    text_top_k: speak_options.TopK = None,
+    revision: bundle_argument.Revision = None,
     codec: options.Codec = None,
     arithmetic: options.Arithmetic = None,
     device: options.Device = None,
@@ -65,20 +68,18 @@ def speak(
         raise UserError("give a recording and --output, or --live")
     if live and (force or as_json):
         raise UserError("--force and --json are for recordings: leave them out with --live")
-    settings: dict[str, Any] = {
-        "audio_temperature": audio_temperature,
-        "audio_top_k": audio_top_k,
-        "text_temperature": text_temperature,
-        "text_top_k": text_top_k,
-    }
-    settings = {key: value for key, value in settings.items() if value is not None}
-    if greedy and settings:
-        raise UserError("--greedy takes the top-1 token: leave temperatures and top-k out")
+    settings = speak_options.settings(
+        greedy,
+        audio_temperature=audio_temperature,
+        audio_top_k=audio_top_k,
+        text_temperature=text_temperature,
+        text_top_k=text_top_k,
+    )
     if output is not None:
         check_new_file(output, ".wav", force)
+    bundle = locate_bundle(where, revision, console.quiet(as_json))
     with computing_on(device and str(device)):
-        sampling = replace(sampling_in(bundle), **settings)
-        chosen = GREEDY if greedy else sampling
+        chosen = GREEDY if greedy else replace(sampling_in(bundle), **settings)
         how = SpeakOptions(voice, prompt, chosen, seed, arithmetic and str(arithmetic), codec)
         write = partial(typer.echo, nl=False)
         if question is None or output is None:
@@ -97,14 +98,8 @@ def speak(
             silent=as_json,
         )
     if as_json:
-        summary = {
-            "output": str(output),
-            "seconds": done.seconds,
-            "text": done.text,
-            "voice": done.voice or None,
-            "seed": seed,
-        }
-        console.show(json.dumps(summary | {"took": round(done.took, 3)}, ensure_ascii=False))
+        summary = {"output": str(output), "seconds": done.seconds, "text": done.text, "voice": done.voice or None}
+        console.show(json.dumps(summary | {"seed": seed, "took": round(done.took, 3)}, ensure_ascii=False))
     else:
         typer.echo()
         console.say(done.line)

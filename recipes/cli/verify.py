@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
+from ...convert.bundle.location import locate_bundle
 from ...convert.bundle.manifest import manifest_of
 from ...convert.errors import UserError
 from ...model.mlx_device import ARITHMETICS
 from ...verify import bundle_report, compare_reports
 from ...verify.options import VerifyOptions
-from . import console, endings, options
+from . import bundle_argument, console, endings, options
 
 EXAMPLES = """\b
 Examples:
@@ -25,6 +26,8 @@ Examples:
       say how much it loses beside plain rounding at its own bits, and at 8
   ppx-verify my-4bit my-8bit
       print two reports side by side
+  ppx-verify me/personaplex-4bit
+      a bundle on the Hub: the report goes into me--personaplex-4bit, here
 """
 
 app = console.application()
@@ -33,10 +36,11 @@ app = console.application()
 @app.command(epilog=EXAMPLES)
 @partial(endings.reported, interrupted="interrupted: no report was written")
 def verify_bundle(
-    bundle: options.Bundle,
+    where: bundle_argument.Bundle,
     other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="Another bundle or report: print both side by side.")
+        str | None, typer.Argument(metavar="[OTHER]", help="Another bundle or report: print both side by side.")
     ] = None,
+    revision: bundle_argument.Revision = None,
     reference: Annotated[
         str | None,
         typer.Option(metavar="SOURCE", help="The checkpoint.  [default: the one it was made from, if found]"),
@@ -68,18 +72,20 @@ def verify_bundle(
     _debug: options.Debug = False,
     _version: options.Version = False,
 ) -> None:
-    """Compare a bundle with its checkpoint, layer by layer, and leave a report in BUNDLE/parity.
+    """Compare a bundle with its checkpoint, layer by layer, and leave a report in BUNDLE/parity (or USER--NAME/parity).
 
     Without tokens or audio it reads what every conversation starts with: a few voices, silence, a text prompt, silence.
     --round-trip adds to the report that is there, or makes one first.
     Ends with 0 if the bundle is intact, 1 if it is not, 2 if it could not be compared.
     """
+    quiet = console.quiet(as_json)
+    bundle = locate_bundle(where, revision, quiet)
     compared = any((reference, adapter, tokens, audio, sequences, frames, rollout, arithmetic, controls))
     if other is not None:
         if compared or any((device, round_trip, recognizer, codec)):
             raise UserError("two bundles are compared by their reports: leave all options but --json out")
-        figures = compare_reports.compare_reports(bundle, other)
-        names = (str(bundle), str(other))
+        figures = compare_reports.compare_reports(bundle, locate_bundle(other, quiet=quiet))
+        names = (where, other)
         console.show_json(figures.to_json()) if as_json else console.show(compare_reports.text(names, figures))
         return
     if audio and sequences:
@@ -87,18 +93,18 @@ def verify_bundle(
     console.one_of({"--tokens": tokens, "--audio": audio})
     if (recognizer or codec) and not round_trip:
         raise UserError("--recognizer and --codec are for --round-trip: give a recording to answer")
-    quiet, where, listener = console.quiet(as_json), device and str(device), recognizer and str(recognizer)
+    computed_on, listener = device and str(device), recognizer and str(recognizer)
     if round_trip:
         bundle_report.check_round_trip(bundle, round_trip, codec, listener)
     more, computed_in = tuple(controls or ()), str(arithmetic or ARITHMETICS[0])
-    asked = VerifyOptions(tokens, audio, sequences, frames, rollout, computed_in, where, more)
+    asked = VerifyOptions(tokens, audio, sequences, frames, rollout, computed_in, computed_on, more)
     manifest_of(bundle)  # what is not a bundle is told first
     report = None if compared or not round_trip else bundle_report.report_of(bundle)
     if report is None:
         report = bundle_report.verify(bundle, reference, adapter=adapter, options=asked, quiet=quiet)
     if round_trip:
         report = bundle_report.add_round_trip(
-            bundle, round_trip, report=report, codec=codec, recognizer=listener, device=where, quiet=quiet
+            bundle, round_trip, report=report, codec=codec, recognizer=listener, device=computed_on, quiet=quiet
         )
     console.show(bundle_report.as_json(report) if as_json else bundle_report.text(report, bundle))
     bundle_report.fail_if_failed(report)

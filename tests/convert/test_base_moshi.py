@@ -1,6 +1,7 @@
 """A base Moshi from end to end: converted, loaded by the real moshi_mlx 0.3.0, verified, spoken with."""
 
 import json
+import shlex
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from moshi_mlx import models as moshi_models
 from moshi_mlx.utils import Sampler
 from ppx.calibrate.self_generated import generate
+from ppx.convert import install
 from ppx.convert.bundle.reader import open_bundle
 from ppx.convert.file_names import CODEC
 from ppx.convert.source.source import locate, open_source
@@ -70,6 +72,18 @@ def test_the_real_loader_takes_it_strictly_and_speaks(recipe, bundles):
         )
         assert 0 <= np.array(text).item() < 512
         assert np.array(audio).size == 8
+
+
+def test_its_programs_are_shown_what_they_can_run(bundles):
+    folder = bundles("moshi-q4")
+    usages = {usage.program: usage for usage in install(folder).usage}
+    assert (usages["personaplex-mlx"].line, usages["personaplex-mlx"].note) == (
+        None,
+        "needs voices, and this bundle has none",
+    )
+    words = shlex.split(str(usages["moshi_mlx"].line))
+    assert words[:3] == ["python", "-m", "moshi_mlx.local_web"]
+    assert all(Path(word).is_file() for word in words if word.startswith("/"))
 
 
 def test_manifest_inspection_and_card_know_no_voices(bundles, program, tmp_path):
