@@ -8,10 +8,11 @@ from pathlib import Path
 from .bundle.plan import Inventory, Plan, inventory_of_7b, inventory_of_demo, make_plan
 from .bundle.recipe import Recipe
 from .errors import UserError
-from .file_names import FILES
+from .file_names import FILES, VOICES
 from .source import demo
 from .source.adapter import on_hub, open_adapter
 from .source.source import DEFAULT, Location, Source, is_hub_id, locate, locate_here, open_source
+from .source.voice_archive import archive_with
 
 _log = logging.getLogger(__name__)
 
@@ -19,6 +20,7 @@ _log = logging.getLogger(__name__)
 def inventory(source: Source) -> Inventory:
     """Return what a plan needs to know of an open source."""
     voices = {voice.name: (voice.embeddings.shape[0], voice.cache.shape[2]) for voice in source.voices}
+    added = [recorded.voice for recorded in source.recorded]
     return Inventory(
         identity=source.location.identity,
         architecture=source.architecture,
@@ -26,6 +28,7 @@ def inventory(source: Source) -> Inventory:
         voices=voices,
         others=tuple(source.others),
         copied_steps=tuple(sorted(source.checkpoint.copied_steps.items())),
+        archive=archive_with(source.location.folder / VOICES, added) if added else b"",
     )
 
 

@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from . import demo, hub
 from .architecture import Architecture, impossible, read_config, sizes_of
 from .checkpoint import Checkpoint, open_checkpoint
 from .license import NVIDIA, OWN, License, license_of
+from .recorded_voice import RecordedVoice, check_voice_name
 from .scan import Fingerprint, hash_file, scan_tensors
 from .tokenizer import open_tokenizer
 from .voices import Voice, read_voices
@@ -68,7 +69,8 @@ class AdapterRecord:
 class Source:
     """An open source, a context manager.
 
-    others: files in its archive of voices that are not voices. adapter: the one that was merged, if any.
+    others: files in its archive of voices that are not voices. adapter: the one that was merged, if any. recorded: the
+    voices that were made from recordings; ``voices`` has them too.
     """
 
     location: Location
@@ -76,6 +78,16 @@ class Source:
     voices: list[Voice]
     others: list[str]
     adapter: AdapterRecord | None = None
+    recorded: tuple[RecordedVoice, ...] = ()
+
+    def with_voices(self, recorded: Iterable[RecordedVoice]) -> "Source":
+        """Return the source with more voices; raises UserError for names that are not plain, or are taken."""
+        voices, recorded = list(self.voices), tuple(recorded)
+        for one in recorded:
+            check_voice_name(one.voice.name, [voice.name for voice in voices])
+            voices.append(one.voice)
+        ordered = sorted(voices, key=lambda voice: voice.name)
+        return replace(self, voices=ordered, recorded=self.recorded + recorded)
 
     def close(self) -> None:
         """Close the checkpoint, and an adapter that is merged into it."""

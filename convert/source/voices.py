@@ -7,7 +7,7 @@ tokens that follows it. The embeddings are sums of the model's own tables, so th
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def read_voices(path: Path, architecture: Architecture) -> tuple[list[Voice], li
     Returns the voices, and the names of files that are no voices. Raises UserError with all that is wrong: what
     ``read_archive`` refuses, pickles that ask for code, wrong shapes, a missing preset.
     """
-    files, others = read_archive(path, lambda name: name.suffix == ".pt" and _NAME.fullmatch(name.stem) is not None)
+    files, others = read_archive(path, is_voice_file)
     voices, problems = [], []
     for name, data in files:
         try:
@@ -69,6 +69,16 @@ def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
     voice = Voice(name, tensors["embeddings"], tensors["cache"])
     check(voice, architecture)
     return voice
+
+
+def is_voice_name(name: str) -> bool:
+    """Tell whether a name is one that a voice may have: letters, digits, - and _."""
+    return _NAME.fullmatch(name) is not None
+
+
+def is_voice_file(name: PurePath) -> bool:
+    """Tell whether a member of an archive is a voice, by its name."""
+    return name.suffix == ".pt" and is_voice_name(name.stem)
 
 
 def check(voice: Voice, architecture: Architecture) -> None:
