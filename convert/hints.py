@@ -6,6 +6,7 @@ from enum import Enum
 class Hint(Enum):
     """Advice in neutral words; the programs print it with their options (``recipes.cli.hints``)."""
 
+    ADD_VOICE = "take the voice out of the source, and add it from its recording, with consent"
     CHOOSE_VOICE = "choose one of them"
     COMPUTE_ON_CPU = "compute on the CPU, or with another version of MLX"
     CHOOSE_GPTQ = "leave them out, or choose it"

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.bundle.reader import open_bundle
+from ..convert.bundle.reader import Bundle, open_bundle
 from ..convert.errors import UserError, printable
 from ..convert.file_names import CODEC, CONFIG, TOKENIZER
 from ..convert.hints import Hint
 from ..convert.source.architecture import read_config
 from ..convert.source.tokenizer import open_tokenizer
+from ..convert.source.voices import Voice
 from ..model.forward import Floats, Tokens
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import arithmetic_of
@@ -22,6 +23,7 @@ from . import loader
 from .codec import Codec
 from .generation import Conversation, compilation_progress
 from .kernel_cache import on_tested_kernels
+from .recorded_voices import is_path, voice_for_bundle
 from .sampling import Sampling, sampling_of
 
 
@@ -29,6 +31,7 @@ from .sampling import Sampling, sampling_of
 class SpeakOptions:
     """Voice, text prompt and sampling.
 
+    voice: one of the bundle's, or the file of a recording or of ``ppx-voice``. consent: of the person in a recording.
     sampling, codec: None for the bundle's. arithmetic: dtype of activations, None for the default of the device.
     """
 
@@ -38,6 +41,7 @@ class SpeakOptions:
     seed: int = 0
     arithmetic: str | None = None
     codec: Path | None = None
+    consent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,7 @@ def open_speaker(
         codec = Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
         if layout.architecture.steps < layout.architecture.n_q // 2:
             raise UserError(f"{folder}: the depformer has too few steps for the agent's codebooks")
-        voices = {voice.name: voice for voice in bundle.voices()}
-        if options.voice not in voices:
-            raise UserError(
-                f"voice {options.voice}: not in this bundle, which has {', '.join(voices)}", Hint.CHOOSE_VOICE
-            )
+        voice = _voice(bundle, options, codec)
         tokenizer = folder / layout.target.copies[TOKENIZER]
         text = prompt_tokens(tokenizer, layout.architecture, options.prompt)
         prompt = system_prompt(layout.architecture, text)
@@ -99,11 +99,21 @@ def open_speaker(
     model = on_tested_kernels(model, silent, matmul)
     sampling = options.sampling or sampling_of(read_config(folder / CONFIG))
     with compilation_progress(silent) as progress:
-        conversation = Conversation(model, voices[options.voice], prompt, sampling, options.seed)
+        conversation = Conversation(model, voice, prompt, sampling, options.seed)
         progress.update()
         conversation.compile()
         progress.update()
     return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
+
+
+def _voice(bundle: Bundle, options: SpeakOptions, codec: Codec) -> Voice:
+    """Return the voice that the options name."""
+    if is_path(options.voice):
+        return voice_for_bundle(bundle, Path(options.voice), options.consent, codec)
+    voices = {voice.name: voice for voice in bundle.voices()}
+    if options.voice not in voices:
+        raise UserError(f"voice {options.voice}: not in this bundle, which has {', '.join(voices)}", Hint.CHOOSE_VOICE)
+    return voices[options.voice]
 
 
 def load(bundle: str | Path, options: SpeakOptions | None = None, *, quiet: bool = True) -> Speaker:

@@ -40,6 +40,7 @@ PROGRAMS = {
     "ppx-publish": "ppx.recipes.cli.publish",
     "ppx-speak": "ppx.recipes.cli.speak",
     "ppx-verify": "ppx.recipes.cli.verify",
+    "ppx-voice": "ppx.recipes.cli.voice",
 }
 
 

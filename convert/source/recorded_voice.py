@@ -141,7 +141,7 @@ def tables_sha256(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def write_voice_file(path: Path, recorded: RecordedVoice) -> None:
+def write_voice(path: Path, recorded: RecordedVoice) -> None:
     """Write the file of a voice: under a temporary name, flushed, renamed."""
     voice, origin = recorded.voice, recorded.origin
     tensors: dict[str, NDArray[Any]] = {"cache": voice.cache, "embeddings": voice.embeddings, "tokens": origin.codes}

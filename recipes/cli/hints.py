@@ -3,6 +3,7 @@
 from ...convert.hints import Hint
 
 HINTS = {
+    Hint.ADD_VOICE: "take it out of the source's voices.tgz, and add it by ppx-convert --voice with --consent",
     Hint.CHOOSE_GPTQ: "leave --tokens and --refine out, or choose --method gptq",
     Hint.CHOOSE_VOICE: "give one of them as --voice",
     Hint.COMPUTE_ON_CPU: "try --device cpu or another version of MLX",

@@ -16,7 +16,7 @@ from ...model.prompt import PROMPT, VOICE
 from ...speak import answers
 from ...speak.sampling import GREEDY, sampling_in
 from ...speak.speaker import SpeakOptions
-from . import console, endings, options
+from . import console, endings, options, voice_options
 
 EXAMPLES = """\b
 Examples:
@@ -24,6 +24,8 @@ Examples:
       answer a recording: a WAV of the same length, and the words as they come
   ppx-speak my-bundle question.wav -o answer.wav --voice NATM1 --prompt "You run a small bakery." --seed 3
       another voice, another role, another answer
+  ppx-speak my-bundle question.wav -o answer.wav --voice me.wav --consent "I am the speaker, and agree to this."
+      in a voice of your own; ppx-voice keeps it in a file
   ppx-speak my-bundle --live
       talk to it through microphone and headphones
 """
@@ -41,7 +43,8 @@ def speak(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="ANSWER", help="WAV file to write.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Use microphone and speaker instead, until Ctrl-C.")] = False,
-    voice: Annotated[str, typer.Option(help="One of the bundle's voices.")] = VOICE,
+    voice: Annotated[str, typer.Option(help="One of the bundle's, a recording, or a file of ppx-voice.")] = VOICE,
+    consent: voice_options.SpeakerConsent = None,
     prompt: Annotated[str, typer.Option(help="Text prompt: its role.")] = PROMPT,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the top-1 token.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of sampling.")] = 0,
@@ -74,12 +77,13 @@ def speak(
     settings = {key: value for key, value in settings.items() if value is not None}
     if greedy and settings:
         raise UserError("--greedy takes the top-1 token: leave temperatures and top-k out")
+    voice_options.check_voice(voice, consent)
     if output is not None:
         check_new_file(output, ".wav", force)
     with computing_on(device and str(device)):
         sampling = replace(sampling_in(bundle), **settings)
         chosen = GREEDY if greedy else sampling
-        how = SpeakOptions(voice, prompt, chosen, seed, arithmetic and str(arithmetic), codec)
+        how = SpeakOptions(voice, prompt, chosen, seed, arithmetic and str(arithmetic), codec, consent)
         write = partial(typer.echo, nl=False)
         if question is None or output is None:
             listening = partial(console.say, "listening: speak, and end with Ctrl-C (headphones avoid an echo)")
