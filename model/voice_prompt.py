@@ -1,8 +1,8 @@
 """A voice from the codec tokens of a recording, step by step as the reference's voice prompt makes one.
 
 The agent's codebooks are the recording's tokens, the text is padding, the user's codebooks are a tone. The reference
-steps over these frames, keeps the summed input embeddings of each temporal step, and its ring of tokens as the last step
-leaves it. Both follow from the tokens alone: every stream is given, so nothing that the model predicts gets into them.
+steps over these frames, keeps the summed input embeddings of each temporal step, and its ring of tokens as the last
+step leaves it. Both follow from the tokens alone: every stream is given, so nothing that the model predicts gets into them.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def _frames(codes: NDArray[Any], architecture: Architecture) -> NDArray[np.int64
 
 
 def _columns(frames: NDArray[np.int64], architecture: Architecture) -> NDArray[np.int64]:
-    """Return the delayed columns that the steps complete ``[streams, frames]``; the first of each stream are initial."""
+    """Return the delayed columns that the steps complete ``[streams, frames]``, initial tokens in front."""
     count = frames.shape[1]
     columns = np.empty_like(frames)
     for stream, delay in enumerate(architecture.delays):

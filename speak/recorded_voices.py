@@ -35,7 +35,7 @@ from ..model.voice_prompt import EmbeddingRows, make_voice, rows_of
 from . import audio_files
 from .codec import MISSING, Codec
 
-__all__ = ["check_recording", "check_voice_path", "is_path", "read_voice", "record_voice", "voice_for_bundle", "voices_for", "write_voice"]
+__all__ = ["check_voice_path", "is_path", "read_voice", "record_voice", "voice_for_bundle", "voices_for", "write_voice"]
 
 LOUDNESS = -24.0  # LUFS, that of the reference's voice prompts
 _LARGEST = 1 << 28  # bytes of a recording
@@ -102,6 +102,8 @@ def voices_for(paths: Sequence[str | Path], consent: str | None = None) -> Calla
     files = [Path(path) for path in paths]
     for path in files:
         check_voice_path(path, consent)
+        if path.suffix != SUFFIX:
+            check_voice_name(path.stem)
 
     def voices(source: Source) -> list[RecordedVoice]:
         recorded = []
@@ -115,19 +117,11 @@ def voices_for(paths: Sequence[str | Path], consent: str | None = None) -> Calla
 
 
 def check_voice_path(path: Path, consent: str | None) -> None:
-    """Raise UserError for a recording, or a voice's file, that is not there, or a recording without consent or name."""
-    if path.suffix != SUFFIX:
-        check_recording(path, consent)
-        check_voice_name(path.stem)
-    elif not path.is_file():
-        raise UserError(f"{path}: no such file: give a recording, or a file of ppx-voice")
-
-
-def check_recording(path: Path, consent: str | None) -> None:
-    """Raise UserError for a recording that is not there, or without the consent of the person in it."""
+    """Raise UserError for a file of a voice that is not there, and for a recording without consent."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file: give a recording, such as a WAV")
-    check_consent(consent)
+        raise UserError(f"{path}: no such file: give a recording, or a file of ppx-voice")
+    if path.suffix != SUFFIX:
+        check_consent(consent)
 
 
 def is_path(voice: str) -> bool:
@@ -167,7 +161,7 @@ def bundle_rows(bundle: Bundle) -> EmbeddingRows:
 
 
 def normalized(samples: Floats, path: Path) -> Floats:
-    """Return mono samples at Mimi's rate at LOUDNESS; raises UserError where they are too short or too quiet to measure.
+    """Return mono samples at Mimi's rate at LOUDNESS; raises UserError where they are too short or quiet to measure.
 
     Integrated loudness after ITU-R BS.1770-4, by pyloudnorm, as in the reference; peaks are not limited, as there.
     """
@@ -182,7 +176,7 @@ def normalized(samples: Floats, path: Path) -> Floats:
     if not np.isfinite(loudness):
         raise UserError(f"{path}: too quiet to be a voice: give a recording in which somebody speaks")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of peaks above full scale: Mimi takes floats, and the reference limits nothing
+        warnings.simplefilter("ignore")  # of peaks above full scale, which the reference leaves to Mimi as well
         louder = pyloudnorm.normalize.loudness(samples, loudness, LOUDNESS)
     return np.asarray(louder, np.float32)
 

@@ -1,8 +1,8 @@
 """A voice made from a recording: its file, what is recorded of it, and the consent of the person in it.
 
-The file is a preset with its origin: ``embeddings`` and ``cache`` as in ``voices.tgz``, the recording's codec tokens, and
-in the header's metadata the consent, the sha256 of the recording and that of the embedding tables. Files of others are
-not trusted.
+The file is a preset with its origin: ``embeddings`` and ``cache`` as in ``voices.tgz``, the recording's codec tokens,
+and in the header's metadata the consent, the sha256 of the recording and that of the embedding tables. Files of others
+are not trusted.
 """
 
 import base64
@@ -141,8 +141,9 @@ def tables_sha256(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def write_voice(path: Path, recorded: RecordedVoice) -> None:
+def write_voice(path: str | Path, recorded: RecordedVoice) -> None:
     """Write the file of a voice: under a temporary name, flushed, renamed."""
+    path = Path(path)
     voice, origin = recorded.voice, recorded.origin
     tensors: dict[str, NDArray[Any]] = {"cache": voice.cache, "embeddings": voice.embeddings, "tokens": origin.codes}
     codes = {dtype: code for code, dtype in DTYPES.items()}
@@ -177,9 +178,9 @@ def read_voice_file(path: Path, architecture: Architecture) -> RecordedVoice:
             shown = ", ".join(f"{name!a} {dtype}" for name, dtype in list(dtypes.items())[:5])
             raise _not_a_voice(path, f"holds {shown or 'nothing'}, not cache I64, embeddings BF16 and tokens I16")
         arrays = {name: file.read(name, 0, spec.rows).reshape(spec.shape) for name, spec in file.specs.items()}
-        fields = [file.metadata.get(key, "") for key in ("recording_sha256", "embedding_tables_sha256")]
+        recording, tables = (file.metadata.get(key, "") for key in ("recording_sha256", "embedding_tables_sha256"))
         name, consent = file.metadata.get("name", ""), file.metadata.get("consent")
-    if not is_voice_name(name) or not all(_SHA256.fullmatch(field) for field in fields):
+    if not is_voice_name(name) or not _SHA256.fullmatch(recording) or not _SHA256.fullmatch(tables):
         raise _not_a_voice(path, "its metadata lacks a plain name, or the sha256 of recording and embedding tables")
     voice, codes = Voice(name, arrays["embeddings"], arrays["cache"]), arrays["tokens"]
     try:
@@ -193,7 +194,7 @@ def read_voice_file(path: Path, architecture: Architecture) -> RecordedVoice:
     if len(voice.embeddings) != codes.shape[1] - 1:
         message = f"{len(voice.embeddings)} embeddings do not belong to {codes.shape[1]} frames of tokens"
         raise _not_a_voice(path, message)
-    return RecordedVoice(voice, VoiceOrigin(name, consent, *fields, as_tokens(codes)))
+    return RecordedVoice(voice, VoiceOrigin(name, consent, recording, tables, as_tokens(codes)))
 
 
 def check_codes(codes: NDArray[Any], architecture: Architecture) -> None:

@@ -61,9 +61,9 @@ def convert(
 ) -> None:
     """Convert a PersonaPlex checkpoint into a folder that an MLX runtime loads.
 
-    Reads the source twice (to check it, to convert it), never loads all of it into memory, reads back what it wrote, and
-    leaves a manifest. A killed run resumes when the same command is given again. In the end it compares the bundle's
-    predictions with its source's; ppx-verify repeats that, with more options.
+    Reads the source twice (to check it, to convert it), never loads all of it into memory, reads back what it wrote,
+    and leaves a manifest. A killed run resumes when the same command is given again. In the end it compares the
+    bundle's predictions with its source's; ppx-verify repeats that, with more options.
     """
     quiet, added = console.quiet(as_json), voice_options.added(voices, consent, dry_run)
     console.needs("--publish", publish_to, "--verify", verify)

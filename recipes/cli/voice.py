@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ...convert.bundle.destination import check_new_file
+from ...convert.errors import UserError
 from ...convert.preparation import open_named
 from ...convert.source.recorded_voice import SUFFIX, check_voice_name
 from ...convert.source.source import DEFAULT
@@ -48,8 +49,10 @@ def voice(
     """
     from ...speak import recorded_voices
 
+    if recording.suffix == SUFFIX:
+        raise UserError(f"{recording}: a file of tensors: give a recording, such as a WAV")
     name = check_voice_name(recording.stem if name is None else name)
-    recorded_voices.check_recording(recording, consent)
+    recorded_voices.check_voice_path(recording, consent)
     file = output or Path(f"{name}{SUFFIX}")
     check_new_file(file, SUFFIX, force)
     quiet = console.quiet(as_json)

@@ -1,4 +1,4 @@
-"""Voices of recordings, bit for bit: against the reference's steps, written here a second time in PyTorch, and numbers."""
+"""Voices of recordings, bit for bit: against the reference's steps, written here a second time in PyTorch."""
 
 from dataclasses import replace
 
@@ -59,11 +59,11 @@ class ReferenceSteps:
             self.offset = 1
             return
         column = self.cache[:, :, (self.offset - 1) % self.slots]
-        total = None
-        for codebook in range(a.n_q):
-            part = torch.nn.functional.embedding(column[:, 1 + codebook], self.tables[1 + codebook])
-            total = part if total is None else total + part
-        self.saved.append(total + torch.nn.functional.embedding(column[:, 0], self.tables[0]))
+        embedding = torch.nn.functional.embedding
+        total = embedding(column[:, 1], self.tables[1])
+        for codebook in range(1, a.n_q):
+            total = total + embedding(column[:, 1 + codebook], self.tables[1 + codebook])
+        self.saved.append(total + embedding(column[:, 0], self.tables[0]))
         self.offset += 1
 
 

@@ -70,7 +70,7 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
     """Check everything that would be published; needs no network.
 
     Raises CheckFailed if the report is missing, failing or of other files and not ``force``, and always if a file holds
-    a token or somebody's home directory, or for a voice no consent is recorded; UserError for what is no bundle or lacks files.
+    a token or somebody's home directory, or a voice has no consent; UserError for what is no bundle or lacks files.
     """
     check_name(repository)
     manifest = manifest_of(bundle)
