@@ -2,7 +2,8 @@
 
 The agent's codebooks are the recording's tokens, the text is padding, the user's codebooks are a tone. The reference
 steps over these frames, keeps the summed input embeddings of each temporal step, and its ring of tokens as the last
-step leaves it. Both follow from the tokens alone: every stream is given, so nothing that the model predicts gets into them.
+step leaves it. Both follow from the tokens alone: every stream is given, so nothing that the model predicts gets into
+them.
 """
 
 from collections.abc import Callable

@@ -142,6 +142,7 @@ def test_debug_shows_what_is_behind_a_line(program, tmp_path, monkeypatch):
         "calibrate": ("nothing", "-o", "a.safetensors"),
         "publish": ("nothing", "me/it"),
         "speak": ("nothing", "q.wav", "-o", "a.wav"),
+        "voice": ("nothing", "q.wav"),
     }
     arguments = needed.get(program, ("./nothing",))
     plain, debug = run(program, *arguments), run(program, *arguments, "--debug")
