@@ -195,9 +195,7 @@ def _tokens(path: Path, codec: Codec, architecture: Architecture) -> NDArray[np.
     count = -(-len(samples) // FRAME)
     if count > MOST_FRAMES:
         most = MOST_FRAMES * FRAME // RATE
-        raise UserError(
-            f"{path}: {len(samples) / RATE:.0f} s long: at most {most} s are read, a few are usual: cut it"
-        )
+        raise UserError(f"{path}: {len(samples) / RATE:.0f} s long: at most {most} s are read, a few are usual: cut it")
     samples = np.pad(normalized(samples, path), (0, count * FRAME - len(samples)))
     codec.reset()
     codes = np.stack([codec.encode(frame) for frame in samples.reshape(count, FRAME)], 1)

@@ -208,4 +208,3 @@ def check_codes(codes: NDArray[Any], architecture: Architecture) -> None:
 
 def _not_a_voice(path: Path, message: str) -> UserError:
     return UserError(Problem(str(path), message, Hint.MAKE_VOICE))
-
