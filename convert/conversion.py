@@ -1,8 +1,8 @@
 """A whole conversion: from the name of a source to a bundle that was read back."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .hints import Hint
 from .preparation import check_request, check_sizes, open_checked, planned
 from .source import adapter as adapters
 from .source.hub import DiskBudget
+from .source.recorded_voice import RecordedVoice
 from .source.scan import Fingerprint
 from .source.source import DEFAULT, Source, fingerprint, is_hub_id, locate
 
@@ -42,13 +43,20 @@ class OpenConversion:
         """Tell whether a recipe quantizes any tensor by more than its weights."""
         return _needs_data(planned(self.source, recipe)[1])
 
-    def write(self, recipe: Recipe, quantizer: "QuantizerOf | None" = None, workers: int | None = None) -> Conversion:
+    def write(
+        self,
+        recipe: Recipe,
+        quantizer: "QuantizerOf | None" = None,
+        workers: int | None = None,
+        voices: Iterable[RecordedVoice] = (),
+    ) -> Conversion:
         """Write the bundle and read it back; resumes from what a killed run left.
 
-        quantizer: for a recipe that quantizes by more than the weights. Raises UserError for what the user can correct,
-        CheckFailed if the disk does not give back what was written.
+        quantizer: for a recipe that quantizes by more than the weights. voices: made from recordings, beside the
+        source's. Raises UserError for what the user can correct, CheckFailed if the disk does not give back what was
+        written.
         """
-        source, plan = planned(self.source, recipe)
+        source, plan = planned(self.source.with_voices(voices), recipe)
         needed = _needs_data(plan)
         if needed and quantizer is None:
             raise UserError(f"recipe {recipe.name}: a method that needs calibration tokens, but no quantizer is given")
@@ -65,7 +73,7 @@ class OpenConversion:
             force=self.force,
             workers=workers,
             quiet=self.quiet,
-            quantizer=quantizer(self, source, plan) if quantizer else None,
+            quantizer=quantizer(self, replace(source, voices=self.source.voices), plan) if quantizer else None,
             fingerprints=self.fingerprints,
         )
         enter_again(done.folder)
@@ -74,6 +82,9 @@ class OpenConversion:
 
 # Makes the quantizer of a plan: of the conversion, its source as the recipe takes it, and the plan.
 QuantizerOf = Callable[[OpenConversion, Source, Plan], LayerwiseQuantizer]
+
+# Makes the voices that are added to a source's own.
+VoicesOf = Callable[[Source], Sequence[RecordedVoice]]
 
 
 def convert(
@@ -85,6 +96,7 @@ def convert(
     adapter: str | None = None,
     fill_depformer_steps: bool = False,
     quantizer: QuantizerOf | None = None,
+    voices: VoicesOf | None = None,
     force: bool = False,
     workers: int | None = None,
     quiet: bool = True,
@@ -98,8 +110,9 @@ def convert(
     source: a Hub id, a folder, or ``demo``. output: a new folder; SOURCE-TARGET-RECIPE in the working folder if it is
     not given. recipe: a recipe, the name of a shipped one, or of a TOML file; None for the usual one. revision: branch,
     tag or commit of a Hub source. adapter: LoRA to merge. fill_depformer_steps: copy steps 0-7 of a base Moshi to 8-15.
-    quantizer: for recipes whose method is ``gptq``, see ``ppx.calibrate.quantizer_for``. force: replace another bundle,
-    or an unfinished one. workers: threads, one for each core for None. quiet: no progress bars.
+    quantizer: for recipes whose method is ``gptq``, see ``ppx.calibrate.quantizer_for``. voices: more voices, made from
+    recordings, see ``ppx.speak.voices_for``. force: replace another bundle, or an unfinished one. workers: threads, one
+    for each core for None. quiet: no progress bars.
 
     Nothing is verified; ``ppx.verify.verify`` does that. A killed conversion resumes when it is called again. Raises
     UserError for what the user can correct, CheckFailed if the disk does not give back what was written.
@@ -116,7 +129,7 @@ def convert(
         quiet=quiet,
     )
     with opened as conversion:
-        return conversion.write(chosen, quantizer, workers)
+        return conversion.write(chosen, quantizer, workers, voices(conversion.source) if voices else ())
 
 
 @contextmanager

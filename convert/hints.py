@@ -6,6 +6,7 @@ from enum import Enum
 class Hint(Enum):
     """Advice in neutral words; the programs print it with their options (``recipes.cli.hints``)."""
 
+    ADD_VOICE = "take the voice out of the source, and add it from its recording, with consent"
     CHOOSE_VOICE = "choose one of them"
     COMPUTE_ON_CPU = "compute on the CPU, or with another version of MLX"
     CHOOSE_GPTQ = "leave them out, or choose it"
@@ -20,6 +21,7 @@ class Hint(Enum):
     FREE_DISK = "free some, or choose an output on another disk"
     FREE_DISK_OR_MOVE_CACHE = "free some, or put the cache (HF_HOME) or the output on another disk"
     GIVE_ADAPTER = "give its file as the adapter"
+    GIVE_CONSENT = "give that consent"
     GIVE_REFERENCE = "give it as the reference"
     GIVE_TOKENS = "give recorded conversations"
     INSTALL_AS = "choose a USER/NAME"
@@ -30,6 +32,7 @@ class Hint(Enum):
     LONGER_RECORDINGS = "give longer ones, or use fewer frames"
     MAKE_AGAIN = "make the bundle again, and replace it"
     MAKE_AGAIN_OR_CHECK_DISK = "check the disk and run the command again, or make the bundle again, and replace it"
+    MAKE_VOICE = "make it again from the recording, with this source"
     MEND_OR_OTHER_OUTPUT = "mend that, or choose another output"
     MORE_FRAMES = "use more frames (a voice takes up the first ones), or tokens in which the agent speaks"
     MOSHI_RECIPE = "use the recipe moshi-q4, moshi-q8 or bf16, or the target mlx"
@@ -45,6 +48,7 @@ class Hint(Enum):
     OTHER_REPOSITORY = "choose another name, open a pull request, or write over what has the same name"
     PUBLISH_ANYWAY = "it can be published all the same, and the card says so"
     PULL_REQUEST_OR_REVISION = "leave one of them out"
+    RENAME_VOICE = "choose another name"
     SHORTEN_PROMPT = "shorten it"
     TARGET_MLX = "use the target mlx"
     VERIFY_FIRST = "verify it first"

@@ -13,6 +13,7 @@ from .source.adapter import on_hub, open_adapter
 from .source.architecture import PERSONAPLEX_STEPS, impossible
 from .source.source import DEFAULT, Location, Source, is_hub_id, locate, locate_here, open_source
 from .source.source_files import check_adapter
+from .source.voice_archive import archive_with
 
 _log = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ _log = logging.getLogger(__name__)
 def inventory(source: Source) -> Inventory:
     """Return what a plan needs to know of an open source."""
     voices = {voice.name: (voice.embeddings.shape[0], voice.cache.shape[2]) for voice in source.voices}
+    added = [recorded.voice for recorded in source.recorded]
     return Inventory(
         identity=source.location.identity,
         architecture=source.architecture,
@@ -30,6 +32,7 @@ def inventory(source: Source) -> Inventory:
         voices=voices,
         others=tuple(source.others),
         copied_steps=tuple(sorted(source.checkpoint.copied_steps.items())),
+        archive=archive_with(source.location.voices, added) if added else b"",
     )
 
 

@@ -1,6 +1,7 @@
 """A bundle in conversation: language model, sampling, codec, microphone. Never changes weights.
 
-``load``, ``answer`` and ``talk`` do what ppx-speak does, ``measure`` what ppx-bench does. Names are imported when they
+``load``, ``answer`` and ``talk`` do what ppx-speak does, ``measure`` what ppx-bench does, ``record_voice`` and
+``write_voice`` what ppx-voice does. Names are imported when they
 are first used.
 """
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from .answers import answer as answer
     from .answers import talk as talk
     from .benchmark import measure as measure
+    from .recorded_voices import record_voice as record_voice
+    from .recorded_voices import voices_for as voices_for
+    from .recorded_voices import write_voice as write_voice
     from .sampling import Sampling as Sampling
     from .speaker import Speaker as Speaker
     from .speaker import SpeakOptions as SpeakOptions
@@ -23,6 +27,9 @@ _MODULES = {
     "answer": "answers",
     "talk": "answers",
     "measure": "benchmark",
+    "record_voice": "recorded_voices",
+    "voices_for": "recorded_voices",
+    "write_voice": "recorded_voices",
     "Sampling": "sampling",
     "SpeakOptions": "speaker",
     "Speaker": "speaker",

@@ -1,17 +1,17 @@
 """Audio in, audio and text out: a bundle with its model, codec, voice and tokenizer."""
 
 import codecs
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.bundle.reader import open_bundle
+from ..convert.bundle.reader import Bundle, open_bundle
 from ..convert.errors import UserError, printable
 from ..convert.file_names import CODEC, CONFIG, TOKENIZER
 from ..convert.hints import Hint
-from ..convert.source.architecture import Architecture, read_config
+from ..convert.source.architecture import read_config
 from ..convert.source.tokenizer import open_tokenizer
 from ..convert.source.voices import Voice
 from ..model.forward import Floats, Tokens
@@ -23,6 +23,7 @@ from . import loader
 from .codec import Codec
 from .generation import Conversation, compilation_progress
 from .kernel_cache import on_tested_kernels
+from .recorded_voices import is_path, voice_for_bundle
 from .sampling import Sampling, sampling_of
 
 
@@ -30,8 +31,9 @@ from .sampling import Sampling, sampling_of
 class SpeakOptions:
     """Voice, text prompt and sampling.
 
-    voice: None for the usual one, else the bundle's first; a bundle without voices speaks without one, and with an
-    empty prompt its session begins with nothing, as base Moshi's do. sampling, codec: None for the bundle's.
+    voice: one of the bundle's, or the file of a recording or of ``ppx-voice``. None for the usual one, or the
+    bundle's first. A bundle without voices speaks without one; with an empty prompt its session then begins with
+    nothing, as base Moshi's do. consent: of the person in a recording. sampling, codec: None for the bundle's.
     arithmetic: dtype of activations, None for the default of the device.
     """
 
@@ -41,6 +43,7 @@ class SpeakOptions:
     seed: int = 0
     arithmetic: str | None = None
     codec: Path | None = None
+    consent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def open_speaker(
         codec = Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
         if layout.architecture.steps < layout.architecture.n_q // 2:
             raise UserError(f"{folder}: the depformer has too few steps for the agent's codebooks")
-        voice = _chosen(bundle.voices(), options.voice, layout.architecture)
+        voice = _voice(bundle, options, codec)
         tokenizer = folder / layout.target.copies[TOKENIZER]
         text = prompt_tokens(tokenizer, layout.architecture, options.prompt)
         prompt = system_prompt(layout.architecture, text) if voice.name or options.prompt else []
@@ -105,11 +108,15 @@ def open_speaker(
     return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
 
 
-def _chosen(voices: Sequence[Voice], wanted: str | None, architecture: Architecture) -> Voice:
+def _voice(bundle: Bundle, options: SpeakOptions, codec: Codec) -> Voice:
     """Return the voice of a session; raises UserError for one that the bundle does not have."""
+    wanted = options.voice
+    if wanted and is_path(wanted):
+        return voice_for_bundle(bundle, Path(wanted), options.consent, codec)
+    voices = bundle.voices()
     by_name = {voice.name: voice for voice in voices}
     if wanted is None:
-        return by_name.get(VOICE) or next(iter(voices), no_voice(architecture))
+        return by_name.get(VOICE) or next(iter(voices), no_voice(bundle.architecture))
     if not voices:
         raise UserError(f"voice {wanted}: this bundle has no voices", Hint.WITHOUT_VOICE)
     if wanted not in by_name:

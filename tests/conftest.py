@@ -17,6 +17,7 @@ SLOW = (  # the slowest first
     "test_verify.py",
     "test_layerwise.py",
     "test_speak.py",
+    "test_recorded_voices.py",
     "test_publish.py",
     "test_sabotage.py",
     "test_self_generated.py",
@@ -41,6 +42,7 @@ PROGRAMS = {
     "ppx-publish": "ppx.recipes.cli.publish",
     "ppx-speak": "ppx.recipes.cli.speak",
     "ppx-verify": "ppx.recipes.cli.verify",
+    "ppx-voice": "ppx.recipes.cli.voice",
 }
 
 

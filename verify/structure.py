@@ -23,7 +23,7 @@ from ..convert.source.architecture import Architecture
 from ..convert.source.architecture import read_config as read_json
 from ..convert.source.scan import BLOCK, hash_file
 from ..convert.source.source import Source
-from ..convert.source.voices import Voice
+from ..convert.source.voices import Voice, read_voices
 from ..convert.tensorfile import DTYPES as NUMPY_DTYPES
 from ..convert.tensorfile import TensorFile
 from ..quant.casting import cast
@@ -45,7 +45,7 @@ def check_files(folder: Path, manifest: Manifest, layout: Layout, source: Source
     """
     against_manifest = differences(folder, manifest, bar)
     problems = list(against_manifest.problems)
-    problems += _unexpected(manifest, layout, source) + _copies(manifest, layout, source)
+    problems += _unexpected(manifest, layout, source) + _copies(folder, manifest, layout, source)
     problems += _unaccounted(manifest, layout)
     readable = True
     if sizes := _other_sizes(layout.architecture, source.architecture):
@@ -92,7 +92,7 @@ def _unexpected(manifest: Manifest, layout: Layout, source: Source) -> list[Prob
     target = layout.target
     expected = {
         *layout.files.values(),
-        *target.copies_of(source.location.files.voices is not None).values(),
+        *target.copies_of(bool(source.voices)).values(),
         CONFIG,
         *([INDEX] if target.indexed else []),
     }
@@ -190,17 +190,29 @@ def _flat(value: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str
     return settings
 
 
-def _copies(manifest: Manifest, layout: Layout, source: Source) -> list[Problem]:
+def _copies(folder: Path, manifest: Manifest, layout: Layout, source: Source) -> list[Problem]:
     """Return files that are copies of the source's by their names, and hold something else."""
     problems = []
     kinds = source.location.files.by_kind()
-    for kind, name in layout.target.copies_of(VOICES in kinds).items():
+    for kind, name in layout.target.copies_of(bool(source.voices)).items():
+        if kind == VOICES and source.recorded:  # its voices are compared one by one, with those that were added
+            problems += _other_members(name, folder, source)
+            continue
         (original,) = kinds[kind]
         with tqdm(disable=True) as unseen:  # 400 MB at most: a second
             expected = hash_file(source.location.folder / original, unseen).sha256
         if name not in manifest.files or manifest.files[name].sha256 != expected:
             problems.append(Problem(name, f"is not the source's {original}"))
     return problems
+
+
+def _other_members(name: str, folder: Path, source: Source) -> list[Problem]:
+    """Return what an archive of voices holds beside voices, where some were added to the source's."""
+    try:
+        others = read_voices(folder / name, source.architecture)[1]
+    except UserError:  # which the comparison of voices lists
+        return []
+    return [Problem(f"{name}: {other}", "is not a voice, and was not written with this archive") for other in others]
 
 
 def voice_problems(bundle: Bundle, voices: list[Voice]) -> list[Problem]:

@@ -32,6 +32,7 @@ from .comparison import Measured, compare
 from .figures import Rollout
 from .limits import Failure
 from .options import VerifyOptions
+from .recorded_voices import with_recorded
 from .records import BundleIdentity, Devices, Machine, Report, SourceIdentity, Structure, Times, Verdict
 
 LIBRARIES = ("mlx", "numpy", "torch")
@@ -85,10 +86,11 @@ def _verify(
     if not same_source:
         _check_origin(source, manifest, quiet)
     token_set = token_set_of(source, request)
+    source, untrue = with_recorded(source, manifest)
     total = manifest.nbytes
     with byte_bar("hashing bundle", total, quiet) as progress:
         checked = structure.check_files(folder, manifest, layout, source, progress)
-    problems = checked.problems
+    problems = untrue + checked.problems
     half = source.architecture.n_q // 2
     arithmetic = manifest.dtype if request.arithmetic == "bundle" else "float32"
     tests, matmul = _kernels(layout, manifest.dtype, arithmetic, matmul, quiet)

@@ -26,7 +26,7 @@ from .recipe import DTYPES, Recipe
 from .recipe_file import to_toml
 from .records import TensorRecord, VoiceRecord, WrittenFile
 from .workspace import Workspace, clear_leftovers
-from .writer import write_copy, write_tensors, write_text, write_voice
+from .writer import write_bytes, write_copy, write_tensors, write_voice
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _make_files(
                 (name,) = source.location.files.by_kind()[file.copy]
                 sha256 = write_copy(temporary, source.location.folder / name, fingerprints[name].sha256, bar)
             else:
-                sha256 = write_text(temporary, file.text, bar)
+                sha256 = write_bytes(temporary, file.data or file.text.encode(), bar)
             workspace.rename(file.name)
             written += 1
             if specs := specs_of(plan, file):

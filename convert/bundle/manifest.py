@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from ..errors import Problem, UserError, reason
 from ..file_names import CARD, MANIFEST, NOTICE
 from ..regular_files import read_json
 from ..source.architecture import Architecture, from_config, to_config
+from ..source.recorded_voice import VoiceOrigin
 from ..source.scan import Fingerprint
 from ..source.source import Source
 from .manifest_schema import problem_of
@@ -45,7 +46,8 @@ class Manifest:
     fingerprint: stands for everything that decides the bundle. libraries: versions by name. target, dtype: names as a
     recipe has them. parameters: of the source's model. bits_per_weight: of the bundle's tensors for each of them.
     dropped: what of the source is not in the bundle, with the reason. overflowed, flushed: values that became infinite
-    or zero in the dtype. files: size and sha256 of every file but this one.
+    or zero in the dtype. files: size and sha256 of every file but this one. recorded_voices: those of the voices that
+    were made from recordings.
     """
 
     fingerprint: str
@@ -66,6 +68,7 @@ class Manifest:
     files: dict[str, Fingerprint]
     tensors: tuple[TensorRecord, ...]
     voice_records: tuple[VoiceRecord, ...] = ()
+    recorded_voices: tuple[VoiceOrigin, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -94,6 +97,7 @@ class Manifest:
             "flushed": self.flushed,
             "files": files_to_json(self.files),
             "tensors": entries,
+            **_recorded(self.recorded_voices),
         }
 
     @classmethod
@@ -125,7 +129,14 @@ class Manifest:
             files=files_from_json(data["files"]),
             tensors=tensors,
             voice_records=voice_records,
+            recorded_voices=tuple(map(VoiceOrigin.from_json, data.get("recorded_voices") or ())),
         )
+
+
+def _recorded(voices: Iterable[VoiceOrigin]) -> dict[str, Any]:
+    """Return the key for voices that were made from recordings, which a manifest without any lacks."""
+    entries = [voice.to_json() for voice in voices]
+    return {"recorded_voices": entries} if entries else {}
 
 
 def fingerprint(
@@ -148,6 +159,7 @@ def fingerprint(
         "identity": plan.inventory.identity,
         "filled": plan.inventory.copied_steps,
         "files": [(file.name, file.nbytes, file.text) for file in plan.files],
+        **_recorded(recorded.origin for recorded in source.recorded),
         "weighted": [(output.name, output.weighted_by) for output in plan.outputs if output.weighted_by],
     }
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -190,6 +202,7 @@ def make_manifest(
         files={file.name: Fingerprint(written[file.name].size, written[file.name].sha256) for file in plan.files},
         tensors=tensors,
         voice_records=voices,
+        recorded_voices=tuple(recorded.origin for recorded in source.recorded),
     )
 
 

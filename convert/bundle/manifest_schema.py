@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..schema import FILE, TEXT, Each, Leaf, Maybe, OrNull, mismatch, number, whole
+from ..schema import FILE, SHA256, TEXT, Each, Leaf, Maybe, OrNull, mismatch, number, whole
 
 _CRC32 = Leaf("a CRC-32", lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{8}", value) is not None)
 _LINES = Leaf("text", lambda value: isinstance(value, str))
@@ -40,6 +40,11 @@ _ADAPTER = FILE | {
     "scaling": number(),
     "merged": [TEXT],
 }
+_RECORDED_VOICE = {
+    **dict.fromkeys(("name", "consent", "tokens"), TEXT),
+    **dict.fromkeys(("recording_sha256", "embedding_tables_sha256"), SHA256),
+    "codebooks": whole(1, 64),
+}
 _VERSION = Leaf("version 1", lambda value: value == 1 and type(value) is int)
 MANIFEST = {
     "manifest_version": _VERSION,
@@ -61,6 +66,7 @@ MANIFEST = {
     "architecture": Each(Leaf("a number or a list", lambda value: type(value) in (int, float, list))),
     "calibration": Maybe(_CALIBRATION),
     "voices": [TEXT],
+    "recorded_voices": Maybe([_RECORDED_VOICE]),
     "dropped": Maybe(Each(TEXT)),
     "overflowed": Maybe(whole()),
     "flushed": Maybe(whole()),

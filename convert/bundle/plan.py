@@ -34,6 +34,7 @@ class Inventory:
     identity: its Hub id or folder name. sizes: bytes of its files, under the names that PersonaPlex's have, those of
     shards together; what it lacks is left out. voices: name -> (frames, token slots).
     others: members of its archive of voices that are no voices. filled: tensors copied from other depformer steps.
+    archive: the archive of voices with those in it that were made from recordings; empty where there are none.
     """
 
     identity: str
@@ -42,11 +43,12 @@ class Inventory:
     voices: dict[str, tuple[int, int]]
     others: tuple[str, ...] = ()
     copied_steps: tuple[tuple[str, str], ...] = ()
+    archive: bytes = b""
 
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file of the bundle: tensors, a voice, a copy of a source file, or text. Exactly one of them is set."""
+    """One file of the bundle: tensors, a voice, a copy of a source file, text or bytes. Exactly one of them is set."""
 
     name: str
     nbytes: int
@@ -54,6 +56,7 @@ class PlannedFile:
     voice: str = ""
     copy: str = ""
     text: str = ""
+    data: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ def make_plan(inventory: Inventory, recipe: Recipe) -> Plan:
         files += [_voice(name, inventory, dtype, target) for name in sorted(inventory.voices)]
     if target.voice_cache and VOICES in inventory.sizes:
         dropped[VOICES] = "its voices stand in voices/"
-    copies = target.copies_of(VOICES in inventory.sizes)
-    files += [PlannedFile(name, inventory.sizes[source], copy=source) for source, name in copies.items()]
+    copies = target.copies_of(VOICES in inventory.sizes or bool(inventory.archive))
+    files += [_copy(source, name, inventory) for source, name in copies.items()]
     config = target.config(inventory.architecture, outputs, inventory.identity, sorted(inventory.voices))
     files.append(_text("config.json", config))
     plan = Plan(inventory, recipe, target, tuple(files), dropped)
@@ -206,6 +209,12 @@ def _voice(name: str, inventory: Inventory, dtype: str, target: Target) -> Plann
     specs = voice_specs(inventory, name, dtype, target.voice_cache or "")
     size = len(header_of(specs, METADATA)) + sum(spec.nbytes for spec in specs)
     return PlannedFile(f"voices/{name}.safetensors", size, voice=name)
+
+
+def _copy(source: str, name: str, inventory: Inventory) -> PlannedFile:
+    if source == VOICES and inventory.archive:
+        return PlannedFile(name, len(inventory.archive), data=inventory.archive)
+    return PlannedFile(name, inventory.sizes[source], copy=source)
 
 
 def json_text(value: dict[str, Any]) -> str:

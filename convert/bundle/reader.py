@@ -115,9 +115,13 @@ class Bundle:
         return [file.read(spec.name, first, last) for spec in output.specs()]
 
     def voices(self) -> list[Voice]:
-        """Read the bundle's voices, none where its source has none; raises UserError with what is wrong with them."""
+        """Read the bundle's voices, the source's first, none where there are none; raises UserError for wrong ones."""
         if not self.manifest.voices and VOICES not in self.manifest.files:
             return []
+        added = {origin.name for origin in self.manifest.recorded_voices}
+        return sorted(self._voices(), key=lambda voice: (voice.name in added, voice.name))
+
+    def _voices(self) -> list[Voice]:
         if self.layout.target.voice_cache is None:
             return read_voices(self.folder / VOICES, self.architecture)[0]  # which refuses an archive that lacks some
         files = sorted(name for name in self.manifest.files if name.startswith("voices/"))

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
+from ..source.adapter_record import AdapterRecord
 from ..source.license import License
 from ..source.license import from_json as license_from_json
 from ..source.scan import Fingerprint
-from ..source.source import AdapterRecord
 
 
 @dataclass(frozen=True)

@@ -191,11 +191,11 @@ def write_copy(path: Path, source: Path, sha256: str, bar: "tqdm[Any]") -> str:
         target.close()
 
 
-def write_text(path: Path, text: str, bar: "tqdm[Any]") -> str:
-    """Write a text file; return its sha256."""
+def write_bytes(path: Path, data: bytes, bar: "tqdm[Any]") -> str:
+    """Write a file of what is in memory; return its sha256."""
     target = HashingFile(path)
     try:
-        target.append(text.encode())
+        target.append(data)
         bar.update(target.size)
         return target.finish()
     finally:

@@ -12,10 +12,11 @@ from ..errors import Problem, UserError, check_name, refuse
 from ..progress import byte_bar
 from ..tensorfile import FLOATS, TensorFile
 from . import hub
+from .adapter_record import AdapterRecord
 from .adapter_settings import RANK, SCALING, SIDE_FILES, AdapterSettings, read_settings
 from .architecture import Architecture
 from .scan import Fingerprint, scan_tensors
-from .source import AdapterRecord, is_hub_id
+from .source import is_hub_id
 from .tensors import Role, roles
 
 WEIGHTS = "lora.safetensors"

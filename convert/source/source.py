@@ -2,12 +2,12 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from ..errors import Problem, UserError, check_name, refuse
 from ..file_names import CARD, CODEC, CONFIG, MANIFEST, TOKENIZER, VOICES, WEIGHTS
@@ -15,9 +15,11 @@ from ..progress import byte_bar
 from ..regular_files import read_json
 from ..tensorfile import TensorFile
 from . import demo, hub
+from .adapter_record import AdapterRecord
 from .architecture import Architecture, impossible, read_config, sizes_of
 from .checkpoint import Checkpoint, open_checkpoint
 from .license import NVIDIA, OWN, License, license_of
+from .recorded_voice import RecordedVoice, check_voice_name
 from .scan import Fingerprint, hash_file, scan_tensors
 from .shards import files_of, open_weights
 from .source_files import NAMING, SourceFiles, files_in, missing_files, name_files
@@ -53,6 +55,11 @@ class Location:
         """The sentencepiece model."""
         return self.folder / self.files.tokenizer
 
+    @property
+    def voices(self) -> Path | None:
+        """The archive of voices, None for a source without voices."""
+        return self.folder / self.files.voices if self.files.voices else None
+
     def architecture(self) -> tuple[Architecture, bool]:
         """Return the sizes that config.json gives, each looked at alone, and whether it gives any.
 
@@ -69,35 +76,11 @@ class Location:
 
 
 @dataclass(frozen=True)
-class AdapterRecord:
-    """A LoRA adapter that was merged into a source.
-
-    id: its Hub id or file name. revision: the commit on the Hub, None for a file. merged: names of the tensors.
-    """
-
-    id: str
-    revision: str | None
-    rank: int
-    scaling: float
-    size: int
-    sha256: str
-    merged: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as a manifest holds it."""
-        return asdict(self) | {"merged": list(self.merged)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Return the record in a manifest that was checked."""
-        return cls(**{field: data[field] for field in cls.__annotations__} | {"merged": tuple(data["merged"])})
-
-
-@dataclass(frozen=True)
 class Source:
     """An open source, a context manager.
 
-    others: files in its archive of voices that are not voices. adapter: the one that was merged, if any.
+    others: files in its archive of voices that are not voices. adapter: the one that was merged, if any. recorded: the
+    voices that were made from recordings; ``voices`` has them too, behind the source's own.
     """
 
     location: Location
@@ -105,6 +88,15 @@ class Source:
     voices: list[Voice]
     others: list[str]
     adapter: AdapterRecord | None = None
+    recorded: tuple[RecordedVoice, ...] = ()
+
+    def with_voices(self, recorded: Iterable[RecordedVoice]) -> "Source":
+        """Return the source with more voices; raises UserError for names that are not plain, or are taken."""
+        voices, recorded = list(self.voices), tuple(recorded)
+        for one in recorded:
+            check_voice_name(one.voice.name, [voice.name for voice in voices])
+            voices.append(one.voice)
+        return replace(self, voices=voices, recorded=self.recorded + recorded)
 
     def close(self) -> None:
         """Close the checkpoint, and an adapter that is merged into it."""
@@ -238,8 +230,8 @@ def open_source(
         except UserError as error:
             problems += error.problems
         try:
-            if files.voices:
-                voices, others = read_voices(location.folder / files.voices, architecture)
+            if location.voices:
+                voices, others = read_voices(location.voices, architecture)
         except UserError as error:
             problems += error.problems
         try:

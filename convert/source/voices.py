@@ -7,7 +7,7 @@ tokens that follows it. The embeddings are sums of the model's own tables, so th
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ def read_voices(path: Path, architecture: Architecture) -> tuple[list[Voice], li
     ``read_archive`` refuses, pickles that ask for code, wrong shapes, an archive without voices, and one with some of
     PersonaPlex's presets that lacks others (one with none of them has voices of its own, as many as there are).
     """
-    files, others = read_archive(path, lambda name: name.suffix == ".pt" and _NAME.fullmatch(name.stem) is not None)
+    files, others = read_archive(path, is_voice_file)
     voices, problems = [], []
     for name, data in files:
         try:
@@ -70,6 +70,16 @@ def _voice(name: str, data: bytes, architecture: Architecture) -> Voice:
     voice = Voice(name, tensors["embeddings"], tensors["cache"])
     check(voice, architecture)
     return voice
+
+
+def is_voice_name(name: str) -> bool:
+    """Tell whether a name is one that a voice may have: letters, digits, - and _."""
+    return _NAME.fullmatch(name) is not None
+
+
+def is_voice_file(name: PurePath) -> bool:
+    """Tell whether a member of an archive is a voice, by its name."""
+    return name.suffix == ".pt" and is_voice_name(name.stem)
 
 
 def check(voice: Voice, architecture: Architecture) -> None:

@@ -4,8 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...calibrate import forecast, quantizer, size_budget
-from ...calibrate.allocation import request_of
+from ...calibrate import allocation, forecast, quantizer, size_budget
 from ...convert import conversion, preparation, typed_json
 from ...convert.bundle import describe, recipe_choice, targets
 from ...convert.errors import UserError
@@ -13,7 +12,7 @@ from ...convert.parallel import cores
 from ...convert.source import source
 from ...verify import bundle_report
 from ...verify.publishing import gate
-from . import console, endings, options
+from . import console, endings, options, voice_options
 
 EXAMPLES = f"""\b
 Examples:
@@ -48,6 +47,8 @@ def convert(
     adapter: options.Adapter = None,
     tokens: options.CalibrationTokens = None,
     fine_tune: options.FineTune = 0,
+    voices: voice_options.AddedVoices = None,
+    consent: voice_options.Consent = None,
     publish_to: options.PublishTo = None,
     private: Annotated[bool, typer.Option("--private", help="With --publish: where only you see it.")] = False,
     verify: options.Verify = True,
@@ -60,20 +61,19 @@ def convert(
 ) -> None:
     """Convert a PersonaPlex checkpoint into a folder that an MLX runtime loads.
 
-    Reads the source twice (once to check it, once to convert), never loads all of it into memory, reads back what it
-    wrote, and leaves a manifest. A killed run resumes when the same command is given again. In the end it compares the
+    Reads the source twice (to check it, to convert it), never loads all of it into memory, reads back what it wrote,
+    and leaves a manifest. A killed run resumes when the same command is given again. In the end it compares the
     bundle's predictions with its source's; ppx-verify repeats that, with more options.
     """
-    quiet = console.quiet(as_json)
-    if publish_to:
-        console.needs("--publish", publish_to, "--verify", verify)
-        gate.check_name(publish_to)
+    quiet, added = console.quiet(as_json), voice_options.added(voices, consent, dry_run)
+    console.needs("--publish", publish_to, "--verify", verify)
+    gate.check_name(publish_to) if publish_to else None
     console.needs("--private", private, "--publish", publish_to)
     console.check_quantization(bits, group_size)
     size = {"--target-size": target_size, "--bits-per-weight": bits_per_weight}
     console.one_of({"--recipe": recipe, "--bits": bits, "--no-quantize": no_quantize, **size})
     budget = size_budget.budget_of(target_size, bits_per_weight)
-    request = budget and request_of(budget, target, dtype, method, depformer_steps)
+    request = budget and allocation.request_of(budget, target, dtype, method, depformer_steps)
     settings: dict[str, Any] = {"bits": bits, "group_size": group_size, "quantize": not no_quantize}
     settings |= {"target": target, "dtype": dtype, "method": method, "depformer_steps": depformer_steps}
     chosen = request.recipe if request else recipe_choice.make_recipe(recipe, **settings)
@@ -90,11 +90,11 @@ def convert(
     gate.check_token(publish_to) if publish_to else None
     with conversion.open_conversion(where, output, chosen, force=force, **which, quiet=quiet) as opened:
         if request:
-            allocation = size_budget.allocate_for(opened, request, tokens)
-            show(size_budget.text(allocation))
-            chosen = allocation.recipe
+            allocated = size_budget.allocate_for(opened, request, tokens)
+            show(size_budget.text(allocated))
+            chosen = allocated.recipe
         needs_data = fine_tune or (tokens and not request) or opened.needs_data(chosen)
-        done = opened.write(chosen, by_data if needs_data else None, jobs)
+        done = opened.write(chosen, by_data if needs_data else None, jobs, added(opened.source))
         console.show(describe.finished(done.folder, done.manifest, done.files_written)) if not as_json else None
         console.advise("--method", None if as_json else forecast.advice(opened.source, chosen))
         same: dict[str, Any] = {"adapter": adapter, "same_source": True, "quiet": quiet}

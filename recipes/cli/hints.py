@@ -3,6 +3,7 @@
 from ...convert.hints import Hint
 
 HINTS = {
+    Hint.ADD_VOICE: "take it out of the source's voices.tgz, and add it by ppx-convert --voice with --consent",
     Hint.CHOOSE_GPTQ: "leave --tokens and --refine out, or choose --method gptq",
     Hint.CHOOSE_VOICE: "give one of them as --voice",
     Hint.COMPUTE_ON_CPU: "try --device cpu or another version of MLX",
@@ -14,6 +15,7 @@ HINTS = {
     Hint.FREE_DISK: "free some, or choose --output on another disk",
     Hint.FREE_DISK_OR_MOVE_CACHE: "free some, or put the cache (HF_HOME) or --output on another disk",
     Hint.GIVE_ADAPTER: "give its file as --adapter",
+    Hint.GIVE_CONSENT: "give it as --consent",
     Hint.GIVE_REFERENCE: "give it as --reference",
     Hint.GIVE_TOKENS: "give recorded conversations as --tokens",
     Hint.INSTALL_AS: "choose one with --as",
@@ -24,6 +26,7 @@ HINTS = {
     Hint.LONGER_RECORDINGS: "give longer ones, or --frames",
     Hint.MAKE_AGAIN: "make it again with --force",
     Hint.MAKE_AGAIN_OR_CHECK_DISK: "check the disk and run the command again, or make the bundle again with --force",
+    Hint.MAKE_VOICE: "make it again with ppx-voice, from the recording and this source",
     Hint.MEND_OR_OTHER_OUTPUT: "mend that, or choose another --output",
     Hint.MORE_FRAMES: "give more --frames (a voice takes up the first ones), or tokens in which the agent speaks",
     Hint.MOSHI_RECIPE: "use --recipe moshi-q4, moshi-q8 or bf16, or --target mlx",
@@ -39,6 +42,7 @@ HINTS = {
     Hint.OTHER_REPOSITORY: "choose another name, --create-pr, or --force, which writes over what has the same name",
     Hint.PUBLISH_ANYWAY: "--force publishes it, and the card says so",
     Hint.PULL_REQUEST_OR_REVISION: "leave --create-pr or --revision out",
+    Hint.RENAME_VOICE: "choose another: --name of ppx-voice, or the name of the recording",
     Hint.SHORTEN_PROMPT: "shorten --prompt",
     Hint.TARGET_MLX: "use --target mlx",
     Hint.VERIFY_FIRST: "run ppx-verify with --reference SOURCE first",

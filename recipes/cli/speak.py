@@ -17,7 +17,7 @@ from ...model.prompt import PROMPT
 from ...speak import answers
 from ...speak.sampling import GREEDY, sampling_in
 from ...speak.speaker import SpeakOptions
-from . import bundle_argument, console, endings, options, speak_options
+from . import bundle_argument, console, endings, options, speak_options, voice_options
 
 EXAMPLES = """\b
 Examples:
@@ -25,6 +25,8 @@ Examples:
       answer a recording: a WAV of the same length, and the words as they come
   ppx-speak my-bundle question.wav -o answer.wav --voice NATM1 --prompt "You run a small bakery." --seed 3
       another voice, another role, another answer
+  ppx-speak my-bundle question.wav -o answer.wav --voice me.wav --consent "I am the speaker, and agree to this."
+      in a voice of your own; ppx-voice keeps it in a file
   ppx-speak my-bundle --live
       talk to it through microphone and headphones
   ppx-speak me/personaplex-4bit question.wav -o answer.wav
@@ -44,6 +46,7 @@ def speak(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="ANSWER", help="WAV file to write.")] = None,
     live: Annotated[bool, typer.Option("--live", help="Use microphone and speaker instead, until Ctrl-C.")] = False,
     voice: speak_options.Voice = None,
+    consent: voice_options.SpeakerConsent = None,
     prompt: speak_options.Prompt = PROMPT,
     greedy: speak_options.Greedy = False,
     seed: speak_options.Seed = 0,
@@ -75,12 +78,13 @@ def speak(
         text_temperature=text_temperature,
         text_top_k=text_top_k,
     )
+    voice_options.check_voice(voice, consent)
     if output is not None:
         check_new_file(output, ".wav", force)
     bundle = locate_bundle(where, revision, console.quiet(as_json))
     with computing_on(device and str(device)):
         chosen = GREEDY if greedy else replace(sampling_in(bundle), **settings)
-        how = SpeakOptions(voice, prompt, chosen, seed, arithmetic and str(arithmetic), codec)
+        how = SpeakOptions(voice, prompt, chosen, seed, arithmetic and str(arithmetic), codec, consent)
         write = partial(typer.echo, nl=False)
         if question is None or output is None:
             listening = partial(console.say, "listening: speak, and end with Ctrl-C (headphones avoid an echo)")

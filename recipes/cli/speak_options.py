@@ -7,7 +7,10 @@ import typer
 from ...convert.errors import UserError
 from ...model.prompt import VOICE
 
-Voice = Annotated[str | None, typer.Option(help=f"Speak with one of the bundle's voices.  [default: {VOICE}]")]
+Voice = Annotated[
+    str | None,
+    typer.Option(help=f"Speak with one of the bundle's, a recording, or a file of ppx-voice.  [default: {VOICE}]"),
+]
 Prompt = Annotated[str, typer.Option(help="Give it a role, as a text prompt.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Take the top-1 token always.")]
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Begin sampling with it.")]

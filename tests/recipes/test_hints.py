@@ -9,7 +9,19 @@ import pytest
 import typer
 from ppx.convert.errors import CheckFailed, Problem, UserError, refuse
 from ppx.convert.hints import Hint
-from ppx.recipes.cli import allocate, bench, calibrate, convert, endings, inspect, install, publish, speak, verify
+from ppx.recipes.cli import (
+    allocate,
+    bench,
+    calibrate,
+    convert,
+    endings,
+    inspect,
+    install,
+    publish,
+    speak,
+    verify,
+    voice,
+)
 from ppx.recipes.cli.hints import HINTS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -20,7 +32,7 @@ COMMANDS = {  # functions that return a command which people run again
     "verify/provenance.py": "command_of",
 }
 FLAG = re.compile(r"(?<!var\()--[a-z][a-z-]*")  # CSS has variables of the same form
-PROGRAMS = (allocate, bench, calibrate, convert, inspect, install, publish, speak, verify)
+PROGRAMS = (allocate, bench, calibrate, convert, inspect, install, publish, speak, verify, voice)
 
 
 def strings(tree: ast.AST, but: str = "") -> Iterator[ast.Constant]:

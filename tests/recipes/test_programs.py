@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parent.parent.parent
-PROGRAMS = ("allocate", "bench", "calibrate", "convert", "inspect", "install", "publish", "speak", "verify")
+PROGRAMS = ("allocate", "bench", "calibrate", "convert", "inspect", "install", "publish", "speak", "verify", "voice")
 LAYER = "transformer.layers.0.self_attn"
 
 
@@ -142,6 +142,7 @@ def test_debug_shows_what_is_behind_a_line(program, tmp_path, monkeypatch):
         "calibrate": ("nothing", "-o", "a.safetensors"),
         "publish": ("nothing", "me/it"),
         "speak": ("nothing", "q.wav", "-o", "a.wav"),
+        "voice": ("nothing", "q.wav"),
     }
     arguments = needed.get(program, ("./nothing",))
     plain, debug = run(program, *arguments), run(program, *arguments, "--debug")

@@ -1,6 +1,7 @@
 """The model card of a bundle, ``README.md``, and its ``NOTICE``: rendered from the manifest and the report alone."""
 
 import shlex
+import string
 from collections.abc import Sequence
 from importlib.resources import files as resources
 from typing import Any
@@ -40,7 +41,7 @@ def files(
     source_license = manifest.source.license or UNKNOWN
     data = metadata(manifest, source_license)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)  # noqa: S701  (Markdown)
-    environment.filters |= {"size": size, "short": reports.short, "plain": _plain, "code": _code}
+    environment.filters |= {"size": size, "short": reports.short, "plain": _plain, "code": _code, "literal": _literal}
     text = environment.from_string((resources(__package__) / "templates" / "card.md").read_text("utf-8")).render(
         manifest=manifest,
         report=report,
@@ -109,6 +110,8 @@ def command(manifest: Manifest) -> str:
     words = [TOOLKIT, source.id, *(["--revision", source.revision] if source.revision else [])]
     words += ["--adapter", "@".join(filter(None, (adapter.id, adapter.revision)))] if adapter else []
     words += ["--fill-depformer-steps"] if source.copied_steps else []
+    for voice in manifest.recorded_voices:
+        words += ["--voice", f"{voice.name}.safetensors"]
     if calibration:
         words += ["--tokens", calibration.file] if calibration.file and not resampled(calibration) else []
         words += ["--refine", str(calibration.refined_steps)] if calibration.refined_steps else []
@@ -142,6 +145,11 @@ def _notice(manifest: Manifest, source_license: License) -> str:
 def _plain(text: object) -> str:
     """Return an untrusted name so that Markdown shows it and does nothing else with it."""
     return "".join(character if character.isalnum() or character in " -_./:+," else "?" for character in str(text))
+
+
+def _literal(text: str) -> str:
+    """Return untrusted words so that Markdown shows every character as it is."""
+    return "".join(f"\\{one}" if one in string.punctuation else one for one in text if one.isprintable())
 
 
 def _code(text: str) -> str:

@@ -20,6 +20,7 @@ from ...convert.hints import Hint
 from ...convert.progress import byte_bar
 from ...convert.source.source import HUB_ID
 from .. import report as reports
+from ..recorded_voices import without_consent
 from ..records import Report
 from . import card
 from .upload import Local, PublishOptions, check_token, upload
@@ -69,13 +70,14 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
     """Check everything that would be published; needs no network.
 
     Raises CheckFailed if the report is missing, failing or of other files and not ``force``, and always if a file holds
-    a token or somebody's home directory; UserError for what is no bundle or lacks files.
+    a token or somebody's home directory, or a voice has no consent; UserError for what is no bundle or lacks files.
     """
     check_name(repository)
     manifest = manifest_of(bundle)
     missing = [name for name in manifest.files if not (bundle / name).is_file()]
     if missing:
         raise UserError([f"{bundle / name}: missing: make the bundle again" for name in missing])
+    _check_consent(bundle, manifest)
     report, objections = _report(bundle, manifest)
     names = [*manifest.files, MANIFEST]
     names += [f"{reports.FOLDER}/{reports.JSON}"] if report else []
@@ -135,6 +137,15 @@ def publish(
     if done.others:
         line += f"; it also holds {', '.join(done.others[:5])}, which is not of this bundle"
     return Published(done.page, done.changed, done.others, printable(line))
+
+
+def _check_consent(bundle: Path, manifest: Manifest) -> None:
+    """Raise CheckFailed for voices without the consent of the person in them; no option publishes those."""
+    names = without_consent(manifest)
+    if names:
+        raise CheckFailed(
+            f"{bundle}: not published: no consent is recorded for the voice of {', '.join(names)}", Hint.ADD_VOICE
+        )
 
 
 def _report(bundle: Path, manifest: Manifest) -> tuple[Report | None, list[str]]:
