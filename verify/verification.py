@@ -27,6 +27,7 @@ from ..model.mlx_device import computing_on, on_gpu, streams
 from ..model.prompt import PROMPT, prompt_tokens
 from ..model.session import PAUSE
 from ..model.tokens import DEFAULT_FRAMES, DEFAULT_SEQUENCES, TokenSet, evenly_spaced, from_system_prompt, read_tokens
+from ..speak.memory import memory_of
 from . import limits, rollout, structure
 from .comparison import Measured, compare
 from .figures import Rollout
@@ -119,6 +120,7 @@ def _verify(
         activations=tuple(measured.activations),
         predictions=measured.predictions,
         hidden=measured.hidden,
+        memory=memory_of(manifest),
         rollout=session,
         round_trip=None,
         ran_on=_machine(request),

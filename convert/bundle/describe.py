@@ -145,6 +145,14 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} GB"
 
 
+def count(parameters: int) -> str:
+    """Return how many parameters a model has as people say it: three digits and a word, ``4.64 million``."""
+    for word, unit in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        if parameters >= 0.9995 * unit:
+            return f"{parameters / unit:.3g} {word}" if parameters < 999.5 * unit else f"{parameters / unit:,.0f} {word}"
+    return str(parameters)
+
+
 def finished(folder: Path, manifest: Manifest, written: int) -> str:
     """Return what is printed of a finished conversion; written: how many files this run wrote."""
     total = manifest.nbytes + (folder / MANIFEST).stat().st_size

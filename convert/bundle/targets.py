@@ -15,6 +15,7 @@ from .output_tensor import Output
 class Target:
     """What a consumer loads.
 
+    programs: those that load it, beside this toolkit's own.
     dtype: its usual one for floats and scales. uniform: components that a uniform recipe quantizes. copies: source
     file -> its name in the bundle. voice_cache: dtype of a voice's tokens in ``voices/NAME.safetensors``, None where
     the archive is copied instead. indexed: whether model.safetensors.index.json belongs to it.
@@ -23,6 +24,7 @@ class Target:
 
     name: str
     description: str
+    programs: str
     dtype: str
     uniform: tuple[str, ...]
     copies: dict[str, str]
@@ -46,6 +48,7 @@ TARGETS = {
         Target(
             name="speech-swift",
             description="the Swift/MLX library: one setting for temporal and depformer, the rest 16 bit",
+            programs="speech-swift (Swift)",
             dtype="float16",
             uniform=("temporal", "depformer"),
             copies={CODEC: speech_swift.CODEC, TOKENIZER: TOKENIZER},
@@ -60,6 +63,7 @@ TARGETS = {
         Target(
             name="moshi-mlx",
             description="moshi_mlx and personaplex-mlx: everything at 4 bit g32, 8 bit g64 or 16 bit",
+            programs="moshi_mlx and personaplex-mlx (Python)",
             dtype="bfloat16",
             uniform=("temporal", "depformer", "embeddings", "heads"),
             copies={CODEC: CODEC, TOKENIZER: TOKENIZER, VOICES: VOICES},
@@ -74,6 +78,7 @@ TARGETS = {
         Target(
             name="mlx",
             description="the mlx-lm convention: any setting for any module",
+            programs="Python code that follows mlx-lm's conventions",
             dtype="bfloat16",
             uniform=("temporal", "depformer"),
             copies={CODEC: CODEC, TOKENIZER: TOKENIZER},
