@@ -141,6 +141,11 @@ def figures(report: Report) -> list[LimitedFigure]:
     return rows
 
 
+def controls(report: Report) -> list[str]:
+    """Return the bits of the controls beside the one at the bundle's own bits."""
+    return list(report.hidden.controls) if report.hidden else []
+
+
 def _value(figures: PredictionFigures, limit: str) -> float | None:
     found = limited(figures, limit)
     return found.value if found else None
@@ -200,7 +205,7 @@ def _render(name: str, report: Report, **more: Any) -> str:
         headline=headline.headline(report),
         meaning=headline.MEANING,
         figures=figures(report),
-        controls=list(report.hidden.controls) if report.hidden else [],
+        controls=controls(report),
         worst=worst(report),
         replaced=workarounds(report.kernels),
         **more,

@@ -1,5 +1,6 @@
 """An axis of streams beside a logarithmic one of divergence: streams run down a phone, and along a wide page."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ class StreamAxis:
         cls, predictions: Mapping[str, StreamFigures], narrow: bool, width: float, height: float
     ) -> "tuple[Figure, StreamAxis]":
         """Return a figure and its axis; width, height: inches of the wide form."""
+        from matplotlib.ticker import NullLocator
+
         names = ["text", *(name for name in predictions if name.startswith("codebook_"))]
         figure, (axes,) = new_figure(1.0 + _ROW * len(names) if narrow else height, width=NARROW if narrow else width)
         labels = [name.removeprefix("codebook_") for name in names]
@@ -36,6 +39,7 @@ class StreamAxis:
         streams.set_label_text("codebook" if narrow else "codebook (shaded: the user's, unused in conversation)")
         (axes.set_xscale if narrow else axes.set_yscale)("log")
         plain_labels(divergence)
+        divergence.set_minor_locator(NullLocator())  # a third of the time that a picture takes
         divergence.set_label_text("KL divergence, nats/token")
         first, last = user_begins(names) - 0.5, len(names) - 0.5
         if narrow:
@@ -52,6 +56,13 @@ class StreamAxis:
         """Draw values at places of streams."""
         drawn = [above_floor(value) for value in values]
         self.axes.plot(*((drawn, places) if self.narrow else (places, drawn)), **style)
+
+
+    def span_decades(self) -> None:
+        """Let the axis of divergence begin and end at powers of ten, so that it has two labels at least."""
+        low, high = self.axes.get_xlim() if self.narrow else self.axes.get_ylim()
+        ends = 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
+        (self.axes.set_xlim if self.narrow else self.axes.set_ylim)(*ends)
 
 
 def user_begins(names: Sequence[str]) -> int:
