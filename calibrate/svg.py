@@ -56,7 +56,15 @@ def plain_labels(axis: "Axis") -> None:
 
 def add_legend(axis: "Axes", columns: int = 2) -> None:
     """Put a legend above an axis."""
-    legend = axis.legend(fontsize=8, frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    legend = axis.legend(
+        fontsize=8,
+        frameon=False,
+        ncols=columns,
+        columnspacing=1.2,
+        handletextpad=0.4,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
     for text in legend.get_texts():
         text.set_color(INK)
 

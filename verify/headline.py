@@ -48,7 +48,7 @@ def comparison(report: Report) -> str:
     parts = [f"{_factor(ratio)} times as much as {name}" for name, ratio in ratios if ratio is not None]
     if not parts:
         return f"{subject} by {_figure(agent.bundle)} nats/token; this report has nothing to compare that with."
-    return f"{subject} {' and '.join(parts)}."
+    return f"{subject} {', and '.join(parts)}."
 
 
 def lacks_8_bit(report: Report) -> bool:

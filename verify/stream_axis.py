@@ -29,7 +29,7 @@ class StreamAxis:
         cls, predictions: Mapping[str, StreamFigures], narrow: bool, width: float, height: float
     ) -> "tuple[Figure, StreamAxis]":
         """Return a figure and its axis; width, height: inches of the wide form."""
-        from matplotlib.ticker import NullLocator
+        from matplotlib.ticker import LogLocator, NullLocator
 
         names = ["text", *(name for name in predictions if name.startswith("codebook_"))]
         figure, (axes,) = new_figure(1.0 + _ROW * len(names) if narrow else height, width=NARROW if narrow else width)
@@ -39,6 +39,7 @@ class StreamAxis:
         streams.set_label_text("codebook" if narrow else "codebook (shaded: the user's, unused in conversation)")
         (axes.set_xscale if narrow else axes.set_yscale)("log")
         plain_labels(divergence)
+        divergence.set_major_locator(LogLocator(numticks=5 if narrow else 8))
         divergence.set_minor_locator(NullLocator())  # a third of the time that a picture takes
         divergence.set_label_text("KL divergence, nats/token")
         first, last = user_begins(names) - 0.5, len(names) - 0.5

@@ -56,7 +56,7 @@ def files(
         controls=reports.controls(report) if report else [],
         comparison=headline.comparison(report) if report else "",
         memory=memory_of(manifest),
-        programs=target.programs if target else manifest.target,
+        programs=target.programs if target else _plain(manifest.target),
         title=title(manifest, bases),
         base_model=base_model,
         replaced=workarounds(report.kernels) if report else [],
