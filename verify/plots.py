@@ -67,7 +67,8 @@ def _drift(activations: Sequence[ActivationRow], narrow: bool) -> str:
             axis.plot(_layers(of_sublayer), values, style, marker=".", color=_COLOURS[sublayer], label=label)
     of_sublayer = [row for row in rows if row.sublayer == "mlp"]
     layers, noise = _layers(of_sublayer), _drawn([row.noise_accumulated for row in of_sublayer])
-    axis.plot(layers, noise, ":", color=_COLOURS["noise"], label="noise floor" if narrow else "noise floor, accumulated")
+    label = "noise floor" if narrow else "noise floor, accumulated"
+    axis.plot(layers, noise, ":", color=_COLOURS["noise"], label=label)
     axis.set_yscale("log")
     plain_labels(axis.yaxis)
     axis.set_xlabel("layer")

@@ -163,7 +163,9 @@ def worst(report: Report) -> dict[str, list[str]]:
     ]
     streams.sort(key=lambda pair: -finite_or_infinite(pair[1]))
     return {
-        "tensors, relative error": [f"{row.component} {row.name}: {_percent(row.relative_rmse)}" for row in tensors[:_WORST]],
+        "tensors, relative error": [
+            f"{row.component} {row.name}: {_percent(row.relative_rmse)}" for row in tensors[:_WORST]
+        ],
         "blocks, local error": [f"{name}: {_percent(value)}" for name, value in blocks[:_WORST]],
         "streams, KL": [f"{name.replace('_', ' ')}: {short(value)}" for name, value in streams[:_WORST]],
     }

@@ -58,7 +58,6 @@ class StreamAxis:
         drawn = [above_floor(value) for value in values]
         self.axes.plot(*((drawn, places) if self.narrow else (places, drawn)), **style)
 
-
     def span_decades(self) -> None:
         """Let the axis of divergence begin and end at powers of ten, so that it has two labels at least."""
         low, high = self.axes.get_xlim() if self.narrow else self.axes.get_ylim()

@@ -148,8 +148,9 @@ def size(nbytes: float) -> str:
 def count(parameters: int) -> str:
     """Return how many parameters a model has as people say it: three digits and a word, ``4.64 million``."""
     for word, unit in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
-        if parameters >= 0.9995 * unit:
-            return f"{parameters / unit:.3g} {word}" if parameters < 999.5 * unit else f"{parameters / unit:,.0f} {word}"
+        value = parameters / unit
+        if value >= 0.9995:
+            return f"{value:.3g} {word}" if value < 999.5 else f"{value:,.0f} {word}"
     return str(parameters)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from chromium import evaluate
+from ppx.convert.bundle.describe import size
 from ppx.convert.bundle.manifest import read_manifest
 from ppx.convert.bundle.targets import TARGETS
 from ppx.convert.source.source import locate, open_source
@@ -70,18 +71,20 @@ def test_the_first_screen(page, report, bundle):
     said = first_screen(page)
     agent = report.predictions["agent"]
     plain, eight = (headline.times(agent.bundle, one) for one in (agent.control, agent.controls["8"]))
-    assert f"{plain:.2g} times as much as plain rounding at the same bits, and {eight:.0f} times as much as 8 bit" in said
+    assert f"{plain:.2g} times as much as plain rounding at the same bits" in said
+    assert f", and {eight:.0f} times as much as 8 bit of the same checkpoint." in said
     manifest = read_manifest(bundle("--recipe", "4bit"))
     assert manifest
     assert report.memory == memory_of(manifest)
-    assert reports.size(report.memory.total) in said
+    assert size(report.memory.total) in said
     assert "computed" in said
     assert TARGETS["speech-swift"].programs in said
     assert "ppx-speak" in said
     assert "--controls 8" not in said
 
 
-def test_a_control_at_8_bit_that_was_not_computed_has_its_command(report, undrawn):
+@pytest.mark.usefixtures("undrawn")
+def test_a_control_at_8_bit_that_was_not_computed_has_its_command(report):
     streams = {name: replace(stream, controls={}) for name, stream in report.predictions.items()}
     assert report.hidden
     without = replace(report, predictions=streams, hidden=replace(report.hidden, controls={}))
@@ -102,7 +105,8 @@ def test_what_cannot_be_compared_is_said(report, change, expected):
     assert expected in headline.comparison(replace(report, predictions=streams))
 
 
-def test_a_report_of_an_earlier_version_has_a_first_screen(undrawn):
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_of_an_earlier_version_has_a_first_screen():
     said = first_screen(reports.html(reports.read(EARLIER / "report.json")))
     assert "Memory" not in said
     assert "On disk" in said
@@ -119,6 +123,16 @@ def test_pictures_are_vectors_with_ids_of_their_own(page):
     assert used <= set(ids)
 
 
+def test_figures_that_are_not_known_are_left_out_of_pictures(report):
+    def unknown(stream: StreamFigures) -> StreamFigures:
+        return StreamFigures(replace(stream.bundle, kl=None), replace(stream.noise, kl=None))
+
+    streams = {name: unknown(stream) for name, stream in report.predictions.items()}
+    drawn = plots.pictures(replace(report, predictions=streams))
+    assert "this bundle" in drawn["comparison"].narrow
+    assert "plain rounding" not in drawn["comparison"].narrow
+
+
 def test_the_first_picture_has_bundle_and_controls_side_by_side(page):
     for picture in re.findall(r"<svg.*?</svg>", page, re.DOTALL)[:2]:
         words = re.findall(r">([^<>]+)</text>", picture)
@@ -131,7 +145,8 @@ def test_the_first_picture_has_bundle_and_controls_side_by_side(page):
         assert " ".join(["text", *map(str, range(16))]) in " ".join(words)
 
 
-def test_losses_are_shown_only_where_somebody_said_the_tokens(page, report, undrawn):
+@pytest.mark.usefixtures("undrawn")
+def test_losses_are_shown_only_where_somebody_said_the_tokens(page, report):
     assert "Δ loss" in page
     assert "perplexity ×" in page
 
