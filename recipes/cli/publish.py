@@ -55,7 +55,7 @@ def publish_bundle(
     how = PublishOptions(private, create_pr, revision, force, base_model)
     if dry_run:
         plan = ready(bundle, repository, force, quiet, base_model)
-        console.show(plan.card[CARD].rstrip()) if show_card and not as_json else _show(plan, how, as_json)
+        console.show(plan.card[CARD].removesuffix("\n")) if show_card and not as_json else _show(plan, how, as_json)
         return
     done = publish(bundle, repository, how, quiet=quiet)
     if as_json:
@@ -77,7 +77,7 @@ def _show(plan: UploadPlan, how: PublishOptions, as_json: bool) -> None:
     for file in plan.files:
         console.show(f"{size(file.size):>9}  {file.name}")
     if not plan.base_models:
-        console.show("the card names no base model: --base-model gives it the repository of a local source")
+        console.say("the card names no base model: --base-model gives it the repository of a local source")
     for objection in plan.objections:
         console.show(f"the card will say: {objection}")
     console.show(f"{len(plan.files)} files, {size(plan.nbytes)}, to {plan.repository} ({where}; {visibility})")

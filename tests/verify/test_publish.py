@@ -272,8 +272,8 @@ def test_a_dry_run_shows_the_card_that_goes_up(publish, hub, bundle):
     assert listed["base_model"] == ["me/talker"]
     publish(*named)
     assert held(hub)["README.md"].decode() == shown.stdout == listed["card"]
-    assert "the card names no base model: --base-model" in publish("--dry-run").stdout
-    assert "no base model" not in publish("--dry-run", *named).stdout
+    assert "the card names no base model: --base-model" in publish("--dry-run").stderr
+    assert publish("--dry-run", *named).stderr == ""
     assert "--show-card needs --dry-run: give both" in publish("--show-card", status=2).stderr
     assert "talker: not the name of a base model" in publish("--base-model", "talker", status=2).stderr
 
