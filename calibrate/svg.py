@@ -12,15 +12,16 @@ if TYPE_CHECKING:
 
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "ppx", "font.size": 9, "font.family": "sans-serif"}
 INK, FAINT = "#010203", "#040506"  # replaced by the page's own colours
+WIDTH = 5.2  # inches of half of a page
 _FLOOR = 1e-9  # of a logarithmic axis: a difference of nothing is drawn there
 
 
-def new_figure(height: float, rows: int = 1) -> "tuple[Figure, Sequence[Axes]]":
-    """Return a figure of a height in inches, and its axes below each other."""
+def new_figure(height: float, rows: int = 1, width: float = WIDTH) -> "tuple[Figure, Sequence[Axes]]":
+    """Return a figure of a height and width in inches, and its axes below each other."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
     figure.patch.set_alpha(0)
@@ -41,6 +42,7 @@ def as_svg(figure: "Figure") -> str:
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # nothing refers to groups, and a page has several pictures
     return svg.replace(INK, "var(--ink)").replace(FAINT, "var(--faint)")
 
 
@@ -52,9 +54,17 @@ def plain_labels(axis: "Axis") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def add_legend(axis: "Axes") -> None:
+def add_legend(axis: "Axes", columns: int = 2) -> None:
     """Put a legend above an axis."""
-    legend = axis.legend(fontsize=8, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    legend = axis.legend(
+        fontsize=8,
+        frameon=False,
+        ncols=columns,
+        columnspacing=1.2,
+        handletextpad=0.4,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+    )
     for text in legend.get_texts():
         text.set_color(INK)
 

@@ -3,6 +3,7 @@
 from .figures import PredictionFigures
 from .records import Report
 
+EIGHT = "8"  # bits that are taken for lossless; the control at them, by its name in a report
 INTACT, NOT_INTACT = "Intact", "Not intact"
 MEANING = (
     "Intact means that files and weights are what the conversion wrote, and that predictions diverge about as much as "
@@ -33,6 +34,30 @@ def headline(report: Report) -> str:
     return f"{bits}, {size}: {lost}; agent top-1 agreement {shown}"
 
 
+def comparison(report: Report) -> str:
+    """Return one sentence on how far predictions diverge, beside plain rounding and controls at other bits."""
+    agent = report.predictions.get("agent")
+    if agent is None or agent.bundle.kl is None:
+        return "Nothing was computed."
+    subject = "Its predictions of the agent's audio diverge from the original's"
+    if not any(row.bits for row in report.weights):
+        return f"{subject} by {_figure(agent.bundle)} nats/token; it is not quantized."
+    known = [("plain rounding at the same bits", agent.control)] if agent.control else []
+    known += [(f"{width} bit of the same checkpoint", figures) for width, figures in agent.controls.items()]
+    ratios = [(name, times(agent.bundle, figures)) for name, figures in known]
+    parts = [f"{_factor(ratio)} times as much as {name}" for name, ratio in ratios if ratio is not None]
+    if not parts:
+        return f"{subject} by {_figure(agent.bundle)} nats/token; this report has nothing to compare that with."
+    return f"{subject} {', and '.join(parts)}."
+
+
+def lacks_8_bit(report: Report) -> bool:
+    """Tell whether the same checkpoint at 8 bit could be a control of a report, and is not."""
+    agent = report.predictions.get("agent")
+    widths = {row.bits for row in report.weights if row.bits}
+    return agent is not None and EIGHT not in agent.controls and bool(widths - {int(EIGHT)})
+
+
 def times(bundle: PredictionFigures, control: PredictionFigures) -> float | None:
     """Return the divergence of a bundle over that of a control, None where either is not known or the latter is 0."""
     if bundle.kl is None or control.kl is None or bundle.kl.mean is None or not control.kl.mean:
@@ -52,6 +77,10 @@ def _shown(ratio: float) -> str:
     if ratio >= 0.995:
         return f"{ratio:.1f} times" if ratio < 9.95 else f"{ratio:.0f} times"
     return f"{100 * ratio:.0f} % of" if ratio >= 0.0995 else f"{100 * ratio:.1f} % of"
+
+
+def _factor(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.2g}"
 
 
 def _figure(figures: PredictionFigures) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from ..convert import typed_json
 from ..convert.bundle.manifest import Manifest
+from ..convert.bundle.run_memory import RunMemory
 from ..convert.schema import FILE, Each, Leaf, OrNull, mismatch, number, whole
 from ..convert.source.scan import Fingerprint
 from ..convert.typed_json import MAY_BE_MISSING, Key
@@ -174,8 +175,8 @@ class Report:
 
     limits: what figures may be, by the names in ``limits.FIGURES``; None where nothing was computed to judge by.
     arithmetic: dtype of the bundle's activations. predictions: by stream, empty where nothing was computed; hidden:
-    None there, and in earlier versions. rollout, round_trip: None where they were not asked for. command: what runs it
-    again.
+    None there, and in earlier versions. memory: of a conversation, computed; None in earlier versions. rollout,
+    round_trip: None where they were not asked for. command: what runs it again.
     """
 
     verdict: Verdict
@@ -190,6 +191,7 @@ class Report:
     activations: tuple[ActivationRow, ...]
     predictions: dict[str, StreamFigures]
     hidden: Annotated[HiddenFigures | None, MAY_BE_MISSING]
+    memory: Annotated[RunMemory | None, MAY_BE_MISSING]
     rollout: Rollout | None
     round_trip: Annotated[RoundTrip | None, MAY_BE_MISSING]
     ran_on: Machine

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..convert.bundle.describe import size
+from ..convert.bundle.targets import TARGETS
 from ..convert.errors import Problem, UserError, reason
 from ..convert.file_names import MANIFEST
 from ..convert.hints import Hint
@@ -140,6 +141,11 @@ def figures(report: Report) -> list[LimitedFigure]:
     return rows
 
 
+def controls(report: Report) -> list[str]:
+    """Return the bits of the controls beside the one at the bundle's own bits."""
+    return list(report.hidden.controls) if report.hidden else []
+
+
 def _value(figures: PredictionFigures, limit: str) -> float | None:
     found = limited(figures, limit)
     return found.value if found else None
@@ -157,7 +163,9 @@ def worst(report: Report) -> dict[str, list[str]]:
     ]
     streams.sort(key=lambda pair: -finite_or_infinite(pair[1]))
     return {
-        "tensors, relative error": [f"{row.name}: {_percent(row.relative_rmse)}" for row in tensors[:_WORST]],
+        "tensors, relative error": [
+            f"{row.component} {row.name}: {_percent(row.relative_rmse)}" for row in tensors[:_WORST]
+        ],
         "blocks, local error": [f"{name}: {_percent(value)}" for name, value in blocks[:_WORST]],
         "streams, KL": [f"{name.replace('_', ' ')}: {short(value)}" for name, value in streams[:_WORST]],
     }
@@ -199,7 +207,7 @@ def _render(name: str, report: Report, **more: Any) -> str:
         headline=headline.headline(report),
         meaning=headline.MEANING,
         figures=figures(report),
-        controls=list(report.hidden.controls) if report.hidden else [],
+        controls=controls(report),
         worst=worst(report),
         replaced=workarounds(report.kernels),
         **more,
@@ -213,4 +221,15 @@ def markdown(report: Report) -> str:
 
 def html(report: Report) -> str:
     """Return the report as one page with its pictures inside; it loads nothing from the network."""
-    return _render("page.html", report, pictures=plots.pictures(report), tensors=worst_first(report.weights))
+    target = TARGETS.get(report.bundle.target)
+    return _render(
+        "page.html",
+        report,
+        pictures=plots.pictures(report),
+        tensors=worst_first(report.weights),
+        comparison=headline.comparison(report),
+        lacks_8_bit=headline.lacks_8_bit(report),
+        bits=headline.bits_of(report),
+        programs=target.programs if target else report.bundle.target,
+        has_losses=any(stream.bundle.loss for stream in report.predictions.values()),
+    )

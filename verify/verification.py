@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..convert.bundle.manifest import TOOLKIT, Manifest
 from ..convert.bundle.reader import Bundle, Layout, layout_of
+from ..convert.bundle.run_memory import memory_of
 from ..convert.errors import Problem, UserError, printable
 from ..convert.file_names import MANIFEST
 from ..convert.hints import Hint
@@ -121,6 +122,7 @@ def _verify(
         activations=tuple(measured.activations),
         predictions=measured.predictions,
         hidden=measured.hidden,
+        memory=memory_of(manifest),
         rollout=session,
         round_trip=None,
         ran_on=_machine(request),

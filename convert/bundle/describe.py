@@ -12,7 +12,7 @@ from .manifest import Manifest
 from .output_tensor import Output
 from .plan import Plan
 from .ranges import format_ranges, ranges_of
-from .run_memory import RunMemory, run_memory
+from .run_memory import RunMemory, planned_memory
 from .targets import TARGETS
 
 _LISTED = 3  # names of what is dropped for one reason
@@ -97,7 +97,7 @@ def summary(plan: Plan, workers: int) -> PlanSummary:
         parameters=plan.parameters,
         bits_per_weight=round(plan.bits_per_weight, 4),
         peak_memory_bytes=plan.peak_memory(workers),
-        run_memory=run_memory(plan),
+        run_memory=planned_memory(plan),
         free_disk_bytes=plan.free_disk,
     )
 
@@ -142,7 +142,7 @@ def text(plan: Plan, workers: int) -> str:
         f"{about.parameters:,} parameters",
         f"needs about {size(about.peak_memory_bytes)} of memory above Python and its imports, "
         f"and {size(about.free_disk_bytes)} of free disk",
-        f"a conversation takes about {size(about.run_memory.nbytes)} of memory: weights "
+        f"a conversation takes about {size(about.run_memory.total)} of memory: weights "
         f"{size(about.run_memory.weights)}, KV cache of a whole context {size(about.run_memory.kv_cache)}, codec "
         f"{size(about.run_memory.codec)}",
     ]
@@ -156,6 +156,15 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}" if unit != "B" else f"{int(nbytes)} B"
         nbytes /= 1000
     return f"{nbytes:.2f} GB"
+
+
+def count(parameters: int) -> str:
+    """Return how many parameters a model has as people say it: three digits and a word, ``4.64 million``."""
+    for word, unit in (("billion", 1e9), ("million", 1e6), ("thousand", 1e3)):
+        value = parameters / unit
+        if value >= 0.9995:
+            return f"{value:.3g} {word}" if value < 999.5 else f"{value:,.0f} {word}"
+    return str(parameters)
 
 
 def finished(folder: Path, manifest: Manifest, written: int) -> str:

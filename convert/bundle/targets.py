@@ -15,15 +15,17 @@ from .output_tensor import Output
 class Target:
     """What a consumer loads.
 
-    dtype: its usual one for floats and scales. uniform: components that a uniform recipe quantizes. copies: source
-    file -> its name in the bundle. voice_cache: dtype of a voice's tokens in ``voices/NAME.safetensors``, None where
-    the archive is copied instead. indexed: whether model.safetensors.index.json belongs to it.
-    mixes: whether any module may have any setting. problems: what of an architecture and a quantization it cannot load.
-    without_voices: what it does with a bundle that has none.
+    programs: those that load it, beside this toolkit's own. dtype: its usual one for floats and scales. uniform:
+    components that a uniform recipe quantizes. copies: source file -> its name in the bundle. voice_cache: dtype of a
+    voice's tokens in ``voices/NAME.safetensors``, None where the archive is copied instead. indexed: whether
+    model.safetensors.index.json belongs to it. mixes: whether any module may have any setting. problems: what of an
+    architecture and a quantization it cannot load. without_voices: what it does with a bundle that has none.
+    voiceless_programs: those that load such a bundle, empty for all.
     """
 
     name: str
     description: str
+    programs: str
     dtype: str
     uniform: tuple[str, ...]
     copies: dict[str, str]
@@ -35,6 +37,11 @@ class Target:
     problems: Callable[[Architecture, Sequence[Output]], list[Problem]]
     config: Callable[[Architecture, Sequence[Output], str, list[str]], dict[str, Any]]
     without_voices: str
+    voiceless_programs: str = ""
+
+    def programs_of(self, with_voices: bool) -> str:
+        """Return the programs that load a bundle which has voices, or none."""
+        return self.programs if with_voices else self.voiceless_programs or self.programs
 
     def copies_of(self, with_voices: bool) -> dict[str, str]:
         """Return ``copies`` of a source that has an archive of voices, or none."""
@@ -52,6 +59,7 @@ TARGETS = {
         Target(
             name="speech-swift",
             description="the Swift/MLX library: one setting for temporal and depformer, the rest 16 bit",
+            programs="speech-swift (Swift)",
             dtype="float16",
             uniform=("temporal", "depformer"),
             copies={CODEC: speech_swift.CODEC, TOKENIZER: TOKENIZER},
@@ -67,6 +75,7 @@ TARGETS = {
         Target(
             name="moshi-mlx",
             description="moshi_mlx and personaplex-mlx: everything at 4 bit g32, 8 bit g64 or 16 bit",
+            programs="moshi_mlx and personaplex-mlx (Python)",
             dtype="bfloat16",
             uniform=("temporal", "depformer", "embeddings", "heads"),
             copies={CODEC: CODEC, TOKENIZER: TOKENIZER, VOICES: VOICES},
@@ -78,10 +87,12 @@ TARGETS = {
             problems=moshi_mlx.runtime_problems,
             config=moshi_mlx.runtime_config,
             without_voices="moshi_mlx needs none, personaplex-mlx does",
+            voiceless_programs="moshi_mlx (Python)",
         ),
         Target(
             name="mlx",
             description="the mlx-lm convention: any setting for any module",
+            programs="Python code that follows mlx-lm's conventions",
             dtype="bfloat16",
             uniform=("temporal", "depformer"),
             copies={CODEC: CODEC, TOKENIZER: TOKENIZER},

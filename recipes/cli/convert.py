@@ -12,7 +12,7 @@ from ...convert.parallel import cores
 from ...convert.source import source
 from ...verify import bundle_report
 from ...verify.publishing import gate
-from . import console, endings, options, voice_options
+from . import console, endings, options, publish_options, voice_options
 
 EXAMPLES = f"""\b
 Examples:
@@ -49,8 +49,9 @@ def convert(
     fine_tune: options.FineTune = 0,
     voices: voice_options.AddedVoices = None,
     consent: voice_options.Consent = None,
-    publish_to: options.PublishTo = None,
-    private: Annotated[bool, typer.Option("--private", help="With --publish: where only you see it.")] = False,
+    publish_to: publish_options.PublishTo = None,
+    private: publish_options.Private = False,
+    base_model: publish_options.BaseModel = None,
     verify: options.Verify = True,
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle, or an unfinished one.")] = False,
     jobs: options.Jobs = None,
@@ -66,9 +67,7 @@ def convert(
     bundle's predictions with its source's; ppx-verify repeats that, with more options.
     """
     quiet, added = console.quiet(as_json), voice_options.added(voices, consent, dry_run)
-    console.needs("--publish", publish_to, "--verify", verify)
-    gate.check_name(publish_to) if publish_to else None
-    console.needs("--private", private, "--publish", publish_to)
+    publish_options.check(publish_to, verify, private, base_model, where, adapter)
     console.check_quantization(bits, group_size)
     size = {"--target-size": target_size, "--bits-per-weight": bits_per_weight}
     console.one_of({"--recipe": recipe, "--bits": bits, "--no-quantize": no_quantize, **size})
@@ -99,15 +98,16 @@ def convert(
         console.advise("--method", None if as_json else forecast.advice(opened.source, chosen))
         same: dict[str, Any] = {"adapter": adapter, "same_source": True, "quiet": quiet}
         report = bundle_report.verify(done.folder, opened.source, **same) if verify else None
-    if as_json:
-        console.show_json(done.to_json() | ({"verdict": typed_json.to_json(report.verdict)} if report else {}))
+    verdict = {"verdict": typed_json.to_json(report.verdict)} if report else {}
+    console.show_json(done.to_json() | verdict) if as_json else None
     if report is None:  # a verification writes the card itself
         bundle_report.write_card(done.folder)
     else:
         console.show(bundle_report.text(report, done.folder)) if not as_json else None
         bundle_report.fail_if_failed(report)
     if publish_to:
-        show(gate.publish(done.folder, publish_to, gate.PublishOptions(private=private), quiet=quiet).line)
+        how = gate.PublishOptions(private=private, base_model=base_model)
+        show(gate.publish(done.folder, publish_to, how, quiet=quiet).line)
 
 
 def main() -> None:

@@ -86,10 +86,6 @@ FineTune = Annotated[
         help="With --method gptq: fine-tune codes, scales and biases together; 600 steps are usual.",
     ),
 ]
-PublishTo = Annotated[
-    str | None,
-    typer.Option("--publish", metavar="USER/NAME", help="Upload it if it is intact; see ppx-publish."),
-]
 Dtype = Annotated[
     DtypeName | None, typer.Option(help="Of floats, scales and biases.  [default: the recipe's or the target's]")
 ]

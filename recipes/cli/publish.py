@@ -6,13 +6,16 @@ from typing import Annotated
 import typer
 
 from ...convert.bundle.describe import size
+from ...convert.file_names import CARD
 from ...verify.publishing.gate import PublishOptions, UploadPlan, publish, ready
-from . import console, endings, options
+from . import console, endings, options, publish_options
 
 EXAMPLES = """\b
 Examples:
   ppx-publish my-bundle me/personaplex-4bit --dry-run
       show what would go up, without network
+  ppx-publish my-bundle me/tune-4bit --base-model me/tune --dry-run --show-card
+      print the model card that would go up, which names the fine-tune as its base model
   ppx-publish my-bundle me/personaplex-4bit --private
       upload it where only you see it
   ppx-publish my-bundle someone/personaplex-4bit --create-pr
@@ -35,7 +38,9 @@ def publish_bundle(
     force: Annotated[
         bool, typer.Option("--force", help="Publish without a report that it is intact; the card then says so.")
     ] = False,
+    base_model: publish_options.BaseModel = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up; needs no network.")] = False,
+    show_card: Annotated[bool, typer.Option("--show-card", help="With --dry-run: print the model card only.")] = False,
     as_json: options.Json = False,
     _debug: options.Debug = False,
     _version: options.Version = False,
@@ -46,9 +51,11 @@ def publish_bundle(
     report and card name. Ends with the page's address; a second run with nothing new changes nothing.
     """
     quiet = console.quiet(as_json)
-    how = PublishOptions(private, create_pr, revision, force)
+    console.needs("--show-card", show_card, "--dry-run", dry_run)
+    how = PublishOptions(private, create_pr, revision, force, base_model)
     if dry_run:
-        _show(ready(bundle, repository, force, quiet), how, as_json)
+        plan = ready(bundle, repository, force, quiet, base_model)
+        console.show(plan.card[CARD].removesuffix("\n")) if show_card and not as_json else _show(plan, how, as_json)
         return
     done = publish(bundle, repository, how, quiet=quiet)
     if as_json:
@@ -64,10 +71,13 @@ def _show(plan: UploadPlan, how: PublishOptions, as_json: bool) -> None:
     if as_json:
         files = {file.name: {"size": file.size, "sha256": file.sha256} for file in plan.files}
         summary = {"repository": plan.repository, "where": where, "visibility": visibility, "bytes": plan.nbytes}
+        summary |= {"base_model": plan.base_models, "card": plan.card[CARD]}
         console.show_json(summary | {"objections": plan.objections, "files": files})
         return
     for file in plan.files:
         console.show(f"{size(file.size):>9}  {file.name}")
+    if not plan.base_models:
+        console.say("the card names no base model: --base-model gives it the repository of a local source")
     for objection in plan.objections:
         console.show(f"the card will say: {objection}")
     console.show(f"{len(plan.files)} files, {size(plan.nbytes)}, to {plan.repository} ({where}; {visibility})")

@@ -97,7 +97,9 @@ def test_manifest_inspection_and_card_know_no_voices(bundles, program, tmp_path)
         assert bundle.voices() == []
         text = card.files(bundle.manifest, None)["README.md"]
     assert "It has no voices." in text
-    assert not any(wrong in text for wrong in ("voices.tgz", "Voices:", "personaplex_mlx"))
+    assert "It loads in moshi_mlx (Python), and in `ppx-speak`" in text
+    assert "ppx-speak USER/NAME question.wav --output answer.wav --prompt" in text
+    assert not any(wrong in text for wrong in ("voices.tgz", "Voices:", "personaplex_mlx", "[personaplex-mlx]"))
 
 
 def test_it_is_verified_without_voices(bundles, moshi, program):

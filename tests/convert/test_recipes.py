@@ -1,24 +1,17 @@
 import dataclasses
-from contextlib import closing
 from itertools import pairwise
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ppx.convert import plan as plan_of
 from ppx.convert.bundle import recipe_file, shipped
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from ppx.convert.bundle.ranges import format_ranges, parse_ranges, ranges_of
-from ppx.convert.bundle.reader import open_bundle
 from ppx.convert.bundle.recipe import Recipe, Rule, uniform
 from ppx.convert.bundle.recipe_file import limits_in, to_toml
-from ppx.convert.bundle.run_memory import run_memory
 from ppx.convert.bundle.targets import TARGETS
 from ppx.convert.errors import UserError
-from ppx.convert.file_names import CODEC
 from ppx.quant.affine import QuantizationConfig
-from ppx.speak import loader
 
 SEVEN_B = inventory_of_7b("x/y")
 
@@ -186,21 +179,3 @@ def test_limits_are_read_from_recipes_of_any_version():
     assert limits_in(text.format("a_key_of_tomorrow = 1\n")) == {"text_kl": 1}
     for none in ("", "parity = 3", "not TOML", "x = " + "[" * 5000):
         assert limits_in(none) == {}
-
-
-@pytest.mark.parametrize("name", ["4bit", "moshi-q8"])
-def test_the_memory_of_a_conversation_is_what_is_loaded(name, bundle, pico):
-    """Of the model in a runtime's arrays, and of a KV cache that was filled."""
-    runtime = []
-    with closing(open_bundle(bundle("--recipe", name))) as opened:
-        plan = plan_of(pico, shipped.load(name))
-        memory = run_memory(plan)
-        stored = sum(spec.nbytes for specs in opened.layout.specs().values() for spec in specs)
-        assert memory.weights == stored
-        assert memory.codec == (pico / CODEC).stat().st_size
-        runtime.append(loader.load(opened, opened.manifest.dtype))
-    a = runtime[0].architecture
-    cache = runtime[0].prefill(np.zeros((1 + a.n_q, 3 * a.context), np.int64))
-    kept = sum(array.nbytes for array in (*cache.keys, *cache.values))
-    frame = memory.kv_cache // a.context
-    assert memory.kv_cache - kept == frame  # ppx-speak keeps a frame less: the one that the reference masks

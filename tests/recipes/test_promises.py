@@ -244,6 +244,7 @@ def test_every_field_of_the_report_is_documented(bundle, program, pico, tmp_path
     program("ppx-verify", "mine", *options, "--frames", "20", "--rollout", "2", cwd=tmp_path)
     report = json.loads((tmp_path / "mine" / "parity" / "report.json").read_text())
     seen = [report, report["verdict"], report["bundle"], report["structure"], report["rollout"], report["times"]]
+    seen += [report["memory"]]
     seen += [
         report["kernels"][0],
         report["weights"][0],

@@ -15,9 +15,13 @@ import pytest
 from hub_server import running
 from huggingface_hub import ModelCard
 from ppx.convert.bundle import moshi_mlx, shipped
+from ppx.convert.bundle.describe import count, size
 from ppx.convert.bundle.manifest import Manifest
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from ppx.convert.bundle.records import RecipeRecord, TensorRecord
+from ppx.convert.bundle.run_memory import memory_of
+from ppx.convert.bundle.targets import TARGETS
+from ppx.convert.errors import UserError
 from ppx.convert.source.license import NVIDIA, License, from_json, license_of
 from ppx.model.tokens import SELF_GENERATED
 from ppx.recipes.cli import convert
@@ -50,13 +54,14 @@ def rendered(
     repository: str = "me/mine",
     objections: Sequence[str] = (),
     target: str | None = None,
+    base_model: str | None = None,
     **source: object,
 ) -> tuple[ModelCard, str]:
     """A card and a notice, as if the bundle had another source."""
     manifest, report = copy.deepcopy(made)
     manifest["source"] |= SOURCE | {"license": vars(NVIDIA)} | source
     manifest["target"] = target or manifest["target"]
-    texts = card.files(Manifest.from_json(manifest), report, repository, objections)
+    texts = card.files(Manifest.from_json(manifest), report, repository, objections, base_model)
     return ModelCard(texts["README.md"]), texts["NOTICE"]
 
 
@@ -126,7 +131,107 @@ def test_another_license_is_not_called_nvidias(made):
     ],
 )
 def test_how_it_is_loaded(target, said, made):
-    assert said in rendered(made, target=target)[0].text
+    text = rendered(made, target=target)[0].text
+    assert said in text
+    assert f"It loads in {TARGETS[target].programs}, and in `ppx-speak`" in text
+    fallback = "ppx-speak me/mine question.wav --output answer.wav\n"
+    assert fallback in text
+    assert text.index(said) < text.index(fallback)
+
+
+LOCAL: dict[str, Any] = {"id": "my-folder", "revision": None, "license": None}
+ADAPTER: dict[str, Any] = {"rank": 4, "scaling": 2.0, "size": 1, "sha256": "ab" * 32, "merged": ["out_norm.alpha"]}
+LOCAL_ADAPTER = ADAPTER | {"id": "lora.safetensors", "revision": None}
+HUB_ADAPTER = ADAPTER | {"id": "someone/lora", "revision": "1" * 40}
+
+
+@pytest.mark.parametrize(
+    ("source", "named", "bases", "name"),
+    [
+        ({}, None, [SOURCE["id"]], "personaplex-7b-v1"),
+        (FINE_TUNE, None, ["someone/tune"], "tune"),
+        (LOCAL, None, None, "my-folder"),
+        (LOCAL, "me/talker", ["me/talker"], "talker"),
+        ({"adapter": HUB_ADAPTER}, None, [SOURCE["id"], "someone/lora"], "lora"),
+        ({"adapter": LOCAL_ADAPTER}, "me/lora", [SOURCE["id"], "me/lora"], "lora"),
+        (LOCAL | {"adapter": HUB_ADAPTER}, "me/talker", ["me/talker", "someone/lora"], "lora"),
+        (LOCAL | {"adapter": LOCAL_ADAPTER}, "me/talker", ["me/talker"], "talker"),
+    ],
+)
+def test_title_and_base_model_are_the_fine_tunes(source, named, bases, name, made):
+    found, _ = rendered(made, base_model=named, **source)
+    data = found.data.to_dict()
+    held = data.get("base_model")
+    assert ([held] if isinstance(held, str) else held) == bases
+    assert data.get("base_model_relation") == ("quantized" if bases else None)
+    assert found.text.lstrip().startswith(f"# {name}, 4 bit, for speech-swift\n")
+    if named:
+        assert f"[{named}](https://huggingface.co/{named}) for Apple Silicon" in found.text
+
+
+@pytest.mark.parametrize(
+    ("source", "named", "message"),
+    [
+        ({}, "me/talker", "me/talker: not the base model: the bundle was made from nvidia/personaplex-7b-v1"),
+        ({"adapter": HUB_ADAPTER}, "me/talker", "made from nvidia/personaplex-7b-v1 and someone/lora"),
+        (LOCAL | {"id": "demo"}, "me/talker", "not the base model of demo"),
+        (LOCAL, "talker", "talker: not the name of a base model: give USER/NAME"),
+        (LOCAL, "me/x](javascript:alert)", "not the name of a base model"),
+        (LOCAL, "me/x\nlicense: mit", "not the name of a base model"),
+    ],
+)
+def test_base_models_that_are_refused(source, named, message, made):
+    with pytest.raises(UserError, match=re.escape(message)):
+        rendered(made, base_model=named, **source)
+
+
+def test_quality_comes_before_hashes(made):
+    text = rendered(made, **LOCAL, adapter=LOCAL_ADAPTER)[0].text
+    first_hash = re.search("[0-9a-f]{64}", text)
+    assert first_hash
+    assert text.index("plain rounding at the same bits") < text.index("## Use")
+    assert text.index("## Use") < text.index("## Quality") < text.index("| KL of text |") < first_hash.start()
+
+
+def test_8_bit_stands_beside_it_where_it_was_computed(made):
+    manifest, report = made
+    assert "8 bit" not in rendered(made)[0].text
+    agent = report.predictions["agent"]
+    streams = {
+        name: dataclasses.replace(stream, controls={"8": stream.noise}) for name, stream in report.predictions.items()
+    }
+    hidden = dataclasses.replace(report.hidden, controls={"8": report.hidden.noise})
+    text = rendered((manifest, dataclasses.replace(report, predictions=streams, hidden=hidden)))[0].text
+    assert "| figure | this bundle | plain rounding | 8 bit | limit | noise floor |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| KL of the agent"))
+    assert row.split(" | ")[3] == reports.short(agent.noise.kl.mean)
+    assert " times as much as 8 bit of the same checkpoint." in text
+
+
+def test_parameters_and_memory_have_units_that_fit(made):
+    manifest, _ = made
+    text = rendered(made)[0].text
+    assert "4.59 million parameters" in text
+    memory = memory_of(Manifest.from_json(manifest))
+    assert f"A conversation takes about {size(memory.total)} of memory, computed" in text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        (8_371_408_896, "8.37 billion"),
+        (31_200_000, "31.2 million"),
+        (999_600_000, "1 billion"),
+        (999_400_000, "999 million"),
+        (4_589_056, "4.59 million"),
+        (12_345, "12.3 thousand"),
+        (999, "999"),
+        (0, "0"),
+        (1_234_000_000_000, "1,234 billion"),
+    ],
+)
+def test_counts(parameters, expected):
+    assert count(parameters) == expected
 
 
 def test_it_says_all_that_the_report_and_the_manifest_prove(made):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hub_server import LARGE, Repository, Server, git_hash, running, sha256
+from huggingface_hub import ModelCard
 from ppx.convert.errors import UserError
 from ppx.verify.publishing.gate import check_name
 
@@ -257,6 +258,26 @@ def test_force_publishes_and_the_card_says_why_not(publish, hub, bundle):
     assert "**Not intact: " in card
 
 
+def test_a_dry_run_shows_the_card_that_goes_up(publish, hub, bundle):
+    named = ("--base-model", "me/talker")
+    before = (bundle / "README.md").read_bytes()
+    shown = publish("--dry-run", "--show-card", *named)
+    assert shown.stderr == ""
+    assert hub.log == []
+    assert (bundle / "README.md").read_bytes() == before
+    data = ModelCard(shown.stdout).data.to_dict()
+    assert data["base_model"] == ["me/talker"]
+    assert data["base_model_relation"] == "quantized"
+    listed = json.loads(publish("--dry-run", "--json", *named).stdout)
+    assert listed["base_model"] == ["me/talker"]
+    publish(*named)
+    assert held(hub)["README.md"].decode() == shown.stdout == listed["card"]
+    assert "the card names no base model: --base-model" in publish("--dry-run").stderr
+    assert publish("--dry-run", *named).stderr == ""
+    assert "--show-card needs --dry-run: give both" in publish("--show-card", status=2).stderr
+    assert "talker: not the name of a base model" in publish("--base-model", "talker", status=2).stderr
+
+
 def test_a_token_or_a_home_directory_in_any_file_stops_it_even_with_force(publish, hub, bundle, tmp_path):
     report = bundle / "parity" / "report.json"
     original = report.read_text()
@@ -386,7 +407,9 @@ def test_what_is_no_bundle(run, tmp_path):
 
 
 def test_convert_and_publish_in_one_command(run, hub, pico, tmp_path):
-    done = run("ppx-convert", pico, "-o", "bundle", "--verify", "--publish", NAME, "--private")
+    named = ("--base-model", "me/talker")
+    done = run("ppx-convert", pico, "-o", "bundle", "--verify", "--publish", NAME, "--private", *named)
+    assert "[me/talker](" in held(hub)["README.md"].decode()
     assert hub.repositories[NAME].private
     assert held(hub) == expected(tmp_path / "bundle")
     assert done.stdout.splitlines()[-1].startswith(f"{hub.address}/{NAME}: ")
@@ -395,11 +418,21 @@ def test_convert_and_publish_in_one_command(run, hub, pico, tmp_path):
         (("--publish", NAME, "--no-verify"), "--publish needs --verify"),
         (("--private", "--verify"), "--private needs --publish"),
         (("--publish", "x", "--verify"), "not the name of a repository"),
+        (("--base-model", "me/talker", "--verify"), "--base-model needs --publish"),
+        (("--base-model", "talker", "--publish", NAME, "--verify"), "not the name of a base model"),
     ):
         assert message in run("ppx-convert", pico, "-o", "other", *options, status=2).stderr
     done = run("ppx-convert", pico, "-o", "other", "--verify", "--publish", NAME, status=2, HF_TOKEN="")
     assert "publishing needs a token" in done.stderr
     assert not Path(tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("source", ["someone/personaplex", "demo"])
+def test_a_source_that_has_a_name_takes_no_other_base_model(source, run, hub):
+    options = ("-o", "other", "--verify", "--publish", NAME, "--base-model", "me/talker")
+    done = run("ppx-convert", source, *options, status=2)
+    assert f"not the base model: the bundle is made from {source}" in done.stderr
+    assert hub.log == []
 
 
 def test_the_server_hashes_as_the_hub_does():

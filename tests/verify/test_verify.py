@@ -94,7 +94,7 @@ def test_what_is_left_in_the_bundle(mine, program, pico, tmp_path):
     assert set(report["predictions"]) == {"text", "agent", "user", *(f"codebook_{n}" for n in steps)}
     assert len(report["rollout"]["agreement"]) == 5
     page = (folder / "parity" / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 2 * 5  # for a phone and for a wide page
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
     assert "prefers-color-scheme: dark" in page
     assert "layers.1.gating.linear_in.weight" in page

@@ -9,12 +9,15 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from ...convert.bundle.describe import size
+from ...convert.bundle.describe import count, size
 from ...convert.bundle.manifest import TOOLKIT, Manifest
 from ...convert.bundle.records import CalibrationRecord
+from ...convert.bundle.run_memory import memory_of
+from ...convert.bundle.targets import TARGETS
+from ...convert.errors import UserError
 from ...convert.source import demo
 from ...convert.source.license import UNKNOWN, License
-from ...convert.source.source import is_hub_id
+from ...convert.source.source import HUB_ID, is_hub_id
 from ...convert.source.tensors import roles
 from ...model.kernel_test import workarounds
 from ...model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED
@@ -33,15 +36,18 @@ def files(
     report: Report | None,
     repository: str = "USER/NAME",
     objections: Sequence[str] = (),
+    base_model: str | None = None,
 ) -> dict[str, str]:
     """Return the texts that go beside a bundle: its card, and the notice that redistribution asks for.
 
-    repository: what commands in the card call it. objections: why it should not have been published.
+    repository: what commands in the card call it. objections: why it should not have been published. base_model: the
+    repository of a source or adapter that was read from this machine; raises UserError where that is known.
     """
-    source_license = manifest.source.license or UNKNOWN
-    data = metadata(manifest, source_license)
+    source_license, bases = manifest.source.license or UNKNOWN, base_models(manifest, base_model)
+    data, target = metadata(manifest, source_license, bases), TARGETS.get(manifest.target)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)  # noqa: S701  (Markdown)
-    environment.filters |= {"size": size, "short": reports.short, "plain": _plain, "code": _code, "literal": _literal}
+    environment.filters |= {"size": size, "count": count, "short": reports.short}
+    environment.filters |= {"plain": _plain, "code": _code, "literal": _literal}
     text = environment.from_string((resources(__package__) / "templates" / "card.md").read_text("utf-8")).render(
         manifest=manifest,
         report=report,
@@ -49,6 +55,12 @@ def files(
         headline=headline.headline(report) if report else "",
         meaning=headline.MEANING,
         figures=reports.figures(report) if report else [],
+        controls=reports.controls(report) if report else [],
+        comparison=headline.comparison(report) if report else "",
+        memory=memory_of(manifest),
+        programs=target.programs_of(bool(manifest.voices)) if target else _plain(manifest.target),
+        title=title(manifest, bases),
+        base_model=base_model,
         replaced=workarounds(report.kernels) if report else [],
         repository=repository,
         objections=objections,
@@ -65,11 +77,39 @@ def files(
     return {README: f"---\n{data.to_yaml()}\n---\n\n{text}\n", NOTICE: _notice(manifest, source_license)}
 
 
-def metadata(manifest: Manifest, source_license: License) -> ModelCardData:
-    """Return what the Hub reads of a card."""
-    base = [manifest.source.id] if is_on_hub(manifest) else []
+def title(manifest: Manifest, bases: Sequence[str]) -> str:
+    """Return the name of the fine-tune that was quantized, the bits, and what loads it."""
+    bits, name = bits_of(manifest), bases[-1].split("/")[-1] if bases else manifest.source.id
+    return f"{name}, {f'{bits} bit' if bits else manifest.dtype}, for {manifest.target}"
+
+
+def base_models(manifest: Manifest, named: str | None = None) -> list[str]:
+    """Return the repositories that a bundle was made from, the fine-tune last.
+
+    named: that of a source or an adapter whose files were on this machine. Raises UserError for what is not a name, and
+    for a name of what has one already.
+    """
     adapter = manifest.source.adapter
-    base += [adapter.id] if base and adapter and adapter.revision else []
+    known = [manifest.source.id] if is_on_hub(manifest) else []
+    merged = [adapter.id] if adapter and adapter.revision else []
+    if named is None:
+        return known + merged if known else []
+    check_base_model(named)
+    if _is_random(manifest):
+        raise UserError(f"{named}: not the base model of {manifest.source.id}, which the toolkit makes itself")
+    if known and (merged or not adapter):
+        raise UserError(f"{named}: not the base model: the bundle was made from {' and '.join(known + merged)}")
+    return [*known, named, *merged]
+
+
+def check_base_model(named: str) -> None:
+    """Raise UserError for what is no name of a repository."""
+    if not HUB_ID.fullmatch(named):
+        raise UserError(f"{named}: not the name of a base model: give USER/NAME of a repository on the Hub")
+
+
+def metadata(manifest: Manifest, source_license: License, base: Sequence[str]) -> ModelCardData:
+    """Return what the Hub reads of a card."""
     bits = bits_of(manifest)
     tags = ["mlx", "personaplex", "moshi", "speech-to-speech", "full-duplex", manifest.target]
     tags += [f"{bits}-bit"] if bits else []
@@ -82,7 +122,7 @@ def metadata(manifest: Manifest, source_license: License) -> ModelCardData:
         library_name="mlx",
         pipeline_tag=PIPELINE,
         tags=tags,
-        base_model=base or None,
+        base_model=list(base) or None,
         **related,
     )
 

@@ -18,14 +18,15 @@ from ...convert.errors import CheckFailed, UserError, printable, refuse
 from ...convert.file_names import MANIFEST
 from ...convert.hints import Hint
 from ...convert.progress import byte_bar
-from ...convert.source.source import HUB_ID
+from ...convert.source.demo import SIZES
+from ...convert.source.source import HUB_ID, is_hub_id
 from .. import report as reports
 from ..recorded_voices import without_consent
 from ..records import Report
 from . import card
 from .upload import Local, PublishOptions, check_token, upload
 
-__all__ = ["PublishOptions", "UploadPlan", "check_name", "check_token", "publish", "ready"]
+__all__ = ["PublishOptions", "UploadPlan", "check_name", "check_names", "check_token", "publish", "ready"]
 
 _TOKEN = re.compile(rb"(?:hf|api_org)_[A-Za-z0-9]{20,}")
 _HOMES = re.compile(rb"/(?:home|Users)/[^/\s\"'<>]{1,64}/")
@@ -36,13 +37,14 @@ Private = tuple[bytes | None, bytes | None]  # what of this user must not be in 
 
 @dataclass(frozen=True)
 class UploadPlan:
-    """A bundle that may go up. objections: why it should not, where it goes all the same."""
+    """A bundle that may go up. objections: why it should not, where it goes all the same. base_models: in the card."""
 
     repository: str
     files: list[Local]
     card: dict[str, str]
     objections: list[str]
     message: str
+    base_models: list[str]
 
     @property
     def nbytes(self) -> int:
@@ -66,8 +68,20 @@ def check_name(repository: str) -> None:
         raise UserError(f"{repository}: not the name of a repository: give USER/NAME")
 
 
-def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = False) -> UploadPlan:
-    """Check everything that would be published; needs no network.
+def check_names(repository: str | None, base_model: str | None, source: str, adapter: str | None) -> None:
+    """Raise UserError, before a conversion, for names that ``ready`` would refuse after it."""
+    if repository is not None:
+        check_name(repository)
+    if base_model is not None:
+        card.check_base_model(base_model)
+        if source in SIZES or (adapter is None and is_hub_id(source)):
+            raise UserError(f"{base_model}: not the base model: the bundle is made from {source}")
+
+
+def ready(
+    bundle: Path, repository: str, force: bool = False, quiet: bool = False, base_model: str | None = None
+) -> UploadPlan:
+    """Check everything that would be published; needs no network. base_model: see ``PublishOptions``.
 
     Raises CheckFailed if the report is missing, failing or of other files and not ``force``, and always if a file holds
     a token or somebody's home directory, or a voice has no consent; UserError for what is no bundle or lacks files.
@@ -100,7 +114,7 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
         raise CheckFailed(f"{bundle}: not published: {'; '.join(objections)}", Hint.PUBLISH_ANYWAY)
     try:
         written = reports.pages(report) if report else {}  # those in the folder may be of another report
-        written |= card.files(manifest, report, repository, objections)
+        written |= card.files(manifest, report, repository, objections, base_model)
     except (UndefinedError, LookupError, TypeError) as error:
         raise UserError(f"{bundle}: manifest or report is of another version ({error}): make them again") from None
     for name, text in written.items():
@@ -112,7 +126,8 @@ def ready(bundle: Path, repository: str, force: bool = False, quiet: bool = Fals
             f"{bundle}: not published: {'; '.join(leaks)}: make the bundle or its report again without it"
         )
     message = f"{manifest.recipe.name} for {manifest.target}, made from {manifest.source.id}"
-    return UploadPlan(repository, local, written, objections, message)
+    bases = card.base_models(manifest, base_model)
+    return UploadPlan(repository, local, written, objections, message, bases)
 
 
 def publish(
@@ -125,7 +140,7 @@ def publish(
         publish("my-bundle", "me/personaplex-4bit", PublishOptions(private=True)).page
     """
     bundle, wish = Path(bundle), options or PublishOptions()
-    plan = ready(bundle, repository, wish.force, quiet)
+    plan = ready(bundle, repository, wish.force, quiet, wish.base_model)
     for name, text in plan.card.items():
         if not (bundle / name).is_file() or (bundle / name).read_bytes() != text.encode():
             write_durably(bundle / name, text)

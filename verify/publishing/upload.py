@@ -43,6 +43,7 @@ class Uploaded:
 class PublishOptions:
     """How to publish. create_pr: as a pull request. revision: a branch, None for main. force: despite objections.
 
+    base_model: the repository of a source or adapter that was read from this machine, for the card.
     Raises UserError for a pull request to a branch.
     """
 
@@ -50,6 +51,7 @@ class PublishOptions:
     create_pr: bool = False
     revision: str | None = None
     force: bool = False
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         if self.create_pr and self.revision:
