@@ -17,6 +17,7 @@ Index = Annotated[int, whole(0, 1 << 20)]
 T = TypeVar("T")
 BUNDLE, NOISE, CONTROL = "bundle", "noise", "control"
 _BySequence = Annotated[tuple[float, ...], NOT_STORED]  # the mean of each sequence, from which standard errors come
+_Means = tuple[Amount | None, ...] | None  # the same, stored: two reports are compared by them
 
 
 def finite_or_infinite(value: float | None) -> float:
@@ -98,11 +99,14 @@ class ActivationRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """KL(reference || bundle) in nats/token. The mean of several streams has no percentiles."""
+    """KL(reference || bundle) in nats/token. The mean of several streams has no percentiles.
+
+    by_sequence: the mean of each sequence; reports of earlier versions have none.
+    """
 
     mean: Amount | None
     standard_error: Amount | None
-    by_sequence: _BySequence = ()
+    by_sequence: _Means = None
     median: Amount | None = None
     p90: Amount | None = None
     p99: Amount | None = None
