@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..convert.bundle.reader import open_bundle
+from ..convert.bundle.reader import Bundle, open_bundle
 from ..convert.errors import UserError, printable
 from ..convert.file_names import CODEC, CONFIG, TOKENIZER
 from ..convert.hints import Hint
 from ..convert.source.architecture import read_config
 from ..convert.source.tokenizer import open_tokenizer
+from ..convert.source.voices import Voice
 from ..model.forward import Floats, Tokens
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import arithmetic_of
@@ -67,6 +68,12 @@ class Speaker:
             token, agent = self.conversation.step(user % card)
             yield OutputFrame(self.words.piece(token), agent, self.codec.decode(agent))
 
+    def restart(self, seed: int) -> None:
+        """Begin a new conversation, after the same voice and prompt."""
+        self.conversation.restart(seed)
+        self.codec.reset()
+        self.words.reset()
+
 
 def open_speaker(
     folder: Path, options: SpeakOptions, silent: bool = False, matmul: QuantizedMatmul | None = None
@@ -81,11 +88,7 @@ def open_speaker(
         codec = Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
         if layout.architecture.steps < layout.architecture.n_q // 2:
             raise UserError(f"{folder}: the depformer has too few steps for the agent's codebooks")
-        voices = {voice.name: voice for voice in bundle.voices()}
-        if options.voice not in voices:
-            raise UserError(
-                f"voice {options.voice}: not in this bundle, which has {', '.join(voices)}", Hint.CHOOSE_VOICE
-            )
+        voice = voice_of(bundle, options.voice)
         tokenizer = folder / layout.target.copies[TOKENIZER]
         text = prompt_tokens(tokenizer, layout.architecture, options.prompt)
         prompt = system_prompt(layout.architecture, text)
@@ -99,11 +102,19 @@ def open_speaker(
     model = on_tested_kernels(model, silent, matmul)
     sampling = options.sampling or sampling_of(read_config(folder / CONFIG))
     with compilation_progress(silent) as progress:
-        conversation = Conversation(model, voices[options.voice], prompt, sampling, options.seed)
+        conversation = Conversation(model, voice, prompt, sampling, options.seed)
         progress.update()
         conversation.compile()
         progress.update()
     return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
+
+
+def voice_of(bundle: Bundle, name: str) -> Voice:
+    """Return a bundle's voice; raises UserError if it has none of this name."""
+    voices = {voice.name: voice for voice in bundle.voices()}
+    if name not in voices:
+        raise UserError(f"voice {name}: not in this bundle, which has {', '.join(voices)}", Hint.CHOOSE_VOICE)
+    return voices[name]
 
 
 def load(bundle: str | Path, options: SpeakOptions | None = None, *, quiet: bool = True) -> Speaker:
@@ -126,6 +137,10 @@ class Words:
         """Open a sentencepiece model."""
         self._processor: Any = open_tokenizer(tokenizer)
         self._padding, self._decoder = padding, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def reset(self) -> None:
+        """Forget the bytes of a character that is not complete."""
+        self._decoder.reset()
 
     def piece(self, token: int) -> str:
         """Return the text of a token; bytes are held back until their character is complete."""

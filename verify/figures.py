@@ -4,7 +4,7 @@ Where a field is None although something was measured, JSON has no number for th
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -23,6 +23,15 @@ _Means = tuple[Amount | None, ...] | None  # the same, stored: two reports are c
 def finite_or_infinite(value: float | None) -> float:
     """Return a figure for comparing: infinity where a report has None."""
     return math.inf if value is None else value
+
+
+def standard_error(means: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of some sequences; None for a single one, which has no spread."""
+    count = len(means)
+    if count < 2:
+        return None
+    middle = sum(means) / count
+    return math.sqrt(sum((mean - middle) * (mean - middle) for mean in means) / (count - 1) / count)
 
 
 @dataclass(frozen=True)

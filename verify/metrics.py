@@ -20,6 +20,7 @@ from .figures import (
     StreamFigures,
     Top1,
     finite_or_infinite,
+    standard_error,
 )
 
 PERCENTILES = {"median": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
@@ -151,11 +152,6 @@ def _loss(actual: NDArray[np.float64], expected: NDArray[np.float64], sequences:
 def _by_sequence(values: NDArray[np.float64], sequences: NDArray[np.float64]) -> tuple[float, ...]:
     """Return the mean of each sequence; standard errors come from their spread: neighbours are not independent."""
     return tuple(float(values[sequences == number].mean()) for number in np.unique(sequences))
-
-
-def standard_error(means: Sequence[float]) -> float | None:
-    """Return the standard error of the mean of some sequences; None for a single one, which has no spread."""
-    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
 
 
 def _perplexity_ratio(change: float) -> float:

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .figures import Divergence
-from .metrics import standard_error
+from .figures import Divergence, standard_error
 
 Nearer = Literal["a", "b", "unclear"]
 # Student's t: 95 % of values lie within this many standard errors, by degrees of freedom (the nearest smaller row)
