@@ -18,7 +18,7 @@ from ..model.forward import Floats, Tokens
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import arithmetic_of
 from ..model.prompt import PROMPT, VOICE, prompt_tokens
-from ..model.session import system_prompt
+from ..model.session import Frame, system_prompt
 from . import loader
 from .codec import Codec
 from .generation import Conversation, compilation_progress
@@ -84,20 +84,8 @@ def open_speaker(
     if an MLX kernel is wrong and has no workaround.
     """
     with closing(open_bundle(folder)) as bundle:
+        codec, voice, prompt = _prepared(bundle, options)
         layout = bundle.layout
-        codec = Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
-        if layout.architecture.steps < layout.architecture.n_q // 2:
-            raise UserError(f"{folder}: the depformer has too few steps for the agent's codebooks")
-        voice = voice_of(bundle, options.voice)
-        tokenizer = folder / layout.target.copies[TOKENIZER]
-        text = prompt_tokens(tokenizer, layout.architecture, options.prompt)
-        prompt = system_prompt(layout.architecture, text)
-        context = loader.context_of(bundle)
-        if len(prompt) >= context:
-            most = max(context - 1 - (len(prompt) - len(text)), 0)
-            raise UserError(
-                f"the text prompt has {len(text)} tokens: at most {most} fit this model", Hint.SHORTEN_PROMPT
-            )
         model = loader.load(bundle, arithmetic_of(options.arithmetic, bundle.manifest.dtype))
     model = on_tested_kernels(model, silent, matmul)
     sampling = options.sampling or sampling_of(read_config(folder / CONFIG))
@@ -106,10 +94,33 @@ def open_speaker(
         progress.update()
         conversation.compile()
         progress.update()
-    return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
+    words = Words(folder / layout.target.copies[TOKENIZER], layout.architecture.text_padding)
+    return Speaker(conversation, codec, words)
 
 
-def voice_of(bundle: Bundle, name: str) -> Voice:
+def check_speaker(folder: Path, options: SpeakOptions) -> None:
+    """Raise UserError for what ``open_speaker`` would end with, before weights are loaded."""
+    with closing(open_bundle(folder)) as bundle:
+        _prepared(bundle, options)
+
+
+def _prepared(bundle: Bundle, options: SpeakOptions) -> tuple[Codec, Voice, list[Frame]]:
+    """Return codec, voice and system prompt of a conversation."""
+    layout, folder = bundle.layout, bundle.folder
+    codec = Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
+    if layout.architecture.steps < layout.architecture.n_q // 2:
+        raise UserError(f"{folder}: the depformer has too few steps for the agent's codebooks")
+    voice = _voice(bundle, options.voice)
+    text = prompt_tokens(folder / layout.target.copies[TOKENIZER], layout.architecture, options.prompt)
+    prompt = system_prompt(layout.architecture, text)
+    context = loader.context_of(bundle)
+    if len(prompt) >= context:
+        most = max(context - 1 - (len(prompt) - len(text)), 0)
+        raise UserError(f"the text prompt has {len(text)} tokens: at most {most} fit this model", Hint.SHORTEN_PROMPT)
+    return codec, voice, prompt
+
+
+def _voice(bundle: Bundle, name: str) -> Voice:
     """Return a bundle's voice; raises UserError if it has none of this name."""
     voices = {voice.name: voice for voice in bundle.voices()}
     if name not in voices:

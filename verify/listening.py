@@ -2,26 +2,23 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..convert.bundle.destination import check_new_file
-from ..convert.bundle.reader import layout_of, open_bundle
+from ..convert.bundle.manifest import manifest_of
 from ..convert.bundle.workspace import write_durably
 from ..convert.errors import UserError, printable
-from ..convert.file_names import CODEC
 from ..convert.progress import long_step
 from ..convert.source.mimi import FRAME, RATE
 from ..model.forward import Floats
 from ..model.mlx_device import computing_on
 from ..model.prompt import PROMPT, VOICE
 from ..speak import audio_files
-from ..speak.codec import Codec
 from ..speak.sampling import sampling_in
-from ..speak.speaker import SpeakOptions, open_speaker, voice_of
+from ..speak.speaker import SpeakOptions, check_speaker, open_speaker
 from .listening_page import Pair, Question, Side, SoundPage, render
 
 _LONGEST = 60  # seconds of a recording
@@ -98,7 +95,7 @@ def listen(
     files = [Path(question) for question in questions]
     if len(files) > options.pairs:
         raise UserError(f"{len(files)} recordings for {options.pairs} pairs: give at least as many pairs as recordings")
-    sides = [_checked(folder, options) for folder in folders]
+    sides = [_side(folder) for folder in folders]
     asked = [_question(file) for file in files]
     turns = [(number % len(asked), options.seed + number // len(asked)) for number in range(options.pairs)]
     seconds = sum(len(asked[question]) / RATE + options.reply for question, _ in turns)
@@ -112,6 +109,8 @@ def listen(
         _log.warning("the bundles' config.json differ in sampling: both answer with that of %s", folders[0])
     padded = [_padded(samples, options.reply) for samples in asked]
     speaking = SpeakOptions(options.voice, options.prompt, sampling, options.seed, codec=options.codec)
+    for folder in folders:
+        check_speaker(folder, speaking)
     with computing_on(options.device):
         sounds = [
             list(_answers(folder, letter, padded, turns, speaking, quiet))
@@ -125,12 +124,9 @@ def listen(
     return ListeningPage(target, len(pairs), equal, seconds / len(pairs), target.stat().st_size, page.seal)
 
 
-def _checked(folder: Path, options: ListenOptions) -> Side:
-    """Return what the page says of a bundle in the end; raises UserError for one that cannot answer."""
-    manifest, layout = layout_of(folder)
-    Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
-    with closing(open_bundle(folder)) as bundle:
-        voice_of(bundle, options.voice)
+def _side(folder: Path) -> Side:
+    """Return what the page says of a bundle in the end."""
+    manifest = manifest_of(folder)
     return Side(printable(folder.resolve().name), printable(manifest.recipe.name), manifest.fingerprint)
 
 

@@ -9,9 +9,9 @@ import typer
 from ...convert.bundle.manifest import manifest_of
 from ...convert.errors import UserError
 from ...model.mlx_device import ARITHMETICS
-from ...verify import bundle_report, compare_reports
+from ...verify import bundle_report
 from ...verify.options import VerifyOptions
-from . import console, endings, options
+from . import console, endings, options, two_bundles
 
 EXAMPLES = """\b
 Examples:
@@ -24,18 +24,20 @@ Examples:
   ppx-verify my-bundle --reference ./my-finetune --controls 8
       say how much it loses beside plain rounding at its own bits, and at 8
   ppx-verify my-4bit my-8bit
-      print two reports side by side
+      say which is nearer to the original, what differs most, and print two reports side by side
+  ppx-verify my-4bit my-8bit --listen question.wav -o listen.html
+      let both answer a recording, and make a page for a blind comparison by ear
 """
 
 app = console.application()
 
 
 @app.command(epilog=EXAMPLES)
-@partial(endings.reported, interrupted="interrupted: no report was written")
+@partial(endings.reported, interrupted="interrupted: no report or page was written")
 def verify_bundle(
     bundle: options.Bundle,
     other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="Another bundle or report: print both side by side.")
+        Path | None, typer.Argument(metavar="[OTHER]", help="Another bundle or report: compare both.")
     ] = None,
     reference: Annotated[
         str | None,
@@ -61,7 +63,13 @@ def verify_bundle(
         Path | None, typer.Option(metavar="QUESTION", help="Recording to answer; the answer is transcribed and judged.")
     ] = None,
     recognizer: options.Recognizer = None,
-    codec: Annotated[Path | None, typer.Option(help="Mimi's weights for that.  [default: the bundle's]")] = None,
+    codec: Annotated[Path | None, typer.Option(help="Mimi's weights for answers.  [default: the bundle's]")] = None,
+    listen: two_bundles.Listen = None,
+    pairs: two_bundles.Pairs = None,
+    seed: two_bundles.Seed = None,
+    voice: two_bundles.Voice = None,
+    prompt: two_bundles.Prompt = None,
+    output: two_bundles.Output = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON; errors go to standard error.")
     ] = False,
@@ -75,12 +83,10 @@ def verify_bundle(
     Ends with 0 if the bundle is intact, 1 if it is not, 2 if it could not be compared.
     """
     compared = any((reference, adapter, tokens, audio, sequences, frames, rollout, arithmetic, controls))
-    if other is not None:
-        if compared or any((device, round_trip, recognizer, codec)):
-            raise UserError("two bundles are compared by their reports: leave all options but --json out")
-        figures = compare_reports.compare_reports(bundle, other)
-        names = (str(bundle), str(other))
-        console.show_json(figures.to_json()) if as_json else console.show(compare_reports.text(names, figures))
+    listening = two_bundles.listening(listen, pairs, seed, voice, prompt, output, codec, device)
+    if other is not None or listening:
+        unused = compared or any((round_trip, recognizer)) or (not listening and (codec or device))
+        two_bundles.run(bundle, other, listening, bool(unused), as_json)
         return
     if audio and sequences:
         raise UserError("--sequences has no effect with --audio, which is one sequence: leave it out")

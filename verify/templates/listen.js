@@ -67,7 +67,7 @@ function save() {
   try {
     localStorage.setItem(STORE, JSON.stringify(state));
   } catch {
-    say("This browser stores nothing for this page: answers are lost when it is reloaded.");
+    element("storage").hidden = false;
   }
 }
 
