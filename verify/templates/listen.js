@@ -205,15 +205,16 @@ function meaning(found) {
   if (p <= LIMIT) return `${chance}: on these recordings this listener prefers ${a > b ? "A" : "B"}.`;
   const needed = fewestOf(n);
   const power = needed ? `${needed} of ${n} for one side would have been.` : `with ${n} decided pair${n === 1 ? "" : "s"} nothing can be: at least 6 are needed.`;
-  return `${chance}. That is not rare enough (${percent(LIMIT)}) to speak of a difference; ${power} It does not show that they are equal.`;
+  return `${chance}. That is not rare enough (${100 * LIMIT} %) to speak of a difference; ${power} It does not show that they are equal.`;
 }
 
 function reveal() {
   const found = results();
   const { a, b } = found;
   const names = { a: `A: ${a.name} (${a.recipe})`, b: `B: ${b.name} (${b.recipe})` };
-  const better = found.a_better === found.b_better ? "Even" : found.a_better > found.b_better ? "A was chosen more often" : "B was chosen more often";
-  element("outcome").textContent = found.decided ? `${better}: ${found.a_better} to ${found.b_better}` : "No difference in any pair";
+  const [more, less] = [Math.max(found.a_better, found.b_better), Math.min(found.a_better, found.b_better)];
+  const better = more === less ? "Even" : `${more === found.a_better ? "A" : "B"} was chosen more often`;
+  element("outcome").textContent = found.decided ? `${better}: ${more} to ${less}` : "No difference in any pair";
   element("meaning").textContent = meaning(found);
   const tally = [[names.a, found.a_better], [names.b, found.b_better], ["No difference", found.no_difference]];
   element("tally").replaceChildren(...tally.map(([name, count]) => bar(name, count)));
@@ -223,7 +224,7 @@ function reveal() {
   element("rows").replaceChildren(...found.pairs.map((pair) => {
     const row = document.createElement("tr");
     const preferred = pair.preferred ? pair.preferred.toUpperCase() : "no difference";
-    for (const text of [pair.pair, pair.question, pair.seed, pair.x.toUpperCase(), pair.y.toUpperCase(), preferred]) {
+    for (const text of [pair.pair, pair.question, pair.seed, pair.x.toUpperCase(), preferred]) {
       row.insertCell().textContent = text;
     }
     return row;
