@@ -14,6 +14,7 @@ from .records import Report
 from .report import figures, read, short
 
 _LISTED = 5
+_AGENT = 8  # codebooks
 _ROUNDING = 1e-6  # errors below it are what a cast leaves
 Side = Literal["a", "b", "same"]
 Row = TypeVar("Row", WeightRow, ActivationRow, tuple[str, float | None])
@@ -120,10 +121,7 @@ def _summary(first: Report, second: Report) -> PairedDifference | None:
 
 def _codebooks(report: Report) -> list[tuple[str, float | None]]:
     """Return the mean divergence of each codebook; the user's are left out, whose tokens are given when it speaks."""
-    agent = sum(name.startswith("codebook_") for name in report.predictions)
-    if "user" in report.predictions:
-        agent //= 2
-    streams = [(number, report.predictions.get(f"codebook_{number}")) for number in range(agent)]
+    streams = [(number, report.predictions.get(f"codebook_{number}")) for number in range(_AGENT)]
     known = [(f"codebook {number}", stream.bundle.kl) for number, stream in streams if stream]
     return [(name, kl.mean) for name, kl in known if kl]
 
@@ -222,7 +220,7 @@ def _nearer(summary: PairedDifference) -> str:
     error += f", {summary.sequences} sequences paired)" if summary.paired else ", not paired: earlier reports)"
     if summary.nearer == "unclear":
         return f"no clear difference: {values}, {error}"
-    ratio = "" if summary.ratio is None else f", {summary.ratio:.1f} times as far"
+    ratio = "" if summary.ratio is None else f", {short(summary.ratio)} times as far"
     far = "B" if summary.nearer == "a" else "A"
     return f"{summary.nearer.upper()} is nearer to the original: {values}, {error}; {far} is farther{ratio}"
 
@@ -248,4 +246,4 @@ def _times(pair: Pair) -> str:
     """Return how many times the larger value is the smaller one."""
     if not pair.a or not pair.b:
         return ""
-    return f": {max(pair.a, pair.b) / min(pair.a, pair.b):.1f} times"
+    return f": {short(max(pair.a, pair.b) / min(pair.a, pair.b))} times"

@@ -390,7 +390,7 @@ def test_the_program_says_what_it_made(tmp_path, monkeypatch):
     )
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert lines[0] == "listen.html: 4 pairs of 9.5 s, 2.00 MB, one file"
+    assert lines[0] == "listen.html: 4 pairs of 9.5 s, 2 MB, one file"
     assert lines[1].startswith("1 of the pairs have the same sound")
     assert "5ea1" * 16 in lines[2]
     assert lines[3] == f"open it in a browser: {(tmp_path / 'listen.html').as_uri()}"
@@ -407,6 +407,7 @@ def test_the_documented_commands_are_commands(monkeypatch):
     calls = []
 
     def made(a, b, questions, output, options, *, quiet):
+        assert not quiet
         calls.append((a, b, len(questions), output, options.pairs, options.seed))
         return ListeningPage(Path(output), options.pairs, 0, 9.5, 1, "5ea1")
 
