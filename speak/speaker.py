@@ -71,7 +71,7 @@ class Speaker:
     def restart(self, seed: int) -> None:
         """Begin a new conversation, after the same voice and prompt."""
         self.conversation.restart(seed)
-        self.codec.reset()
+        self.codec.reopen()
         self.words.reset()
 
 

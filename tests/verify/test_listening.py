@@ -303,7 +303,8 @@ def test_both_bundles_answer_with_the_same_seeds(bundles, codec, tmp_path, caplo
             expected = soundfile.read(answer, dtype="int16")[0]
             sound = samples_of(pair[side])
             assert len(sound) == -(-count // FRAME) * FRAME
-            assert np.array_equal(sound[:count], expected)
+            apart = np.abs(sound[:count].astype(int) - expected)
+            assert apart.max() <= 1  # libsndfile rounds to 16 bit in two ways, one for WAV
     again = listen(*folders, questions, tmp_path / "again.html", options)
     assert (tmp_path / "again.html").read_text() == html
     assert again.seal == done.seal
