@@ -36,8 +36,8 @@ class Codec:
     def reopen(self) -> None:
         """Load the weights again: the same sound gets the same tokens as at first.
 
-        After ``reset`` rustymimi counts frames on, and rounds otherwise: where two codes are nearly as near, a token can
-        be another one. Raises UserError for a file that it does not load.
+        After ``reset``, rustymimi 0.4 can give other tokens for the same sound. Raises UserError for a file that it
+        does not load.
         """
         try:
             self._tokenizer: Any = self._open()
