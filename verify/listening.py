@@ -95,7 +95,7 @@ def listen(
     files = [Path(question) for question in questions]
     if len(files) > options.pairs:
         raise UserError(f"{len(files)} recordings for {options.pairs} pairs: give at least as many pairs as recordings")
-    sides = [_side(folder) for folder in folders]
+    side_a, side_b = (_side(folder) for folder in folders)
     asked = [_question(file) for file in files]
     turns = [(number % len(asked), options.seed + number // len(asked)) for number in range(options.pairs)]
     seconds = sum(len(asked[question]) / RATE + options.reply for question, _ in turns)
@@ -118,7 +118,7 @@ def listen(
         ]
     pairs = [Pair(question, seed, *both) for (question, seed), *both in zip(turns, *sounds, strict=True)]
     shown = [Question(printable(file.name), audio_files.data_uri(one)) for file, one in zip(files, asked, strict=True)]
-    page = render(SoundPage(*sides, shown, pairs, options.seed, printable(options.voice)))
+    page = render(SoundPage(side_a, side_b, shown, pairs, options.seed, printable(options.voice)))
     write_durably(target, page.html)
     equal = sum(pair.a == pair.b for pair in pairs)
     return ListeningPage(target, len(pairs), equal, seconds / len(pairs), target.stat().st_size, page.seal)

@@ -63,7 +63,7 @@ def sides_of(page: Rendered, made_of: SoundPage) -> list[str]:
 def exact_p_value(a: int, b: int) -> float:
     """Twice the smaller tail of a fair coin, by adding up every outcome."""
     tail = sum(math.comb(a + b, k) for k in range(max(a, b), a + b + 1))
-    return min(1.0, 2 * tail / 2 ** (a + b))
+    return float(min(1.0, 2 * tail / 2 ** (a + b)))
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +281,7 @@ def test_both_bundles_answer_with_the_same_seeds(bundles, codec, tmp_path, caplo
     questions = [bundles / "question.wav", bundles / "other.wav"]
     options = ListenOptions(pairs=3, seed=7, reply=0.2, prompt="Be brief.", codec=codec)
     output = tmp_path / "listen.html"
-    folders = [bundles / "demo-4bit", bundles / "demo-8bit"]
+    folders = (bundles / "demo-4bit", bundles / "demo-8bit")
     done = listen(*folders, questions, output, options)
     html = output.read_text()
     data = data_of(Rendered(html, done.seal))
