@@ -1,5 +1,7 @@
 """Audio files, read and written a frame at a time, through the optional ``soundfile`` and ``soxr``."""
 
+import base64
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,6 +87,14 @@ def _frames(path: Path, file: Any, soxr: Any, count: int) -> Iterator[Floats]:
             rest, given = rest[FRAME:], given + 1
     if given < wanted:
         raise UserError(f"{path}: truncated after {given * FRAME / RATE:.1f} s: it is damaged")
+
+
+def data_uri(samples: Floats) -> str:
+    """Return samples ``[samples]`` at Mimi's rate as a data URI that browsers play: FLAC, 16 bit, mono."""
+    soundfile, _ = _packages()
+    file = io.BytesIO()
+    soundfile.write(file, np.clip(samples, -1, 1), RATE, format="FLAC", subtype="PCM_16")
+    return "data:audio/flac;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Mimi, the audio codec, through the optional ``rustymimi``, one frame at a time."""
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,19 @@ class Codec:
             refuse(file.header_problems())
             damaged = non_finite(file)
         refuse([f"{path}: {name}: {n} values are NaN or infinite: it is damaged" for name, n in damaged.items()])
+        self._open = partial(rustymimi.Tokenizer, str(path), num_codebooks=codebooks)
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Load the weights again: the same sound gets the same tokens as at first.
+
+        After ``reset``, rustymimi 0.4 can give other tokens for the same sound. Raises UserError for a file that it
+        does not load.
+        """
         try:
-            self._tokenizer: Any = rustymimi.Tokenizer(str(path), num_codebooks=codebooks)
+            self._tokenizer: Any = self._open()
         except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{path}: not a codec that rustymimi loads ({reason(error)})") from None
+            raise UserError(f"{self.path}: not a codec that rustymimi loads ({reason(error)})") from None
 
     def encode(self, samples: Floats) -> Tokens:
         """Return the tokens ``[codebooks]`` of a frame's samples ``[FRAME]``."""

@@ -36,6 +36,12 @@ class Conversation:
     def __post_init__(self) -> None:
         """Prefill the voice and the prompt."""
         self.half = self.runtime.architecture.n_q // 2
+        self._temporal, self._depformer = self.runtime.temporal(), self.runtime.depformer(self.sampling)
+        self.restart(self.seed)
+
+    def restart(self, seed: int) -> None:
+        """Begin again after the prompts, with another seed; compiled functions stay."""
+        self.seed = seed
         self._columns = Columns(self.runtime.architecture, self.voice)
         read = []
         for frame in self.prompt:
@@ -46,7 +52,6 @@ class Conversation:
         vectors = self.voice.embeddings.reshape(-1, self.runtime.architecture.dim).astype(np.float32)
         self.kv_cache = self.runtime.prefill(columns, vectors)
         self._key = mx.random.key(self.seed)
-        self._temporal, self._depformer = self.runtime.temporal(), self.runtime.depformer(self.sampling)
 
     def compile(self) -> None:
         """Compute a frame without input and discard it, so that its functions are compiled.

@@ -18,7 +18,7 @@ from ..model.forward import Floats, Tokens
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import arithmetic_of
 from ..model.prompt import PROMPT, VOICE, prompt_tokens
-from ..model.session import no_voice, system_prompt
+from ..model.session import Frame, no_voice, system_prompt
 from . import loader
 from .codec import Codec
 from .generation import Conversation, compilation_progress
@@ -73,6 +73,12 @@ class Speaker:
             token, agent = self.conversation.step(user % card)
             yield OutputFrame(self.words.piece(token), agent, self.codec.decode(agent))
 
+    def restart(self, seed: int) -> None:
+        """Begin a new conversation, after the same voice and prompt."""
+        self.conversation.restart(seed)
+        self.codec.reopen()
+        self.words.reset()
+
 
 def open_speaker(
     folder: Path, options: SpeakOptions, silent: bool = False, matmul: QuantizedMatmul | None = None
@@ -83,20 +89,8 @@ def open_speaker(
     if an MLX kernel is wrong and has no workaround.
     """
     with closing(open_bundle(folder)) as bundle:
+        codec, voice, prompt = _prepared(bundle, options)
         layout = bundle.layout
-        codec = Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
-        if layout.architecture.steps < layout.architecture.n_q // 2:
-            raise UserError(f"{folder}: the depformer has too few steps for the agent's codebooks")
-        voice = _voice(bundle, options, codec)
-        tokenizer = folder / layout.target.copies[TOKENIZER]
-        text = prompt_tokens(tokenizer, layout.architecture, options.prompt)
-        prompt = system_prompt(layout.architecture, text) if voice.name or options.prompt else []
-        context = loader.context_of(bundle)
-        if len(prompt) >= context:
-            most = max(context - 1 - (len(prompt) - len(text)), 0)
-            raise UserError(
-                f"the text prompt has {len(text)} tokens: at most {most} fit this model", Hint.SHORTEN_PROMPT
-            )
         model = loader.load(bundle, arithmetic_of(options.arithmetic, bundle.manifest.dtype))
     model = on_tested_kernels(model, silent, matmul)
     sampling = options.sampling or sampling_of(read_config(folder / CONFIG))
@@ -105,7 +99,33 @@ def open_speaker(
         progress.update()
         conversation.compile()
         progress.update()
-    return Speaker(conversation, codec, Words(tokenizer, layout.architecture.text_padding))
+    words = Words(folder / layout.target.copies[TOKENIZER], layout.architecture.text_padding)
+    return Speaker(conversation, codec, words)
+
+
+def check_speaker(folder: Path, options: SpeakOptions) -> str:
+    """Return the name of the voice that ``open_speaker`` takes, empty for none, before weights are loaded.
+
+    Raises UserError for what that would end with.
+    """
+    with closing(open_bundle(folder)) as bundle:
+        return _prepared(bundle, options)[1].name
+
+
+def _prepared(bundle: Bundle, options: SpeakOptions) -> tuple[Codec, Voice, list[Frame]]:
+    """Return codec, voice and system prompt of a conversation."""
+    layout, folder = bundle.layout, bundle.folder
+    codec = Codec(options.codec or folder / layout.target.copies[CODEC], layout.architecture.n_q // 2)
+    if layout.architecture.steps < layout.architecture.n_q // 2:
+        raise UserError(f"{folder}: the depformer has too few steps for the agent's codebooks")
+    voice = _voice(bundle, options, codec)
+    text = prompt_tokens(folder / layout.target.copies[TOKENIZER], layout.architecture, options.prompt)
+    prompt = system_prompt(layout.architecture, text) if voice.name or options.prompt else []
+    context = loader.context_of(bundle)
+    if len(prompt) >= context:
+        most = max(context - 1 - (len(prompt) - len(text)), 0)
+        raise UserError(f"the text prompt has {len(text)} tokens: at most {most} fit this model", Hint.SHORTEN_PROMPT)
+    return codec, voice, prompt
 
 
 def _voice(bundle: Bundle, options: SpeakOptions, codec: Codec) -> Voice:
@@ -144,6 +164,10 @@ class Words:
         """Open a sentencepiece model."""
         self._processor: Any = open_tokenizer(tokenizer)
         self._padding, self._decoder = padding, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def reset(self) -> None:
+        """Forget the bytes of a character that is not complete."""
+        self._decoder.reset()
 
     def piece(self, token: int) -> str:
         """Return the text of a token; bytes are held back until their character is complete."""

@@ -1,7 +1,7 @@
 """Is the bundle right, and how good is it? Comparison, report, publishing. Never writes weights.
 
-``verify`` and ``publish`` do what ppx-verify and ppx-publish do; ``docs/python.md`` shows them. Names are imported when
-they are first used.
+``verify``, ``listen`` and ``publish`` do what ppx-verify and ppx-publish do; ``docs/python.md`` shows them. Names are
+imported when they are first used.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .bundle_report import add_round_trip as add_round_trip
     from .bundle_report import verify as verify
     from .bundle_report import write_card as write_card
+    from .listening import ListenOptions as ListenOptions
+    from .listening import listen as listen
     from .options import VerifyOptions as VerifyOptions
     from .publishing.gate import publish as publish
     from .publishing.upload import PublishOptions as PublishOptions
@@ -20,6 +22,8 @@ _MODULES = {
     "add_round_trip": "bundle_report",
     "verify": "bundle_report",
     "write_card": "bundle_report",
+    "ListenOptions": "listening",
+    "listen": "listening",
     "VerifyOptions": "options",
     "publish": "publishing.gate",
     "PublishOptions": "publishing.upload",

@@ -29,8 +29,8 @@ def report_home(bundle: Path) -> Path:
     return Path(published[0].replace("/", "--")) if published else bundle
 
 
-def _reported(bundle: Path) -> Path:
-    """Return what has a bundle's report: a file beside it, where it lies in the Hub's cache, or the bundle itself."""
+def reported(bundle: Path) -> Path:
+    """Return what has a bundle's report: the bundle, or a file here for one in the Hub's cache."""
     file = report_home(bundle) / reports.FOLDER / reports.JSON
     return file if file.is_file() else bundle
 
@@ -99,7 +99,7 @@ def _leave_report(
 
 def report_of(bundle: Path) -> Report | None:
     """Return the report that a bundle has, None if it has none, or one of other files."""
-    manifest, where = manifest_of(bundle), _reported(bundle)
+    manifest, where = manifest_of(bundle), reported(bundle)
     if where == bundle and not (bundle / reports.FOLDER / reports.JSON).is_file():
         return None
     report = reports.read(where)
@@ -134,7 +134,7 @@ def add_round_trip(
     from . import round_trip
 
     folder = Path(bundle)
-    before = report or reports.read(_reported(folder))
+    before = report or reports.read(reported(folder))
     with computing_on(device):
         spoken = round_trip.run(folder, Path(question), SpeakOptions(codec=codec), recognizer or EMBEDDED, quiet)
     failures = [failure for failure in before.verdict.failures if failure.check != round_trip.CHECK]

@@ -1,4 +1,4 @@
-"""Two reports beside each other: which bundle is better, and where."""
+"""Two reports beside each other: which bundle is nearer to the original, by how much, and where they differ most."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -7,15 +7,18 @@ from typing import Any, Literal, TypeVar
 
 from ..convert import typed_json
 from ..convert.bundle.describe import size
+from .bundle_report import reported
 from .figures import ActivationRow, WeightRow
-from .headline import INTACT, NOT_INTACT
+from .headline import INTACT, NOT_INTACT, bits_of
+from .paired import PairedDifference, paired_difference
 from .records import Report
 from .report import figures, read, short
 
 _LISTED = 5
+_AGENT = 8  # codebooks
 _ROUNDING = 1e-6  # errors below it are what a cast leaves
 Side = Literal["a", "b", "same"]
-Row = TypeVar("Row", WeightRow, ActivationRow)
+Row = TypeVar("Row", WeightRow, ActivationRow, tuple[str, float | None])
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,21 @@ class Differences:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two reports compared. not_comparable: why their figures must not be compared, if they must not."""
+    """Two reports compared. not_comparable: why their figures must not be compared, if they must not.
+
+    bits: of the quantized tensors, in words. summary: the agent's divergences (of the mean over its codebooks); None
+    where they must not be compared, or nothing was computed. codebooks: by their mean KL divergence.
+    """
 
     passed: Passed
     not_comparable: list[str]
+    bits: tuple[str, str]
+    summary: PairedDifference | None
     sizes: list[Pair]
     figures: list[Pair]
     blocks: Differences
     tensors: Differences
+    codebooks: Differences
 
     def to_json(self) -> dict[str, Any]:
         """Return it for a program to read."""
@@ -61,8 +71,11 @@ class Comparison:
 
 
 def compare_reports(first: str | Path, second: str | Path) -> Comparison:
-    """Compare the reports of two bundles, or two report files; raises UserError for anything else."""
-    return compare(read(Path(first)), read(Path(second)))
+    """Compare the reports of two bundles, or two report files; raises UserError for anything else.
+
+    Of a bundle in the Hub's cache it is the one that a verification left here, if any, else the published one.
+    """
+    return compare(read(reported(Path(first))), read(reported(Path(second))))
 
 
 def differs(first: Report, second: Report) -> list[str]:
@@ -76,7 +89,7 @@ def differs(first: Report, second: Report) -> list[str]:
 
 
 def compare(first: Report, second: Report) -> Comparison:
-    """Return sizes and figures of both, and the blocks and tensors that differ most."""
+    """Return a summary, sizes and figures of both, and the blocks, tensors and codebooks that differ most."""
     sizes = [
         _pair("bytes", first.bundle.bytes, second.bundle.bytes),
         _pair("bits per weight", first.bundle.bits_per_weight, second.bundle.bits_per_weight),
@@ -89,14 +102,32 @@ def compare(first: Report, second: Report) -> Comparison:
         one, other = stream.bundle.kl, second.predictions[name].bundle.kl if name in second.predictions else None
         if one and other and name not in ("text", "codebook_0", "agent"):  # which limits apply to
             pairs.append(_pair(f"KL of {name.replace('_', ' ')}", one.mean, other.mean))
+    reasons = differs(first, second)
     return Comparison(
         passed=Passed(first.verdict.passed, second.verdict.passed),
-        not_comparable=differs(first, second),
+        not_comparable=reasons,
+        bits=(bits_of(first), bits_of(second)),
+        summary=None if reasons else _summary(first, second),
         sizes=sizes,
         figures=pairs,
         blocks=_most_different(first.activations, second.activations, lambda row: row.name, _local_error),
         tensors=_most_different(first.weights, second.weights, _tensor, lambda row: row.relative_rmse),
+        codebooks=_most_different(_codebooks(first), _codebooks(second), lambda row: row[0], lambda row: row[1]),
     )
+
+
+def _summary(first: Report, second: Report) -> PairedDifference | None:
+    one, other = (report.predictions.get("agent") for report in (first, second))
+    if one is None or other is None or one.bundle.kl is None or other.bundle.kl is None:
+        return None
+    return paired_difference(one.bundle.kl, other.bundle.kl)
+
+
+def _codebooks(report: Report) -> list[tuple[str, float | None]]:
+    """Return the mean divergence of each codebook; the user's are left out, whose tokens are given when it speaks."""
+    streams = [(number, report.predictions.get(f"codebook_{number}")) for number in range(_AGENT)]
+    known = [(f"codebook {number}", stream.bundle.kl) for number, stream in streams if stream]
+    return [(name, kl.mean) for name, kl in known if kl]
 
 
 def _shown_files(report: Report) -> str:
@@ -143,9 +174,9 @@ def _differ(a: float, b: float) -> bool:
 
 
 def text(names: tuple[str, str], compared: Comparison) -> str:
-    """Return a comparison as a table; an arrow stands at the better value."""
+    """Return a comparison for people: a summary, what differs most, and tables; an arrow stands at the better value."""
     pairs = compared.sizes + compared.figures
-    lines = [f"warning: {why}" for why in compared.not_comparable]
+    lines = [*_summary_lines(names, compared), *_most_lines(compared), ""]
     width = max(len(pair.name) for pair in pairs)
     lines.append(f"{'':<{width}}  {'A':>12}  {'B':>12}    A: {names[0]}, B: {names[1]}")
     verdicts = [(INTACT if passed else NOT_INTACT).lower() for passed in (compared.passed.a, compared.passed.b)]
@@ -160,3 +191,63 @@ def text(names: tuple[str, str], compared: Comparison) -> str:
         lines.append(f"{what}: A is better in {count['a']}, B in {count['b']}, the same in {count['same']}")
         lines += [f"  {pair.name}: {short(pair.a)} | {short(pair.b)}" for pair in rows.most_different]
     return "\n".join(lines)
+
+
+def _summary_lines(names: tuple[str, str], compared: Comparison) -> list[str]:
+    """Return which bundle is nearer to the original, and what both are."""
+    lines = [f"warning: {why}" for why in compared.not_comparable]
+    if compared.not_comparable:
+        lines.append("their figures must not be compared: verify both with the same options first")
+    elif compared.summary is None:
+        lines.append("nothing to compare: a report has no predictions of the agent's codebooks")
+    else:
+        lines.append(_nearer(compared.summary))
+    bytes_of, bits_per_weight = compared.sizes
+    for side, name, bits, nbytes, bpw in zip(
+        "AB",
+        names,
+        compared.bits,
+        (bytes_of.a, bytes_of.b),
+        (bits_per_weight.a, bits_per_weight.b),
+        strict=True,
+    ):
+        lines.append(f"  {side}: {name}: {bits}, {short(bpw)} bits per weight, {size(int(nbytes or 0))}")
+    return lines
+
+
+def _nearer(summary: PairedDifference) -> str:
+    values = f"agent KL {short(summary.a)} (A) and {short(summary.b)} (B) nats/token"
+    apart = f"A − B = {summary.difference:+.3g}"
+    if summary.standard_error is None:
+        return f"one sequence, so no standard error: {values}, {apart}; verify both on more sequences"
+    error = f"{apart} ± {short(summary.standard_error)} (standard error"
+    error += f", {summary.sequences} sequences paired)" if summary.paired else ", not paired: earlier reports)"
+    if summary.nearer == "unclear":
+        return f"no clear difference: {values}, {error}"
+    ratio = "" if summary.ratio is None else f", {short(summary.ratio)} times as far"
+    far = "B" if summary.nearer == "a" else "A"
+    return f"{summary.nearer.upper()} is nearer to the original: {values}, {error}; {far} is farther{ratio}"
+
+
+def _most_lines(compared: Comparison) -> list[str]:
+    """Return the block, tensor and codebook whose values have the largest ratio."""
+    kinds = (
+        ("block, local error", compared.blocks),
+        ("tensor, relative error", compared.tensors),
+        ("agent's codebook, KL", compared.codebooks),
+    )
+    first = [(kind, rows.most_different[0]) for kind, rows in kinds if rows.most_different]
+    if not first:
+        return ["what differs most: nothing"]
+    width = max(len(kind) for kind, _ in first)
+    return ["what differs most:"] + [
+        f"  {kind:<{width}}  {pair.name}: {short(pair.a)} (A), {short(pair.b)} (B){_times(pair)}"
+        for kind, pair in first
+    ]
+
+
+def _times(pair: Pair) -> str:
+    """Return how many times the larger value is the smaller one."""
+    if not pair.a or not pair.b:
+        return ""
+    return f": {short(max(pair.a, pair.b) / min(pair.a, pair.b))} times"

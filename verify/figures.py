@@ -4,7 +4,7 @@ Where a field is None although something was measured, JSON has no number for th
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypeVar
 
@@ -17,11 +17,21 @@ Index = Annotated[int, whole(0, 1 << 20)]
 T = TypeVar("T")
 BUNDLE, NOISE, CONTROL = "bundle", "noise", "control"
 _BySequence = Annotated[tuple[float, ...], NOT_STORED]  # the mean of each sequence, from which standard errors come
+_Means = tuple[Amount | None, ...] | None  # the same, stored: two reports are compared by them
 
 
 def finite_or_infinite(value: float | None) -> float:
     """Return a figure for comparing: infinity where a report has None."""
     return math.inf if value is None else value
+
+
+def standard_error(means: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of some sequences; None for a single one, which has no spread."""
+    count = len(means)
+    if count < 2:
+        return None
+    middle = sum(means) / count
+    return math.sqrt(sum((mean - middle) * (mean - middle) for mean in means) / (count - 1) / count)
 
 
 @dataclass(frozen=True)
@@ -98,11 +108,14 @@ class ActivationRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """KL(reference || bundle) in nats/token. The mean of several streams has no percentiles."""
+    """KL(reference || bundle) in nats/token. The mean of several streams has no percentiles.
+
+    by_sequence: the mean of each sequence; reports of earlier versions have none.
+    """
 
     mean: Amount | None
     standard_error: Amount | None
-    by_sequence: _BySequence = ()
+    by_sequence: _Means = None
     median: Amount | None = None
     p90: Amount | None = None
     p99: Amount | None = None

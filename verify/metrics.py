@@ -20,6 +20,7 @@ from .figures import (
     StreamFigures,
     Top1,
     finite_or_infinite,
+    standard_error,
 )
 
 PERCENTILES = {"median": 50.0, "p90": 90.0, "p99": 99.0, "p99_9": 99.9}
@@ -122,13 +123,13 @@ def summarize(
     means = _by_sequence(kl, sequences)
     divergence = Divergence(
         mean=float(kl.mean()),
-        standard_error=_standard_error(means),
+        standard_error=standard_error(means),
         by_sequence=means,
         **{name: float(np.percentile(kl, share)) for name, share in PERCENTILES.items()},
         max=float(kl.max()),
     )
     means = _by_sequence(same, sequences)
-    top1 = Top1(agreement=float(same.mean()), standard_error=_standard_error(means), by_sequence=means)
+    top1 = Top1(agreement=float(same.mean()), standard_error=standard_error(means), by_sequence=means)
     return PredictionFigures(len(kl), divergence, top1, _loss(loss_actual, loss_expected, scored))
 
 
@@ -142,7 +143,7 @@ def _loss(actual: NDArray[np.float64], expected: NDArray[np.float64], sequences:
         reference=float(expected.mean()),
         bundle=float(actual.mean()),
         change=float(change.mean()),
-        standard_error=_standard_error(means),
+        standard_error=standard_error(means),
         by_sequence=means,
         perplexity_ratio=_perplexity_ratio(float(change.mean())),
     )
@@ -151,11 +152,6 @@ def _loss(actual: NDArray[np.float64], expected: NDArray[np.float64], sequences:
 def _by_sequence(values: NDArray[np.float64], sequences: NDArray[np.float64]) -> tuple[float, ...]:
     """Return the mean of each sequence; standard errors come from their spread: neighbours are not independent."""
     return tuple(float(values[sequences == number].mean()) for number in np.unique(sequences))
-
-
-def _standard_error(means: Sequence[float]) -> float | None:
-    """Return the standard error of the mean of some sequences; None for a single one, which has no spread."""
-    return float(np.std(means, ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
 
 
 def _perplexity_ratio(change: float) -> float:
@@ -173,7 +169,11 @@ def mean_of(streams: Sequence[PredictionFigures]) -> PredictionFigures:
     change = _mean([loss.change for loss in losses])
     return PredictionFigures(
         sum(stream.positions for stream in counted),
-        Divergence(mean=_mean([kl.mean for kl in divergences]), standard_error=_joint_error(divergences)),
+        Divergence(
+            mean=_mean([kl.mean for kl in divergences]),
+            standard_error=_joint_error(divergences),
+            by_sequence=_joint_means(divergences),
+        ),
         Top1(agreement=_mean([top1.agreement for top1 in agreements]), standard_error=_joint_error(agreements)),
         Loss(
             reference=_mean([loss.reference for loss in losses]),
@@ -199,6 +199,12 @@ def _mean(values: Sequence[float | None]) -> float:
 
 def _joint_error(figures: Sequence[Divergence | Top1 | Loss]) -> float | None:
     """Return the standard error of the mean of several streams; None where they are not of the same sequences."""
-    rows = [figure.by_sequence for figure in figures]
+    means = _joint_means(figures)
+    return None if means is None else standard_error(means)
+
+
+def _joint_means(figures: Sequence[Divergence | Top1 | Loss]) -> tuple[float, ...] | None:
+    """Return each sequence's mean over several streams; None where they are not of the same sequences."""
+    rows = [[finite_or_infinite(mean) for mean in figure.by_sequence or ()] for figure in figures]
     alike = len({len(row) for row in rows}) == 1
-    return _standard_error([float(mean) for mean in np.mean(rows, axis=0)]) if alike else None
+    return tuple(float(mean) for mean in np.mean(rows, axis=0)) if alike else None

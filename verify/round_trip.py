@@ -4,8 +4,6 @@ The model predicts its words twice, as text and as audio: where the transcript d
 The recognizer also transcribes the question, as it is and through the codec alone: the difference is its own error.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -199,9 +197,5 @@ def resampled(samples: Floats) -> Floats:
 
 
 def _embedded(samples: Floats) -> str:
-    """Return the beginning of a sound as a data URI that browsers play."""
-    import soundfile
-
-    file = io.BytesIO()
-    soundfile.write(file, samples[: _SHOWN * RATE], RATE, format="FLAC", subtype="PCM_16")
-    return "data:audio/flac;base64," + base64.b64encode(file.getvalue()).decode()
+    """Return the beginning of a sound as a data URI."""
+    return audio_files.data_uri(samples[: _SHOWN * RATE])

@@ -1,7 +1,6 @@
 """ppx-verify: does a bundle still compute what its checkpoint computes?"""
 
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,9 +9,9 @@ from ...convert.bundle.location import locate_bundle
 from ...convert.bundle.manifest import manifest_of
 from ...convert.errors import UserError
 from ...model.mlx_device import ARITHMETICS
-from ...verify import bundle_report, compare_reports
+from ...verify import bundle_report
 from ...verify.options import VerifyOptions
-from . import bundle_argument, console, endings, options
+from . import bundle_argument, console, endings, options, two_bundles, verify_options
 
 EXAMPLES = """\b
 Examples:
@@ -25,47 +24,43 @@ Examples:
   ppx-verify my-bundle --reference ./my-finetune --controls 8
       say how much it loses beside plain rounding at its own bits, and at 8
   ppx-verify my-4bit my-8bit
-      print two reports side by side
+      say which is nearer to the original, and what differs most
+  ppx-verify my-4bit my-8bit --listen question.wav -o listen.html
+      make a page on which people compare answers of both by ear, blindly
   ppx-verify me/personaplex-4bit
-      a bundle on the Hub: the report goes into me--personaplex-4bit, here
+      take a bundle on the Hub: the report goes into me--personaplex-4bit, here
 """
 
 app = console.application()
 
 
 @app.command(epilog=EXAMPLES)
-@partial(endings.reported, interrupted="interrupted: no report was written")
+@partial(endings.reported, interrupted="interrupted: no report or page was written")
 def verify_bundle(
     where: bundle_argument.Bundle,
     other: Annotated[
-        str | None, typer.Argument(metavar="[OTHER]", help="Another bundle or report: print both side by side.")
+        str | None, typer.Argument(metavar="[OTHER]", help="Compare with another bundle, or a report.")
     ] = None,
     revision: bundle_argument.Revision = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(metavar="SOURCE", help="The checkpoint.  [default: the one it was made from, if found]"),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="The LoRA that was merged.  [default: the one that the manifest names, if on the Hub]"),
-    ] = None,
-    tokens: Annotated[Path | None, typer.Option(help="Evaluation tokens [N, streams, T], in safetensors.")] = None,
-    audio: Annotated[Path | None, typer.Option(help="WAV file: a question after the system prompt.")] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="At most so many sequences, or voices.")] = None,
-    frames: Annotated[int | None, typer.Option(min=2, help="At most so many frames of each (80 ms).")] = None,
-    rollout: Annotated[
-        int, typer.Option(min=0, max=10000, help="Also generate so many frames, greedily, on both.")
-    ] = 0,
-    arithmetic: Annotated[
-        options.ArithmeticName | None, typer.Option(help=f"Of the bundle's activations.  [default: {ARITHMETICS[0]}]")
-    ] = None,
+    reference: verify_options.Reference = None,
+    adapter: verify_options.Adapter = None,
+    tokens: verify_options.Tokens = None,
+    audio: verify_options.Audio = None,
+    sequences: verify_options.Sequences = None,
+    frames: verify_options.Frames = None,
+    rollout: verify_options.Rollout = 0,
+    arithmetic: verify_options.Arithmetic = None,
     controls: options.Controls = None,
     device: options.Device = None,
-    round_trip: Annotated[
-        Path | None, typer.Option(metavar="QUESTION", help="Recording to answer; the answer is transcribed and judged.")
-    ] = None,
+    round_trip: verify_options.RoundTrip = None,
     recognizer: options.Recognizer = None,
-    codec: Annotated[Path | None, typer.Option(help="Mimi's weights for that.  [default: the bundle's]")] = None,
+    codec: verify_options.Codec = None,
+    listen: two_bundles.Listen = None,
+    pairs: two_bundles.Pairs = None,
+    seed: two_bundles.Seed = None,
+    voice: two_bundles.Voice = None,
+    prompt: two_bundles.Prompt = None,
+    output: two_bundles.Output = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON; errors go to standard error.")
     ] = False,
@@ -78,15 +73,11 @@ def verify_bundle(
     --round-trip adds to the report that is there, or makes one first.
     Ends with 0 if the bundle is intact, 1 if it is not, 2 if it could not be compared.
     """
-    quiet = console.quiet(as_json)
-    bundle = locate_bundle(where, revision, quiet)
     compared = any((reference, adapter, tokens, audio, sequences, frames, rollout, arithmetic, controls))
-    if other is not None:
-        if compared or any((device, round_trip, recognizer, codec)):
-            raise UserError("two bundles are compared by their reports: leave all options but --json out")
-        figures = compare_reports.compare_reports(bundle, locate_bundle(other, quiet=quiet))
-        names = (where, other)
-        console.show_json(figures.to_json()) if as_json else console.show(compare_reports.text(names, figures))
+    listening = two_bundles.listening(listen, pairs, seed, voice, prompt, output, codec, device)
+    if other is not None or listening:
+        unused = compared or any((round_trip, recognizer)) or (not listening and (codec or device))
+        two_bundles.run(where, other, revision, listening, bool(unused), as_json)
         return
     if audio and sequences:
         raise UserError("--sequences has no effect with --audio, which is one sequence: leave it out")
@@ -94,6 +85,8 @@ def verify_bundle(
     if (recognizer or codec) and not round_trip:
         raise UserError("--recognizer and --codec are for --round-trip: give a recording to answer")
     computed_on, listener = device and str(device), recognizer and str(recognizer)
+    quiet = console.quiet(as_json)
+    bundle = locate_bundle(where, revision, quiet)
     if round_trip:
         bundle_report.check_round_trip(bundle, round_trip, codec, listener)
     more, computed_in = tuple(controls or ()), str(arithmetic or ARITHMETICS[0])

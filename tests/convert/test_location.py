@@ -178,9 +178,12 @@ def test_a_hub_bundle_is_benched_and_verified(run, hub, files, pico, tmp_path):
     assert published_as(snapshot) == (REPOSITORY, commit)
     said = run("ppx-verify", report, report).stdout
     assert "KL of the agent's codebooks" in said
+    figures = run("ppx-verify", report, report, "--json").stdout
+    assert run("ppx-verify", REPOSITORY, report, "--json").stdout == figures
     data = files | {"parity/report.json": report.read_bytes()}
     hub.repositories["someone/other"] = Repository(data)
-    assert run("ppx-verify", report, "someone/other").stdout.partition("\n")[2] == said.partition("\n")[2]
+    assert run("ppx-verify", report, "someone/other", "--json").stdout == figures
+    assert "  B: someone/other: 4 bit" in run("ppx-verify", report, "someone/other").stdout
 
 
 def test_only_the_hubs_cache_has_links_out_of_a_bundle(bundle, tmp_path):

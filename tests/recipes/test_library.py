@@ -30,7 +30,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_section_of_the_page_is_tested():
-    assert list(SECTIONS) == ["Convert", "Verify", "Compare", "Quantize with data", "Publish", "Speak"]
+    assert list(SECTIONS) == ["Convert", "Verify", "Compare", "Quantize with data", "Publish", "Speak", "Listen"]
 
 
 @pytest.mark.slow
@@ -54,7 +54,8 @@ def test_the_pages_notebook_runs(pico, tmp_path):
 
 
 @pytest.mark.parametrize(("section", "function", "module"), [
-    ("Publish", "publish", "ppx.verify.publishing.gate"), ("Speak", "answer", "ppx.speak.answers")
+    ("Publish", "publish", "ppx.verify.publishing.gate"), ("Speak", "answer", "ppx.speak.answers"),
+    ("Listen", "listen", "ppx.verify.listening")
 ])  # fmt: skip
 def test_the_pages_calls_are_calls_of_their_functions(section, function, module, monkeypatch):
     """What needs a token or a codec is only looked at: names and arguments are right."""

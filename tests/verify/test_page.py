@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import evaluate
+from browser import evaluate
 from ppx.convert.bundle.describe import size
 from ppx.convert.bundle.manifest import read_manifest
 from ppx.convert.bundle.run_memory import memory_of
