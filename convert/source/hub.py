@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
@@ -28,11 +27,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, hf_raise_for_status
-from tqdm import tqdm
 
 from ..errors import CheckFailed, UserError, refuse
 from ..hints import Hint
-from ..progress import byte_bar
+from ..progress import Progress, byte_bar
 from .hub_client import TRIES, asked_wait, git_blob, is_transient, silent_client, translate_errors, with_retries
 
 _PATIENCE = 60.0  # seconds without a byte
@@ -170,7 +168,7 @@ def _existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
-def _fetch(repository: str, commit: str, file: Remote, store: Path, bar: "tqdm[Any]") -> None:
+def _fetch(repository: str, commit: str, file: Remote, store: Path, bar: Progress) -> None:
     """Make the cache's blob of one file, going on from the part of it that an earlier run left."""
     url = hf_hub_url(repository, file.name, revision=commit)
     blob = store / "blobs" / file.hash
@@ -184,10 +182,10 @@ def _fetch(repository: str, commit: str, file: Remote, store: Path, bar: "tqdm[A
             _check(part, file)
             part.rename(blob)
         else:
-            bar.update(file.size)
+            bar.skip(file.size)
 
 
-def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
+def _complete(url: str, part: Path, size: int, bar: Progress) -> None:
     """Append to a partial file what it lacks; resumes after a broken connection, and gives up after some in a row.
 
     Bytes are written as they come: the client's own download loses up to 10 MB at every break.
@@ -196,7 +194,7 @@ def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
     if part.stat().st_size > size:
         part.unlink()
         part.touch()
-    bar.update(part.stat().st_size)
+    bar.skip(part.stat().st_size)
     tries = TRIES
     while (have := part.stat().st_size) < size:
         wait = 1.0
@@ -214,7 +212,7 @@ def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
             time.sleep(wait)
 
 
-def _append(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
+def _append(url: str, part: Path, size: int, bar: Progress) -> None:
     """Fetch what a partial file lacks, once; an answer of another length is somebody else's, and not written."""
     have = part.stat().st_size
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -225,7 +223,7 @@ def _append(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
         if response.status_code not in (200, 206) or response.headers.get("Content-Length", expected) != expected:
             raise httpx2.RemoteProtocolError(f"an answer of another length than the {expected} bytes of the file")
         with part.open("wb" if whole else "ab", buffering=0) as target:
-            bar.update(-have if whole else 0)
+            bar.skip(-have if whole else 0)
             for block in response.iter_bytes():
                 target.write(block)
                 if target.tell() > size:

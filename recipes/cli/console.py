@@ -68,8 +68,8 @@ def say(line: str) -> None:
 
 
 def quiet(as_json: bool) -> bool:
-    """Tell whether progress bars would only disturb: output for a program, or nobody looks at standard error."""
-    return as_json or sys.stderr is None or not sys.stderr.isatty()
+    """Tell whether progress would only disturb: output for a program, or there is no standard error."""
+    return as_json or sys.stderr is None
 
 
 def show_version(asked: bool) -> None:
