@@ -3,6 +3,7 @@
 A step that takes less than some seconds prints nothing where standard error is no terminal.
 """
 
+import os
 import sys
 import threading
 import time
@@ -111,7 +112,10 @@ class Progress(tqdm):  # type: ignore[type-arg]
 
     def __str__(self) -> str:
         """The line on a terminal: what fits into its width, the most important first."""
-        columns = self.dynamic_ncols(self.fp)[0] if self.dynamic_ncols else None
+        try:
+            columns = os.get_terminal_size(self.fp.fileno()).columns
+        except (OSError, ValueError):
+            columns = 0
         return self.line((columns or 80) - 1)
 
     def line(self, width: int) -> str:

@@ -15,7 +15,7 @@ from .output_tensor import Output
 class Target:
     """What a consumer loads.
 
-    dtype: its usual one for floats and scales. uniform: components that a uniform recipe quantizes. copies: source
+    recipe: the shipped one that is taken where none is named. dtype: its usual one for floats and scales. uniform: components that a uniform recipe quantizes. copies: source
     file -> its name in the bundle. voice_cache: dtype of a voice's tokens in ``voices/NAME.safetensors``, None where
     the archive is copied instead. indexed: whether model.safetensors.index.json belongs to it.
     mixes: whether any module may have any setting. problems: what of an architecture and a quantization it cannot load.
@@ -23,6 +23,7 @@ class Target:
 
     name: str
     description: str
+    recipe: str
     dtype: str
     uniform: tuple[str, ...]
     copies: dict[str, str]
@@ -46,6 +47,7 @@ TARGETS = {
         Target(
             name="speech-swift",
             description="the Swift/MLX library: one setting for temporal and depformer, the rest 16 bit",
+            recipe="4bit",
             dtype="float16",
             uniform=("temporal", "depformer"),
             copies={CODEC: speech_swift.CODEC, TOKENIZER: TOKENIZER},
@@ -60,6 +62,7 @@ TARGETS = {
         Target(
             name="moshi-mlx",
             description="moshi_mlx and personaplex-mlx: everything at 4 bit g32, 8 bit g64 or 16 bit",
+            recipe="moshi-q4",
             dtype="bfloat16",
             uniform=("temporal", "depformer", "embeddings", "heads"),
             copies={CODEC: CODEC, TOKENIZER: TOKENIZER, VOICES: VOICES},
@@ -74,6 +77,7 @@ TARGETS = {
         Target(
             name="mlx",
             description="the mlx-lm convention: any setting for any module",
+            recipe="4bit",
             dtype="bfloat16",
             uniform=("temporal", "depformer"),
             copies={CODEC: CODEC, TOKENIZER: TOKENIZER},

@@ -1,5 +1,6 @@
 """ppx-allocate: the recipe that is expected to diverge least within a size, by measured sensitivities."""
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -80,7 +81,16 @@ def allocate(
         force=force,
         quiet=console.quiet(as_json),
     )
-    console.show(size_budget.as_json(allocation) if as_json else size_budget.text(allocation))
+    if as_json:
+        console.show(size_budget.as_json(allocation))
+        return
+    line, measured_on = size_budget.text(allocation).split("\n")
+    source = ["--revision", revision] if revision else []
+    source += ["--adapter", adapter] if adapter else []
+    source += ["--fill-depformer-steps"] if fill_depformer_steps else []
+    console.show(line)
+    console.show(f"wrote {output}; next: {shlex.join(['ppx-convert', where, '--recipe', str(output), *source])}")
+    console.show(measured_on)
 
 
 def main() -> None:

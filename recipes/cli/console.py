@@ -7,16 +7,26 @@ from importlib.metadata import version
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from ...convert.bundle.manifest import TOOLKIT
 from ...convert.bundle.recipe_choice import DEFAULT_GROUP_SIZE
 from ...convert.errors import UserError, printable, refuse
 from ...quant.affine import QuantizationConfig
+from .usage import Command
 
 
-def application() -> typer.Typer:
+class Application(typer.Typer):
+    """A program; mistakes in its command line are told in its words."""
+
+    def command(self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **more: Any) -> Any:
+        """Add the program's command."""
+        return super().command(name, cls=cls or Command, **more)
+
+
+def application() -> Application:
     """Return a program without commands yet; its help is plain text, for ``-h`` too."""
-    return typer.Typer(
+    return Application(
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,

@@ -16,11 +16,12 @@ import typer
 from ...convert.errors import CheckFailed, UserError
 from .console import say
 from .hints import HINTS
+from .usage import MISTAKE
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FAILED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit statuses
+FAILED, INTERRUPTED, TERMINATED = 1, 130, 143  # exit statuses
 CONVERSION = "interrupted: run the same command again to resume"
 
 

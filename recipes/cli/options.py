@@ -9,7 +9,7 @@ import typer
 
 from ...convert.bundle import shipped
 from ...convert.bundle.recipe import DTYPES
-from ...convert.bundle.recipe_choice import DEFAULT_GROUP_SIZE, DEFAULT_RECIPE
+from ...convert.bundle.recipe_choice import DEFAULT_GROUP_SIZE
 from ...convert.bundle.targets import DEFAULT as DEFAULT_TARGET
 from ...convert.bundle.targets import TARGETS
 from ...convert.source.tensors import COMPONENTS
@@ -30,6 +30,8 @@ def _or(values: Sequence[int]) -> str:
     *most, last = map(str, values)
     return f"{', '.join(most)} or {last}"
 
+
+_DEFAULT_RECIPES = "; ".join(f"{target.recipe} for {name}" for name, target in TARGETS.items())
 
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that ppx-convert wrote.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="SOURCE", help="The checkpoint: a Hub id, a folder, or demo.")]
@@ -70,7 +72,7 @@ OutputFolder = Annotated[
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option(help=f"Shipped ({', '.join(shipped.names())}) or a TOML file.  [default: {DEFAULT_RECIPE}]"),
+    typer.Option(help=f"Shipped ({', '.join(shipped.names())}) or a TOML file.  [default: {_DEFAULT_RECIPES}]"),
 ]
 Bits = Annotated[int | None, typer.Option(help=f"Uniform recipe: {_or(BITS)}.")]
 GroupSize = Annotated[

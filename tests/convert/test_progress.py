@@ -58,7 +58,8 @@ def test_a_forecast_follows_the_speed_and_grows_while_nothing_moves():
     before = estimate.left()
     clock.now += 50
     later = estimate.left()
-    assert before and later
+    assert before
+    assert later
     assert later > 1.3 * before
     clock.now += 1000
     assert estimate.left() is None
