@@ -84,6 +84,11 @@ class AllocationRequest:
     keep: tuple[str, ...] = ()
 
     @property
+    def needs_data(self) -> bool:
+        """Tell whether its rules will quantize by more than the weights."""
+        return self.method in DATA_DRIVEN
+
+    @property
     def recipe(self) -> Recipe:
         """The recipe before its rules are chosen."""
         return Recipe(self.budget.name, self.target, self.dtype, depformer_steps=self.depformer_steps)

@@ -1,7 +1,7 @@
 """What quantization by data takes on this machine, and what it may be worth, before anybody begins with it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -90,6 +90,11 @@ def _forecast(plan: Plan, sequences: int, frames: int, generating: bool, stored:
     measured = _measured(plan.inventory.architecture)
     generated = generation_work(plan, devices.memory()) if generating else Work()
     return Forecast(measured.seconds(generated), measured.seconds(gptq_work(plan, sequences, frames, stored)))
+
+
+def seconds_of(architecture: Architecture) -> Callable[[Work], float]:
+    """Return what tells how long a piece of work takes on this machine, from a few seconds of measurement."""
+    return _measured(architecture).seconds
 
 
 @cache

@@ -203,7 +203,7 @@ def _audio(run: Pass, hidden: Streams) -> None:
 def depformer_rows(source: Source, token_set: TokenSet) -> tuple[NDArray[np.bool_], NDArray[np.int64], Tokens]:
     """Return which frames have all tokens of the agent, which of those are computed, and their tokens."""
     a = source.architecture
-    known: NDArray[np.bool_] = token_set.counted[:, 1 : a.n_q // 2 + 1].all(axis=1, keepdims=True)[:, 0]
+    known: NDArray[np.bool_] = np.logical_and.reduce(token_set.counted[:, 1 : a.n_q // 2 + 1], axis=1)
     targets = token_set.targets.transpose(0, 2, 1)[known]
     most = len(token_set.tokens) * _ROWS if a.depformer_dim >= 512 else MOST_FRAMES
     rows = evenly_spaced(len(targets), most)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ..convert.bundle.plan import Plan
 from ..convert.bundle.quantized_store import LayerwiseQuantizer
-from ..convert.bundle.recipe import Recipe
 from ..convert.conversion import OpenConversion, QuantizerOf
 from ..convert.errors import UserError
 from ..convert.hints import Hint
@@ -15,9 +14,9 @@ from . import size_budget
 _log = logging.getLogger(__name__)
 
 
-def check_needed(recipe: Recipe, tokens: str | Path | None, fine_tune: int) -> None:
-    """Raise UserError for calibration tokens or fine-tuning with a recipe that needs no data."""
-    if (tokens or fine_tune) and not recipe.needs_data:
+def check_needed(by_data: bool, tokens: str | Path | None, fine_tune: int) -> None:
+    """Raise UserError for calibration tokens or fine-tuning where nothing is quantized ``by_data``."""
+    if (tokens or fine_tune) and not by_data:
         raise UserError("calibration tokens and fine-tuning are for the method gptq", Hint.CHOOSE_GPTQ)
 
 

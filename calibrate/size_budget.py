@@ -19,8 +19,18 @@ from ..convert.source import source as sources
 from ..convert.source.scan import Fingerprint
 from ..convert.source.source import Source
 from . import allocation_plot, sensitivity
-from .allocation import Allocation, AllocationRequest, Budget, best_recipe, check_budget, request_of, size_of
+from .allocation import (
+    Allocation,
+    AllocationRequest,
+    Budget,
+    best_recipe,
+    check_budget,
+    request_of,
+    size_curve,
+    size_of,
+)
 from .sensitivity import Sensitivities
+from .size_curve import size_curve
 
 Fingerprints = Mapping[str, Fingerprint]  # of a source's files: taken once in a run, as it reads all of them
 
@@ -80,8 +90,8 @@ def allocate(
         fingerprints = sources.fingerprint(opened, quiet)
         measured = sensitivities(opened, fingerprints, tokens, path.with_suffix(""), file, quiet)
         chosen = allocation(opened, request, measured, path)
-    if picture:
-        draw(chosen, file, picture)
+        if picture:
+            draw(opened, request, measured, chosen, picture)
     return chosen
 
 
@@ -217,13 +227,20 @@ def as_json(chosen: Allocation) -> str:
     return json.dumps(asdict(summary), indent=1)
 
 
-def draw(chosen: Allocation, file: Path, picture: Path) -> None:
-    """Draw sensitivities and the allocation, as an SVG file."""
-    measured = sensitivity.read(file)
+def draw(
+    source: Source, request: AllocationRequest, measured: Sensitivities, chosen: Allocation, picture: Path
+) -> None:
+    """Draw sensitivities, the allocation, and what other sizes would cost, as an SVG file."""
     costs = {str(part): {bits: sum(cost.values()) for bits, cost in of.items()} for part, of in measured.costs.items()}
     expected = {
         str(part): sum(cost.values())
         for part, quantization in chosen.settings.items()
         if quantization and part in measured.costs and (cost := measured.cost(part, quantization))
     }
-    write_durably(picture, allocation_plot.sensitivities(costs, expected))
+    settings = {
+        str(part): f"{quantization.bits} bit g{quantization.group_size}" if quantization else "float"
+        for part, quantization in chosen.settings.items()
+    }
+    here = (chosen.nbytes, sum(chosen.expected.values()))
+    curve = sorted({*size_curve(inventory(source), request, measured), here})
+    write_durably(picture, allocation_plot.draw(costs, expected, settings, curve, here))

@@ -15,14 +15,17 @@ INK, FAINT = "#010203", "#040506"  # replaced by the page's own colours
 _FLOOR = 1e-9  # of a logarithmic axis: a difference of nothing is drawn there
 
 
-def new_figure(height: float, rows: int = 1) -> "tuple[Figure, Sequence[Axes]]":
-    """Return a figure of a height in inches, and its axes below each other."""
+def new_figure(
+    height: float, rows: int = 1, ratios: Sequence[float] | None = None, width: float = 5.2
+) -> "tuple[Figure, Sequence[Axes]]":
+    """Return a figure of a height and width in inches, and its axes below each other; ratios: of their heights."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+    grid = figure.add_gridspec(rows, 1, height_ratios=ratios)
+    axes = [figure.add_subplot(grid[row, 0]) for row in range(rows)]
     figure.patch.set_alpha(0)
     for axis in axes:
         axis.patch.set_alpha(0)
@@ -52,9 +55,9 @@ def plain_labels(axis: "Axis") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def add_legend(axis: "Axes") -> None:
+def add_legend(axis: "Axes", columns: int = 2) -> None:
     """Put a legend above an axis."""
-    legend = axis.legend(fontsize=8, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    legend = axis.legend(fontsize=8, frameon=False, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for text in legend.get_texts():
         text.set_color(INK)
 

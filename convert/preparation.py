@@ -8,8 +8,8 @@ from pathlib import Path
 from .bundle.plan import Inventory, Plan, inventory_of_7b, inventory_of_demo, make_plan
 from .bundle.recipe import Recipe
 from .errors import UserError
-from .file_names import FILES
-from .source import demo
+from .file_names import FILES, WEIGHTS
+from .source import demo, hub
 from .source.adapter import on_hub, open_adapter
 from .source.source import DEFAULT, Location, Source, is_hub_id, locate, locate_here, open_source
 
@@ -166,5 +166,25 @@ def plan(
     if where in demo.SIZES:
         _log.warning("%s was not made yet: planned from its shapes", where)
         return make_plan(inventory_of_demo(where), recipe)
+    sizes = hub.remote_sizes(where, revision, FILES)
     _log.warning("%s is not on this machine: planned from the published layout of %s", where, DEFAULT)
-    return make_plan(inventory_of_7b(where), recipe)
+    known = inventory_of_7b(where)
+    if sizes is None:
+        _log.warning("the Hub was not reached: whether it has %s, and in what size, is not known", where)
+        return make_plan(known, recipe)
+    if abs(sizes[WEIGHTS] - known.sizes[WEIGHTS]) > 0.01 * known.sizes[WEIGHTS]:
+        _log.warning(
+            "%s: its %s has %s, other than that of %s: this plan is not its own",
+            where,
+            WEIGHTS,
+            f"{sizes[WEIGHTS]:,} bytes",
+            DEFAULT,
+        )
+    return make_plan(replace(known, sizes=sizes), recipe)
+
+
+def download_bytes(source: str, revision: str | None, plan: Plan) -> int:
+    """Return how many bytes of a planned source are not on this machine: of a Hub id, what its cache lacks."""
+    if not is_hub_id(source):
+        return 0
+    return sum(size for name, size in plan.inventory.sizes.items() if not hub.cached(source, revision, [name]))

@@ -26,9 +26,10 @@ def make_recipe(
 ) -> Recipe:
     """Return a shipped recipe, one from a TOML file, or (with ``bits``) one that quantizes whole components alike.
 
-    name: of a shipped recipe or a file; the target's usual one if nothing is given. bits, group_size: of a uniform recipe. quantize:
-    False for a recipe that keeps everything float. target, dtype, method: in place of the recipe's. depformer_steps:
-    how many are kept. Raises UserError for settings that contradict each other, and for those that do not exist.
+    name: of a shipped recipe or a file; the target's usual one if nothing is given. bits, group_size: of a uniform
+    recipe. quantize: False for a recipe that keeps everything float. target, dtype, method: in place of the recipe's.
+    depformer_steps: how many are kept. Raises UserError for settings that contradict each other, and for those that do
+    not exist.
     """
     if sum((name is not None, bits is not None, not quantize)) > 1:
         raise UserError("a recipe's name, bits and quantize=False contradict each other: give one of them")

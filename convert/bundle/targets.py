@@ -15,10 +15,11 @@ from .output_tensor import Output
 class Target:
     """What a consumer loads.
 
-    recipe: the shipped one that is taken where none is named. dtype: its usual one for floats and scales. uniform: components that a uniform recipe quantizes. copies: source
-    file -> its name in the bundle. voice_cache: dtype of a voice's tokens in ``voices/NAME.safetensors``, None where
-    the archive is copied instead. indexed: whether model.safetensors.index.json belongs to it.
-    mixes: whether any module may have any setting. problems: what of an architecture and a quantization it cannot load.
+    recipe: the shipped one that is taken where none is named. dtype: its usual one for floats and scales. uniform:
+    components that a uniform recipe quantizes. copies: source file -> its name in the bundle. voice_cache: dtype of a
+    voice's tokens in ``voices/NAME.safetensors``, None where the archive is copied instead. indexed: whether
+    model.safetensors.index.json belongs to it. mixes: whether any module may have any setting. problems: what of an
+    architecture and a quantization it cannot load.
     """
 
     name: str

@@ -125,6 +125,26 @@ def download(
         return folder, commit
 
 
+def remote_sizes(repository: str, revision: str | None, files: Sequence[str]) -> dict[str, int] | None:
+    """Return the bytes of files of a repository, without downloading any; None if the Hub cannot be reached.
+
+    Raises UserError for a repository or a revision that does not exist, and for files that it does not have.
+    """
+    with silent_client(), translate_errors(repository, revision):
+        api = HfApi()
+        try:
+            commit = with_retries(lambda: api.resolve_revision(repository, revision=revision)).resolved
+            remote = _listed(api, repository, commit, files)
+        except (httpx2.TransportError, OfflineModeIsEnabled):
+            return None
+        except RevisionResolutionError as error:
+            if isinstance(error.__cause__, HfHubHTTPError) or isinstance(error, RevisionNotFoundError):
+                raise
+            return None
+    refuse([f"{repository}: has no {n}: is this the right repository?" for n in files if n not in remote])
+    return {name: file.size for name, file in remote.items()}
+
+
 def hub_sha256(path: Path) -> str | None:
     """Return the sha256 that the Hub gave for a large file in its cache: the name of its blob. None for others."""
     name = path.readlink().name if path.is_symlink() else ""  # the first link only: blobs may be links themselves

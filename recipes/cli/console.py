@@ -2,9 +2,9 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperCommand
@@ -15,11 +15,15 @@ from ...convert.errors import UserError, printable, refuse
 from ...quant.affine import QuantizationConfig
 from .usage import Command
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
 
 class Application(typer.Typer):
     """A program; mistakes in its command line are told in its words."""
 
-    def command(self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **more: Any) -> Any:
+    def command(
+        self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **more: Any
+    ) -> Callable[[Function], Function]:
         """Add the program's command."""
         return super().command(name, cls=cls or Command, **more)
 

@@ -4,12 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
-from ...calibrate import forecast, quantizer, size_budget
+from ...calibrate import dry_run, forecast, quantizer, size_budget
 from ...calibrate.allocation import request_of
-from ...convert import conversion, preparation, typed_json
+from ...convert import conversion, typed_json
 from ...convert.bundle import describe, recipe_choice, targets
 from ...convert.errors import UserError
-from ...convert.parallel import cores
 from ...convert.source import source
 from ...verify import bundle_report
 from ...verify.publishing import gate
@@ -53,7 +52,9 @@ def convert(
     verify: options.Verify = True,
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle, or an unfinished one.")] = False,
     jobs: options.Jobs = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write and download nothing.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and what it takes; write and download nothing.")
+    ] = False,
     as_json: options.Json = False,
     _debug: options.Debug = False,
     _version: options.Version = False,
@@ -78,13 +79,12 @@ def convert(
     settings |= {"target": target, "dtype": dtype, "method": method, "depformer_steps": depformer_steps}
     chosen = request.recipe if request else recipe_choice.make_recipe(recipe, **settings)
     which: dict[str, Any] = {"revision": revision, "adapter": adapter, "fill_depformer_steps": fill_depformer_steps}
-    if dry_run:
+    quantizer.check_needed((request or chosen).needs_data, None if request else tokens, fine_tune)
+    if plan_only:
         if request:
             raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
-        plan, workers = preparation.plan(where, chosen, **which, quiet=quiet), jobs or cores()
-        expected, folder = forecast.forecast(plan, tokens), str(conversion.output_of(where, output, chosen))
-        summary = typed_json.to_json(describe.summary(plan, workers)) | {"output": folder, **forecast.to_json(expected)}
-        console.show_json(summary) if as_json else console.show(describe.text(plan, workers) + forecast.line(expected))
+        done = dry_run.dry_run(where, chosen, output, tokens=tokens, workers=jobs, **which, quiet=quiet)
+        console.show_json(done.to_json()) if as_json else console.show(done.text)
         return
     by_data, show = quantizer.quantizer_for(tokens, fine_tune), console.say if as_json else console.show
     gate.check_token(publish_to) if publish_to else None

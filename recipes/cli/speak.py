@@ -80,13 +80,15 @@ def speak(
         sampling = replace(sampling_in(bundle), **settings)
         chosen = GREEDY if greedy else sampling
         how = SpeakOptions(voice, prompt, chosen, seed, arithmetic and str(arithmetic), codec)
-        write = partial(typer.echo, nl=False)
+        noise = answers.made_of_noise(bundle)
+        write = (lambda _: None) if noise else partial(typer.echo, nl=False)
+        console.say(noise) if noise and not as_json else None
         if question is None or output is None:
             listening = partial(console.say, "listening: speak, and end with Ctrl-C (headphones avoid an echo)")
             answers.talk(bundle, how, show=write, ready=listening, silent=False)
             typer.echo()
             return
-        quiet = not as_json and sys.stdout.isatty()  # words show how far it is
+        quiet = not as_json and not noise and sys.stdout.isatty()  # words show how far it is
         done = answers.answer(
             bundle,
             question,
@@ -100,7 +102,7 @@ def speak(
         summary = {"output": str(output), "seconds": done.seconds, "text": done.text, "voice": voice, "seed": seed}
         console.show(json.dumps(summary | {"took": round(done.took, 3)}, ensure_ascii=False))
     else:
-        typer.echo()
+        typer.echo(nl=noise is None)
         console.say(done.line)
 
 
