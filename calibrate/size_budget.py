@@ -26,7 +26,6 @@ from .allocation import (
     best_recipe,
     check_budget,
     request_of,
-    size_curve,
     size_of,
 )
 from .sensitivity import Sensitivities

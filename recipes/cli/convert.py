@@ -83,8 +83,8 @@ def convert(
     if plan_only:
         if request:
             raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
-        done = dry_run.dry_run(where, chosen, output, tokens=tokens, workers=jobs, **which, quiet=quiet)
-        console.show_json(done.to_json()) if as_json else console.show(done.text)
+        planned = dry_run.dry_run(where, chosen, output, tokens=tokens, workers=jobs, **which, quiet=quiet)
+        console.show_json(planned.to_json()) if as_json else console.show(planned.text)
         return
     by_data, show = quantizer.quantizer_for(tokens, fine_tune), console.say if as_json else console.show
     gate.check_token(publish_to) if publish_to else None
