@@ -31,9 +31,11 @@ class DryRun:
 
     def to_json(self) -> dict[str, Any]:
         """Return it for a program to read; times in seconds."""
-        summary = typed_json.to_json(describe.summary(self.plan, self.workers)) | {"output": str(self.output)}
+        summary: dict[str, Any] = typed_json.to_json(describe.summary(self.plan, self.workers))
+        summary["output"] = str(self.output)
         summary |= {"download_bytes": self.download, "download_seconds": round(self.download / _BANDWIDTH, 1)}
-        return summary | {"conversion_seconds": round(self.seconds, 1), **forecast.to_json(self.by_data)}
+        summary["conversion_seconds"] = round(self.seconds, 1)
+        return summary | forecast.to_json(self.by_data)
 
     @property
     def text(self) -> str:

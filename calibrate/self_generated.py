@@ -28,7 +28,7 @@ from ..model.forward import Floats, Tokens
 from ..model.prompt import prompt_tokens
 from ..model.reference import TorchModel, kept_by, reference_of, rows_of
 from ..model.session import PAUSE, Frame, sessions, system_prompt
-from ..model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED, evenly_spaced
+from ..model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED, evenly_spaced, read_token_file
 from .dataset import write
 from .work import KV_SHARE, WEIGHTS_SHARE
 
@@ -95,22 +95,24 @@ class KeptSessions:
     path: Path
     mark: str
 
-    def read(self, batches: Sequence[int], shape: tuple[int, int], most: int) -> list[Tokens]:
+    def read(self, batches: Sequence[int], frames: int, architecture: Architecture) -> list[Tokens]:
         """Return the batches that an earlier run left; none of other sizes, or of a damaged file.
 
-        batches: how many sessions each has. shape: of a session ``[streams, frames]``. most: the greatest token.
+        batches: how many sessions each has. frames: of each session.
         """
+        if not self.path.is_file():
+            return []
         try:
             with closing(TensorFile(self.path)) as file:
                 if file.metadata.get("mark") != self._mark(batches):
                     return []
-                tokens = file.read("tokens").astype(np.int32)
-        except (OSError, UserError, LookupError):
+            tokens = read_token_file(self.path, architecture)
+        except (OSError, UserError):
             return []
-        ends = np.cumsum(batches)
-        if tokens.shape[1:] != shape or len(tokens) not in ends or tokens.min() < 0 or tokens.max() > most:
+        ends = np.cumsum(batches).tolist()
+        if tokens.shape[2] != frames or len(tokens) not in ends or tokens.min() < 0:
             return []
-        return np.split(tokens, ends[: ends.tolist().index(len(tokens))])
+        return np.split(tokens, ends[: ends.index(len(tokens))])
 
     def write(self, tokens: Sequence[Tokens], batches: Sequence[int]) -> None:
         """Write the first batches, whole or not at all."""
@@ -141,7 +143,7 @@ def generate(
     model = _model(source)
     batches = list(_batches(wanted, model, frames))
     sizes = [len(pairs) for pairs in batches]
-    generated = kept.read(sizes, (1 + a.n_q, frames), max(a.card, a.text_card)) if kept else []
+    generated = kept.read(sizes, frames, a) if kept else []
     left = batches[len(generated) :]
     total = sum(_work(len(pairs)) * (_prompt_frames(pairs[0]) + max(a.delays) + frames) for pairs in left)
 

@@ -17,11 +17,11 @@ from . import console, endings, options
 EXAMPLES = f"""\b
 Examples:
   ppx-convert --bits 4 --group-size 64
-      download {source.DEFAULT}, write a 4-bit bundle for {targets.DEFAULT}
+      convert {source.DEFAULT} for {targets.DEFAULT}, 4 bit
   ppx-convert ./my-finetune --recipe moshi-q8 --output my-q8
       convert a local checkpoint for moshi_mlx and personaplex-mlx
   ppx-convert demo --dry-run
-      show what would be written, from a source that needs no download
+      show what would be written, and what it takes
 """
 
 app = console.application()
@@ -48,12 +48,12 @@ def convert(
     tokens: options.CalibrationTokens = None,
     fine_tune: options.FineTune = 0,
     publish_to: options.PublishTo = None,
-    private: Annotated[bool, typer.Option("--private", help="With --publish: where only you see it.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Publish where only you see it.")] = False,
     verify: options.Verify = True,
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle, or an unfinished one.")] = False,
     jobs: options.Jobs = None,
     plan_only: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and what it takes; write and download nothing.")
+        bool, typer.Option("--dry-run", help="Show the plan and what it takes, and write nothing.")
     ] = False,
     as_json: options.Json = False,
     _debug: options.Debug = False,

@@ -11,11 +11,11 @@ from . import console, endings, options
 EXAMPLES = """\b
 Examples:
   ppx-inspect my-bundle
-      components, bytes, bits per weight, voices
+      show components, bytes, bits per weight, voices
   ppx-inspect my-bundle --check
       hash every file and compare with the manifest
   ppx-inspect demo --tensors --json
-      every tensor of a source, for a program
+      list every tensor of a source, for a program
 """
 
 app = console.application()
@@ -24,7 +24,7 @@ app = console.application()
 @app.command(epilog=EXAMPLES)
 @endings.reported
 def inspect_folder(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of a source or bundle, or demo.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Take the folder of a source or bundle, or demo.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Hash a bundle's files, compare with its manifest.")] = False,
     as_json: options.Json = False,

@@ -26,11 +26,11 @@ app = console.application()
 @partial(endings.reported, interrupted="interrupted: run the same command again to resume: uploaded files are skipped")
 def publish_bundle(
     bundle: options.Bundle,
-    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to; made if it is not there.")],
+    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Upload there; made if it is not there.")],
     private: Annotated[bool, typer.Option("--private", help="Make a repository that only you see.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request; the repository stays.")] = False,
     revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="A branch, made if it is not there.  [default: main]")
+        str | None, typer.Option(metavar="BRANCH", help="Upload to a branch, made if it is not there.  [default: main]")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Publish without a report that it is intact; the card then says so.")

@@ -22,12 +22,13 @@ EXAMPLES = """\b
 Examples:
   ppx-speak my-bundle question.wav -o answer.wav
       answer a recording: a WAV of the same length, and the words as they come
-  ppx-speak my-bundle question.wav -o answer.wav --voice NATM1 --prompt "You run a small bakery." --seed 3
-      another voice, another role, another answer
+  ppx-speak my-bundle question.wav -o answer.wav --voice NATM1 --seed 3 \\
+      --prompt "You run a small bakery."
+      answer with another voice, in another role
   ppx-speak my-bundle --live
       talk to it through microphone and headphones
 """
-Setting = typer.Option(min=0, help="[default: the bundle's]")
+Setting = typer.Option(min=0, help="Sample with it.  [default: the bundle's]")
 
 app = console.application()
 
@@ -37,14 +38,16 @@ app = console.application()
 def speak(
     bundle: options.Bundle,
     question: Annotated[
-        Path | None, typer.Argument(metavar="[QUESTION]", help="Recording to answer, of any sample rate.")
+        Path | None, typer.Argument(metavar="[QUESTION]", help="Answer this recording, of any sample rate.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="ANSWER", help="WAV file to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="ANSWER", help="Write this WAV file.")
+    ] = None,
     live: Annotated[bool, typer.Option("--live", help="Use microphone and speaker instead, until Ctrl-C.")] = False,
-    voice: Annotated[str, typer.Option(help="One of the bundle's voices.")] = VOICE,
-    prompt: Annotated[str, typer.Option(help="Text prompt: its role.")] = PROMPT,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the top-1 token.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Of sampling.")] = 0,
+    voice: Annotated[str, typer.Option(help="Speak with one of the bundle's voices.")] = VOICE,
+    prompt: Annotated[str, typer.Option(help="Give it a role, as a text prompt.")] = PROMPT,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the top-1 token always.")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Begin sampling with it.")] = 0,
     audio_temperature: Annotated[float | None, Setting] = None,
     audio_top_k: Annotated[int | None, Setting] = None,
     text_temperature: Annotated[float | None, Setting] = None,

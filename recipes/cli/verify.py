@@ -16,13 +16,14 @@ from . import console, endings, options
 EXAMPLES = """\b
 Examples:
   ppx-verify my-bundle --reference nvidia/personaplex-7b-v1
-      compare a bundle with its checkpoint, and write my-bundle/parity/report.html
-  ppx-verify my-bundle --reference ./my-finetune --tokens heldout.safetensors --sequences 24 --frames 200
-      the same, on recorded conversations
+      compare a bundle with its checkpoint; see my-bundle/parity/report.html
+  ppx-verify my-bundle --reference ./my-finetune \\
+      --tokens heldout.safetensors --sequences 24 --frames 200
+      compare on recorded conversations
   ppx-verify my-bundle --round-trip question.wav
-      let it answer a recording, and transcribe the answer with a speech recognizer
+      answer a recording, and transcribe the answer with a speech recognizer
   ppx-verify my-bundle --reference ./my-finetune --controls 8
-      say how much it loses beside plain rounding at its own bits, and at 8
+      compare with plain rounding at its own bits, and at 8
   ppx-verify my-4bit my-8bit
       print two reports side by side
 """
@@ -35,33 +36,36 @@ app = console.application()
 def verify_bundle(
     bundle: options.Bundle,
     other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="Another bundle or report: print both side by side.")
+        Path | None, typer.Argument(metavar="[OTHER]", help="Print another bundle's report beside it.")
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="The checkpoint.  [default: the one it was made from, if found]"),
+        typer.Option(
+            metavar="SOURCE", help="Compare with this checkpoint.  [default: the one it was made from, if found]"
+        ),
     ] = None,
     adapter: Annotated[
         str | None,
-        typer.Option(help="The LoRA that was merged.  [default: the one that the manifest names, if on the Hub]"),
+        typer.Option(help="Merge this LoRA into it.  [default: the one that the manifest names, if on the Hub]"),
     ] = None,
-    tokens: Annotated[Path | None, typer.Option(help="Evaluation tokens [N, streams, T], in safetensors.")] = None,
-    audio: Annotated[Path | None, typer.Option(help="WAV file: a question after the system prompt.")] = None,
-    sequences: Annotated[int | None, typer.Option(min=1, help="At most so many sequences, or voices.")] = None,
-    frames: Annotated[int | None, typer.Option(min=2, help="At most so many frames of each (80 ms).")] = None,
-    rollout: Annotated[
-        int, typer.Option(min=0, max=10000, help="Also generate so many frames, greedily, on both.")
-    ] = 0,
+    tokens: Annotated[Path | None, typer.Option(help="Read evaluation tokens [N, streams, T], in safetensors.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Read a WAV file, a question after the system prompt.")] = None,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Take at most so many sequences, or voices.")] = None,
+    frames: Annotated[int | None, typer.Option(min=2, help="Take at most so many frames of each (80 ms).")] = None,
+    rollout: Annotated[int, typer.Option(min=0, max=10000, help="Generate so many frames, greedily, on both.")] = 0,
     arithmetic: Annotated[
-        options.ArithmeticName | None, typer.Option(help=f"Of the bundle's activations.  [default: {ARITHMETICS[0]}]")
+        options.ArithmeticName | None,
+        typer.Option(help=f"Choose the dtype of the bundle's activations.  [default: {ARITHMETICS[0]}]"),
     ] = None,
     controls: options.Controls = None,
     device: options.Device = None,
     round_trip: Annotated[
-        Path | None, typer.Option(metavar="QUESTION", help="Recording to answer; the answer is transcribed and judged.")
+        Path | None, typer.Option(metavar="QUESTION", help="Answer this recording, transcribe and judge the answer.")
     ] = None,
     recognizer: options.Recognizer = None,
-    codec: Annotated[Path | None, typer.Option(help="Mimi's weights for that.  [default: the bundle's]")] = None,
+    codec: Annotated[
+        Path | None, typer.Option(help="Read Mimi's weights from a file.  [default: the bundle's]")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON; errors go to standard error.")
     ] = False,

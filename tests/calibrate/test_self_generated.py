@@ -145,20 +145,21 @@ def test_generation_that_is_killed_resumes(program, pico, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"own.safetensors", "whole.safetensors"}
 
 
-def test_what_is_kept_of_other_sessions_is_not_used(tmp_path):
+def test_what_is_kept_of_other_sessions_is_not_used(source, tmp_path):
+    a, sizes = source.architecture, [2, 1, 3]
     tokens = np.arange(3 * 17 * 5, dtype=np.int32).reshape(3, 17, 5) % 30
     kept = KeptSessions(tmp_path / "x.unfinished", "mark")
-    assert kept.read([2, 1, 3], (17, 5), 30) == []
-    kept.write([tokens[:2], tokens[2:]], [2, 1, 3])
-    first, second = kept.read([2, 1, 3], (17, 5), 30)
+    assert kept.read(sizes, 5, a) == []
+    kept.write([tokens[:2], tokens[2:]], sizes)
+    first, second = kept.read(sizes, 5, a)
     assert (first == tokens[:2]).all()
     assert (second == tokens[2:]).all()
-    assert KeptSessions(kept.path, "other").read([2, 1, 3], (17, 5), 30) == []
-    assert kept.read([1, 2, 3], (17, 5), 30) == []
-    assert kept.read([2, 1, 3], (17, 6), 30) == []
-    assert kept.read([2, 1, 3], (17, 5), 20) == []
+    assert KeptSessions(kept.path, "other").read(sizes, 5, a) == []
+    assert kept.read([1, 2, 3], 5, a) == []
+    assert kept.read(sizes, 6, a) == []
+    assert kept.read(sizes, 5, replace(a, card=20)) == []
     kept.path.write_bytes(kept.path.read_bytes()[:-50])
-    assert kept.read([2, 1, 3], (17, 5), 30) == []
+    assert kept.read(sizes, 5, a) == []
 
 
 def test_its_progress_counts_all_that_is_computed(source, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -276,5 +277,28 @@ def test_a_dry_run_downloads_nothing(convert, hub, tmp_path):
     done = convert(REPOSITORY, "--dry-run")
     assert "is not on this machine" in done.stderr
     assert "8,371,408,896 parameters" in done.stdout
+    assert f"{REPOSITORY}: its model.safetensors has 9," in done.stderr
+    assert re.search(r"^download: 9\.\d+ MB from the Hub, about \d+ s at 100 Mbit/s$", done.stdout, re.MULTILINE)
     assert hub.log == []
     assert not (tmp_path / "hf" / "hub").exists() or not list((tmp_path / "hf" / "hub").glob("models--*"))
+
+
+def test_a_dry_run_of_what_is_not_on_the_hub_is_an_error(convert):
+    done = convert("nvidia/nothing-like-that", "--dry-run", status=2)
+    assert "nvidia/nothing-like-that: not found on the Hub, or private" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "has no revision 'v9'" in convert(REPOSITORY, "--dry-run", "--revision", "v9", status=2).stderr
+    done = convert("nvidia/nothing-like-that", "--dry-run", HF_HUB_OFFLINE="1")
+    assert "the Hub was not reached: whether it has nvidia/nothing-like-that" in done.stderr
+    assert "download: 17.13 GB from the Hub, about 23 min at 100 Mbit/s" in done.stdout
+    done = convert("nvidia/nothing-like-that", "--dry-run", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "the Hub was not reached" in done.stderr
+
+
+def test_a_dry_run_of_what_is_in_the_cache_downloads_nothing(convert):
+    convert(REPOSITORY, "-o", "out")
+    done = convert(REPOSITORY, "--dry-run", "--json")
+    planned = json.loads(done.stdout)
+    assert planned["download_bytes"] == 0
+    assert planned["conversion_seconds"] > 0
+    assert "not on this machine" not in done.stderr
