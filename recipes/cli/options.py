@@ -19,9 +19,7 @@ Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Take the folder 
 Checkpoint = Annotated[str, typer.Argument(metavar="SOURCE", help="Take a checkpoint: a Hub id, a folder, or demo.")]
 ConvertedSource = Annotated[
     str,
-    typer.Argument(
-        metavar="SOURCE", help="Take a checkpoint: a Hub id, a folder with its five files, demo, demo:audio or demo:7b."
-    ),
+    typer.Argument(metavar="SOURCE", help="Take a checkpoint: a Hub id, a folder, demo, demo:audio or demo:7b."),
 ]
 Revision = Annotated[str | None, typer.Option(help="Take a branch, tag or commit of a Hub source.  [default: main]")]
 Adapter = Annotated[
@@ -65,9 +63,7 @@ RecipeName = Annotated[
 Bits = Annotated[int | None, typer.Option(help=f"Quantize uniformly: {choices.either(BITS)}.")]
 GroupSize = Annotated[
     int | None,
-    typer.Option(
-        help=f"Quantize uniformly in groups of {choices.either(GROUP_SIZES)}.  [default: {DEFAULT_GROUP_SIZE}]"
-    ),
+    typer.Option(help=f"Quantize in groups of {choices.either(GROUP_SIZES)}.  [default: {DEFAULT_GROUP_SIZE}]"),
 ]
 FineTune = Annotated[
     int,
@@ -80,8 +76,7 @@ FineTune = Annotated[
     ),
 ]
 PublishTo = Annotated[
-    str | None,
-    typer.Option("--publish", metavar="USER/NAME", help="Upload it if it is intact; see ppx-publish."),
+    str | None, typer.Option("--publish", metavar="USER/NAME", help="Upload it if it is intact; see ppx-publish.")
 ]
 Dtype = Annotated[
     choices.DtypeName | None,
@@ -105,12 +100,9 @@ Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the 
 Jobs = Annotated[int | None, typer.Option(min=1, max=256, help="Use so many threads.  [default: one per core]")]
 Codec = Annotated[Path | None, typer.Option(help="Read Mimi's weights from a file.  [default: the bundle's]")]
 Arithmetic = Annotated[
-    ArithmeticName | None,
-    typer.Option(help="Choose the dtype of activations.  [default: bundle on a GPU, else float32]"),
+    ArithmeticName | None, typer.Option(help="Compute in it.  [default: bundle on a GPU, else float32]")
 ]
-Device = Annotated[
-    choices.DeviceName | None, typer.Option(help="Compute there.  [default: gpu if MLX has one, else cpu]")
-]
+Device = Annotated[choices.DeviceName | None, typer.Option(help="Compute there.  [default: gpu if there is one]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; errors go to standard error.")]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback behind a one-line error; so does PPX_DEBUG=1.")
