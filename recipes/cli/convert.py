@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...calibrate import dry_run, forecast, quantizer, size_budget
+from ...calibrate import dry_runs, forecast, quantizer, size_budget
 from ...calibrate.allocation import request_of
 from ...convert import conversion, typed_json
 from ...convert.bundle import describe, recipe_choice, targets
@@ -83,7 +83,7 @@ def convert(
     if plan_only:
         if request:
             raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
-        planned = dry_run.dry_run(where, chosen, output, tokens=tokens, workers=jobs, **which, quiet=quiet)
+        planned = dry_runs.dry_run(where, chosen, output, tokens=tokens, workers=jobs, **which, quiet=quiet)
         console.show_json(planned.to_json()) if as_json else console.show(planned.text)
         return
     by_data, show = quantizer.quantizer_for(tokens, fine_tune), console.say if as_json else console.show
