@@ -132,14 +132,10 @@ def remote_sizes(repository: str, revision: str | None, files: Sequence[str]) ->
     """
     with silent_client(), translate_errors(repository, revision):
         api = HfApi()
-        try:
-            commit = with_retries(lambda: api.resolve_revision(repository, revision=revision)).resolved
-            remote = _listed(api, repository, commit, files)
+        try:  # resolving a revision would write it into the cache
+            info = with_retries(lambda: api.model_info(repository, revision=revision))
+            remote = _listed(api, repository, str(info.sha), files)
         except (httpx2.TransportError, OfflineModeIsEnabled):
-            return None
-        except RevisionResolutionError as error:
-            if isinstance(error.__cause__, HfHubHTTPError) or isinstance(error, RevisionNotFoundError):
-                raise
             return None
     refuse([f"{repository}: has no {n}: is this the right repository?" for n in files if n not in remote])
     return {name: file.size for name, file in remote.items()}
