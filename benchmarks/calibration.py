@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ppx.calibrate import layerwise, tuning
+from ppx.calibrate.quantized_model import quantized_weights
 from ppx.convert import preparation
 from ppx.convert.bundle.plan import Plan, make_plan
 from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
@@ -74,7 +75,7 @@ def measure(
             if steps:
                 tuning.fine_tune(source, plan.outputs, calibration, store, tuning.Schedule(steps))
         seconds = time.monotonic() - begin
-        weights = kept_by({}, layerwise.quantized_weights(source, quantizations, store), reference.device)
+        weights = kept_by({}, quantized_weights(source, quantizations, store), reference.device)
         with torch.inference_mode():
             found = figures(replace(reference, weights=weights), reference, held)
     return {**found, "seconds": seconds, "frames": calibration.tokens.shape[0] * calibration.tokens.shape[2]}

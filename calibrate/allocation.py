@@ -84,6 +84,11 @@ class AllocationRequest:
     keep: tuple[str, ...] = ()
 
     @property
+    def needs_data(self) -> bool:
+        """Tell whether its rules will quantize by more than the weights."""
+        return self.method in DATA_DRIVEN
+
+    @property
     def recipe(self) -> Recipe:
         """The recipe before its rules are chosen."""
         return Recipe(self.budget.name, self.target, self.dtype, depformer_steps=self.depformer_steps)
@@ -121,8 +126,7 @@ def best_recipe(inventory: Inventory, request: AllocationRequest, sensitivities:
     If the target loads any setting for any module, the result is optimal, or ``bound`` says how near it is to that.
     Otherwise it is the best of the uniform settings that the target loads.
     """
-    recipe = request.recipe
-    plain = make_plan(inventory, recipe)
+    plain = make_plan(inventory, request.recipe)
     missing = [
         str(group)
         for group in _groups(_outputs(plain))
@@ -130,9 +134,7 @@ def best_recipe(inventory: Inventory, request: AllocationRequest, sensitivities:
     ]
     if missing:
         raise UserError(f"the sensitivities are of another model (they lack {missing[0]}): measure them again")
-    allocation = (_mixed if TARGETS[request.target].mixes else _uniform)(
-        inventory, request, recipe, plain, sensitivities
-    )
+    allocation = (_mixed if TARGETS[request.target].mixes else _uniform)(inventory, request, plain, sensitivities)
     expected = f"expected divergence in nats a token: {allocation.streams}"  # stored in recipes: its words stay
     text = f"within {request.budget.name} by {request.method}; {expected}, measured on {sensitivities.measured_on}"
     return replace(
@@ -168,22 +170,16 @@ def _cost(
     return cost and {stream: factor * value for stream, value in cost.items()}
 
 
-def _mixed(
-    inventory: Inventory, request: AllocationRequest, recipe: Recipe, plain: Plan, sensitivities: Sensitivities
-) -> Allocation:
+def _mixed(inventory: Inventory, request: AllocationRequest, plain: Plan, sensitivities: Sensitivities) -> Allocation:
     """Choose a setting for each group."""
     groups = _groups(_outputs(plain))
     quantizations: dict[TensorGroup, list[QuantizationConfig | None]] = {}
     options: dict[TensorGroup, list[Option]] = {}
     for group, outputs in groups.items():
         quantizations[group], options[group] = [], []
-        settings = [QuantizationConfig(bits, size, request.method) for bits, size in product(BITS, GROUP_SIZES)]
-        for quantization in (None, *([] if group.component in request.keep else settings)):
+        for quantization, nbytes in _options(request, group, outputs):
             cost = _cost(sensitivities, group, quantization, request.method)
-            if cost is not None and not (
-                quantization and any(output.shape[-1] % quantization.group_size for output in outputs)
-            ):
-                nbytes = sum(replace(output, quantization=quantization).nbytes for output in outputs)
+            if cost is not None:
                 quantizations[group].append(quantization)
                 options[group].append(Option(nbytes, sum(cost.values())))
     free = request.budget.left(plain) + sum(output.nbytes for output in _outputs(plain))
@@ -192,7 +188,7 @@ def _mixed(
     def within(nbytes: int) -> Allocation:
         selection = allocate_bits(list(options.values()), nbytes)
         chosen = {group: quantizations[group][index] for group, index in zip(groups, selection.chosen, strict=True)}
-        plan = make_plan(inventory, replace(recipe, rules=tuple(_rules(chosen))))
+        plan = make_plan(inventory, replace(request.recipe, rules=tuple(_rules(chosen))))
         expected = _sum(sensitivities, chosen, request.method)
         return Allocation(plan.recipe, plan.nbytes, expected, selection.bound, chosen, request.budget.left(plan))
 
@@ -212,6 +208,49 @@ def _mixed(
     return best
 
 
+def check_budget(inventory: Inventory, request: AllocationRequest) -> None:
+    """Raise UserError if the smallest bundle that a target loads is larger than the budget, before any measurement."""
+    smallest = smallest_plan(inventory, request)
+    if request.budget.left(smallest) < 0:
+        raise _too_small(request.budget, smallest)
+
+
+def smallest_plan(inventory: Inventory, request: AllocationRequest) -> Plan:
+    """Return the plan with the fewest bytes that a target loads, whatever it costs in divergence."""
+    plain = make_plan(inventory, request.recipe)
+    if not TARGETS[request.target].mixes:
+        return min((plain, *(plan for plan, _ in _uniform_plans(inventory, request))), key=lambda one: one.nbytes)
+    options = {group: _options(request, group, outputs) for group, outputs in _groups(_outputs(plain)).items()}
+    least = {group: min(of, key=lambda option: option[1])[0] for group, of in options.items()}
+    return make_plan(inventory, replace(request.recipe, rules=tuple(_rules(least))))
+
+
+def _options(
+    request: AllocationRequest, group: TensorGroup, outputs: Sequence[Output]
+) -> list[tuple[QuantizationConfig | None, int]]:
+    """Return the settings that a group can have, and the bytes that it takes with each."""
+    settings = [QuantizationConfig(bits, size, request.method) for bits, size in product(BITS, GROUP_SIZES)]
+    return [
+        (quantization, sum(replace(output, quantization=quantization).nbytes for output in outputs))
+        for quantization in (None, *([] if group.component in request.keep else settings))
+        if not (quantization and any(output.shape[-1] % quantization.group_size for output in outputs))
+    ]
+
+
+def _uniform_plans(
+    inventory: Inventory, request: AllocationRequest
+) -> Iterator[tuple[Plan, dict[TensorGroup, QuantizationConfig | None]]]:
+    """Yield the plans of one setting that a target loads, and what they make of each group."""
+    for rules in _candidates(request.method):
+        try:
+            plan = make_plan(inventory, replace(request.recipe, rules=rules))
+        except UserError:  # not for this target, or not for these sizes
+            continue
+        settings = {group: outputs[0].quantization for group, outputs in _groups(_outputs(plan)).items()}
+        if not any(quantization and group.component in request.keep for group, quantization in settings.items()):
+            yield plan, settings
+
+
 def _too_small(budget: Budget, smallest: Plan) -> UserError:
     """Return the error for a budget below the size of the smallest bundle."""
     return UserError(
@@ -227,19 +266,11 @@ def _sum(
     return {stream: math.fsum(cost[stream] for cost in costs) for stream in STREAMS}
 
 
-def _uniform(
-    inventory: Inventory, request: AllocationRequest, recipe: Recipe, plain: Plan, sensitivities: Sensitivities
-) -> Allocation:
+def _uniform(inventory: Inventory, request: AllocationRequest, plain: Plan, sensitivities: Sensitivities) -> Allocation:
     """Choose one setting for some or all components, which is all that the target loads."""
     fitting, least = [], plain
-    for rules in _candidates(request.method):
-        try:
-            plan = make_plan(inventory, replace(recipe, rules=rules))
-        except UserError:  # not for this target, or not for these sizes
-            continue
-        settings = {group: outputs[0].quantization for group, outputs in _groups(_outputs(plan)).items()}
-        kept = not any(quantization and group.component in request.keep for group, quantization in settings.items())
-        if kept and all(
+    for plan, settings in _uniform_plans(inventory, request):
+        if all(
             _cost(sensitivities, group, quantization, request.method) is not None
             for group, quantization in settings.items()
         ):

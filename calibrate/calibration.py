@@ -32,7 +32,8 @@ def calibrate(
     source: the checkpoint, a Hub id, a folder or ``demo``. output: the file, NAME.safetensors. tokens, audio: token
     files ``[N, streams, T]`` and WAV files to join; without any, the model generates sessions itself. sessions: how
     many of these; None for as many as a conversion generates. frames: length of a sequence, 12.5 are a second. force:
-    replace the file. Raises UserError for what the user can correct.
+    replace the file. Sessions are kept as they come: a run that was killed resumes behind them. Raises UserError for
+    what the user can correct.
     """
     path = Path(output)
     if sessions and (tokens or audio):
@@ -41,14 +42,19 @@ def calibrate(
     from . import dataset, self_generated  # imports torch: seconds that a mistake above does not need
 
     with open_named(str(source), revision, adapter, fill_depformer_steps, quiet) as opened:
-        metadata = None
+        metadata, unfinished = None, None
         if tokens or audio:
             gathered = dataset.gather(opened, [Path(file) for file in tokens], [Path(file) for file in audio], frames)
         else:
-            gathered = self_generated.generate(opened, frames, sessions, quiet)
+            unfinished = self_generated.unfinished_of(path)
+            mark = self_generated.mark_of(opened, sessions, frames, quiet)
+            kept = self_generated.KeptSessions(unfinished, mark)
+            gathered = self_generated.generate(opened, frames, sessions, quiet, kept)
             metadata = {"kind": SELF_GENERATED}
         statistics = dataset.statistics(gathered, opened)
     dataset.write(gathered, path, metadata)
+    if unfinished:
+        unfinished.unlink(missing_ok=True)
     return statistics
 
 

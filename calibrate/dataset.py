@@ -17,9 +17,10 @@ from ..convert.source.source import Source
 from ..convert.tensorfile import Spec, TensorWriter
 from ..model.forward import Tokens
 from ..model.tokens import TokenSet, read_token_file, read_tokens
-from .forecast import forecast
+from .forecast import forecast, seconds_of
 from .layerwise import BlockTuning, quantize_model
 from .tuning import Schedule, fine_tune, trainable_scope
+from .work import operations
 
 _REFINED = {  # what a manifest records of fine-tuning, by its scope
     "codes": "codes, scales and biases, all together",
@@ -43,7 +44,9 @@ def quantizer_of(
     def run(store: QuantizedStore) -> None:
         if not quiet and (expected := forecast(plan, tokens, store.files)):
             sys.stderr.write(f"{expected.text}\n")
-        quantize_model(source, plan.outputs, token_set, store, BlockTuning(0 if whole == "codes" else steps), quiet)
+        tuning = BlockTuning(0 if whole == "codes" else steps)
+        weigh = operations if quiet else seconds_of(source.architecture)
+        quantize_model(source, plan.outputs, token_set, store, tuning, quiet, weigh)
         if whole:
             fine_tune(source, plan.outputs, token_set, store, Schedule(steps, whole == "codes"), quiet)
 

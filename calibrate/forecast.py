@@ -1,7 +1,7 @@
 """What quantization by data takes on this machine, and what it may be worth, before anybody begins with it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +11,7 @@ from ..convert.bundle.plan import Plan
 from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.bundle.recipe import Recipe
 from ..convert.preparation import planned
+from ..convert.progress import duration as duration
 from ..convert.source.architecture import Architecture
 from ..convert.source.source import Source
 from ..model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, read_token_file
@@ -91,6 +92,11 @@ def _forecast(plan: Plan, sequences: int, frames: int, generating: bool, stored:
     return Forecast(measured.seconds(generated), measured.seconds(gptq_work(plan, sequences, frames, stored)))
 
 
+def seconds_of(architecture: Architecture) -> Callable[[Work], float]:
+    """Return what tells how long a piece of work takes on this machine, from a few seconds of measurement."""
+    return _measured(architecture).seconds
+
+
 @cache
 def _measured(architecture: Architecture) -> "Rates":
     from . import rates
@@ -120,13 +126,3 @@ def advice(source: Source, recipe: Recipe) -> str | None:
         f"on a small test model of {gain.layers} layers it left {gain.left[few[0].method]:.0%} of the divergence of "
         f"{method} at 4 bit"
     )
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it, two digits at most."""
-    if seconds < 99.5:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 99.5 * 60:
-        return f"{round(seconds / 60)} min"
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours < 9.95 else f"{round(hours)} h"

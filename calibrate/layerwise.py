@@ -10,34 +10,32 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from ..convert.bundle.output_tensor import Output
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore, quantizations_of
 from ..convert.bundle.records import Adjustment
 from ..convert.errors import UserError
-from ..convert.progress import bar
+from ..convert.progress import Progress, bar, keeping
 from ..convert.source.source import Source
 from ..convert.tensorfile import DTYPES
 from ..model import torch_device as devices
 from ..model.blocks import Block
-from ..model.forward import Floats, Tokens
-from ..model.reference import Rows, TorchModel, Weights, kept_by, reference_of, source_rows, source_weights
+from ..model.forward import Floats
+from ..model.reference import TorchModel, kept_by, reference_of, source_weights
 from ..model.tokens import TokenSet, evenly_spaced
 from ..model.walk import step_inputs, walk
-from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized, dequantize
+from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized
 from ..quant.gptq import FALLBACK, Inputs, Moments, Outcome, Prepared, gptq_with_retries
-from . import weight_only
 from .block_tuning import tune_block
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
-from .work import STREAM_BYTES, inputs_are_kept
+from .quantized_model import quantized_rows, quantized_weights
+from .work import STREAM_BYTES, TensorWork, Work, inputs_are_kept, operations, tensor_works
 
 FINE_TUNED = "refined.safetensors"  # in a quantized-weight store: the matrices that were fine-tuned together
 Streams = dict[str, Floats]  # of the models called original and quantized
@@ -66,7 +64,8 @@ class LayerwiseRun:
     """The original and the quantized model, and the matrices to quantize.
 
     quantizations: of each matrix, with the dtype of its scales. models: ``original`` and ``quantized``. kept: the
-    weights of a block that each of them has read. tuning: of each block, after its matrices are quantized.
+    weights of a block that each of them has read. tuning: of each block, after its matrices are quantized. works: of
+    each source tensor, which the bar counts, in whatever ``weigh`` makes of them.
     """
 
     source: Source
@@ -75,7 +74,9 @@ class LayerwiseRun:
     models: dict[str, TorchModel]
     kept: dict[str, dict[MatrixKey, Tensor]]
     tuning: BlockTuning
-    bar: "tqdm[Any]"
+    bar: Progress
+    works: dict[str, TensorWork]
+    weigh: Callable[[Work], float]
 
     def data_driven(self, names: Sequence[str]) -> list[MatrixKey]:
         """Return the matrices of these tensors that are quantized by their inputs."""
@@ -84,6 +85,11 @@ class LayerwiseRun:
             for key, (quantization, _) in self.quantizations.items()
             if key[0] in names and quantization.method in DATA_DRIVEN
         ]
+
+    @property
+    def count(self) -> int:
+        """How many matrices are quantized by their inputs, in all."""
+        return sum(quantization.method in DATA_DRIVEN for quantization, _ in self.quantizations.values())
 
     def release_weights(self) -> None:
         """Drop the weights that are kept."""
@@ -98,7 +104,12 @@ class LayerwiseRun:
         """
         first, second = _matrices(block, self.source.architecture.steps)
         if keys := self.missing(first):
-            self.quantize(_label(first), block_moments(self.models, block, keys, streams))
+            moments = block_moments(self.models, block, keys, streams)
+            self.count_forward(first, 0.5)
+            self.quantize(_label(first), moments)
+        else:
+            self.count_forward(first, 0.5)
+        self.count_forward(second, 0.5)
         computed: Streams = {}
         if keys := self.missing(second):
             if not self.tuning.steps and self.can_keep_inputs(block, keys, streams):
@@ -108,6 +119,11 @@ class LayerwiseRun:
         self.fine_tune(block, self.data_driven([*first, *second]), streams)
         yield computed
         self.release_weights()
+        self.count_forward([*first, *second], 0.5)
+
+    def count_forward(self, names: Sequence[str], share: float) -> None:
+        """Count a share of the passes of both models through these tensors."""
+        self.bar.update(sum(share * self.weigh(self.works[name].forward) for name in names if name in self.works))
 
     def missing(self, names: Sequence[str]) -> list[MatrixKey]:
         """Return the matrices of these tensors that are still to be quantized."""
@@ -176,7 +192,9 @@ class LayerwiseRun:
                 adjusted[key] = _adjusted(outcome)
                 step = f" step {key[1]}" if self.source.checkpoint.tensors[key[0]].role.stacked > 1 else ""
                 self.bar.write(f"{key[0]}{step}: {_warning(outcome)}", file=sys.stderr)
-            self.bar.update(1)
+            self.bar.update(self.weigh(self.works[key[0]].matrices[key[1]]))
+            done = len(self.store.files) + len(matrices)
+            self.bar.set_postfix_str(f"{done} of {self.count} matrices", refresh=False)
         self.store.add(label, matrices, adjusted)
 
     def quantize_readers(self, label: str, names: Sequence[str], inputs: Streams) -> None:
@@ -188,6 +206,7 @@ class LayerwiseRun:
             )
             of_all = moments_of(original, quantized, self.models["original"].device)
             self.quantize(label, dict.fromkeys(keys, of_all))
+        self.count_forward(names, 1)
 
 
 def _label(names: Sequence[str]) -> str:
@@ -212,9 +231,11 @@ def quantize_model(
     store: QuantizedStore,
     tuning: BlockTuning | None = None,
     quiet: bool = False,
+    weigh: Callable[[Work], float] = operations,
 ) -> None:
     """Quantize all matrices of a plan's outputs whose method needs data, into ``store``; fine-tune blocks if asked to.
 
+    weigh: what a piece of work counts in the progress, seconds on this machine for instance.
     PyTorch computes on a GPU where there is one. A matrix whose inputs are not finite, or which GPTQ with its usual
     damping cannot quantize, is named on standard error and in ``store.adjusted``.
     """
@@ -227,51 +248,14 @@ def quantize_model(
         "original": replace(model, weights=kept_by(kept["original"], model.weights, device)),
         "quantized": replace(model, weights=weights, rows=quantized_rows(source, quantizations)),
     }
-    count = sum(quantization.method in DATA_DRIVEN for quantization, _ in quantizations.values())
-    with bar("layer-wise GPTQ", count, "matrix", quiet) as progress, torch.no_grad():
-        run = LayerwiseRun(source, quantizations, store, models, kept, tuning or BlockTuning(), progress)
-        progress.update(len(store.files))
-        fitting = token_set.chosen(_fitting(len(token_set.tokens), token_set.tokens.shape[2] * source.architecture.dim))
-        _audio(run, fitting, _temporal(run, fitting))
-
-
-def quantized_weights(
-    source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]], store: QuantizedStore
-) -> Weights:
-    """Return a way to read the quantized model's matrices.
-
-    Those of data-driven methods come from the store (from the source, as long as they are not in it), others are
-    quantized by their method, and those without a quantization are the source's.
-    """
-    original = source_weights(source.checkpoint)
-
-    def read(name: str, step: int | None) -> Tensor:
-        key, weight = (name, step or 0), original(name, step)
-        if key not in quantizations:
-            return weight
-        quantization, dtype = quantizations[key]
-        if quantization.method not in DATA_DRIVEN:
-            importance = source.checkpoint.importance(name)
-            return weight_only.dequantized(name, weight, quantization, DTYPES[dtype], importance)
-        if key not in store.files:
-            return weight
-        return torch.from_numpy(dequantize(store.read(key, 0, len(weight), DTYPES[dtype]), quantization))
-
-    return read
-
-
-def quantized_rows(source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]]) -> Rows:
-    """Return a way to read rows of the quantized model's embedding tables."""
-    original = source_rows(source.checkpoint)
-
-    def read(name: str, tokens: Tokens) -> Tensor:
-        rows = original(name, tokens)
-        if (name, 0) not in quantizations:
-            return rows
-        quantization, dtype = quantizations[name, 0]
-        return weight_only.dequantized(name, rows, quantization, DTYPES[dtype])
-
-    return read
+    fitting = token_set.chosen(_fitting(len(token_set.tokens), token_set.tokens.shape[2] * source.architecture.dim))
+    sequences, _, frames = token_set.tokens.shape
+    works = tensor_works(source.architecture, outputs, sequences, frames, store.files)
+    total = sum(weigh(work) for one in works.values() for work in (one.forward, *one.matrices.values()))
+    with bar("layer-wise GPTQ", total, "", quiet) as progress, torch.no_grad():
+        run = LayerwiseRun(source, quantizations, store, models, kept, tuning or BlockTuning(), progress, works, weigh)
+        with keeping(lambda: f"{len(store.files)} of {run.count} matrices are kept" if store.files else ""):
+            _audio(run, fitting, _temporal(run, fitting))
 
 
 def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:

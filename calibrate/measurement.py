@@ -2,66 +2,36 @@
 
 The original goes through some sequences, with one block in memory. At each block a stream begins for every number of
 bits that the block could have, and is computed beside the original's. How far its predictions diverge at the end is the
-sensitivity of the group. All streams are in memory: sequences that do not fit together are read in several passes.
+sensitivity of the group. Sequences whose streams do not fit into memory together are read in several passes. A few
+groups are measured at a time (a unit), and kept on the disk: a measurement that was killed resumes behind them.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import log_softmax
-from tqdm import tqdm
 
 from ..convert.errors import UserError
-from ..convert.progress import bar
-from ..convert.source.architecture import Architecture
-from ..convert.source.checkpoint import Checkpoint
+from ..convert.progress import bar, keeping
 from ..convert.source.source import Source
 from ..model import torch_device as devices
-from ..model.blocks import SUBLAYERS, Block, blocks_of
-from ..model.divergence import kl_divergence
 from ..model.forward import Floats, Tokens
-from ..model.reference import Rows, TorchModel, kept_by, reference_of, source_weights
+from ..model.reference import Rows, kept_by, reference_of
 from ..model.tokens import TokenSet, evenly_spaced
-from ..model.walk import advance, step_inputs, walk
-from ..quant.affine import BITS, QuantizationConfig, dequantize
-from .sensitivity import STREAMS, Sensitivities, TensorGroup, members_of, settings_of, usual_group
-from .weight_only import dequantized, quantized
+from ..quant.affine import BITS
+from .kept_measurement import KeptMeasurement
+from .measured_pass import MOST_FRAMES, Pass, depformer_rows, reads_temporal, run_pass
+from .measurement_work import MeasurementWork, Members, work_of
+from .sensitivity import STREAMS, Sensitivities, TensorGroup, members_of
+from .weight_error import relative_errors
 
-_READ_FIRST = ("text_emb", "emb")  # tables that the temporal transformer reads
 _SHARE = 0.25  # of the machine's memory, for all streams
-_FRAMES = 4096  # measured on at most
-_ROWS = 128  # frames of a sequence that go through a wide depformer, and rows of a matrix of which errors are taken
-_STORAGE = np.dtype(np.float32)  # of scales and biases: rounding to another dtype costs all groups the same
-Variant = tuple[TensorGroup, int]  # a group of tensors, and the bits that it is quantized to
-Streams = dict[Variant | None, Floats]  # by variant; None for the original
-
-
-def _altered(
-    model: TorchModel,
-    checkpoint: Checkpoint,
-    members: Sequence[tuple[str, int | None]],
-    quantization: QuantizationConfig,
-) -> TorchModel:
-    """Return the model with some tensors quantized when they are read."""
-
-    def weights(name: str, step: int | None) -> Tensor:
-        values = model.weights(name, step)
-        if (name, step) not in members:
-            return values
-        return dequantized(name, values, quantization, _STORAGE, checkpoint.importance(name)).to(values.device)
-
-    def rows(name: str, tokens: Tokens) -> Tensor:
-        values = model.rows(name, tokens)
-        return dequantized(name, values, quantization, _STORAGE) if (name, None) in members else values
-
-    return replace(model, weights=kept_by({}, weights, model.device), rows=rows)
+_UNIT = 4  # groups that are measured at a time: the original is computed again for each unit
 
 
 def measure(
@@ -69,6 +39,7 @@ def measure(
     token_set: TokenSet,
     fingerprint: str,
     quiet: bool = False,
+    kept_in: Path | None = None,
     *,
     bits: Sequence[int] = BITS,
     sequences: int = 4,
@@ -76,6 +47,7 @@ def measure(
 ) -> Sensitivities:
     """Measure every group of tensors at every number of ``bits``, in float32, quantized by ``lsq``.
 
+    kept_in: a file for what is measured so far, which an interrupted measurement resumes from; the caller removes it.
     sequences: to measure on at least, in as many passes as they take; more are read where they fit into one. memory:
     bytes for all streams, None for a share of the machine's. PyTorch computes on a GPU where there is one. Groups of
     depformer steps that predict the user's codebooks are left out: the agent's predictions do not depend on them.
@@ -91,37 +63,71 @@ def measure(
     sensitivities = Sensitivities(used, fingerprint)
     for group in members:
         sensitivities.costs[group] = {one: dict.fromkeys(STREAMS, 0.0) for one in bits}
-    counts = dict.fromkeys(STREAMS, 0)
-    total = len(passes) * _blocks(source.architecture, members, len(bits))
-    with bar("measuring sensitivities", total, "block", quiet) as progress, torch.inference_mode():
-        for chosen in passes:
-            kept: dict[tuple[str, int], Tensor] = {}
+    decisive = [fingerprint, tuple(bits), [chosen.tolist() for chosen in passes], list(map(str, members)), _UNIT]
+    kept = KeptMeasurement.open(kept_in, hashlib.sha256(repr(decisive).encode()).hexdigest())
+    units = _units(members)
+    todo = [
+        [place for place, unit in enumerate(units) if not kept.has(f"{number}.{place}", list(map(str, unit)), bits)]
+        for number in range(len(passes))
+    ]
+    works = [_work(source, members, token_set.chosen(chosen)) for chosen in passes]
+    total = sum(
+        work.of(units[index], len(bits), not place or reads_temporal(units[index]))
+        for work, left in zip(works, todo, strict=True)
+        for place, index in enumerate(left)
+    ) + sum(works[0].sampled.values())
+    whole = len(passes) * len(units)
+    with (
+        bar("measuring sensitivities", total, "", quiet) as progress,
+        keeping(lambda: f"{len(kept.units)} of {whole} parts of the measurement are kept" if kept.units else ""),
+        torch.inference_mode(),
+    ):
+        for number, chosen in enumerate(passes):
+            weights: dict[tuple[str, int], Tensor] = {}
             model = reference_of(source.checkpoint, device=devices.device())
-            model = replace(model, weights=kept_by(kept, model.weights, model.device), rows=_cached(model.rows))
-            run = Pass(source, members, model, kept, token_set.chosen(chosen), nbytes, sensitivities, counts, progress)
-            _audio(run, _temporal(run))
-    if silent := [stream for stream, count in counts.items() if not count]:
-        raise UserError(
-            f"the {used.sequences} sequences that were measured on have no known tokens of {' and '.join(silent)}: "
-            "give tokens in which both are known"
-        )
-    for group, tensors in members.items():
-        for cost in sensitivities.costs[group].values():
-            cost.update({stream: max(0.0, value / counts[stream]) for stream, value in cost.items()})
-        sensitivities.errors[group] = _errors(source, tensors)
+            model = replace(model, weights=kept_by(weights, model.weights, model.device), rows=_cached(model.rows))
+            some, known = token_set.chosen(chosen), dict[None, Floats]()
+            for index in todo[number]:
+                unit = {group: members[group] for group in units[index]}
+                sums = Sensitivities(used)
+                for group in unit:
+                    sums.costs[group] = {one: dict.fromkeys(STREAMS, 0.0) for one in bits}
+                run = Pass(source, unit, model, weights, some, nbytes, sums, works[number], progress, known)
+                run_pass(run)
+                costs = {str(group): {str(one): cost for one, cost in sums.costs[group].items()} for group in unit}
+                kept.add(f"{number}.{index}", run.counts, costs)
+        counts = dict.fromkeys(STREAMS, 0)
+        for number in range(len(passes)):
+            for index, groups in enumerate(units):
+                measured = kept.units[f"{number}.{index}"]
+                for group in groups:
+                    for one, cost in sensitivities.costs[group].items():
+                        for stream in STREAMS:
+                            cost[stream] += measured.costs[str(group)][str(one)][stream]
+            counts = {stream: counts[stream] + measured.counts[stream] for stream in STREAMS}
+        if silent := [stream for stream, count in counts.items() if not count]:
+            raise UserError(
+                f"the {used.sequences} sequences that were measured on have no known tokens of {' and '.join(silent)}: "
+                "give tokens in which both are known"
+            )
+        for group, tensors in members.items():
+            for cost in sensitivities.costs[group].values():
+                cost.update({stream: max(0.0, value / counts[stream]) for stream, value in cost.items()})
+            sensitivities.errors[group] = relative_errors(source, tensors)
+            progress.update(works[0].sampled[group])
     return sensitivities
 
 
-def _blocks(architecture: Architecture, members: Iterable[TensorGroup], variants: int) -> int:
-    """Return how many blocks are computed in a pass, for the original and so many variants of each group."""
-    temporal, depformer = (len(blocks_of(architecture, component)) for component in ("temporal", "depformer"))
-    count = 0
-    for group in members:
-        if group.component == "temporal" and group.layer is not None:
-            count += temporal - group.layer * len(SUBLAYERS) - (group.modules == "gating.*")  # from its own block on
-        count += temporal if group.modules in _READ_FIRST else 0
-        count += depformer if group.modules != "text_linear" else 0
-    return temporal + depformer + variants * count
+def _units(members: Members) -> list[list[TensorGroup]]:
+    """Return the groups that are measured together, those that begin in the temporal transformer first."""
+    ordered = sorted(members, key=lambda group: not reads_temporal([group]))
+    return [ordered[first : first + _UNIT] for first in range(0, len(ordered), _UNIT)]
+
+
+def _work(source: Source, members: Members, token_set: TokenSet) -> MeasurementWork:
+    """Count what one pass over some sequences computes."""
+    rows = len(depformer_rows(source, token_set)[1])
+    return work_of(source.architecture, members, token_set.tokens.shape[0] * token_set.tokens.shape[2], rows)
 
 
 def _cached(rows: Rows) -> Rows:
@@ -141,173 +147,5 @@ def _passes(token_set: TokenSet, least: int, frames: int) -> list[NDArray[np.int
     """Return the sequences that are read, evenly spread, by pass; frames: of which all streams fit into memory."""
     count, length = len(token_set.tokens), token_set.tokens.shape[2]
     at_once = max(1, frames // length)
-    chosen = evenly_spaced(count, max(1, min(max(at_once, least), _FRAMES // length)))
+    chosen = evenly_spaced(count, max(1, min(max(at_once, least), MOST_FRAMES // length)))
     return np.array_split(chosen, -(-len(chosen) // at_once))
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass of a measurement, over some of the sequences.
-
-    members: the tensors of each group. kept: weights of the present block. nbytes: memory for streams. sums: costs,
-    summed over rows; counts: the number of rows, by stream of predictions (text, agent).
-    """
-
-    source: Source
-    members: dict[TensorGroup, list[tuple[str, int | None]]]
-    model: TorchModel
-    kept: dict[tuple[str, int], Tensor]
-    token_set: TokenSet
-    nbytes: int
-    sums: Sensitivities
-    counts: dict[str, int]
-    bar: "tqdm[Any]"
-
-    def altered(self, variant: Variant | None) -> TorchModel:
-        """Return the model with a variant's group quantized."""
-        if variant is None:
-            return self.model
-        group, bits = variant
-        checkpoint, members = self.source.checkpoint, self.members[group]
-        columns = [checkpoint.tensors[name].role.shape[-1] for name, _ in members]
-        quantization = QuantizationConfig(bits, usual_group(settings_of(columns)), "lsq")
-        return _altered(self.model, checkpoint, members, quantization)
-
-    def variants(self, *components: str) -> list[Variant]:
-        """Return all variants of the groups of these components, or of these modules outside of layers."""
-        groups = [group for group in self.members if group.component in components or group.modules in components]
-        return [(group, bits) for group in groups for bits in self.sums.costs[group]]
-
-    @contextmanager
-    def at_block(self, block: Block, streams: Streams) -> Iterator[Streams]:
-        """Begin the streams of the variants that have this block quantized, beside the original's."""
-        pattern = "self_attn.*" if block.sublayer == "attention" else "gating.*"
-        begun: Streams = {
-            (group, bits): streams[None].copy()
-            for group, bits in self.variants(block.component)
-            if (group.layer, group.modules) == (block.layer, pattern)  # depformer groups have no layer
-        }
-        for variant, x in begun.items():
-            advance(self.altered(variant), block, x)
-            self.bar.update(1)
-        yield begun
-        self.kept.clear()
-
-
-def _temporal(run: Pass) -> Streams:
-    """Take all streams through the temporal transformer; add the text's divergences; return the normalized outputs."""
-    arch, token_set = run.source.architecture, run.token_set
-    streams: Streams = {
-        variant: run.altered(variant).embed(token_set.tokens) for variant in (None, *run.variants(*_READ_FIRST))
-    }
-    walk(arch, "temporal", streams, lambda _: run.model, run.at_block, run.bar.update)
-    for variant, x in streams.items():
-        streams[variant] = run.model.out_norm(x)
-    counted = token_set.counted[:, 0]
-    base = streams[None][counted]
-    run.counts["text"] += len(base)
-    expected = _expected(run.model.text_logits(base))
-    for variant, x in streams.items():
-        if variant:
-            _add(run, variant, "text", [_divergence(run.model.text_logits(x[counted]), expected)])
-    for variant in run.variants("text_linear"):
-        _add(run, variant, "text", [_divergence(run.altered(variant).text_logits(base), expected)])
-    run.kept.clear()
-    return streams
-
-
-def _add(run: Pass, variant: Variant, stream: str, divergences: Sequence[float]) -> None:
-    """Add a variant's divergences, each summed over rows; raises UserError for those that are not finite."""
-    (group, bits), total = variant, math.fsum(divergences) / len(divergences)
-    if not math.isfinite(total):
-        raise UserError(
-            f"{group} at {bits} bit: the {stream}'s predictions are not finite: its values overflow when it is "
-            "quantized: give a recipe that keeps it float"
-        )
-    run.sums.costs[group][bits][stream] += total
-
-
-def _expected(logits: Floats) -> Tensor:
-    """Return log-probabilities of the original; raises UserError if they are not finite."""
-    log_probabilities = _log_probabilities(logits)
-    if not bool(torch.isfinite(log_probabilities).all()):
-        raise UserError("the source's own predictions are not finite in float32: its weights are damaged")
-    return log_probabilities
-
-
-def _log_probabilities(logits: Floats) -> Tensor:
-    return log_softmax(torch.from_numpy(logits), -1)
-
-
-def _divergence(logits: Floats, expected: Tensor) -> float:
-    """Return the Kullback-Leibler divergence of rows of logits from the expected predictions, summed over the rows."""
-    return float(kl_divergence(_log_probabilities(logits), expected).double().sum())
-
-
-def _audio(run: Pass, hidden: Streams) -> None:
-    """Take streams through the agent's depformer steps, some variants at a time; add up the codebooks' divergences."""
-    arch, token_set = run.source.architecture, run.token_set
-    half = arch.n_q // 2
-    known = token_set.counted[:, 1 : half + 1].all(1)
-    targets = token_set.targets.transpose(0, 2, 1)[known]
-    rows = evenly_spaced(len(targets), len(token_set.tokens) * _ROWS if arch.depformer_dim >= 512 else _FRAMES)
-    targets = targets[rows]
-    run.counts["agent"] += len(targets)
-    states = {variant: x[known][rows] for variant, x in hidden.items()}
-    hidden.clear()
-    own = run.variants("depformer", "linears", "depformer_emb", "depformer_text_emb")
-    variants = [variant for variant in [*states, *own] if variant]
-    if not len(targets):  # no token of the agent is known in these sequences
-        run.bar.update((1 + len(variants)) * len(blocks_of(arch, "depformer")))
-        return
-    expected = [_expected(logits) for logits in _steps(run, [None], states, targets)[None]]
-    some = max(1, run.nbytes // (2 * len(targets) * half * (arch.depformer_dim + arch.card) * 4))
-    for first in range(0, len(variants), some):
-        for variant, logits in _steps(run, variants[first : first + some], states, targets).items():
-            if variant:
-                _add(run, variant, "agent", [_divergence(*pair) for pair in zip(logits, expected, strict=True)])
-
-
-def _steps(
-    run: Pass, variants: Sequence[Variant | None], states: Mapping[Variant | None, Floats], targets: Tokens
-) -> dict[Variant | None, list[Floats]]:
-    """Return the logits of each of the agent's codebooks, by variant; those not in ``states`` have the original's."""
-    arch = run.source.architecture
-    half = arch.n_q // 2
-    inner = {variant: None if variant in states else variant for variant in variants}
-    streams = {
-        variant: step_inputs(run.altered(inner[variant]), states.get(variant, states[None]), targets, half)
-        for variant in variants
-    }
-    run.kept.clear()
-    walk(arch, "depformer", streams, lambda variant: run.altered(inner[variant]), run.at_block, run.bar.update)
-    return {
-        variant: [run.altered(inner[variant]).audio_logits(step, x[:, step]) for step in range(half)]
-        for variant, x in streams.items()
-    }
-
-
-def _errors(source: Source, members: Sequence[tuple[str, int | None]]) -> dict[tuple[int, int], float]:
-    """Return the relative squared error of some rows of a group's tensors, by bits and group size.
-
-    Errors and norms are weighted where the quantizer weighs them.
-    """
-    read = source_weights(source.checkpoint)
-    weights = [read(name, step) for name, step in members]
-    some = [np.ascontiguousarray(weight[evenly_spaced(len(weight), _ROWS)].float().numpy()) for weight in weights]
-    importances = [source.checkpoint.importance(name) for name, _ in members]
-    norms = [_weighted_sum(*pair) for pair in zip(some, importances, strict=True)]
-    errors = settings_of(weight.shape[1] for weight in some)
-    for bits, size in errors:
-        quantization, total = QuantizationConfig(bits, size, "lsq"), 0.0
-        for (name, _), weight, importance in zip(members, some, importances, strict=True):
-            restored = dequantize(quantized(name, weight, quantization, _STORAGE, importance), quantization)
-            total += _weighted_sum(weight - restored, importance)
-        errors[bits, size] = total / sum(norms) if sum(norms) else 0.0
-    return errors
-
-
-def _weighted_sum(values: NDArray[np.float32], importance: NDArray[np.float64] | None) -> float:
-    """Return the sum of squares, each times the importance of its column if there is one."""
-    squares = np.square(values, dtype=np.float64).sum(0)
-    return float(squares.sum() if importance is None else squares @ importance)

@@ -7,10 +7,17 @@ from ..convert.bundle.plan import Plan
 from ..convert.bundle.quantized_store import LayerwiseQuantizer
 from ..convert.conversion import OpenConversion, QuantizerOf
 from ..convert.errors import UserError
+from ..convert.hints import Hint
 from ..convert.source.source import Source
 from . import size_budget
 
 _log = logging.getLogger(__name__)
+
+
+def check_needed(by_data: bool, tokens: str | Path | None, fine_tune: int) -> None:
+    """Raise UserError for calibration tokens or fine-tuning where nothing is quantized ``by_data``."""
+    if (tokens or fine_tune) and not by_data:
+        raise UserError("calibration tokens and fine-tuning are for the method gptq", Hint.CHOOSE_GPTQ)
 
 
 def quantizer_for(tokens: str | Path | None = None, fine_tune: int = 0) -> QuantizerOf:

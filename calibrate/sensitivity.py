@@ -32,6 +32,7 @@ _PART: Schema = {
 _FILE: Schema = {
     "sensitivities": Leaf(f"version {_VERSION}", lambda value: type(value) is int and value == _VERSION),
     "mark": Leaf("text", lambda value: isinstance(value, str)),
+    "source": Maybe(Leaf("text", lambda value: isinstance(value, str))),  # not in files of earlier versions
     "material": typed_json.schema_of(TokenDescription),
     "parts": [_PART],
 }
@@ -58,11 +59,13 @@ class Sensitivities:
     """What was measured. costs: divergence of text and agent, in nats/token, by part and bits.
 
     errors: relative squared error of a part's weights, by part, bits and group size; the divergence is taken to grow
-    with it. tokens: what was read. fingerprint: of the source and the tokens.
+    with it. tokens: what was read. fingerprint: of the source and the tokens. source: fingerprint of the source alone,
+    empty where a file of an earlier version does not say it.
     """
 
     tokens: TokenDescription
     fingerprint: str = ""
+    source: str = ""
     costs: dict[TensorGroup, dict[int, dict[str, float]]] = field(default_factory=dict)
     errors: dict[TensorGroup, dict[tuple[int, int], float]] = field(default_factory=dict)
 
@@ -87,14 +90,16 @@ class Sensitivities:
             for part, costs in self.costs.items()
         ]
         described = typed_json.to_json(self.tokens)
-        return {"sensitivities": _VERSION, "mark": self.fingerprint, "material": described, "parts": parts}
+        source = {"source": self.source} if self.source else {}
+        return {"sensitivities": _VERSION, "mark": self.fingerprint, **source, "material": described, "parts": parts}
 
     @classmethod
     def from_json(cls, data: Any) -> "Sensitivities":
         """Return the sensitivities in parsed JSON; raises ValueError with a sentence on what does not fit."""
         if problem := mismatch(data, _FILE):
             raise ValueError(problem)
-        made = cls(typed_json.from_json(TokenDescription, data["material"]), data["mark"])
+        described = typed_json.from_json(TokenDescription, data["material"])
+        made = cls(described, data["mark"], data.get("source") or "")
         for index, entry in enumerate(data["parts"]):
             part = TensorGroup(*(entry[key] for key in ("component", "modules", "layer", "step")))
             made.costs[part] = {

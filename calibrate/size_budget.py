@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..convert.bundle.describe import size
@@ -18,8 +18,17 @@ from ..convert.source import source as sources
 from ..convert.source.scan import Fingerprint
 from ..convert.source.source import Source
 from . import allocation_plot, sensitivity
-from .allocation import Allocation, AllocationRequest, Budget, best_recipe, request_of, size_of
+from .allocation import (
+    Allocation,
+    AllocationRequest,
+    Budget,
+    best_recipe,
+    check_budget,
+    request_of,
+    size_of,
+)
 from .sensitivity import Sensitivities
+from .size_curve import size_curve
 
 Fingerprints = Mapping[str, Fingerprint]  # of a source's files: taken once in a run, as it reads all of them
 
@@ -75,44 +84,95 @@ def allocate(
         if written:
             check_file(written)
     with open_named(str(source), revision, adapter, fill_depformer_steps, quiet) as opened:
+        check_budget(inventory(opened), request)
         fingerprints = sources.fingerprint(opened, quiet)
-        given = conversations(opened, fingerprints, tokens, path.with_suffix(""), quiet)
-        chosen = allocation(opened, fingerprints, request, given, file, path, quiet)
-    if picture:
-        draw(chosen, file, picture)
+        measured = sensitivities(opened, fingerprints, tokens, path.with_suffix(""), file, quiet)
+        chosen = allocation(opened, request, measured, path)
+        if picture:
+            draw(opened, request, measured, chosen, picture)
     return chosen
 
 
 def allocate_for(conversion: OpenConversion, request: AllocationRequest, tokens: str | Path | None) -> Allocation:
     """Find the recipe for a conversion; it and what was measured for it are left beside the bundle's folder."""
-    source, fingerprints = conversion.source, conversion.fingerprints
-    folder, quiet = conversion.output, conversion.quiet
-    measured, recipe = (folder.with_name(f"{folder.name}.{what}") for what in ("sensitivity.json", "recipe.toml"))
-    given = conversations(source, fingerprints, tokens, folder, quiet)
-    return allocation(source, fingerprints, request, given, measured, recipe, quiet)
+    source, fingerprints, folder = conversion.source, conversion.fingerprints, conversion.output
+    file, recipe = (folder.with_name(f"{folder.name}.{what}") for what in ("sensitivity.json", "recipe.toml"))
+    check_budget(inventory(source), request)
+    measured = sensitivities(source, fingerprints, tokens, folder, file, conversion.quiet)
+    return allocation(source, request, measured, recipe)
 
 
-def sensitivities(source: Source, fingerprints: Fingerprints, tokens: Path, file: Path, quiet: bool) -> Sensitivities:
+def sensitivities(
+    source: Source, fingerprints: Fingerprints, tokens: str | Path | None, beside: Path, file: Path, quiet: bool
+) -> Sensitivities:
     """Return a source's sensitivities: those in the file, else measured now and written there.
 
-    fingerprints: of the source's files. Raises UserError for a file of another source or of other tokens.
+    fingerprints: of the source's files. tokens: None for those that the file was measured on, and where there is no
+    file for self-generated ones. beside: the output, beside which these are written. What an interrupted measurement
+    has left is beside the file. Raises UserError for a file of another source or of other tokens.
     """
-    from ..model.tokens import read_tokens
-    from . import dataset, measurement  # imports torch: seconds that a program's help does not need
-
-    token_set = read_tokens(tokens, source.architecture, None, None)
-    adapter = source.adapter and source.adapter.to_json()  # as earlier versions hashed it
-    decisive = [source.location.files.weights_sha256(fingerprints), adapter, dataset.fingerprint(token_set)]
-    fingerprint = hashlib.sha256(repr(decisive).encode()).hexdigest()
     if file.exists():
-        measured = sensitivity.read(file)
-        if measured.fingerprint != fingerprint:
-            raise UserError(f"{file}: was measured on another source or other tokens: remove it, or name another file")
-        return measured
-    measured = measurement.measure(source, token_set, fingerprint, quiet)
+        return _stored(source, fingerprints, tokens, beside, file)
+    from ..model.tokens import read_tokens
+    from . import measurement  # imports torch: seconds that a program's help does not need
+
+    given = conversations(source, fingerprints, tokens, beside, quiet)
+    token_set = read_tokens(given, source.architecture, None, None)
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    measured = measurement.measure(source, token_set, _mark(source, fingerprints, given), quiet, unfinished)
     source.check_unchanged("measured")
+    measured = replace(measured, source=_source_mark(source, fingerprints))
     sensitivity.write(measured, file)
+    unfinished.unlink(missing_ok=True)
     return measured
+
+
+def _stored(
+    source: Source, fingerprints: Fingerprints, tokens: str | Path | None, beside: Path, file: Path
+) -> Sensitivities:
+    """Read a file of sensitivities; raises UserError, with the reason, for another source or other tokens."""
+    measured = sensitivity.read(file)
+    if measured.source and measured.source != _source_mark(source, fingerprints):
+        raise UserError(f"{file}: was measured on another source: remove it, or name another file")
+    spoken = _spoken(beside)
+    given = Path(tokens) if tokens else spoken if not measured.source and spoken.exists() else None
+    if given is None and not measured.source:
+        raise UserError(
+            f"{file}: was written by an earlier version, and does not say which source it was measured on",
+            Hint.GIVE_MEASURED_TOKENS,
+        )
+    if given is not None and measured.fingerprint != _mark(source, fingerprints, given):
+        if not measured.source:
+            raise UserError(f"{file}: was measured on another source or other tokens: remove it, or name another file")
+        raise UserError(
+            f"{file}: was measured on other tokens than {given} ({measured.measured_on})", Hint.MEASURED_ON_OTHERS
+        )
+    return measured
+
+
+def _source_mark(source: Source, fingerprints: Fingerprints) -> str:
+    """Return what stands for a source and its adapter."""
+    adapter = source.adapter and source.adapter.to_json()
+    return hashlib.sha256(repr([_weights(source, fingerprints), adapter]).encode()).hexdigest()
+
+
+def _mark(source: Source, fingerprints: Fingerprints, tokens: Path) -> str:
+    """Return what stands for a source, its adapter and calibration tokens."""
+    from ..model.tokens import read_tokens
+    from . import dataset
+
+    adapter = source.adapter and source.adapter.to_json()  # as earlier versions hashed it
+    of_tokens = dataset.fingerprint(read_tokens(tokens, source.architecture, None, None))
+    return hashlib.sha256(repr([_weights(source, fingerprints), adapter, of_tokens]).encode()).hexdigest()
+
+
+def _weights(source: Source, fingerprints: Fingerprints) -> str:
+    return source.location.files.weights_sha256(fingerprints)
+
+
+def _spoken(beside: Path) -> Path:
+    """Return the file of self-generated tokens beside an output."""
+    return beside.with_name(f"{beside.name}.spoken.safetensors")
 
 
 def conversations(
@@ -123,22 +183,11 @@ def conversations(
         return Path(tokens)
     from .self_generated import self_generated
 
-    return self_generated(
-        source, beside.with_name(f"{beside.name}.spoken.safetensors"), quiet=quiet, fingerprints=fingerprints
-    )
+    return self_generated(source, _spoken(beside), quiet=quiet, fingerprints=fingerprints)
 
 
-def allocation(
-    source: Source,
-    fingerprints: Fingerprints,
-    request: AllocationRequest,
-    tokens: Path,
-    file: Path,
-    recipe: Path,
-    quiet: bool,
-) -> Allocation:
+def allocation(source: Source, request: AllocationRequest, measured: Sensitivities, recipe: Path) -> Allocation:
     """Find the recipe for a budget, and write it."""
-    measured = sensitivities(source, fingerprints, tokens, file, quiet)
     chosen = best_recipe(inventory(source), request, measured)
     write_durably(recipe, to_toml(chosen.recipe))
     return chosen
@@ -180,13 +229,20 @@ def as_json(chosen: Allocation) -> str:
     return json.dumps(asdict(summary), indent=1)
 
 
-def draw(chosen: Allocation, file: Path, picture: Path) -> None:
-    """Draw sensitivities and the allocation, as an SVG file."""
-    measured = sensitivity.read(file)
+def draw(
+    source: Source, request: AllocationRequest, measured: Sensitivities, chosen: Allocation, picture: Path
+) -> None:
+    """Draw sensitivities, the allocation, and what other sizes would cost, as an SVG file."""
     costs = {str(part): {bits: sum(cost.values()) for bits, cost in of.items()} for part, of in measured.costs.items()}
     expected = {
         str(part): sum(cost.values())
         for part, quantization in chosen.settings.items()
         if quantization and part in measured.costs and (cost := measured.cost(part, quantization))
     }
-    write_durably(picture, allocation_plot.sensitivities(costs, expected))
+    settings = {
+        str(part): f"{quantization.bits} bit g{quantization.group_size}" if quantization else "float"
+        for part, quantization in chosen.settings.items()
+    }
+    here = (chosen.nbytes, sum(chosen.expected.values()))
+    curve = sorted({*size_curve(inventory(source), request, measured), here})
+    write_durably(picture, allocation_plot.draw(costs, expected, settings, curve, here))

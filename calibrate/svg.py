@@ -16,14 +16,17 @@ WIDTH = 5.2  # inches of half of a page
 _FLOOR = 1e-9  # of a logarithmic axis: a difference of nothing is drawn there
 
 
-def new_figure(height: float, rows: int = 1, width: float = WIDTH) -> "tuple[Figure, Sequence[Axes]]":
-    """Return a figure of a height and width in inches, and its axes below each other."""
+def new_figure(
+    height: float, rows: int = 1, width: float = WIDTH, ratios: Sequence[float] | None = None
+) -> "tuple[Figure, Sequence[Axes]]":
+    """Return a figure of a height and width in inches, and its axes below each other; ratios: of their heights."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+    grid = figure.add_gridspec(rows, 1, height_ratios=ratios)
+    axes = [figure.add_subplot(grid[row, 0]) for row in range(rows)]
     figure.patch.set_alpha(0)
     for axis in axes:
         axis.patch.set_alpha(0)

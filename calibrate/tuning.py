@@ -31,8 +31,9 @@ from ..model.forward import Tokens
 from ..model.reference import TorchModel, kept_by, reference_of, rows_of, source_weights
 from ..model.tokens import TokenSet
 from ..quant.affine import DATA_DRIVEN
-from .layerwise import FINE_TUNED, quantized_weights
+from .layerwise import FINE_TUNED
 from .parameters import adam_for, set_learning_rate, take_step, trainable_matrix, trainable_weights
+from .quantized_model import quantized_weights
 
 _BATCH = 16  # sequences of a step
 _RESAMPLED = 0.3  # of the frames, whose tokens are sampled

@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from ..convert.bundle.output_tensor import Output
 from ..convert.bundle.plan import Plan
 from ..convert.bundle.quantized_store import MatrixKey, quantizations_of
 from ..convert.file_names import WEIGHTS
@@ -52,6 +53,11 @@ class Work:
         return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
+def operations(work: Work) -> float:
+    """Return about how many operations some work takes as long as, on a machine that was not measured."""
+    return work.products + 3 * work.factors + 2000 * work.rounded + 100 * work.read
+
+
 def are_few(frames: int, columns: int) -> bool:
     """Tell whether inputs ``[frames, columns]`` take less work than their moments."""
     return _FEW * frames <= columns
@@ -62,25 +68,42 @@ def inputs_are_kept(frames: int, columns: int) -> bool:
     return 4 * frames * columns <= STREAM_BYTES
 
 
+@dataclass(frozen=True)
+class TensorWork:
+    """The work for one source tensor: forward, of both models' passes; matrices, of rounding each of its parts."""
+
+    forward: Work
+    matrices: dict[int, Work]
+
+
 def gptq_work(plan: Plan, sequences: int, frames: int, stored: Collection[MatrixKey] = ()) -> Work:
     """Return the work of layer-wise GPTQ on so many calibration sequences of so many frames, without fine-tuning.
 
     stored: matrices that an earlier run has quantized.
     """
-    a = plan.inventory.architecture
+    total = Work()
+    for work in tensor_works(plan.inventory.architecture, plan.outputs, sequences, frames, stored).values():
+        total = sum(work.matrices.values(), total + work.forward)
+    return total
+
+
+def tensor_works(
+    a: Architecture, outputs: list[Output], sequences: int, frames: int, stored: Collection[MatrixKey] = ()
+) -> dict[str, TensorWork]:
+    """Return the same by source tensor, of a model and the outputs of its plan."""
     sequences = max(1, min(sequences, STREAM_BYTES // (4 * frames * a.dim)))
     positions = sequences * frames
     rows = max(1, min(positions, STREAM_BYTES // (4 * a.steps * a.depformer_dim)))
-    total = Work()
     quantized = {
         key: quantization.group_size
-        for key, (quantization, _) in quantizations_of(plan.outputs).items()
+        for key, (quantization, _) in quantizations_of(outputs).items()
         if quantization.method in DATA_DRIVEN and key not in stored
     }
-    for role in roles(a).values():
-        if role.kind == "linear":
-            total += _of_tensor(role, a, positions if role.component == "temporal" else rows, frames, quantized)
-    return total
+    return {
+        role.name: _of_tensor(role, a, positions if role.component == "temporal" else rows, frames, quantized)
+        for role in roles(a).values()
+        if role.kind == "linear"
+    }
 
 
 def generation_work(plan: Plan, memory: int) -> Work:
@@ -106,9 +129,9 @@ def generation_work(plan: Plan, memory: int) -> Work:
     return total
 
 
-def _of_tensor(role: Role, a: Architecture, frames: int, length: int, quantized: dict[MatrixKey, int]) -> Work:
+def _of_tensor(role: Role, a: Architecture, frames: int, length: int, quantized: dict[MatrixKey, int]) -> TensorWork:
     """Return the work for one source tensor: both models' forward passes, and its matrices' quantization."""
-    sizes = [quantized[role.name, part] for part in range(role.stacked) if (role.name, part) in quantized]
+    sizes = {part: quantized[role.name, part] for part in range(role.stacked) if (role.name, part) in quantized}
     height, columns = role.shape[0] // role.stacked, role.shape[1]
     weights, total = height * columns * role.stacked, Work()
     if role.layer is not None or role.module == "depformer_in":
@@ -126,13 +149,14 @@ def _of_tensor(role: Role, a: Architecture, frames: int, length: int, quantized:
         if role.module == "self_attn.out_proj":
             seen = role.stacked if in_depformer else length
             total += Work(products=2 * 4 * frames * role.stacked * seen * columns)
-    for size in sizes:
-        total += matrix_work(height, columns, frames, size)
+    matrices = {}
+    for part, size in sizes.items():
+        matrices[part] = matrix_work(height, columns, frames, size)
         if role.module.endswith(LAST) and not are_few(frames, columns):
-            total += Work(products=2 * frames * height * columns)  # what the residual stream lacks
-    if sizes and not (role.module == "depformer_in" and role.step):  # whose 16 matrices read the same
-        total += inputs_work(columns, frames).times(len(sizes))
-    return total
+            matrices[part] += Work(products=2 * frames * height * columns)  # what the residual stream lacks
+        if not (role.module == "depformer_in" and role.step):  # whose 16 matrices read the same
+            matrices[part] += inputs_work(columns, frames)
+    return TensorWork(total, matrices)
 
 
 def inputs_work(columns: int, frames: int) -> Work:

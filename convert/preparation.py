@@ -14,6 +14,7 @@ from .source.architecture import PERSONAPLEX_STEPS, impossible
 from .source.source import DEFAULT, Location, Source, is_hub_id, locate, locate_here, open_source
 from .source.source_files import check_adapter
 from .source.voice_archive import archive_with
+from .unseen_source import unseen
 
 _log = logging.getLogger(__name__)
 
@@ -165,8 +166,23 @@ def plan(
     """Return the plan of a conversion; nothing is written or downloaded for it.
 
     It is made from the source where that is on this machine, else from what is known of its shapes; a warning then says
-    what was not looked at. Raises UserError for what the target cannot load.
+    what was not looked at. Raises UserError for what the target cannot load, and for a Hub id that does not exist.
     """
+    return plan_and_download(
+        source, recipe, revision=revision, adapter=adapter, fill_depformer_steps=fill_depformer_steps, quiet=quiet
+    )[0]
+
+
+def plan_and_download(
+    source: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    adapter: str | None = None,
+    fill_depformer_steps: bool = False,
+    quiet: bool = True,
+) -> tuple[Plan, int]:
+    """Return the plan of a conversion as ``plan`` does, and how many bytes of its source the Hub's cache lacks."""
     where = str(source)
     check_request(where, revision, recipe)
     location = locate_here(where, revision, quiet)
@@ -176,11 +192,11 @@ def plan(
             _log.warning("%s: not looked at: a dry run downloads nothing", adapter)
         opened, of_source = prepare(location, recipe, fill_depformer_steps, adapter=local)
         opened.close()
-        return of_source
+        return of_source, 0
     if adapter:
         _log.warning("%s: not looked at, as the source is not here", adapter)
     if where in demo.SIZES:
         _log.warning("%s was not made yet: planned from its shapes", where)
-        return make_plan(inventory_of_demo(where), recipe)
-    _log.warning("%s is not on this machine: planned from the published layout of %s", where, DEFAULT)
-    return make_plan(inventory_of_7b(where), recipe)
+        return make_plan(inventory_of_demo(where), recipe), 0
+    known, download = unseen(where, revision)
+    return make_plan(known, recipe), download

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..convert.bundle.manifest import manifest_of
 from ..convert.progress import bar
+from ..convert.source import demo
 from ..convert.source.mimi import FRAME, RATE
 from . import audio_files, microphone
 from .speaker import Speaker, SpeakOptions, open_speaker, text_of
@@ -32,6 +34,14 @@ class Answer:
         """What is printed of it."""
         factor = self.took / self.seconds
         return f"{self.output}: {self.seconds:.1f} s of sound, made in {self.took:.1f} s ({factor:.2f} times real time)"
+
+
+def made_of_noise(bundle: str | Path) -> str | None:
+    """Return the line for a bundle whose weights are random, so that its words mean nothing; None for others."""
+    source = manifest_of(Path(bundle)).source.id
+    if source not in demo.SIZES:
+        return None
+    return f"{bundle}: made from {source}, whose weights are random: its words are noise and are not shown"
 
 
 def answer(

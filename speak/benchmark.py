@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,14 @@ class FrameTimes:
 
 
 @dataclass(frozen=True)
+class PartTimes:
+    """Seconds that a part of a frame takes: median, and what 95 % take at most."""
+
+    p50: float
+    p95: float
+
+
+@dataclass(frozen=True)
 class Prefill:
     """Seconds of the voice and the prompt, and how many frames they are."""
 
@@ -72,7 +81,8 @@ class Benchmark:
     """Speed of a bundle on this machine; times in seconds.
 
     real_time_factor: mean time of a frame, codec included, over its 80 ms. parts: mean time of each part of a frame,
-    evaluated apart. worked_around: kernels that MLX computes wrongly, a line each. bytes_per_frame: weights and KV
+    evaluated apart. table: percentiles of the same parts, and of a whole frame as it runs (``total``), codec included
+    where there is one. worked_around: kernels that MLX computes wrongly, a line each. bytes_per_frame: weights and KV
     cache that a frame reads; bandwidth: bytes a second of the memory; bound: their ratio, the least time of a frame.
     """
 
@@ -84,6 +94,7 @@ class Benchmark:
     worked_around: tuple[str, ...]
     prefill: Prefill
     parts: dict[str, float]
+    table: dict[str, PartTimes]
     bytes_per_frame: Annotated[int, Key("bytes_a_frame")]
     bandwidth: float
     bound: float
@@ -168,10 +179,13 @@ def _measure(
         conversation.step(user)
         took.append(time.perf_counter() - began)
         progress.update(number >= _WARM_UP)
-    share = _parts(conversation, users[_WARM_UP:])
+    apart = _parts(conversation, users[_WARM_UP:])
     with nullcontext() if codec else suppress(UserError):  # a bundle's own may be a stand-in
-        share |= _codec_parts(codec or folder / layout.target.copies[CODEC], a.n_q // 2, min(frames, 25))
-    times = np.array(took[_WARM_UP:])
+        apart |= _codec_parts(codec or folder / layout.target.copies[CODEC], a.n_q // 2, min(frames, 25))
+    times, share = np.array(took[_WARM_UP:]), {name: float(np.mean(seconds)) for name, seconds in apart.items()}
+    table = {name: _percentiles(seconds) for name, seconds in apart.items()}
+    whole, codec_times = _percentiles(times), table.get("codec", PartTimes(0.0, 0.0))
+    table["total"] = PartTimes(whole.p50 + codec_times.p50, whole.p95 + codec_times.p95)
     speed, read = bandwidth(), sum(model.weights.values()) + _kv_cache_bytes(conversation)
     p50, p95, p99 = (float(np.percentile(times, part)) for part in (50, 95, 99))
     return Benchmark(
@@ -183,6 +197,7 @@ def _measure(
         worked_around=tuple(model.matmul.workarounds()),
         prefill=Prefill(prefill, len(voice.embeddings) + len(prompt)),
         parts=share,
+        table=table,
         bytes_per_frame=read,
         bandwidth=speed,
         bound=read / speed,
@@ -196,17 +211,18 @@ def _measure(
     )
 
 
-def _parts(conversation: Conversation, users: NDArray[np.int64]) -> dict[str, float]:
-    """Return the mean seconds of each transformer, evaluated apart."""
-    means = {"temporal": 0.0, "depformer": 0.0}
-    for user in users:
-        for name, seconds in conversation.timed(user).items():
-            means[name] += seconds / len(users)
-    return means
+def _percentiles(seconds: Sequence[float] | NDArray[np.float64]) -> PartTimes:
+    return PartTimes(*(float(np.percentile(seconds, part)) for part in (50, 95)))
 
 
-def _codec_parts(path: Path, codebooks: int, frames: int) -> dict[str, float]:
-    """Return the codec's s/frame, encoding and decoding."""
+def _parts(conversation: Conversation, users: NDArray[np.int64]) -> dict[str, list[float]]:
+    """Return the seconds of each transformer, evaluated apart, by frame."""
+    timed = [conversation.timed(user) for user in users]
+    return {name: [times[name] for times in timed] for name in ("temporal", "depformer")}
+
+
+def _codec_parts(path: Path, codebooks: int, frames: int) -> dict[str, list[float]]:
+    """Return the codec's seconds, encoding and decoding, by frame."""
     codec = Codec(path, codebooks)
     sound = np.random.default_rng(0).standard_normal((frames + _WARM_UP, FRAME), np.float32) * 0.1
     took = []
@@ -214,7 +230,7 @@ def _codec_parts(path: Path, codebooks: int, frames: int) -> dict[str, float]:
         began = time.perf_counter()
         codec.decode(codec.encode(frame))
         took.append(time.perf_counter() - began)
-    return {"codec": float(np.mean(took[_WARM_UP:]))}
+    return {"codec": took[_WARM_UP:]}
 
 
 def _kv_cache_bytes(conversation: Conversation) -> int:
@@ -240,18 +256,29 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def verdict(figures: Benchmark) -> str:
+    """Return whether one can talk to it: by what 95 % of the frames take, since one late frame is heard."""
+    total, lasts = figures.table["total"], FRAME / RATE
+    codec = "" if "codec" in figures.table else ", without a codec (none here loads)"
+    factor = f"95 % of frames take at most {_ms(total.p95)} of {_ms(lasts)}, real time factor {total.p95 / lasts:.2f}"
+    if total.p95 < lasts:
+        return f"fast enough to talk to: {factor}{codec}"
+    if total.p50 < lasts:
+        return f"too slow to talk to, it would stutter: {factor}{codec}; half of them take at most {_ms(total.p50)}"
+    return f"too slow to talk to: {factor}{codec}"
+
+
 def text(figures: Benchmark) -> str:
-    """Return what is printed for people."""
-    frame, parts, prefill = figures.frame, figures.parts, figures.prefill
-    factor, memory = figures.real_time_factor, figures.peak_memory
-    fast = "fast enough to talk to" if frame.p95 + parts.get("codec", 0) < FRAME / RATE else "too slow to talk to"
-    total = sum(parts.values())
-    shares = ", ".join(f"{name} {_ms(seconds)} ({seconds / total:.0%})" for name, seconds in parts.items())
+    """Return what is printed for people: one table, one verdict, and what stands behind them."""
+    prefill, memory, lasts = figures.prefill, figures.peak_memory, FRAME / RATE
     lines = [
         f"{figures.recipe} for {figures.target}, activations in {figures.arithmetic}; {figures.ran_on}",
-        f"a frame: median {_ms(frame.p50)}, 95% {_ms(frame.p95)}, 99% {_ms(frame.p99)}; it lasts 80 ms",
-        f"real time factor {factor:.2f}{'' if 'codec' in parts else ', without a codec (none here loads)'}: {fast}",
-        f"one by one: {shares}",
+        f"{'ms a frame':<12}{'median':>9}{'95 %':>9}{'of 80 ms':>10}",
+        *(
+            f"{name:<12}{1000 * times.p50:>9.1f}{1000 * times.p95:>9.1f}{times.p50 / lasts:>10.0%}"
+            for name, times in figures.table.items()
+        ),
+        verdict(figures),
         f"at least {_ms(figures.bound)}: {size(figures.bytes_per_frame)} a frame at {size(figures.bandwidth)}/s",
         f"voice and prompt: {prefill.seconds:.2f} s for {prefill.frames} frames; first frame "
         f"{figures.first_frame:.2f} s; loading {figures.load:.2f} s",

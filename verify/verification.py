@@ -137,7 +137,8 @@ def _kernels(
     """Test the kernels that a bundle needs; return the rows, and products that work around what is wrong."""
     shapes = kernel_test.shapes_of(layout, dtype, arithmetic, len(streams()))
     label = "compiling and testing kernels" if on_gpu() else "testing kernels"
-    with long_step(label, len(shapes), "shape", quiet and not on_gpu()) as progress:
+    step = long_step(label, len(shapes), "shape", False) if on_gpu() else bar(label, len(shapes), "shape", quiet)
+    with step as progress:
         return kernel_test.check(shapes, matmul, progress.update)
 
 

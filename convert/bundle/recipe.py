@@ -74,6 +74,11 @@ class Recipe:
             else found
         )
 
+    @property
+    def needs_data(self) -> bool:
+        """Tell whether any rule quantizes by more than the weights."""
+        return any(rule.quantization and rule.quantization.method in DATA_DRIVEN for rule in self.rules)
+
     def with_method(self, method: str) -> "Recipe":
         """Return the recipe with another quantizer in every rule that quantizes."""
         rules = (

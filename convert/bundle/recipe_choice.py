@@ -9,7 +9,7 @@ from .recipe import Recipe, uniform
 from .targets import DEFAULT as DEFAULT_TARGET
 from .targets import TARGETS
 
-DEFAULT_RECIPE = "4bit"
+DEFAULT_RECIPE = TARGETS[DEFAULT_TARGET].recipe
 DEFAULT_GROUP_SIZE = 64
 
 
@@ -26,9 +26,10 @@ def make_recipe(
 ) -> Recipe:
     """Return a shipped recipe, one from a TOML file, or (with ``bits``) one that quantizes whole components alike.
 
-    name: of a shipped recipe or a file; ``4bit`` if nothing is given. bits, group_size: of a uniform recipe. quantize:
-    False for a recipe that keeps everything float. target, dtype, method: in place of the recipe's. depformer_steps:
-    how many are kept. Raises UserError for settings that contradict each other, and for those that do not exist.
+    name: of a shipped recipe or a file; the target's usual one if nothing is given. bits, group_size: of a uniform
+    recipe. quantize: False for a recipe that keeps everything float. target, dtype, method: in place of the recipe's.
+    depformer_steps: how many are kept. Raises UserError for settings that contradict each other, and for those that do
+    not exist.
     """
     if sum((name is not None, bits is not None, not quantize)) > 1:
         raise UserError("a recipe's name, bits and quantize=False contradict each other: give one of them")
@@ -44,7 +45,7 @@ def make_recipe(
             refuse([f"{name} {problem}" for name, problem in quantization.problems().items()])
         recipe = uniform(quantization, consumer.name, str(dtype or consumer.dtype), consumer.uniform)
     else:
-        recipe = shipped.load(name or DEFAULT_RECIPE, target and str(target))
+        recipe = shipped.load(name or TARGETS[target or DEFAULT_TARGET].recipe, target and str(target))
         recipe = recipe.with_method(method) if method else recipe
         recipe = replace(recipe, dtype=str(dtype or recipe.dtype))
     return recipe if depformer_steps is None else replace(recipe, depformer_steps=depformer_steps, original="")

@@ -1,5 +1,6 @@
 """The recipes that come with the toolkit, by name."""
 
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
@@ -31,5 +32,7 @@ def load(name_or_file: str, target: str | None = None) -> Recipe:
     except (OSError, RuntimeError, ValueError):  # of a name that is none, and ~somebody
         raise UserError(f"{name_or_file}: not a text file that can be read: give a recipe in TOML") from None
     if not exists:
-        raise UserError(f"{name_or_file}: no such recipe or file: shipped are {', '.join(names())}")
+        near = get_close_matches(name_or_file, names(), 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"{name_or_file}: no such recipe or file: {meant}shipped are {', '.join(names())}")
     return recipe_file.read(path, target)

@@ -15,17 +15,18 @@ from .output_tensor import Output
 class Target:
     """What a consumer loads.
 
-    programs: those that load it, beside this toolkit's own. dtype: its usual one for floats and scales. uniform:
-    components that a uniform recipe quantizes. copies: source file -> its name in the bundle. voice_cache: dtype of a
-    voice's tokens in ``voices/NAME.safetensors``, None where the archive is copied instead. indexed: whether
-    model.safetensors.index.json belongs to it. mixes: whether any module may have any setting. problems: what of an
-    architecture and a quantization it cannot load. without_voices: what it does with a bundle that has none.
-    voiceless_programs: those that load such a bundle, empty for all.
+    programs: those that load it, beside this toolkit's own. recipe: the shipped one that is taken where none is named.
+    dtype: its usual one for floats and scales. uniform: components that a uniform recipe quantizes. copies: source
+    file -> its name in the bundle. voice_cache: dtype of a voice's tokens in ``voices/NAME.safetensors``, None where
+    the archive is copied instead. indexed: whether model.safetensors.index.json belongs to it. mixes: whether any
+    module may have any setting. problems: what of an architecture and a quantization it cannot load. without_voices:
+    what it does with a bundle that has none. voiceless_programs: those that load such a bundle, empty for all.
     """
 
     name: str
     description: str
     programs: str
+    recipe: str
     dtype: str
     uniform: tuple[str, ...]
     copies: dict[str, str]
@@ -60,6 +61,7 @@ TARGETS = {
             name="speech-swift",
             description="the Swift/MLX library: one setting for temporal and depformer, the rest 16 bit",
             programs="speech-swift (Swift)",
+            recipe="4bit",
             dtype="float16",
             uniform=("temporal", "depformer"),
             copies={CODEC: speech_swift.CODEC, TOKENIZER: TOKENIZER},
@@ -76,6 +78,7 @@ TARGETS = {
             name="moshi-mlx",
             description="moshi_mlx and personaplex-mlx: everything at 4 bit g32, 8 bit g64 or 16 bit",
             programs="moshi_mlx and personaplex-mlx (Python)",
+            recipe="moshi-q4",
             dtype="bfloat16",
             uniform=("temporal", "depformer", "embeddings", "heads"),
             copies={CODEC: CODEC, TOKENIZER: TOKENIZER, VOICES: VOICES},
@@ -93,6 +96,7 @@ TARGETS = {
             name="mlx",
             description="the mlx-lm convention: any setting for any module",
             programs="Python code that follows mlx-lm's conventions",
+            recipe="4bit",
             dtype="bfloat16",
             uniform=("temporal", "depformer"),
             copies={CODEC: CODEC, TOKENIZER: TOKENIZER},

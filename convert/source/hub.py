@@ -137,6 +137,21 @@ def download(
         return folder, commit
 
 
+def remote_sizes(repository: str, revision: str | None) -> dict[str, int] | None:
+    """Return the bytes of the files in a repository's first folder, without downloading any; None if it is not reached.
+
+    Raises UserError for a repository or a revision that does not exist.
+    """
+    with silent_client(), translate_errors(repository, revision):
+        api = HfApi()
+        try:  # resolving a revision would write it into the cache
+            info = with_retries(lambda: api.model_info(repository, revision=revision))
+            listing = _listed(api, repository, str(info.sha))
+        except (httpx2.TransportError, OfflineModeIsEnabled):
+            return None
+    return {name: entry.size for name, entry in listing.items()}
+
+
 def hub_sha256(path: Path) -> str | None:
     """Return the sha256 that the Hub gave for a large file in its cache: the name of its blob. None for others."""
     name = path.readlink().name if path.is_symlink() else ""  # the first link only: blobs may be links themselves

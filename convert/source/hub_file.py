@@ -8,15 +8,14 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx2
 from huggingface_hub import hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, hf_raise_for_status
-from tqdm import tqdm
 
 from ..errors import CheckFailed
+from ..progress import Progress
 from .hub_client import TRIES, asked_wait, git_blob, is_transient
 
 _PATIENCE = 60.0  # seconds without a byte
@@ -42,7 +41,7 @@ class Remote:
         return f"{self.hash}.ppx.incomplete"
 
 
-def fetch(repository: str, commit: str, file: Remote, store: Path, bar: "tqdm[Any]") -> None:
+def fetch(repository: str, commit: str, file: Remote, store: Path, bar: Progress) -> None:
     """Make the cache's blob of one file, going on from the part of it that an earlier run left."""
     url = hf_hub_url(repository, file.name, revision=commit)
     blob = store / "blobs" / file.hash
@@ -56,10 +55,10 @@ def fetch(repository: str, commit: str, file: Remote, store: Path, bar: "tqdm[An
             _check(part, file)
             part.rename(blob)
         else:
-            bar.update(file.size)
+            bar.skip(file.size)
 
 
-def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
+def _complete(url: str, part: Path, size: int, bar: Progress) -> None:
     """Append to a partial file what it lacks; resumes after a broken connection, and gives up after some in a row.
 
     Bytes are written as they come: the client's own download loses up to 10 MB at every break.
@@ -68,7 +67,7 @@ def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
     if part.stat().st_size > size:
         part.unlink()
         part.touch()
-    bar.update(part.stat().st_size)
+    bar.skip(part.stat().st_size)
     tries = TRIES
     while (have := part.stat().st_size) < size:
         wait = 1.0
@@ -86,7 +85,7 @@ def _complete(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
             time.sleep(wait)
 
 
-def _append(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
+def _append(url: str, part: Path, size: int, bar: Progress) -> None:
     """Fetch what a partial file lacks, once; an answer of another length is somebody else's, and not written."""
     have = part.stat().st_size
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -97,7 +96,7 @@ def _append(url: str, part: Path, size: int, bar: "tqdm[Any]") -> None:
         if response.status_code not in (200, 206) or response.headers.get("Content-Length", expected) != expected:
             raise httpx2.RemoteProtocolError(f"an answer of another length than the {expected} bytes of the file")
         with part.open("wb" if whole else "ab", buffering=0) as target:
-            bar.update(-have if whole else 0)
+            bar.skip(-have if whole else 0)
             for block in response.iter_bytes():
                 target.write(block)
                 if target.tell() > size:

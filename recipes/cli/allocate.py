@@ -1,5 +1,6 @@
 """ppx-allocate: the recipe that is expected to diverge least within a size, by measured sensitivities."""
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +15,15 @@ from . import console, endings, options
 EXAMPLES = """\b
 Examples:
   ppx-allocate nvidia/personaplex-7b-v1 --target-size 5.3GB -o mine.toml
-      measure every part, choose, and write a recipe for the target mlx
-  ppx-allocate ./my-finetune --bits-per-weight 4.6 --tokens mine.safetensors --depformer-steps 8 -o mine.toml
-      by recorded conversations, without what predicts the user
-  ppx-allocate ./my-finetune --target-size 4GB --sensitivity mine.sensitivity.json -o small.toml
-      the same measurements for another size: no time
+      write the recipe of 5.3 GB for the target mlx
+  ppx-allocate ./my-finetune --bits-per-weight 4.6 --depformer-steps 8 \\
+      --tokens mine.safetensors -o mine.toml
+      measure on recorded conversations, without what predicts the user
+  ppx-allocate ./my-finetune --target-size 4GB \\
+      --sensitivity mine.sensitivity.json -o small.toml
+      use the same measurements for another size, in no time
   ppx-convert ./my-finetune --recipe mine.toml
-      what it is for
+      convert with what was written
 """
 
 app = console.application()
@@ -30,11 +33,11 @@ app = console.application()
 @partial(endings.reported, interrupted="interrupted: nothing was written")
 def allocate(
     where: options.Checkpoint,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write, NAME.toml.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the recipe NAME.toml.")],
     target_size: options.TargetSize = None,
     bits_per_weight: options.BitsPerWeight = None,
     target: Annotated[
-        options.TargetName | None, typer.Option(help=f"What will load it.  [default: {DEFAULT_TARGET}]")
+        options.TargetName | None, typer.Option(help=f"Choose what will load it.  [default: {DEFAULT_TARGET}]")
     ] = None,
     dtype: options.Dtype = None,
     method: options.Method = None,
@@ -42,9 +45,14 @@ def allocate(
     keep: options.Keep = None,
     tokens: options.CalibrationTokens = None,
     sensitivity: Annotated[
-        Path | None, typer.Option(help="Where measurements are kept.  [default: NAME.sensitivity.json]")
+        Path | None,
+        typer.Option(
+            help="Use the measurements in a file; write it if it is not there.  [default: NAME.sensitivity.json]"
+        ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw measurements and allocation, as SVG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw measurements, bits of each part, and other sizes, as SVG.")
+    ] = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
     fill_depformer_steps: options.FillDepformerSteps = False,
@@ -80,7 +88,16 @@ def allocate(
         force=force,
         quiet=console.quiet(as_json),
     )
-    console.show(size_budget.as_json(allocation) if as_json else size_budget.text(allocation))
+    if as_json:
+        console.show(size_budget.as_json(allocation))
+        return
+    line, measured_on = size_budget.text(allocation).split("\n")
+    source = ["--revision", revision] if revision else []
+    source += ["--adapter", adapter] if adapter else []
+    source += ["--fill-depformer-steps"] if fill_depformer_steps else []
+    console.show(line)
+    console.show(f"wrote {output}; next: {shlex.join(['ppx-convert', where, '--recipe', str(output), *source])}")
+    console.show(measured_on)
 
 
 def main() -> None:

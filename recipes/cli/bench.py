@@ -12,11 +12,11 @@ from . import bundle_argument, console, endings, options
 EXAMPLES = """\b
 Examples:
   ppx-bench my-bundle
-      how long a frame of 80 ms takes here, and how long it must take at least
+      time the parts of a frame, and say whether this machine keeps up
   ppx-bench my-bundle --context-frames 3000
-      the same, four minutes into a conversation
+      time the same, four minutes into a conversation
   ppx-bench me/personaplex-4bit
-      a bundle on the Hub, downloaded first
+      time a bundle on the Hub, downloaded first
 """
 
 app = console.application()
@@ -26,7 +26,7 @@ app = console.application()
 @partial(endings.reported, interrupted="interrupted")
 def bench(
     bundle: bundle_argument.Bundle,
-    frames: Annotated[int, typer.Option(min=2, max=100_000, help="Frames to time.")] = benchmark.DEFAULT_FRAMES,
+    frames: Annotated[int, typer.Option(min=2, max=100_000, help="Time so many frames.")] = benchmark.DEFAULT_FRAMES,
     context_frames: Annotated[
         int,
         typer.Option(
@@ -34,7 +34,8 @@ def bench(
             "--remembered",
             min=0,
             max=100_000,
-            help="Frames in the KV cache before the first.  [default: a voice and a prompt]",
+            show_default="a voice and a prompt",
+            help="Put so many frames into the KV cache before the first.",
         ),
     ] = 0,
     revision: bundle_argument.Revision = None,

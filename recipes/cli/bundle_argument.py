@@ -5,6 +5,8 @@ from typing import Annotated
 import typer
 
 Bundle = Annotated[
-    str, typer.Argument(metavar="BUNDLE", help="Folder that ppx-convert wrote, or Hub id of one that was published.")
+    str, typer.Argument(metavar="BUNDLE", help="Take a folder that ppx-convert wrote, or the Hub id of one.")
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a bundle on the Hub.  [default: main]")]
+Revision = Annotated[
+    str | None, typer.Option(help="Take a branch, tag or commit of a bundle on the Hub.  [default: main]")
+]

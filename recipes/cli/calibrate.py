@@ -14,14 +14,16 @@ from . import console, endings, options
 
 EXAMPLES = """\b
 Examples:
-  ppx-calibrate nvidia/personaplex-7b-v1 --audio monday.wav --audio tuesday.wav -o mine.safetensors
+  ppx-calibrate nvidia/personaplex-7b-v1 -o mine.safetensors \\
+      --audio monday.wav --audio tuesday.wav
       encode recordings: first channel the agent, second the user
   ppx-calibrate ./my-finetune -o own.safetensors
       let the model generate conversations itself
-  ppx-calibrate ./my-finetune --tokens a.safetensors --tokens b.safetensors -o mine.safetensors
-      join token files, and see what they cover
+  ppx-calibrate ./my-finetune -o mine.safetensors \\
+      --tokens a.safetensors --tokens b.safetensors
+      join token files
   ppx-convert ./my-finetune --method gptq --tokens mine.safetensors
-      what it is for
+      convert with what was written
 """
 
 app = console.application()
@@ -31,17 +33,19 @@ app = console.application()
 @partial(endings.reported, interrupted="interrupted: nothing was written")
 def calibrate(
     where: options.Checkpoint,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, NAME.safetensors.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the file NAME.safetensors.")],
     tokens: Annotated[
         list[Path] | None,
-        typer.Option("--tokens", "--calibration", help="Calibration tokens [N, streams, T] to join. Repeatable."),
+        typer.Option("--tokens", "--calibration", help="Join calibration tokens [N, streams, T]. Repeatable."),
     ] = None,
-    audio: Annotated[list[Path] | None, typer.Option(help="A WAV to encode. Repeatable.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="Encode a WAV. Repeatable.")] = None,
     sessions: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Self-generated conversations, without files.  [default: {CALIBRATION_SESSIONS}]"),
+        typer.Option(min=1, help=f"Generate so many conversations, without files.  [default: {CALIBRATION_SESSIONS}]"),
     ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Length of a sequence; 12.5 are a second.")] = CALIBRATION_FRAMES,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Cut sequences of this length; 12.5 are a second.")
+    ] = CALIBRATION_FRAMES,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
     fill_depformer_steps: options.FillDepformerSteps = False,

@@ -2,21 +2,35 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from ...convert.bundle.manifest import TOOLKIT
 from ...convert.bundle.recipe_choice import DEFAULT_GROUP_SIZE
 from ...convert.errors import UserError, printable, refuse
 from ...quant.affine import QuantizationConfig
+from .usage import Command
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def application() -> typer.Typer:
+class Application(typer.Typer):
+    """A program; mistakes in its command line are told in its words."""
+
+    def command(
+        self, name: str | None = None, *, cls: type[TyperCommand] | None = None, **more: Any
+    ) -> Callable[[Function], Function]:
+        """Add the program's command."""
+        return super().command(name, cls=cls or Command, **more)
+
+
+def application() -> Application:
     """Return a program without commands yet; its help is plain text, for ``-h`` too."""
-    return typer.Typer(
+    return Application(
         add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
@@ -68,8 +82,8 @@ def say(line: str) -> None:
 
 
 def quiet(as_json: bool) -> bool:
-    """Tell whether progress bars would only disturb: output for a program, or nobody looks at standard error."""
-    return as_json or sys.stderr is None or not sys.stderr.isatty()
+    """Tell whether progress would only disturb: output for a program, or there is no standard error."""
+    return as_json or sys.stderr is None
 
 
 def show_version(asked: bool) -> None:

@@ -4,11 +4,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ...calibrate import allocation, forecast, quantizer, size_budget
-from ...convert import conversion, preparation, typed_json
+from ...calibrate import allocation, dry_runs, forecast, quantizer, size_budget
+from ...convert import conversion, typed_json
 from ...convert.bundle import describe, recipe_choice, targets
 from ...convert.errors import UserError
-from ...convert.parallel import cores
 from ...convert.source import source
 from ...verify import bundle_report
 from ...verify.publishing import gate
@@ -17,11 +16,11 @@ from . import console, endings, options, publish_options, voice_options
 EXAMPLES = f"""\b
 Examples:
   ppx-convert --bits 4 --group-size 64
-      download {source.DEFAULT}, write a 4-bit bundle for {targets.DEFAULT}
+      convert {source.DEFAULT} for {targets.DEFAULT}, 4 bit
   ppx-convert ./my-finetune --recipe moshi-q8 --output my-q8
       convert a local checkpoint for moshi_mlx and personaplex-mlx
   ppx-convert demo --dry-run
-      show what would be written, from a source that needs no download
+      show what would be written, and what it takes
 """
 
 app = console.application()
@@ -55,7 +54,9 @@ def convert(
     verify: options.Verify = True,
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle, or an unfinished one.")] = False,
     jobs: options.Jobs = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write and download nothing.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and what it takes, and write nothing.")
+    ] = False,
     as_json: options.Json = False,
     _debug: options.Debug = False,
     _version: options.Version = False,
@@ -66,7 +67,7 @@ def convert(
     and leaves a manifest. A killed run resumes when the same command is given again. In the end it compares the
     bundle's predictions with its source's; ppx-verify repeats that, with more options.
     """
-    quiet, added = console.quiet(as_json), voice_options.added(voices, consent, dry_run)
+    quiet, added = console.quiet(as_json), voice_options.added(voices, consent, plan_only)
     publish_options.check(publish_to, verify, private, base_model, where, adapter)
     console.check_quantization(bits, group_size)
     size = {"--target-size": target_size, "--bits-per-weight": bits_per_weight}
@@ -77,13 +78,12 @@ def convert(
     settings |= {"target": target, "dtype": dtype, "method": method, "depformer_steps": depformer_steps}
     chosen = request.recipe if request else recipe_choice.make_recipe(recipe, **settings)
     which: dict[str, Any] = {"revision": revision, "adapter": adapter, "fill_depformer_steps": fill_depformer_steps}
-    if dry_run:
+    quantizer.check_needed((request or chosen).needs_data, None if request else tokens, fine_tune)
+    if plan_only:
         if request:
             raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
-        plan, workers = preparation.plan(where, chosen, **which, quiet=quiet), jobs or cores()
-        expected, folder = forecast.forecast(plan, tokens), str(conversion.output_of(where, output, chosen))
-        summary = typed_json.to_json(describe.summary(plan, workers)) | {"output": folder, **forecast.to_json(expected)}
-        console.show_json(summary) if as_json else console.show(describe.text(plan, workers) + forecast.line(expected))
+        planned = dry_runs.dry_run(where, chosen, output, tokens=tokens, workers=jobs, **which, quiet=quiet)
+        console.show_json(planned.to_json()) if as_json else console.show(planned.text)
         return
     by_data, show = quantizer.quantizer_for(tokens, fine_tune), console.say if as_json else console.show
     gate.check_token(publish_to) if publish_to else None

@@ -16,11 +16,12 @@ import typer
 from ...convert.errors import CheckFailed, UserError
 from .console import say
 from .hints import HINTS
+from .usage import MISTAKE
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-FAILED, MISTAKE, INTERRUPTED, TERMINATED = 1, 2, 130, 143  # exit statuses
+FAILED, INTERRUPTED, TERMINATED = 1, 130, 143  # exit statuses
 CONVERSION = "interrupted: run the same command again to resume"
 
 
@@ -67,14 +68,20 @@ def reported(command: Callable[P, R], interrupted: str = CONVERSION) -> Callable
             _say_traceback(error, debug)
             say(f"error: {error.filename or 'input/output'}: {error.strerror or error}")
             raise typer.Exit(MISTAKE) from None
-        except KeyboardInterrupt:
-            say(interrupted)
+        except KeyboardInterrupt as stopped:
+            say(_stopped(stopped, interrupted))
             raise typer.Exit(INTERRUPTED) from None
-        except Terminated:
-            say(interrupted.replace("interrupted", "terminated", 1))
+        except Terminated as stopped:
+            say(_stopped(stopped, interrupted).replace("interrupted", "terminated", 1))
             raise typer.Exit(TERMINATED) from None
 
     return run
+
+
+def _stopped(interrupt: BaseException, line: str) -> str:
+    """Return what is said of an interrupted command: what is kept, where the work has noted that."""
+    kept = getattr(interrupt, "__notes__", [])
+    return CONVERSION.replace(": ", f": {'; '.join(kept)}; ", 1) if kept else line
 
 
 def _say_traceback(error: BaseException, debug: bool) -> None:

@@ -16,6 +16,7 @@ HINTS = {
     Hint.FREE_DISK_OR_MOVE_CACHE: "free some, or put the cache (HF_HOME) or --output on another disk",
     Hint.GIVE_ADAPTER: "give its file as --adapter",
     Hint.GIVE_CONSENT: "give it as --consent",
+    Hint.GIVE_MEASURED_TOKENS: "give those as --tokens, or remove it to measure again",
     Hint.GIVE_REFERENCE: "give it as --reference",
     Hint.GIVE_TOKENS: "give recorded conversations as --tokens",
     Hint.INSTALL_AS: "choose one with --as",
@@ -27,6 +28,7 @@ HINTS = {
     Hint.MAKE_AGAIN: "make it again with --force",
     Hint.MAKE_AGAIN_OR_CHECK_DISK: "check the disk and run the command again, or make the bundle again with --force",
     Hint.MAKE_VOICE: "make it again with ppx-voice, from the recording and this source",
+    Hint.MEASURED_ON_OTHERS: "leave --tokens out to use it, or measure on them with another --sensitivity",
     Hint.MEND_OR_OTHER_OUTPUT: "mend that, or choose another --output",
     Hint.MORE_FRAMES: "give more --frames (a voice takes up the first ones), or tokens in which the agent speaks",
     Hint.MOSHI_RECIPE: "use --recipe moshi-q4, moshi-q8 or bf16, or --target mlx",
@@ -48,4 +50,17 @@ HINTS = {
     Hint.VERIFY_FIRST: "run ppx-verify with --reference SOURCE first",
     Hint.WITHOUT_VOICE: "leave --voice out",
     Hint.WAIT_OR_OTHER_OUTPUT: "wait, or choose another --output",
+}
+
+# What mlx-lm's convert calls something, and what to give here instead.
+OF_MLX_LM = {
+    "--hf-path": "give the source as the first argument: ppx-convert SOURCE",
+    "--mlx-path": "use --output",
+    "-q": "quantizing is the default: choose it with --bits and --group-size, or leave it out with --no-quantize",
+    "--quantize": "quantizing is the default: choose it with --bits and --group-size",
+    "--q-bits": "use --bits",
+    "--q-group-size": "use --group-size",
+    "--quant-predicate": "use --recipe mixed, a recipe of your own, or --target-size",
+    "--upload-repo": "use --publish",
+    "--dequantize": "use --no-quantize with the original checkpoint",
 }

@@ -11,13 +11,13 @@ from . import bundle_argument, console, endings, options
 EXAMPLES = """\b
 Examples:
   ppx-inspect my-bundle
-      components, bytes, bits per weight, voices
+      show components, bytes, bits per weight, voices
   ppx-inspect my-bundle --check
       hash every file and compare with the manifest
   ppx-inspect demo --tensors --json
-      every tensor of a source, for a program
+      list every tensor of a source, for a program
   ppx-inspect me/personaplex-4bit --check
-      a bundle on the Hub, downloaded first
+      take a bundle on the Hub, downloaded first
 """
 
 app = console.application()
@@ -26,7 +26,9 @@ app = console.application()
 @app.command(epilog=EXAMPLES)
 @endings.reported
 def inspect_folder(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or Hub id of a source or bundle, or demo.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Take the folder or Hub id of a source or bundle, or demo.")
+    ],
     revision: bundle_argument.Revision = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Hash a bundle's files, compare with its manifest.")] = False,

@@ -20,7 +20,7 @@ Examples:
   ppx-install my-bundle --as me/personaplex-4bit --remove
       undo it
   ppx-install me/personaplex-q4
-      a bundle on the Hub, downloaded first; for moshi-mlx it shows the command lines
+      take a bundle on the Hub; for moshi-mlx it shows the command lines
 """
 
 app = console.application()
@@ -32,7 +32,9 @@ def install_bundle(
     bundle: bundle_argument.Bundle,
     identity: Annotated[
         str | None,
-        typer.Option("--as", metavar="USER/NAME", help="Its name there.  [default: its Hub id, or local/FOLDER]"),
+        typer.Option(
+            "--as", metavar="USER/NAME", help="Give it this name there.  [default: its Hub id, or local/FOLDER]"
+        ),
     ] = None,
     revision: bundle_argument.Revision = None,
     copy: Annotated[

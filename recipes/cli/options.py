@@ -1,80 +1,69 @@
 """Options that several programs share, so that they mean the same everywhere."""
 
-from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ...convert.bundle import shipped
-from ...convert.bundle.recipe import DTYPES
-from ...convert.bundle.recipe_choice import DEFAULT_GROUP_SIZE, DEFAULT_RECIPE
+from ...convert.bundle.recipe_choice import DEFAULT_GROUP_SIZE
 from ...convert.bundle.targets import DEFAULT as DEFAULT_TARGET
-from ...convert.bundle.targets import TARGETS
 from ...convert.source.tensors import COMPONENTS
-from ...model.mlx_device import ARITHMETICS, DEVICES
-from ...quant.affine import BITS, DEFAULT_METHOD_NAME, GROUP_SIZES, METHOD_NAMES, METHODS
-from ...verify.options import EMBEDDED, RECOGNIZERS
-from . import console
+from ...quant.affine import BITS, DEFAULT_METHOD_NAME, GROUP_SIZES, METHOD_NAMES
+from ...verify.options import EMBEDDED
+from . import choices, console
+from .choices import ArithmeticName as ArithmeticName
+from .choices import TargetName as TargetName
 
-TargetName = StrEnum("TargetName", {name: name for name in TARGETS})  # type: ignore[misc]
-DtypeName = StrEnum("DtypeName", {name: name for name in DTYPES})  # type: ignore[misc]
-MethodName = StrEnum("MethodName", {name: name for name in (*METHOD_NAMES, *METHODS)})  # type: ignore[misc]
-DeviceName = StrEnum("DeviceName", {name: name for name in DEVICES})  # type: ignore[misc]
-ArithmeticName = StrEnum("ArithmeticName", {name: name for name in ARITHMETICS})  # type: ignore[misc]
-RecognizerName = StrEnum("RecognizerName", {name: name for name in RECOGNIZERS})  # type: ignore[misc]
-
-
-def _or(values: Sequence[int]) -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}"
-
-
-Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that ppx-convert wrote.")]
-Checkpoint = Annotated[str, typer.Argument(metavar="SOURCE", help="The checkpoint: a Hub id, a folder, or demo.")]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Take the folder that ppx-convert wrote.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="SOURCE", help="Take a checkpoint: a Hub id, a folder, or demo.")]
 ConvertedSource = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="Hub id, folder with its five files, demo, demo:audio or demo:7b.")
+    str,
+    typer.Argument(metavar="SOURCE", help="Take a checkpoint: a Hub id, a folder, demo, demo:audio or demo:7b."),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
+Revision = Annotated[str | None, typer.Option(help="Take a branch, tag or commit of a Hub source.  [default: main]")]
 Adapter = Annotated[
-    str | None, typer.Option(metavar="FILE_OR_HUB_ID", help="LoRA of moshi-finetune to merge into the checkpoint.")
+    str | None, typer.Option(metavar="FILE_OR_HUB_ID", help="Merge a LoRA of moshi-finetune into the checkpoint.")
 ]
 FillDepformerSteps = Annotated[
     bool, typer.Option("--fill-depformer-steps", help="Copy steps 0-7 of a base Moshi to 8-15.")
 ]
 DepformerSteps = Annotated[
-    int | None, typer.Option(min=1, help="Keep only the first N; 8 are the agent's, the user's codebooks are given.")
+    int | None, typer.Option(min=1, help="Keep the first N only: 8 are the agent's.  [default: all]")
 ]
 TargetSize = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Of all files but manifest and report: 5.3GB, 800MB.")
+    str | None,
+    typer.Option(metavar="SIZE", help="Fit all files but manifest and report into 5.3GB, 800MB or the like."),
 ]
 BitsPerWeight = Annotated[
-    float | None, typer.Option(min=1, max=32, help="Of the whole model, scales and biases included.")
+    float | None, typer.Option(min=1, max=32, help="Fit the whole model, scales and biases included, into so many.")
 ]
 Keep = Annotated[
-    list[str] | None, typer.Option(metavar="COMPONENT", help=f"Stays float: {', '.join(COMPONENTS)}. Repeatable.")
+    list[str] | None, typer.Option(metavar="COMPONENT", help=f"Keep float: {', '.join(COMPONENTS)}. Repeatable.")
 ]
 Target = Annotated[
-    TargetName | None, typer.Option(help=f"What will load it.  [default: the recipe's, else {DEFAULT_TARGET}]")
+    TargetName | None, typer.Option(help=f"Choose what will load it.  [default: the recipe's, else {DEFAULT_TARGET}]")
 ]
 Method = Annotated[
-    MethodName | None,
+    choices.MethodName | None,
     typer.Option(
         metavar=f"[{'|'.join(METHOD_NAMES)}]",
-        help=f"Quantizer; mse is also called lsq.  [default: the recipe's, else {DEFAULT_METHOD_NAME}]",
+        help=f"Choose the quantizer; mse is also called lsq.  [default: the recipe's, else {DEFAULT_METHOD_NAME}]",
     ),
 ]
 OutputFolder = Annotated[
-    Path | None, typer.Option("--output", "-o", help="New folder.  [default: SOURCE-TARGET-RECIPE, here]")
+    Path | None, typer.Option("--output", "-o", help="Write a new folder.  [default: SOURCE-TARGET-RECIPE, here]")
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option(help=f"Shipped ({', '.join(shipped.names())}) or a TOML file.  [default: {DEFAULT_RECIPE}]"),
+    typer.Option(
+        help=f"Take a shipped one ({', '.join(shipped.names())}) or a TOML file.  [default: {choices.DEFAULT_RECIPES}]"
+    ),
 ]
-Bits = Annotated[int | None, typer.Option(help=f"Uniform recipe: {_or(BITS)}.")]
+Bits = Annotated[int | None, typer.Option(help=f"Quantize uniformly: {choices.either(BITS)}.")]
 GroupSize = Annotated[
-    int | None, typer.Option(help=f"Uniform recipe: {_or(GROUP_SIZES)}.  [default: {DEFAULT_GROUP_SIZE}]")
+    int | None,
+    typer.Option(help=f"Quantize in groups of {choices.either(GROUP_SIZES)}.  [default: {DEFAULT_GROUP_SIZE}]"),
 ]
 FineTune = Annotated[
     int,
@@ -83,29 +72,34 @@ FineTune = Annotated[
         "--fine-tune",
         min=0,
         metavar="STEPS",
-        help="With --method gptq: fine-tune codes, scales and biases together; 600 steps are usual.",
+        help="Fine-tune codes, scales and biases together, with --method gptq; 600 steps are usual.",
     ),
 ]
 Dtype = Annotated[
-    DtypeName | None, typer.Option(help="Of floats, scales and biases.  [default: the recipe's or the target's]")
+    choices.DtypeName | None,
+    typer.Option(help="Store floats, scales and biases in it.  [default: the recipe's or the target's]"),
 ]
 CalibrationTokens = Annotated[
     Path | None,
     typer.Option(
-        "--tokens", "--calibration", help="Calibration tokens [N, streams, T].  [default: self-generated by the model]"
+        "--tokens",
+        "--calibration",
+        help="Read calibration tokens [N, streams, T].  [default: self-generated by the model]",
     ),
 ]
 Controls = Annotated[
     list[int] | None, typer.Option(metavar="BITS", help="Compare with plain rounding at these bits too. Repeatable.")
 ]
-Recognizer = Annotated[RecognizerName | None, typer.Option(help=f"What transcribes the answer.  [default: {EMBEDDED}]")]
-Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the bundle with its source at the end.")]
-Jobs = Annotated[int | None, typer.Option(min=1, max=256, help="Threads.  [default: one per core]")]
-Codec = Annotated[Path | None, typer.Option(help="File of Mimi's weights.  [default: the bundle's]")]
-Arithmetic = Annotated[
-    ArithmeticName | None, typer.Option(help="Of activations.  [default: bundle on a GPU, else float32]")
+Recognizer = Annotated[
+    choices.RecognizerName | None, typer.Option(help=f"Choose what transcribes the answer.  [default: {EMBEDDED}]")
 ]
-Device = Annotated[DeviceName | None, typer.Option(help="Where to compute.  [default: gpu if MLX has one, else cpu]")]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the bundle with its source at the end.")]
+Jobs = Annotated[int | None, typer.Option(min=1, max=256, help="Use so many threads.  [default: one per core]")]
+Codec = Annotated[Path | None, typer.Option(help="Read Mimi's weights from a file.  [default: the bundle's]")]
+Arithmetic = Annotated[
+    ArithmeticName | None, typer.Option(help="Compute in it.  [default: bundle on a GPU, else float32]")
+]
+Device = Annotated[choices.DeviceName | None, typer.Option(help="Compute there.  [default: gpu if there is one]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; errors go to standard error.")]
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show the traceback behind a one-line error; so does PPX_DEBUG=1.")

@@ -14,8 +14,9 @@ EXAMPLES = """\b
 Examples:
   ppx-publish my-bundle me/personaplex-4bit --dry-run
       show what would go up, without network
-  ppx-publish my-bundle me/tune-4bit --base-model me/tune --dry-run --show-card
-      print the model card that would go up, which names the fine-tune as its base model
+  ppx-publish my-bundle me/tune-4bit --base-model me/tune \\
+      --dry-run --show-card
+      print the model card that would go up, with the fine-tune as base model
   ppx-publish my-bundle me/personaplex-4bit --private
       upload it where only you see it
   ppx-publish my-bundle someone/personaplex-4bit --create-pr
@@ -29,18 +30,18 @@ app = console.application()
 @partial(endings.reported, interrupted="interrupted: run the same command again to resume: uploaded files are skipped")
 def publish_bundle(
     bundle: options.Bundle,
-    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to; made if it is not there.")],
+    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="Upload there; made if it is not there.")],
     private: Annotated[bool, typer.Option("--private", help="Make a repository that only you see.")] = False,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request; the repository stays.")] = False,
     revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="A branch, made if it is not there.  [default: main]")
+        str | None, typer.Option(metavar="BRANCH", help="Upload to a branch, made if it is not there.  [default: main]")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Publish without a report that it is intact; the card then says so.")
     ] = False,
     base_model: publish_options.BaseModel = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up; needs no network.")] = False,
-    show_card: Annotated[bool, typer.Option("--show-card", help="With --dry-run: print the model card only.")] = False,
+    show_card: Annotated[bool, typer.Option("--show-card", help="Print the model card only, with --dry-run.")] = False,
     as_json: options.Json = False,
     _debug: options.Debug = False,
     _version: options.Version = False,

@@ -11,10 +11,10 @@ PublishTo = Annotated[
     str | None,
     typer.Option("--publish", metavar="USER/NAME", help="Upload it if it is intact; see ppx-publish."),
 ]
-Private = Annotated[bool, typer.Option("--private", help="With --publish: where only you see it.")]
+Private = Annotated[bool, typer.Option("--private", help="Publish where only you see it.")]
 BaseModel = Annotated[
     str | None,
-    typer.Option(metavar="USER/NAME", help="What the model card names as base model, for a source in a local folder."),
+    typer.Option(metavar="USER/NAME", help="Give the model card this base model, for a local source."),
 ]
 
 

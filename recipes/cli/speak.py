@@ -4,7 +4,6 @@ import json
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,14 +22,16 @@ EXAMPLES = """\b
 Examples:
   ppx-speak my-bundle question.wav -o answer.wav
       answer a recording: a WAV of the same length, and the words as they come
-  ppx-speak my-bundle question.wav -o answer.wav --voice NATM1 --prompt "You run a small bakery." --seed 3
-      another voice, another role, another answer
-  ppx-speak my-bundle question.wav -o answer.wav --voice me.wav --consent "I am the speaker, and agree to this."
-      in a voice of your own; ppx-voice keeps it in a file
+  ppx-speak my-bundle question.wav -o answer.wav --voice NATM1 --seed 3 \\
+      --prompt "You run a small bakery."
+      answer with another voice, in another role
+  ppx-speak my-bundle question.wav -o answer.wav --voice me.wav \\
+      --consent "I am the speaker, and agree to this."
+      answer in a voice of your own; ppx-voice keeps it in a file
   ppx-speak my-bundle --live
       talk to it through microphone and headphones
   ppx-speak me/personaplex-4bit question.wav -o answer.wav
-      a bundle on the Hub, downloaded first
+      take a bundle on the Hub, downloaded first
 """
 
 app = console.application()
@@ -40,11 +41,9 @@ app = console.application()
 @partial(endings.reported, interrupted="interrupted: no answer was written")
 def speak(
     where: bundle_argument.Bundle,
-    question: Annotated[
-        Path | None, typer.Argument(metavar="[QUESTION]", help="Recording to answer, of any sample rate.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="ANSWER", help="WAV file to write.")] = None,
-    live: Annotated[bool, typer.Option("--live", help="Use microphone and speaker instead, until Ctrl-C.")] = False,
+    question: speak_options.Question = None,
+    output: speak_options.Output = None,
+    live: speak_options.Live = False,
     voice: speak_options.Voice = None,
     consent: voice_options.SpeakerConsent = None,
     prompt: speak_options.Prompt = PROMPT,
@@ -85,13 +84,15 @@ def speak(
     with computing_on(device and str(device)):
         chosen = GREEDY if greedy else replace(sampling_in(bundle), **settings)
         how = SpeakOptions(voice, prompt, chosen, seed, arithmetic and str(arithmetic), codec, consent)
-        write = partial(typer.echo, nl=False)
+        noise = answers.made_of_noise(bundle)
+        write = (lambda _: None) if noise else partial(typer.echo, nl=False)
+        console.say(noise) if noise and not as_json else None
         if question is None or output is None:
             listening = partial(console.say, "listening: speak, and end with Ctrl-C (headphones avoid an echo)")
             answers.talk(bundle, how, show=write, ready=listening, silent=False)
             typer.echo()
             return
-        quiet = not as_json and sys.stdout.isatty()  # words show how far it is
+        quiet = not as_json and not noise and sys.stdout.isatty()  # words show how far it is
         done = answers.answer(
             bundle,
             question,
@@ -105,7 +106,7 @@ def speak(
         summary = {"output": str(output), "seconds": done.seconds, "text": done.text, "voice": done.voice or None}
         console.show(json.dumps(summary | {"seed": seed, "took": round(done.took, 3)}, ensure_ascii=False))
     else:
-        typer.echo()
+        typer.echo(nl=noise is None)
         console.say(done.line)
 
 

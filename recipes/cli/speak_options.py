@@ -1,5 +1,6 @@
 """Options of a conversation."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,11 @@ Voice = Annotated[
     str | None,
     typer.Option(help=f"Speak with one of the bundle's, a recording, or a file of ppx-voice.  [default: {VOICE}]"),
 ]
+Question = Annotated[
+    Path | None, typer.Argument(metavar="[QUESTION]", help="Answer this recording, of any sample rate.")
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="ANSWER", help="Write this WAV file.")]
+Live = Annotated[bool, typer.Option("--live", help="Use microphone and speaker instead, until Ctrl-C.")]
 Prompt = Annotated[str, typer.Option(help="Give it a role, as a text prompt.")]
 Greedy = Annotated[bool, typer.Option("--greedy", help="Take the top-1 token always.")]
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 63) - 1, help="Begin sampling with it.")]

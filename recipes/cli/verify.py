@@ -16,19 +16,20 @@ from . import bundle_argument, console, endings, options, two_bundles, verify_op
 EXAMPLES = """\b
 Examples:
   ppx-verify my-bundle --reference nvidia/personaplex-7b-v1
-      compare a bundle with its checkpoint, and write my-bundle/parity/report.html
-  ppx-verify my-bundle --reference ./my-finetune --tokens heldout.safetensors --sequences 24 --frames 200
-      the same, on recorded conversations
+      compare a bundle with its checkpoint; see my-bundle/parity/report.html
+  ppx-verify my-bundle --reference ./my-finetune \\
+      --tokens heldout.safetensors --sequences 24 --frames 200
+      compare on recorded conversations
   ppx-verify my-bundle --round-trip question.wav
-      let it answer a recording, and transcribe the answer with a speech recognizer
+      answer a recording, and transcribe the answer with a speech recognizer
   ppx-verify my-bundle --reference ./my-finetune --controls 8
-      say how much it loses beside plain rounding at its own bits, and at 8
+      compare with plain rounding at its own bits, and at 8
   ppx-verify my-4bit my-8bit
       say which is nearer to the original, and what differs most
   ppx-verify my-4bit my-8bit --listen question.wav -o listen.html
       make a page on which people compare answers of both by ear, blindly
   ppx-verify me/personaplex-4bit
-      take a bundle on the Hub: the report goes into me--personaplex-4bit, here
+      take a bundle on the Hub; its report goes into me--personaplex-4bit
 """
 
 app = console.application()

@@ -15,10 +15,12 @@ from . import console, endings, options, voice_options
 
 EXAMPLES = f"""\b
 Examples:
-  ppx-voice {DEFAULT} me.wav --name mine --consent "I am the speaker, and agree to this use of my voice."
+  ppx-voice {DEFAULT} me.wav --name mine \\
+      --consent "I am the speaker, and agree to this use of my voice."
       write mine.safetensors, for ppx-convert --voice and ppx-speak --voice
-  ppx-voice ./my-finetune anna.flac -o voices/anna.safetensors --consent "Anna Example agreed on 28 November 2026."
-      for another checkpoint: a voice belongs to the embedding tables of one
+  ppx-voice ./my-finetune anna.flac -o voices/anna.safetensors \\
+      --consent "Anna Example agreed on 28 November 2026."
+      make one for another checkpoint: a voice belongs to one
 """
 
 app = console.application()
@@ -28,10 +30,11 @@ app = console.application()
 @partial(endings.reported, interrupted="interrupted: no voice was written")
 def voice(
     where: options.Checkpoint,
-    recording: Annotated[Path, typer.Argument(metavar="RECORDING", help="0.4 to 60 s of one person, at any rate.")],
-    name: Annotated[str | None, typer.Option(help="Name of the voice.  [default: the recording's]")] = None,
+    recording: Annotated[Path, typer.Argument(metavar="RECORDING", help="Read 0.4 to 60 s of one person.")],
+    name: Annotated[str | None, typer.Option(help="Give the voice a name.  [default: the recording's]")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="[default: NAME.safetensors, here]")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write this file.  [default: NAME.safetensors, here]"),
     ] = None,
     consent: voice_options.Consent = None,
     revision: options.Revision = None,

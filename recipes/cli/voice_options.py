@@ -14,13 +14,13 @@ from . import console
 
 AddedVoices = Annotated[
     list[Path] | None,
-    typer.Option("--voice", metavar="FILE", help="Recording, or file of ppx-voice, to add as a voice. Repeatable."),
+    typer.Option("--voice", metavar="FILE", help="Make a voice of a recording, or take one of ppx-voice. Repeatable."),
 ]
 Consent = Annotated[
     str | None,
-    typer.Option(metavar="WORDS", help="For a recording: who agreed to what, in words. It is stored and published."),
+    typer.Option(metavar="WORDS", help="Say who agreed to what, for a recording. It is stored and published."),
 ]
-SpeakerConsent = Annotated[str | None, typer.Option(metavar="WORDS", help="For a recording: who agreed to what.")]
+SpeakerConsent = Annotated[str | None, typer.Option(metavar="WORDS", help="Say who agreed to what, for a recording.")]
 
 
 def added(paths: Sequence[Path] | None, consent: str | None, dry_run: bool = False) -> VoicesOf:

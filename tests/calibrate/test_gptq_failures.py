@@ -8,8 +8,8 @@ import pytest
 import torch
 from ppx.calibrate import self_generated
 from ppx.calibrate.dataset import quantizer_of
-from ppx.calibrate.layerwise import quantized_rows
 from ppx.calibrate.parameters import take_step
+from ppx.calibrate.quantized_model import quantized_rows
 from ppx.convert import preparation
 from ppx.convert.bundle.build import build
 from ppx.convert.bundle.plan import make_plan

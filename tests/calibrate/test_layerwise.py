@@ -1,6 +1,7 @@
 """Layer-wise GPTQ by the command: what it gains, that it resumes, and what it reports."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from ppx.calibrate import layerwise, tuning
 from ppx.calibrate.dataset import quantizer_of
 from ppx.calibrate.layerwise import BlockTuning
+from ppx.calibrate.quantized_model import quantized_weights
 from ppx.calibrate.tuning import Schedule
 from ppx.convert import preparation
 from ppx.convert.bundle.plan import Plan, make_plan
@@ -180,7 +182,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, t
 def loss_of(source: Source, plan: Plan, token_set: TokenSet, store: QuantizedStore) -> float:
     """The divergence that fine-tuning minimizes, on its calibration tokens."""
     original = reference_of(source.checkpoint)
-    weights = layerwise.quantized_weights(source, quantizations_of(plan.outputs), store)
+    weights = quantized_weights(source, quantizations_of(plan.outputs), store)
     batch = tuning.Batch(token_set.tokens, token_set.targets, torch.from_numpy(token_set.counted))
     with torch.no_grad():
         return tuning.divergence(replace(original, weights=weights), original, batch).item()
@@ -299,6 +301,77 @@ def test_computing_blocks_again_changes_no_gradient(opened):
         gradients.append(leaf.grad)
     assert gradients[0].abs().max() > 0
     assert torch.allclose(gradients[0], gradients[1], rtol=1e-4, atol=1e-9)
+
+
+class Bar:
+    """A progress bar that counts."""
+
+    def __init__(self, total):
+        self.total, self.counts, self.details = total, [], []
+
+    def update(self, more):
+        self.counts.append(more)
+
+    def set_postfix_str(self, text, **_):
+        self.details.append(text)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["anew", "resumed"])
+def test_progress_counts_the_work(begun, opened, few, solved, store_at, monkeypatch, tmp_path):
+    """All that is computed is counted, what an earlier run did is not, and no piece is most of it."""
+    bars = []
+
+    def shown(_label, total, _unit, _quiet):
+        bars.append(Bar(total))
+        return bars[-1]
+
+    source, plan = opened
+    tokens = read_tokens(few, source.architecture, None, None)
+    store, kept = store_at(tmp_path / "store", "mark"), 0
+    if begun:
+        shutil.copytree(solved, tmp_path / "store", dirs_exist_ok=True)
+        index = json.loads((tmp_path / "store" / "solution.json").read_text())
+        files = list(dict.fromkeys(file for _, _, file in index["parts"]))
+        index["parts"] = [part for part in index["parts"] if part[2] in files[: len(files) // 2]]
+        (tmp_path / "store" / "solution.json").write_text(json.dumps(index))
+        kept = len(index["parts"])
+        store = store_at(tmp_path / "store", "mark")
+    monkeypatch.setattr(layerwise, "bar", shown)
+    layerwise.quantize_model(source, plan.outputs, tokens, store, quiet=True)
+    bar = bars[0]
+    assert sum(bar.counts) == pytest.approx(bar.total)
+    assert max(bar.counts) < 0.2 * bar.total
+    assert bar.counts[0] > 0
+    count = len(store.files)
+    assert bar.details[-1] == f"{count} of {count} matrices"
+    assert bar.details[0] == f"{kept + 1} of {count} matrices"
+
+
+def test_an_interrupt_says_how_many_matrices_are_kept(program, pico, few, tmp_path):
+    options = ("ppx-convert", pico, "--method", "gptq", "--tokens", few, "-o", "out")
+    moment = Moment("os.rename", "solution.json", 4, after=True)
+    done = program(*options, cwd=tmp_path, status=130, stop=(moment, signal.SIGINT))
+    line = done.stderr.splitlines()[-1]
+    assert re.fullmatch(r"interrupted: \d+ of \d+ matrices are kept; run the same command again to resume", line), (
+        done.stderr
+    )
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--recipe", "8bit"), ("--no-quantize",)])
+def test_tokens_without_gptq_are_an_error_everywhere(more, program, pico, few, tmp_path):
+    """Before anything is read: the source is not looked at."""
+    done = program("ppx-convert", pico, "--tokens", few, *more, "-o", "out", cwd=tmp_path, status=2)
+    assert done.stderr == (
+        "error: calibration tokens and fine-tuning are for the method gptq: "
+        "leave --tokens and --refine out, or choose --method gptq\n"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_for_another_method_are_refused(program, pico, few, tmp_path):

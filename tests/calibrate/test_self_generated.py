@@ -1,6 +1,7 @@
 """Self-generated calibration tokens."""
 
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from golden import streaming
 from ppx.calibrate import self_generated
+from ppx.calibrate.self_generated import KeptSessions
 from ppx.convert.errors import UserError
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model import torch_device as devices
@@ -19,6 +21,7 @@ from ppx.model.reference import TorchModel, kept_by, reference_of, rows_of
 from ppx.model.session import Frame, greedy, sessions, system_prompt, top1
 from ppx.model.tokens import SELF_GENERATED, from_tokens, read_tokens
 from safetensors.numpy import load_file
+from stopping import Moment
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +124,63 @@ def test_the_programs_speak_where_nothing_is_given(program, pico, tmp_path):
     convert = ("ppx-convert", pico, "--method", "gptq", "--bits", "3", "-o", "out", "--calibration", "own.safetensors")
     program(*convert, cwd=tmp_path)
     assert SELF_GENERATED in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_generation_that_is_killed_resumes(program, pico, tmp_path):
+    options = ("ppx-calibrate", pico, "--sessions", "6", "--frames", "12")
+    program(*options, "-o", "whole.safetensors", cwd=tmp_path)
+    unfinished = "own.safetensors.unfinished"
+
+    def stop(number, signal_number, status):
+        moment = Moment("os.rename", unfinished, number, after=True)
+        return program(*options, "-o", "own.safetensors", cwd=tmp_path, status=status, stop=(moment, signal_number))
+
+    stopped = stop(1, signal.SIGINT, 130)
+    assert "generated conversations are kept; run the same command again to resume" in stopped.stderr
+    kept = len(load_file(tmp_path / unfinished)["tokens"])
+    stop(1, signal.SIGKILL, -signal.SIGKILL)
+    assert len(load_file(tmp_path / unfinished)["tokens"]) > kept
+    program(*options, "-o", "own.safetensors", cwd=tmp_path)
+    assert (tmp_path / "own.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"own.safetensors", "whole.safetensors"}
+
+
+def test_what_is_kept_of_other_sessions_is_not_used(source, tmp_path):
+    a, sizes = source.architecture, [2, 1, 3]
+    tokens = np.arange(3 * 17 * 5, dtype=np.int32).reshape(3, 17, 5) % 30
+    kept = KeptSessions(tmp_path / "x.unfinished", "mark")
+    assert kept.read(sizes, 5, a) == []
+    kept.write([tokens[:2], tokens[2:]], sizes)
+    first, second = kept.read(sizes, 5, a)
+    assert (first == tokens[:2]).all()
+    assert (second == tokens[2:]).all()
+    assert KeptSessions(kept.path, "other").read(sizes, 5, a) == []
+    assert kept.read([1, 2, 3], 5, a) == []
+    assert kept.read(sizes, 6, a) == []
+    assert kept.read(sizes, 5, replace(a, card=20)) == []
+    kept.path.write_bytes(kept.path.read_bytes()[:-50])
+    assert kept.read(sizes, 5, a) == []
+
+
+def test_its_progress_counts_all_that_is_computed(source, monkeypatch):
+    counted = []
+
+    class Bar:
+        def __init__(self, total):
+            self.total = total
+
+        def update(self, more):
+            counted.append(more)
+
+        def set_postfix_str(self, text, **_):
+            assert text.endswith("conversations")
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            assert sum(counted) == self.total
+
+    monkeypatch.setattr(self_generated, "bar", lambda _label, total, _unit, _quiet: Bar(total))
+    self_generated.generate(source, 4, 3, True)
+    assert counted

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from ppx.calibrate import measurement, sensitivity, weight_only
-from ppx.calibrate.allocation import AllocationRequest, Budget, best_recipe, size_of
+from ppx.calibrate.allocation import AllocationRequest, Budget, best_recipe, check_budget, size_of, smallest_plan
+from ppx.calibrate.kept_measurement import KeptMeasurement
 from ppx.calibrate.sensitivity import TensorGroup
 from ppx.convert import preparation
 from ppx.convert.bundle import shipped
@@ -27,6 +29,7 @@ from ppx.model.reference import reference_of
 from ppx.model.tokens import TokenSet, read_tokens
 from ppx.quant.affine import BITS, QuantizationConfig, dequantize, quantize
 from safetensors.numpy import load_file, save_file
+from stopping import Moment
 
 SCALES = np.dtype(np.float32)
 
@@ -403,10 +406,101 @@ def test_the_program_refuses_what_contradicts_itself(program, pico, tmp_path):
 
 
 def test_measurements_of_another_source_are_refused(program, pico, few, measured, tmp_path):
-    sensitivity.write(replace(measured[2], fingerprint="another"), tmp_path / "held.json")
+    sensitivity.write(replace(measured[2], fingerprint="another", source="another"), tmp_path / "held.json")
     given = ("--tokens", few, "--sensitivity", "held.json", "--bits-per-weight", "4", "-o", "a.toml")
     done = program("ppx-allocate", pico, *given, cwd=tmp_path, status=2)
     assert "measured on another source" in done.stderr
+
+
+def test_measurements_are_used_without_their_tokens_and_refused_with_others(program, pico, few, held, tmp_path):
+    """Nothing is generated or measured anew in silence; the number of steps that are kept changes nothing."""
+    common = ("ppx-allocate", pico, "--sensitivity", held, "--bits-per-weight", "4.5")
+    done = program(*common, "--depformer-steps", "8", "-o", "a.toml", cwd=tmp_path)
+    assert done.stdout.endswith("measured on 6 of 6 sequences of 60 frames\n")
+    assert f"wrote a.toml; next: ppx-convert {pico} --recipe a.toml\n" in done.stdout
+    save_file({"tokens": load_file(few)["tokens"][:4].copy()}, tmp_path / "others.safetensors")
+    others = program(*common, "--tokens", "others.safetensors", "-o", "b.toml", cwd=tmp_path, status=2)
+    assert others.stderr == (
+        f"error: {held}: was measured on other tokens than others.safetensors (6 of 6 sequences of 60 frames): "
+        "leave --tokens out to use it, or measure on them with another --sensitivity\n"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"a.toml", "others.safetensors"}
+
+
+def test_measurements_of_an_earlier_version_need_their_tokens(program, pico, few, measured, tmp_path):
+    sensitivity.write(replace(measured[2], source=""), tmp_path / "old.json")
+    common = ("ppx-allocate", pico, "--sensitivity", "old.json", "--bits-per-weight", "4.5")
+    done = program(*common, "-o", "a.toml", cwd=tmp_path, status=2)
+    assert "does not say which source it was measured on: give those as --tokens" in done.stderr
+    program(*common, "--tokens", few, "-o", "a.toml", cwd=tmp_path)
+
+
+def test_a_size_below_the_smallest_bundle_is_refused_before_anything_is_measured(program, pico, tmp_path):
+    for name, output in (("ppx-allocate", "a.toml"), ("ppx-convert", "out")):
+        for more in ((), ("--target", "moshi-mlx")):
+            done = program(name, pico, "--target-size", "1KB", *more, "-o", output, cwd=tmp_path, status=2)
+            assert re.fullmatch(
+                r"error: 1kB: the smallest bundle for [\w-]+ is larger \([\d.]+ MB or \d+ bytes, .*: give at .*\n",
+                done.stderr,
+            )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["mlx", "moshi-mlx", "speech-swift"])
+def test_the_smallest_bundle_is_known_without_a_measurement(target, measured):
+    source, _, found = measured
+    inventory = preparation.inventory(source)
+
+    def request(budget):
+        return AllocationRequest(budget, target, "float16", "lsq")
+
+    smallest = smallest_plan(inventory, request(Budget(1))).nbytes
+    check_budget(inventory, request(Budget(smallest)))
+    assert best_recipe(inventory, request(Budget(smallest)), found).nbytes == smallest
+    with pytest.raises(UserError, match=f"{smallest} bytes"):
+        check_budget(inventory, request(Budget(smallest - 1)))
+
+
+def test_a_measurement_that_is_stopped_and_killed_resumes(program, pico, few, held, tmp_path):
+    options = ("ppx-allocate", pico, "--tokens", few, "--bits-per-weight", "4.5", "-o", "a.toml")
+    unfinished = "a.sensitivity.json.unfinished"
+
+    def stop(number, signal_number, status):
+        moment = Moment("os.rename", unfinished, number, after=True)
+        return program(*options, cwd=tmp_path, status=status, stop=(moment, signal_number))
+
+    stopped = stop(1, signal.SIGINT, 130)
+    assert stopped.stderr.endswith(
+        "interrupted: 1 of 11 parts of the measurement are kept; run the same command again to resume\n"
+    )
+    stop(2, signal.SIGKILL, -signal.SIGKILL)
+    assert {path.name for path in tmp_path.iterdir()} == {unfinished}
+    assert len(json.loads((tmp_path / unfinished).read_text())["units"]) == 3
+    program(*options, cwd=tmp_path)
+    assert (tmp_path / "a.sensitivity.json").read_bytes() == held.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.toml", "a.sensitivity.json"}
+
+
+def test_what_is_kept_of_another_measurement_is_not_used(tmp_path):
+    path = tmp_path / "m.json.unfinished"
+    kept = KeptMeasurement.open(path, "mark")
+    kept.add("0.0", {"text": 3, "agent": 4}, {"a": {"4": {"text": 0.5, "agent": 1.25}}})
+    again = KeptMeasurement.open(path, "mark")
+    assert again.units == kept.units
+    assert again.has("0.0", ["a"], [4])
+    assert not again.has("0.0", ["a", "b"], [4])
+    assert not again.has("0.0", ["a"], [4, 8])
+    assert KeptMeasurement.open(path, "other").units == {}
+    text = path.read_text()
+    for wrong in (
+        "{",
+        "[]",
+        text.replace("0.5", "NaN"),
+        text.replace('"counts"', '"count"'),
+        text.replace("3,", "-1,"),
+    ):
+        path.write_text(wrong)
+        assert KeptMeasurement.open(path, "mark").units == {}, wrong
 
 
 def test_a_conversion_to_a_size(program, pico, few, held, tmp_path):

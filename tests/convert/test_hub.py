@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from hub_server import Repository, Server, running, sha256
-from ppx.convert.file_names import FILES
+from ppx.convert.file_names import CODEC, FILES, TOKENIZER
 from sources import base_moshi, rename, shard
 
 REPOSITORY = "someone/personaplex-tune"
@@ -107,6 +107,7 @@ def test_a_process_killed_in_the_middle_loses_nothing_that_was_written(convert, 
         "    def __enter__(self): return self\n"
         "    def __exit__(self, *_): pass\n"
         "    def set_postfix_str(self, *_, **__): pass\n"
+        "    def skip(self, _): pass\n"
         "    def update(self, count):\n"
         "        Bar.seen += count\n"
         "        if Bar.seen > 1 << 20: print(Bar.seen, flush=True); time.sleep(60)\n"
@@ -381,5 +382,49 @@ def test_a_dry_run_downloads_nothing(convert, hub, tmp_path):
     done = convert(REPOSITORY, "--dry-run")
     assert "is not on this machine" in done.stderr
     assert "8,371,408,896 parameters" in done.stdout
+    assert f"{REPOSITORY}: its model.safetensors has 9," in done.stderr
+    assert re.search(r"^download: 9\.\d+ MB from the Hub, about \d+ s at 100 Mbit/s$", done.stdout, re.MULTILINE)
     assert hub.log == []
     assert not (tmp_path / "hf" / "hub").exists() or not list((tmp_path / "hf" / "hub").glob("models--*"))
+
+
+def test_a_dry_run_of_what_is_not_on_the_hub_is_an_error(convert):
+    done = convert("nvidia/nothing-like-that", "--dry-run", status=2)
+    assert "nvidia/nothing-like-that: not found on the Hub, or private" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "has no revision 'v9'" in convert(REPOSITORY, "--dry-run", "--revision", "v9", status=2).stderr
+    done = convert("nvidia/nothing-like-that", "--dry-run", HF_HUB_OFFLINE="1")
+    assert "the Hub was not reached: whether it has nvidia/nothing-like-that" in done.stderr
+    assert "download: 17.13 GB from the Hub, about 23 min at 100 Mbit/s" in done.stdout
+    done = convert("nvidia/nothing-like-that", "--dry-run", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "the Hub was not reached" in done.stderr
+
+
+def test_a_dry_run_counts_what_a_source_has(convert, hub):
+    """Shards, no voices, and files of which config.json alone knows the names; nothing of it is downloaded."""
+    files = {f"model-0000{number}-of-00002.safetensors": b"x" * 1000 * number for number in (1, 2)}
+    files |= {"model.safetensors.index.json": b"{}", CODEC: b"c" * 70, TOKENIZER: b"t" * 5, "config.json": b"{}"}
+    hub.repositories["me/tune"] = Repository(files | {"notes.bin": b"n" * 10**6})
+    done = convert("me/tune", "--target", "mlx", "--dry-run", "--json")
+    planned = json.loads(done.stdout)
+    assert planned["download_bytes"] == sum(map(len, files.values())) - len("{}")  # an index is not counted
+    assert not any(name.startswith("voices/") for name in planned["files"])
+    assert "its model.safetensors has 3,000 bytes, other than that of nvidia/personaplex-7b-v1" in done.stderr
+    hub.repositories["me/other"] = Repository({"weights.safetensors": b"x", CODEC: b"c", "config.json": b"{}"})
+    done = convert("me/other", "--dry-run")
+    lacking = f"me/other: has no model.safetensors, {TOKENIZER}: its config.json may name other files"
+    assert lacking in done.stderr
+    hub.repositories["me/nothing"] = Repository({"notes.bin": b"x", CODEC: b"c"})
+    done = convert("me/nothing", "--dry-run", status=2)
+    assert "me/nothing: has no model.safetensors: is this the right repository?" in done.stderr
+    assert f"me/nothing: has no {TOKENIZER}" in done.stderr
+    assert hub.log == []
+
+
+def test_a_dry_run_of_what_is_in_the_cache_downloads_nothing(convert):
+    convert(REPOSITORY, "-o", "out")
+    done = convert(REPOSITORY, "--dry-run", "--json")
+    planned = json.loads(done.stdout)
+    assert planned["download_bytes"] == 0
+    assert planned["conversion_seconds"] > 0
+    assert "not on this machine" not in done.stderr

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from ppx.calibrate.layerwise import quantized_weights
+from ppx.calibrate.quantized_model import quantized_weights
 from ppx.convert import preparation
 from ppx.convert.bundle.build import build
 from ppx.convert.bundle.output_tensor import Output

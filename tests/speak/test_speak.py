@@ -20,8 +20,8 @@ from ppx.convert.source.mimi import FRAME, RATE
 from ppx.model.forward import Floats, Tokens
 from ppx.model.prompt import PROMPT, prompt_tokens
 from ppx.recipes.cli import speak, verify
-from ppx.speak import audio_files, benchmark, generation, microphone
-from ppx.speak.benchmark import Benchmark
+from ppx.speak import answers, audio_files, benchmark, generation, microphone
+from ppx.speak.benchmark import Benchmark, FrameTimes, PartTimes, PeakMemory, Prefill
 from ppx.speak.benchmark import text as bench_text
 from ppx.speak.language_model import Runtime
 from ppx.speak.sampling import GREEDY
@@ -294,6 +294,47 @@ def test_bench_counts_what_a_frame_takes(program, demos, codec, tmp_path):
     printed = bench_text(Benchmark.from_json(found))
     assert "real time factor" in printed
     assert "without a codec" in bench_text(Benchmark.from_json(longer))
+    table = found["table"]
+    assert list(table) == ["temporal", "depformer", "codec", "total"]
+    assert all(0 < times["p50"] <= times["p95"] for times in table.values())
+    for part in ("p50", "p95"):
+        assert table["total"][part] == pytest.approx(found["frame"][part] + table["codec"][part])
+
+
+@pytest.mark.parametrize(
+    ("p50", "p95", "words"),
+    [
+        (0.05, 0.06, "fast enough to talk to: 95 % of frames take at most 60.0 ms of 80.0 ms, real time factor 0.75"),
+        (0.07, 0.09, "too slow to talk to, it would stutter: 95 % of frames take at most 90.0 ms of 80.0 ms"),
+        (0.2, 0.24, "too slow to talk to: 95 % of frames take at most 240.0 ms of 80.0 ms, real time factor 3.00"),
+    ],
+)
+def test_a_benchmark_has_one_table_and_one_verdict_that_fits_it(p50, p95, words):
+    third = PartTimes(p50 / 3, p95 / 3)
+    figures = Benchmark(
+        FrameTimes(p50, p95, p95, p50), 1.0, 1.0, 1.0, 1.0, (), Prefill(1.0, 80), {"temporal": 0.1},
+        {"temporal": third, "depformer": third, "codec": third, "total": PartTimes(p50, p95)},
+        1, 1.0, 0.01, PeakMemory(1, 1), 10, 16, "4bit", "mlx", "float32", "here",
+    )  # fmt: skip
+    lines = bench_text(figures).splitlines()
+    assert lines[1].split() == ["ms", "a", "frame", "median", "95", "%", "of", "80", "ms"]
+    rows = [line.split() for line in lines[2:6]]
+    assert [row[0] for row in rows] == ["temporal", "depformer", "codec", "total"]
+    assert rows[3] == ["total", f"{1000 * p50:.1f}", f"{1000 * p95:.1f}", f"{p50 / 0.08:.0%}"]
+    assert lines[6].startswith(words)
+    assert sum("real time" in line for line in lines) == 1
+
+
+def test_words_of_random_weights_are_called_noise(conversation):
+    folder = conversation[0]
+    line = answers.made_of_noise(folder / "demo-audio")
+    assert line is not None
+    assert line.endswith("made from demo:audio, whose weights are random: its words are noise and are not shown")
+    assert conversation[1][1].strip() == ""
+
+
+def test_words_of_trained_weights_are_not(bundle):
+    assert answers.made_of_noise(bundle("--recipe", "4bit")) is None
 
 
 def meant(
