@@ -9,7 +9,7 @@ streams again.
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized, dequantiz
 from ..quant.gptq import FALLBACK, Inputs, Moments, Outcome, Prepared, gptq_with_retries
 from . import weight_only
 from .block_tuning import tune_block
+from .gradients import output_gradients
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
 from .work import STREAM_BYTES, inputs_are_kept
@@ -66,7 +67,8 @@ class LayerwiseRun:
     """The original and the quantized model, and the matrices to quantize.
 
     quantizations: of each matrix, with the dtype of its scales. models: ``original`` and ``quantized``. kept: the
-    weights of a block that each of them has read. tuning: of each block, after its matrices are quantized.
+    weights of a block that each of them has read. tuning: of each block, after its matrices are quantized. gradients:
+    at the outputs of matrices, see ``gradients.output_gradients``.
     """
 
     source: Source
@@ -76,6 +78,7 @@ class LayerwiseRun:
     kept: dict[str, dict[MatrixKey, Tensor]]
     tuning: BlockTuning
     bar: "tqdm[Any]"
+    gradients: dict[MatrixKey, Tensor] = field(default_factory=dict)
 
     def data_driven(self, names: Sequence[str]) -> list[MatrixKey]:
         """Return the matrices of these tensors that are quantized by their inputs."""
@@ -168,7 +171,9 @@ class LayerwiseRun:
             if of_inputs is not previous:  # depformer_in: 16 matrices read the same
                 previous, prepared = of_inputs, {}
             try:
-                outcome = gptq_with_retries(read(*key), of_inputs, quantization, DTYPES[dtype], prepared)
+                outcome = gptq_with_retries(
+                    read(*key), of_inputs, quantization, DTYPES[dtype], prepared, self.gradients.get(key)
+                )
             except ValueError as error:
                 raise UserError(f"{key[0]}: {error}: give a recipe that keeps it float") from None
             matrices[key] = outcome.quantized
@@ -231,6 +236,8 @@ def quantize_model(
     with bar("layer-wise GPTQ", count, "matrix", quiet) as progress, torch.no_grad():
         run = LayerwiseRun(source, quantizations, store, models, kept, tuning or BlockTuning(), progress)
         progress.update(len(store.files))
+        if len(store.files) < count:
+            run.gradients.update(output_gradients(model, token_set))
         fitting = token_set.chosen(_fitting(len(token_set.tokens), token_set.tokens.shape[2] * source.architecture.dim))
         _audio(run, fitting, _temporal(run, fitting))
 

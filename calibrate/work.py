@@ -19,6 +19,7 @@ WEIGHTS_SHARE = 0.4  # of memory, for the weights that generate tokens; what doe
 KV_SHARE = 0.1  # of memory, for keys and values of the sessions that run side by side
 PROMPT_COUNT = 6  # text prompts that generated sessions begin with
 _PROMPT_FRAMES = 30  # of one, about: its tokens are not counted for a forecast
+GRADIENT_FRAMES = 1024  # whose gradients at outputs are summed, about: blocks of 64 rows need no more
 _FEW = 2  # columns for each frame, from which on the inputs themselves take less work than their moments
 
 
@@ -80,6 +81,28 @@ def gptq_work(plan: Plan, sequences: int, frames: int, stored: Collection[Matrix
     for role in roles(a).values():
         if role.kind == "linear":
             total += _of_tensor(role, a, positions if role.component == "temporal" else rows, frames, quantized)
+    return total + gradients_work(a, min(sequences, gradient_sequences(frames)) * frames) if quantized else total
+
+
+def gradient_sequences(frames: int) -> int:
+    """Return of how many calibration sequences, of so many frames each, gradients are summed."""
+    return max(1, GRADIENT_FRAMES // frames)
+
+
+def gradients_work(a: Architecture, frames: int) -> Work:
+    """Return the work of a pass forward and one back through the original, for the text and the agent's codebooks.
+
+    In the backward pass a block is computed again, then its gradients at its input and outputs.
+    """
+    total, steps = Work(), min(a.n_q // 2, a.steps)
+    for role in roles(a).values():
+        if role.kind == "linear" and (role.step or 0) < steps:
+            weights = role.shape[0] * role.shape[1] * min(role.stacked, steps) // role.stacked
+            total += Work(products=3 * 2 * frames * weights, read=2 * weights)
+            if role.module.endswith(LAST):
+                activations = 3 * 2 * 4 * frames * role.shape[0] * min(role.stacked, steps) // role.stacked
+                in_depformer = role.component == "depformer"
+                total += Work(stepped=activations) if in_depformer else Work(streamed=activations)
     return total
 
 
