@@ -253,7 +253,7 @@ def kept_by(
     def read_once(name: str, step: int | None) -> Tensor:
         key = (name, step or 0)
         if key not in kept:
-            kept[key] = read(name, step).to(device, dtype)
+            kept[key] = read(name, step).to(device).to(dtype)  # what travels to a device is narrow
         return kept[key]
 
     return read_once

@@ -9,7 +9,7 @@ from numba import njit
 
 from .group import stored
 
-ROWS = 64  # taken at a time, which may make up for each other's errors
+ROWS = 64  # of a block: they may make up for each other's errors
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -25,10 +25,34 @@ def round_group(
     which errors are computed. inverse: ``[group_size, group_size]``, the group's part of the upper Cholesky factor of
     the inverse moments. grids: float32 ``[trials, 2]``: factors of the scale, and shifts of the bias in scales, beside
     a change that keeps the middle of the range. storage: of scales and biases, as in ``group``. feedback: None, or
-    ``[rows, rows]`` of the goal's dtype, upper triangular: by how much the error of one row counts for a later one.
-    scales, biases: ``[rows]``, the grid to begin with, and in the end the one taken. codes: uint8 ``[rows, columns]``,
-    written. statistics: float64 ``[2]``: squared error and squared norm are added to it.
+    ``[blocks, 64, 64]`` of the goal's dtype, each upper triangular: by how much the error of one row of a block counts
+    for a later one. scales, biases: ``[rows]``, the grid to begin with, and in the end the one taken. codes: uint8
+    ``[rows, columns]``, written. statistics: float64 ``[blocks, 2]``: squared error and squared norm are added to it.
     """
+    for number in range(statistics.shape[0]):
+        start, end = number * ROWS, min(len(adjusted), (number + 1) * ROWS)
+        _round_block(
+            adjusted[start:end],
+            goal[start:end],
+            weight[start:end],
+            first,
+            inverse,
+            grids,
+            storage,
+            top,
+            None if feedback is None else feedback[number],
+            scales[start:end],
+            biases[start:end],
+            codes[start:end],
+            statistics[number],
+        )
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _round_block(
+    adjusted, goal, weight, first, inverse, grids, storage, top, feedback, scales, biases, codes, statistics
+):
+    """Round one block of rows; all as in ``round_group``."""
     rows, size = adjusted.shape
     trials = grids.shape[0]
     values = np.empty((size, trials), adjusted.dtype)  # of one row, as each grid leaves them

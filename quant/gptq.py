@@ -276,9 +276,12 @@ def round_columns(
     grids = np.empty((2, rows, columns // size), np.float32)
     lost = goal  # of the columns that are rounded: goal - rounded
     local, weights = goal.cpu().numpy(), exact.numpy()  # groups are rounded by the processor, with all its threads
-    some = [slice(first, first + ROWS) for first in range(0, rows, ROWS)]
+    blocks = -(-rows // ROWS)
+    each = -(-blocks // cores())  # as many at once as there are processors: threads wait for each other between calls
+    parts = [slice(first, first + each) for first in range(0, blocks, each)]
     trials = np.array(GRIDS, np.float32)
-    statistics = np.zeros((columns // size, len(some), 2))
+    statistics = np.zeros((columns // size, blocks, 2))
+    counts = None if feedback is None else feedback.numpy()
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round") as pool:
         for first in range(0, columns, size):
             last, group, start = first + size, first // size, first - first % _COLUMNS
@@ -292,12 +295,11 @@ def round_columns(
             inverse = on_either(partial(torch.linalg.solve_triangular, upper=True), square, identity)
             moved, triangle = (part @ inverse).cpu().numpy(), np.ascontiguousarray(inverse.cpu().numpy())
 
-            def rounded(rows: slice, sums: NDArray[Any], group: int = group, of: _OfGroup = (moved, triangle)) -> None:
+            def rounded(part: slice, group: int = group, of: _OfGroup = (moved, triangle)) -> None:
                 moved, triangle = of
+                rows = slice(part.start * ROWS, part.stop * ROWS)
                 values = moved[rows] + local[rows, group * size : (group + 1) * size]
                 scale, bias = grid(values, quantization, storage)
-                height = len(values)
-                counts = None if feedback is None else feedback[rows.start // ROWS].numpy()[:height, :height]
                 round_group(
                     values,
                     local[rows],
@@ -307,15 +309,15 @@ def round_columns(
                     trials,
                     STORAGE[storage],
                     top,
-                    counts,
+                    None if counts is None else counts[part],
                     scale,
                     bias,
                     codes[rows],
-                    sums,
+                    statistics[group, part],
                 )
                 grids[0, rows, group], grids[1, rows, group] = scale, bias
 
-            list(pool.map(rounded, some, statistics[group]))
+            list(pool.map(rounded, parts))
             if lost.device.type != "cpu":
                 lost[:, first:last] = torch.from_numpy(local[:, first:last]).to(lost.device)
     error, norm = statistics.sum((0, 1))

@@ -15,10 +15,22 @@ def compile_kernels() -> None:
         count_non_finite(weights)
     codes = unpack(pack(np.zeros((1, 64), np.uint8), 4), 4)
     square, row, one = np.eye(64, dtype=np.float32), np.ones((1, 64), np.float32), np.ones(1, np.float32)
-    grids, storage = np.float32([[1, 0]]), STORAGE[FLOAT32]
-    for feedback in (None, square[:1, :1]):
+    grids, storage = np.float32(32 * [[1, 0]]), STORAGE[FLOAT32]
+    for feedback in (None, square[None]):
         round_group(
-            row, row.copy(), row, 0, square, grids, storage, 15, feedback, one.copy(), one.copy(), codes, np.zeros(2)
+            row,
+            row.copy(),
+            row,
+            0,
+            square,
+            grids,
+            storage,
+            15,
+            feedback,
+            one.copy(),
+            one.copy(),
+            codes,
+            np.zeros((1, 2)),
         )
 
 
