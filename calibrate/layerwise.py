@@ -9,7 +9,7 @@ streams again.
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -32,10 +32,11 @@ from ..model.walk import step_inputs, walk
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized
 from ..quant.gptq import FALLBACK, Inputs, Moments, Outcome, Prepared, gptq_with_retries
 from .block_tuning import tune_block
+from .gradients import output_gradients
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
 from .quantized_model import quantized_rows, quantized_weights
-from .work import STREAM_BYTES, TensorWork, Work, inputs_are_kept, operations, tensor_works
+from .work import STREAM_BYTES, TensorWork, Work, gradients_work, inputs_are_kept, operations, tensor_works
 
 FINE_TUNED = "refined.safetensors"  # in a quantized-weight store: the matrices that were fine-tuned together
 Streams = dict[str, Floats]  # of the models called original and quantized
@@ -65,7 +66,8 @@ class LayerwiseRun:
 
     quantizations: of each matrix, with the dtype of its scales. models: ``original`` and ``quantized``. kept: the
     weights of a block that each of them has read. tuning: of each block, after its matrices are quantized. works: of
-    each source tensor, which the bar counts, in whatever ``weigh`` makes of them.
+    each source tensor, which the bar counts, in whatever ``weigh`` makes of them. gradients: at the outputs of
+    matrices, see ``gradients.output_gradients``.
     """
 
     source: Source
@@ -77,6 +79,7 @@ class LayerwiseRun:
     bar: Progress
     works: dict[str, TensorWork]
     weigh: Callable[[Work], float]
+    gradients: dict[MatrixKey, Tensor] = field(default_factory=dict)
 
     def data_driven(self, names: Sequence[str]) -> list[MatrixKey]:
         """Return the matrices of these tensors that are quantized by their inputs."""
@@ -184,7 +187,9 @@ class LayerwiseRun:
             if of_inputs is not previous:  # depformer_in: 16 matrices read the same
                 previous, prepared = of_inputs, {}
             try:
-                outcome = gptq_with_retries(read(*key), of_inputs, quantization, DTYPES[dtype], prepared)
+                outcome = gptq_with_retries(
+                    read(*key), of_inputs, quantization, DTYPES[dtype], prepared, self.gradients.get(key)
+                )
             except ValueError as error:
                 raise UserError(f"{key[0]}: {error}: give a recipe that keeps it float") from None
             matrices[key] = outcome.quantized
@@ -251,10 +256,15 @@ def quantize_model(
     fitting = token_set.chosen(_fitting(len(token_set.tokens), token_set.tokens.shape[2] * source.architecture.dim))
     sequences, _, frames = token_set.tokens.shape
     works = tensor_works(source.architecture, outputs, sequences, frames, store.files)
-    total = sum(weigh(work) for one in works.values() for work in (one.forward, *one.matrices.values()))
+    passes = gradients_work(source.architecture, works, sequences, frames)
+    total = weigh(passes) + sum(weigh(work) for one in works.values() for work in (one.forward, *one.matrices.values()))
     with bar("layer-wise GPTQ", total, "", quiet) as progress, torch.no_grad():
         run = LayerwiseRun(source, quantizations, store, models, kept, tuning or BlockTuning(), progress, works, weigh)
         with keeping(lambda: f"{len(store.files)} of {run.count} matrices are kept" if store.files else ""):
+            if passes != Work():
+                run.gradients.update(
+                    output_gradients(model, token_set, lambda share: progress.update(share * weigh(passes)))
+                )
             _audio(run, fitting, _temporal(run, fitting))
 
 

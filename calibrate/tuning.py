@@ -31,6 +31,7 @@ from ..model.forward import Tokens
 from ..model.reference import TorchModel, kept_by, reference_of, rows_of, source_weights
 from ..model.tokens import TokenSet
 from ..quant.affine import DATA_DRIVEN
+from .gradients import sample_tokens
 from .layerwise import FINE_TUNED
 from .parameters import adam_for, set_learning_rate, take_step, trainable_matrix, trainable_weights
 from .quantized_model import quantized_weights
@@ -160,7 +161,9 @@ def _resampled(original: TorchModel, token_set: TokenSet, chosen: Any, random: n
         if not bool(torch.isfinite(text).all() and torch.isfinite(audio).all()):
             return None
         generator = torch.Generator(text.device).manual_seed(int(random.integers(1 << 62)))
-        sampled = [_sample(text, generator)] + [_sample(audio[:, :, step], generator) for step in range(half)]
+        sampled = [sample_tokens(text, generator)] + [
+            sample_tokens(audio[:, :, step], generator) for step in range(half)
+        ]
     new = targets.copy()
     new[:, : half + 1] = np.stack(sampled, 1)
     frames = random.random((len(tokens), 1, tokens.shape[2])) < _RESAMPLED
@@ -168,12 +171,6 @@ def _resampled(original: TorchModel, token_set: TokenSet, chosen: Any, random: n
     read = tokens.copy()
     read[:, :, 1:] = np.where(targets[:, :, :-1] == tokens[:, :, 1:], new[:, :, :-1], tokens[:, :, 1:])
     return Batch(read, new, torch.from_numpy(counted).to(text.device))
-
-
-def _sample(logits: Tensor, generator: torch.Generator) -> Tokens:
-    flat = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
-    tokens: Tokens = flat.reshape(logits.shape[:2]).cpu().numpy().astype(np.int32)
-    return tokens
 
 
 def divergence(quantized: TorchModel, original: TorchModel, batch: Batch, recompute: bool = False) -> Tensor:

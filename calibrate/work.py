@@ -1,7 +1,7 @@
 """How much layer-wise GPTQ and self-generated calibration data have to compute, counted from a plan."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..convert.bundle.output_tensor import Output
@@ -20,6 +20,7 @@ WEIGHTS_SHARE = 0.4  # of memory, for the weights that generate tokens; what doe
 KV_SHARE = 0.1  # of memory, for keys and values of the sessions that run side by side
 PROMPT_COUNT = 6  # text prompts that generated sessions begin with
 _PROMPT_FRAMES = 30  # of one, about: its tokens are not counted for a forecast
+GRADIENT_FRAMES = 1024  # whose gradients at outputs are summed, about: blocks of 64 rows need no more
 _FEW = 2  # columns for each frame, from which on the inputs themselves take less work than their moments
 
 
@@ -81,8 +82,9 @@ def gptq_work(plan: Plan, sequences: int, frames: int, stored: Collection[Matrix
 
     stored: matrices that an earlier run has quantized.
     """
-    total = Work()
-    for work in tensor_works(plan.inventory.architecture, plan.outputs, sequences, frames, stored).values():
+    works = tensor_works(plan.inventory.architecture, plan.outputs, sequences, frames, stored)
+    total = gradients_work(plan.inventory.architecture, works, sequences, frames)
+    for work in works.values():
         total = sum(work.matrices.values(), total + work.forward)
     return total
 
@@ -104,6 +106,32 @@ def tensor_works(
         for role in roles(a).values()
         if role.kind == "linear"
     }
+
+
+def gradient_sequences(frames: int) -> int:
+    """Return of how many calibration sequences, of so many frames each, gradients are summed."""
+    return max(1, GRADIENT_FRAMES // frames)
+
+
+def gradients_work(a: Architecture, works: Mapping[str, TensorWork], sequences: int, frames: int) -> Work:
+    """Return the work of a pass forward and one back through the original, for the text and the agent's codebooks.
+
+    In the backward pass a block is computed again, then its gradients at its input and outputs. Nothing where no
+    matrix is left to quantize.
+    """
+    total, steps = Work(), min(a.n_q // 2, a.steps)
+    if not any(work.matrices for work in works.values()):
+        return total
+    positions = frames * min(sequences, gradient_sequences(frames))
+    for role in roles(a).values():
+        if role.kind == "linear" and (role.step or 0) < steps:
+            weights = role.shape[0] * role.shape[1] * min(role.stacked, steps) // role.stacked
+            total += Work(products=3 * 2 * positions * weights, read=2 * weights)
+            if role.module.endswith(LAST):
+                activations = 3 * 2 * 4 * positions * role.shape[0] * min(role.stacked, steps) // role.stacked
+                in_depformer = role.component == "depformer"
+                total += Work(stepped=activations) if in_depformer else Work(streamed=activations)
+    return total
 
 
 def generation_work(plan: Plan, memory: int) -> Work:

@@ -87,7 +87,11 @@ class TorchModel:
 
     def out_norm(self, x: Floats) -> Floats:
         """Normalize the last layer's output."""
-        return self._out(self._norm(self._alpha("out_norm.alpha", None), self._in(x)))
+        return self._out(self.hidden_states(self._in(x)))
+
+    def hidden_states(self, x: Tensor) -> Tensor:
+        """Normalize the last layer's output, as ``out_norm`` does, on tensors that stay where they are."""
+        return self._norm(self._alpha("out_norm.alpha", None), x)
 
     def text_logits(self, hidden: Floats) -> Floats:
         """Apply the text head."""
@@ -124,7 +128,7 @@ class TorchModel:
 
         count = self.architecture.steps if steps is None else steps
         x = each_block(self.architecture, "temporal", self._in(self.embed(tokens)), compute)
-        hidden = self._norm(self._alpha("out_norm.alpha", None), x)
+        hidden = self.hidden_states(x)
         text = self._linear("text_linear.weight", None, hidden)
         rows = hidden.flatten(0, 1)
         known = targets.transpose(0, 2, 1).reshape(len(rows), -1)
@@ -249,7 +253,7 @@ def kept_by(
     def read_once(name: str, step: int | None) -> Tensor:
         key = (name, step or 0)
         if key not in kept:
-            kept[key] = read(name, step).to(device, dtype)
+            kept[key] = read(name, step).to(device).to(dtype)  # what travels to a device is narrow
         return kept[key]
 
     return read_once

@@ -26,7 +26,7 @@ DEFAULT_METHOD_NAME = "mse"  # of the same
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
-_STORAGE = {BFLOAT16: group.BFLOAT16, FLOAT16: group.FLOAT16, FLOAT32: group.FLOAT32}
+STORAGE = {BFLOAT16: group.BFLOAT16, FLOAT16: group.FLOAT16, FLOAT32: group.FLOAT32}
 
 
 def stored_method(name: str) -> str:
@@ -130,7 +130,7 @@ def quantize(
         problems.append(f"the weights have shape {list(weight.shape)}: give a matrix")
     elif weight.shape[1] % quantization.group_size:
         problems.append(f"rows of {weight.shape[1]} weights are not divided by groups of {quantization.group_size}")
-    if weight.dtype not in _STORAGE or storage not in _STORAGE:
+    if weight.dtype not in STORAGE or storage not in STORAGE:
         problems.append(f"dtypes are {weight.dtype} and {storage}: use bfloat16, float16 or float32")
     if importance is not None and weight.ndim == 2:
         problems += problems_of(importance, weight.shape[1], quantization.method in WEIGHTED)
@@ -146,7 +146,7 @@ def quantize(
         words.reshape(groups, quantization.group_size),
         shift,
         quantization.bits,
-        _STORAGE[storage],
+        STORAGE[storage],
         quantization.method in _SEARCHED,
         np.float32(kernels.clip_step(quantization.bits)),
         None if importance is None else weighing(importance, quantization.group_size),
@@ -183,11 +183,11 @@ def round_into(
     for what it cannot quantize.
     """
     rows, columns = weight.shape
-    if weight.dtype not in _STORAGE or columns % group_size:
+    if weight.dtype not in STORAGE or columns % group_size:
         raise ValueError(f"{weight.dtype} weights with {columns} columns cannot be rounded in groups of {group_size}")
     words, shift = _words(weight)
     shape = rows * columns // group_size, group_size
-    how = shift, bits, _STORAGE[np.dtype(storage)]
+    how = shift, bits, STORAGE[np.dtype(storage)]
     if broken := kernels.round_groups(words.reshape(shape), *how, values.reshape(shape)):
         raise ValueError(f"{broken} groups hold values that are NaN, infinite, or too far apart")
 

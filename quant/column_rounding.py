@@ -1,62 +1,116 @@
-"""The inner loop of GPTQ: one group of columns, rounded one after another, each row by itself.
+"""The inner loop of GPTQ: one group of columns, rounded one after another, with the grid that leaves the least error.
 
-Some rows are taken at a time and transposed, so that a column of them is contiguous and the loops over it become vector
+Some rows are taken at a time. The grids that a row tries stand side by side, so that the loops over them become vector
 instructions; no `fastmath`, as in ``kernels``.
 """
 
 import numpy as np
 from numba import njit
 
-_ROWS = 64  # taken at a time: with a group of 64 columns they fit into the cache nearest to the processor
+from .group import stored
+
+ROWS = 64  # of a block: they may make up for each other's errors
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def round_group(adjusted, goal, weight, first, inverse, scales, biases, top, codes, statistics):
+def round_group(
+    adjusted, goal, weight, first, inverse, grids, storage, top, feedback, scales, biases, codes, statistics
+):
     """Round one group of columns; the columns that follow in the group make up for the error of each.
+
+    Every row takes the one of some grids that leaves the least squared error of its output.
 
     adjusted: ``[rows, group_size]``, the goal as the groups before have changed it. goal: ``[rows, columns]``, of which
     the group from column ``first`` on becomes its difference from the rounded values. weight: ``[rows, columns]``, from
     which errors are computed. inverse: ``[group_size, group_size]``, the group's part of the upper Cholesky factor of
-    the inverse moments. scales, biases: ``[rows]``. codes: uint8 ``[rows, columns]``, written. statistics: float64
-    ``[2]``: squared error and squared norm are added to it.
+    the inverse moments. grids: float32 ``[trials, 2]``: factors of the scale, and shifts of the bias in scales, beside
+    a change that keeps the middle of the range. storage: of scales and biases, as in ``group``. feedback: None, or
+    ``[blocks, 64, 64]`` of the goal's dtype, each upper triangular: by how much the error of one row of a block counts
+    for a later one. scales, biases: ``[rows]``, the grid to begin with, and in the end the one taken. codes: uint8
+    ``[rows, columns]``, written. statistics: float64 ``[blocks, 2]``: squared error and squared norm are added to it.
     """
+    for number in range(statistics.shape[0]):
+        start, end = number * ROWS, min(len(adjusted), (number + 1) * ROWS)
+        _round_block(
+            adjusted[start:end],
+            goal[start:end],
+            weight[start:end],
+            first,
+            inverse,
+            grids,
+            storage,
+            top,
+            None if feedback is None else feedback[number],
+            scales[start:end],
+            biases[start:end],
+            codes[start:end],
+            statistics[number],
+        )
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _round_block(
+    adjusted, goal, weight, first, inverse, grids, storage, top, feedback, scales, biases, codes, statistics
+):
+    """Round one block of rows; all as in ``round_group``."""
     rows, size = adjusted.shape
-    values = np.empty((size, _ROWS), adjusted.dtype)
-    losses = np.empty(_ROWS, adjusted.dtype)
-    rounded = np.empty((size, _ROWS), adjusted.dtype)
-    chosen = np.empty((size, _ROWS), adjusted.dtype)
+    trials = grids.shape[0]
+    values = np.empty((size, trials), adjusted.dtype)  # of one row, as each grid leaves them
+    losses, chosen = np.empty_like(values), np.empty_like(values)
+    scale, bias, sums = np.empty_like(values[0]), np.empty_like(values[0]), np.empty_like(values[0])
+    lost = np.empty((rows, size), adjusted.dtype)  # by the grid that is taken
+    passed = np.empty(size, adjusted.dtype)
     bounds = np.zeros(2, adjusted.dtype)  # of codes, in the dtype of the values, so that nothing is widened
     bounds[1] = top
     least, most = bounds
-    for start in range(0, rows, _ROWS):
-        count = min(_ROWS, rows - start)
-        scale, bias = scales[start : start + count], biases[start : start + count]
-        for row in range(count):
-            for column in range(size):
-                values[column, row] = adjusted[start + row, column]
+    for row in range(rows):
+        for trial in range(trials):
+            whole, share = np.float32(scales[row]), grids[trial, 0]
+            middle = np.float32(top) / np.float32(2) * (np.float32(1) - share) + grids[trial, 1]
+            scale[trial] = stored(whole * share, storage)
+            bias[trial] = stored(np.float32(biases[row]) + whole * middle, storage)
+            sums[trial] = least
         for column in range(size):
-            diagonal = inverse[column, column]
-            now, back, code = values[column], rounded[column], chosen[column]
-            for row in range(count):
-                nearest = np.rint((now[row] - bias[row]) / scale[row])
+            passed[column] = least
+        if feedback is not None:
+            for other in range(row):
+                share = feedback[other, row]
+                for column in range(size):
+                    passed[column] += share * lost[other, column]
+        for column in range(size):
+            for trial in range(trials):
+                values[column, trial] = adjusted[row, column]
+        for column in range(size):
+            diagonal, of_rows = inverse[column, column], passed[column]
+            now, code, loss = values[column], chosen[column], losses[column]
+            moved = diagonal * of_rows
+            for trial in range(trials):
+                nearest = np.rint((now[trial] + moved - bias[trial]) / scale[trial])
                 nearest = nearest if nearest > least else least
                 nearest = nearest if nearest < most else most
-                code[row] = nearest if scale[row] != least else least
-                back[row] = code[row] * scale[row] + bias[row]
-                losses[row] = (now[row] - back[row]) / diagonal
+                code[trial] = nearest if scale[trial] != least else least
+                loss[trial] = (now[trial] - (code[trial] * scale[trial] + bias[trial])) / diagonal
+                total = loss[trial] + of_rows
+                sums[trial] += total * total
             for later in range(column + 1, size):
                 share, others = inverse[column, later], values[later]
-                for row in range(count):
-                    others[row] -= share * losses[row]
-        for row in range(count):
-            error, norm = 0.0, 0.0
-            for column in range(size):
-                index = first + column
-                exact = np.float64(weight[start + row, index])
-                difference = exact - np.float64(rounded[column, row])
-                error += difference * difference
-                norm += exact * exact
-                goal[start + row, index] -= rounded[column, row]
-                codes[start + row, index] = np.uint8(chosen[column, row])
-            statistics[0] += error
-            statistics[1] += norm
+                for trial in range(trials):
+                    others[trial] -= share * loss[trial]
+        best = 0
+        for trial in range(trials):
+            if sums[trial] < sums[best]:
+                best = trial
+        scales[row], biases[row] = scale[best], bias[best]
+        error, norm = 0.0, 0.0
+        for column in range(size):
+            index = first + column
+            rounded = chosen[column, best] * scale[best] + bias[best]
+            lost[row, column] = losses[column, best]
+            exact = np.float64(weight[row, index])
+            difference = exact - np.float64(rounded)
+            error += difference * difference
+            norm += exact * exact
+            goal[row, index] -= rounded
+            codes[row, index] = np.uint8(chosen[column, best])
+        statistics[0] += error
+        statistics[1] += norm

@@ -3,7 +3,9 @@
 GPTQ (Frantar et al., 2022, arXiv:2210.17323) rounds the columns of a matrix one after another, and adjusts those that
 follow to compensate for the error of those before. Here it starts from the weights that, on the inputs that the layer
 gets in the quantized model, give what the original layer gives on its own inputs; of a layer whose output is added to a
-residual stream, what the quantized stream lacks as well.
+residual stream, what the quantized stream lacks as well. Each group tries several grids. Where it is known how much
+errors of the outputs matter, rows make up for each other's errors as columns do (as in YAQA, Tseng et al., 2025,
+arXiv:2505.22988; here within blocks of rows).
 """
 
 from collections.abc import Callable
@@ -17,15 +19,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .affine import QuantizationConfig, Quantized, pack, quantize
-from .column_rounding import round_group
+from .affine import STORAGE, QuantizationConfig, Quantized, pack, quantize
+from .column_rounding import ROWS, round_group
 from .processors import cores
 
 DAMPING = 0.01  # of the mean second moment, added to each: with as many frames as anyone may want
 _MOST_DAMPING = 1.0  # with few: columns / frames, at most this
 STEPS = (0.1, 1.0, 10.0)  # more damping, tried in turn where a factorization fails
 FALLBACK = "lsq"  # the method without data, where none of it helps
-_ROWS = 256  # of a group, which one thread rounds at a time
+# Grids that each group tries: factors of the least-squares scale, and shifts of the bias in scales. That one is in it.
+_FACTORS, _SHIFTS = (0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.03, 1.07), (-0.25, 0, 0.25, 0.5)
+GRIDS = tuple((factor, shift) for factor in _FACTORS for shift in _SHIFTS)
+_OUTPUT_DAMPING = 0.3  # of the mean second moment of a block's gradients, added to each
 _COLUMNS = 512  # whose errors are passed on to the columns behind them in one product
 _OfGroup = tuple[NDArray[Any], NDArray[Any]]
 _TILE = 1024  # columns of a symmetric product that are computed at a time
@@ -93,18 +98,20 @@ def gptq_with_retries(
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
     prepared: dict[float, Prepared] | None = None,
+    gradients: Tensor | None = None,
 ) -> Outcome:
     """Quantize with ``gptq``; with more damping where that fails, by the weights alone where nothing helps.
 
-    prepared: what was prepared of the same moments for another matrix, by damping; added to. Raises ValueError for
-    weights that cannot be quantized at all.
+    prepared: what was prepared of the same moments for another matrix, by damping; added to. gradients: as for
+    ``gptq``. Raises ValueError for weights that cannot be quantized at all.
     """
     reason, known, usual = "", {} if prepared is None else prepared, usual_damping(moments)
     for damping in (usual, *(step for step in STEPS if step > usual)):
         try:
             if damping not in known:
                 known[damping] = prepare(moments, damping)
-            return Outcome(gptq_prepared(weight, known[damping], quantization, storage), damping, reason)
+            quantized = gptq_prepared(weight, known[damping], quantization, storage, gradients)
+            return Outcome(quantized, damping, reason)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             reason = "the second moments are not positive definite"
         except ValueError as error:
@@ -120,14 +127,17 @@ def gptq(
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
     damping: float | None = None,
+    gradients: Tensor | None = None,
 ) -> Quantized:
     """Quantize a matrix ``[rows, columns]`` so that ``Ŵ x̂`` is as near to ``W x + r`` as possible.
 
-    damping: a share of the mean second moment, added to each; by default ``usual_damping``. The device is that of the
+    damping: a share of the mean second moment, added to each; by default ``usual_damping``. gradients: ``[blocks, 64,
+    64]``, sums of g gᵀ for each block of 64 rows (the last one filled up with zeros), where g is the gradient of a loss
+    at the matrix's output: errors count by what they do to the loss; None for all alike. The device is that of the
     moments. Errors and norms in the result are those of the weights. Raises ValueError for moments that are not finite
     or so large that the result is not, and LinAlgError where they are not positive definite.
     """
-    return gptq_prepared(weight, prepare(moments, damping), quantization, storage)
+    return gptq_prepared(weight, prepare(moments, damping), quantization, storage, gradients)
 
 
 def usual_damping(moments: Moments | Inputs) -> float:
@@ -184,7 +194,11 @@ def mirror(total: Tensor) -> None:
 
 
 def gptq_prepared(
-    weight: Tensor, prepared: Prepared, quantization: QuantizationConfig, storage: np.dtype[np.generic]
+    weight: Tensor,
+    prepared: Prepared,
+    quantization: QuantizationConfig,
+    storage: np.dtype[np.generic],
+    gradients: Tensor | None = None,
 ) -> Quantized:
     """Quantize a matrix as ``gptq`` does, with moments that are prepared."""
     factor, left, residual = prepared.factor, prepared.left, prepared.residual
@@ -195,7 +209,25 @@ def gptq_prepared(
         lacking = wide @ left if residual is None else torch.addmm(residual, wide, left)
         right = prepared.right
         goal = _solved(lacking, factor).add_(wide) if right is None else torch.addmm(wide, lacking, right)
-    return round_columns(goal.contiguous(), weight.to("cpu", factor.dtype).contiguous(), factor, quantization, storage)
+    exact = weight.to("cpu", factor.dtype).contiguous()
+    feedback = None if gradients is None else row_feedback(gradients).to(factor.dtype)
+    return round_columns(goal.contiguous(), exact, factor, quantization, storage, feedback)
+
+
+def row_feedback(gradients: Tensor) -> Tensor:
+    """Return by how much the error of a row counts for each later one of its block, ``[blocks, 64, 64]``, on the CPU.
+
+    gradients: as for ``gptq``. With F = U Uᵀ, U upper triangular, and E the outputs' errors, the loss grows by |Uᵀ E|²:
+    row i of it is Uᵢᵢ times Eᵢ plus the sum of Uⱼᵢ / Uᵢᵢ times Eⱼ over the rows j before. Zeros for a block that no
+    gradient reaches, or whose gradients are not finite.
+    """
+    sums = _double(gradients).cpu()
+    mean = sums.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    usable = torch.isfinite(sums).all(2, keepdim=True).all(1, keepdim=True) & (mean > 0)
+    eye = torch.eye(sums.shape[1], dtype=sums.dtype)
+    relative = torch.where(usable, sums / mean, eye) + _OUTPUT_DAMPING * eye
+    upper = torch.linalg.cholesky(relative.flip(1, 2)).flip(1, 2)
+    return (upper / upper.diagonal(dim1=1, dim2=2)[:, None]).triu(1)
 
 
 def _solved(values: Tensor, factor: Tensor) -> Tensor:
@@ -223,13 +255,20 @@ def _factor(second: Tensor, added: Tensor) -> Tensor:
 
 
 def round_columns(
-    goal: Tensor, exact: Tensor, factor: Tensor, quantization: QuantizationConfig, storage: np.dtype[np.generic]
+    goal: Tensor,
+    exact: Tensor,
+    factor: Tensor,
+    quantization: QuantizationConfig,
+    storage: np.dtype[np.generic],
+    feedback: Tensor | None = None,
 ) -> Quantized:
     """Round column by column.
 
-    goal: ``[rows, columns]``, overwritten. exact: the weights, the same shape, on the CPU. Each group's scales and
-    biases are the least-squares ones of its weights as they are when its first column is rounded: the values that make
-    ``(goal - rounded) @ factor`` zero in the columns of the group.
+    goal: ``[rows, columns]``, overwritten. exact: the weights, the same shape, on the CPU. feedback: see
+    ``row_feedback``, in the dtype of the goal; None where rows do not make up for each other. Each group's scales and
+    biases are, or are near, the least-squares ones of its weights as they are when its first column is rounded: the
+    values that make ``(goal - rounded) @ factor`` zero in the columns of the group. Of ``GRIDS`` around those, each row
+    takes the one that leaves least of it.
     """
     rows, columns = goal.shape
     size, top = quantization.group_size, (1 << quantization.bits) - 1
@@ -237,8 +276,12 @@ def round_columns(
     grids = np.empty((2, rows, columns // size), np.float32)
     lost = goal  # of the columns that are rounded: goal - rounded
     local, weights = goal.cpu().numpy(), exact.numpy()  # groups are rounded by the processor, with all its threads
-    some = [slice(first, first + _ROWS) for first in range(0, rows, _ROWS)]
-    statistics = np.zeros((columns // size, len(some), 2))
+    blocks = -(-rows // ROWS)
+    each = -(-blocks // cores())  # as many at once as there are processors: threads wait for each other between calls
+    parts = [slice(first, first + each) for first in range(0, blocks, each)]
+    trials = np.array(GRIDS, np.float32)
+    statistics = np.zeros((columns // size, blocks, 2))
+    counts = None if feedback is None else feedback.numpy()
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round") as pool:
         for first in range(0, columns, size):
             last, group, start = first + size, first // size, first - first % _COLUMNS
@@ -252,16 +295,29 @@ def round_columns(
             inverse = on_either(partial(torch.linalg.solve_triangular, upper=True), square, identity)
             moved, triangle = (part @ inverse).cpu().numpy(), np.ascontiguousarray(inverse.cpu().numpy())
 
-            def rounded(rows: slice, sums: NDArray[Any], group: int = group, of: _OfGroup = (moved, triangle)) -> None:
+            def rounded(part: slice, group: int = group, of: _OfGroup = (moved, triangle)) -> None:
                 moved, triangle = of
+                rows = slice(part.start * ROWS, part.stop * ROWS)
                 values = moved[rows] + local[rows, group * size : (group + 1) * size]
                 scale, bias = grid(values, quantization, storage)
-                grids[0, rows, group], grids[1, rows, group] = scale, bias
                 round_group(
-                    values, local[rows], weights[rows], group * size, triangle, scale, bias, top, codes[rows], sums
+                    values,
+                    local[rows],
+                    weights[rows],
+                    group * size,
+                    triangle,
+                    trials,
+                    STORAGE[storage],
+                    top,
+                    None if counts is None else counts[part],
+                    scale,
+                    bias,
+                    codes[rows],
+                    statistics[group, part],
                 )
+                grids[0, rows, group], grids[1, rows, group] = scale, bias
 
-            list(pool.map(rounded, some, statistics[group]))
+            list(pool.map(rounded, parts))
             if lost.device.type != "cpu":
                 lost[:, first:last] = torch.from_numpy(local[:, first:last]).to(lost.device)
     error, norm = statistics.sum((0, 1))

@@ -1,7 +1,7 @@
 """Compiling the quantizer's loops, which numba keeps in the checkout: before workers start, which would each do it."""
 
 import numpy as np
-from ppx.quant.affine import BFLOAT16, FLOAT32, QuantizationConfig, pack, quantize, unpack
+from ppx.quant.affine import BFLOAT16, FLOAT32, STORAGE, QuantizationConfig, pack, quantize, unpack
 from ppx.quant.casting import count_non_finite
 from ppx.quant.column_rounding import round_group
 
@@ -15,7 +15,23 @@ def compile_kernels() -> None:
         count_non_finite(weights)
     codes = unpack(pack(np.zeros((1, 64), np.uint8), 4), 4)
     square, row, one = np.eye(64, dtype=np.float32), np.ones((1, 64), np.float32), np.ones(1, np.float32)
-    round_group(row, row.copy(), row, 0, square, one, one, 15, codes, np.zeros(2))
+    grids, storage = np.float32(32 * [[1, 0]]), STORAGE[FLOAT32]
+    for feedback in (None, square[None]):
+        round_group(
+            row,
+            row.copy(),
+            row,
+            0,
+            square,
+            grids,
+            storage,
+            15,
+            feedback,
+            one.copy(),
+            one.copy(),
+            codes,
+            np.zeros((1, 2)),
+        )
 
 
 if __name__ == "__main__":

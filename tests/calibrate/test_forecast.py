@@ -41,7 +41,8 @@ def test_the_work_is_what_is_computed(sequences, frames, opened, pico, tmp_path,
         return round_columns(goal, *rest)
 
     def factor(matrix, **options):
-        factored.append(len(matrix))
+        if matrix.dim() == 2:  # not the many small ones of gradients
+            factored.append(len(matrix))
         return cholesky(matrix, **options)
 
     def solve_counted(factor, values, **options):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from ppx.calibrate import layerwise, tuning
 from ppx.calibrate.dataset import quantizer_of
+from ppx.calibrate.gradients import output_gradients
 from ppx.calibrate.layerwise import BlockTuning
 from ppx.calibrate.quantized_model import quantized_weights
 from ppx.calibrate.tuning import Schedule
@@ -139,13 +140,15 @@ def test_moments_are_those_of_what_each_layer_reads(opened, few, tmp_path, store
             model = replace(reference_of(source.checkpoint), weights=weights, input_hook=keep)
             model.block(blocks_of(source.architecture, "temporal")[0], model.embed(token_set.tokens))
         given = Inputs(*seen)
-        expected = gptq(read(second, None), given, FORM, storage)
+    gradients = output_gradients(reference_of(source.checkpoint), token_set)[second, 0]
+    expected = gptq(read(second, None), given, FORM, storage, gradients=gradients)
     found = store.read((second, 0), 0, store.rows((second, 0)), storage)
     same = (found.weight == expected.weight).mean()
     assert same > 0.99  # sums of other pieces differ in their last bits
     # In float64 and by moments: codes near the middle between two values differ.
     wide, (exact, drifted) = read(second, None).double(), [inputs.double() for inputs in seen]
-    by_moments = gptq(wide, Moments(drifted.T @ drifted, exact.T @ drifted, frames=len(exact)), FORM, storage)
+    of_moments = Moments(drifted.T @ drifted, exact.T @ drifted, frames=len(exact))
+    by_moments = gptq(wide, of_moments, FORM, storage, gradients=gradients)
     assert (unpack(found.weight, 4) == unpack(by_moments.weight, 4)).mean() > 0.99
 
 

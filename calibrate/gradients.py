@@ -1,0 +1,171 @@
+"""How much errors of each matrix's outputs matter: second moments of the gradients there, for ``quant.gptq``.
+
+Tokens are drawn from the original's own predictions, and the gradients are those of their log likelihood (the Fisher
+information): to second order, the divergence grows by the mean of (g · e)² where e is the outputs' error. The backward
+pass goes block by block, as everything here does: memory holds the streams in front of all blocks for some frames, and
+the weights of one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, pad
+
+from ..convert.bundle.quantized_store import MatrixKey
+from ..model.blocks import Block, blocks_of
+from ..model.forward import Floats, Tokens
+from ..model.reference import TorchModel, kept_by
+from ..model.tokens import TokenSet, evenly_spaced
+from ..model.walk import run_block, step_inputs
+from ..quant.column_rounding import ROWS
+from .work import gradient_sequences
+
+Sums = dict[MatrixKey, Tensor]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A forward and backward pass of the original model.
+
+    kept: weights of the block at hand. progress: called with the share of the work that is done. sums: the result.
+    """
+
+    model: TorchModel
+    random: torch.Generator
+    kept: dict[MatrixKey, Tensor]
+    progress: Callable[[float], object]
+    sums: Sums = field(default_factory=dict)
+
+    def forward(self, component: str, x: Floats) -> tuple[list[tuple[Block, Floats]], Floats]:
+        """Return what goes into each block, and what comes out of the last."""
+        before = []
+        for block in blocks_of(self.model.architecture, component):
+            before.append((block, x))
+            x = run_block(self.model, block, x)[1]
+            self._done(component, 1)
+        return before, x
+
+    def backward(self, before: Sequence[tuple[Block, Floats]], gradient: Floats) -> Floats:
+        """Take the gradient behind the last block to what is in front of the first."""
+        for block, x in reversed(before):
+            for rows in block.batches(x):
+                gradient[rows] += self._through(block, x[rows], gradient[rows])
+            self._done(block.component, 2)
+        return gradient
+
+    def _done(self, component: str, passes: int) -> None:
+        """Drop a block's weights; count it. The weights of all of a component's blocks are taken to be alike."""
+        self.kept.clear()
+        a = self.model.architecture
+        steps = min(a.n_q // 2, a.steps)
+        size = {
+            "temporal": a.dim * (4 * a.dim + 3 * a.hidden),
+            "depformer": steps * a.depformer_dim * (4 * a.depformer_dim + 3 * a.depformer_hidden),
+        }
+        whole = 3 * sum(len(blocks_of(a, name)) * each for name, each in size.items())
+        self.progress(passes * size[component] / whole)
+
+    def _through(self, block: Block, x: Floats, gradient: Floats) -> Floats:
+        """Return the gradient of what a block computes at its input; add those at its matrices' outputs."""
+        outputs: dict[MatrixKey, Tensor] = {}
+
+        def capture(name: str, step: int | None, matrix_input: Tensor) -> Tensor:
+            product = self.model.product(name, step, matrix_input)
+            outputs[name, step or 0] = product
+            return product
+
+        with torch.enable_grad():
+            start = torch.from_numpy(x).to(self.model.device).requires_grad_()
+            added = replace(self.model, input_hook=capture).added(block, start)
+        behind = torch.from_numpy(gradient).to(self.model.device)
+        first, *others = torch.autograd.grad(added, [start, *outputs.values()], behind)
+        for key, each in zip(outputs, others, strict=True):
+            self.add(key, each)
+        result: Floats = first.cpu().numpy()
+        return result
+
+    def add(self, key: MatrixKey, gradient: Tensor) -> None:
+        """Add gradients ``[..., rows]`` at the outputs of a matrix."""
+        flat = gradient.flatten(0, -2)
+        blocks = pad(flat, (0, -flat.shape[1] % ROWS)).reshape(len(flat), -1, ROWS).permute(1, 2, 0)
+        total = torch.bmm(blocks, blocks.transpose(1, 2)).cpu()
+        self.sums[key] = self.sums[key] + total if key in self.sums else total
+
+    def head(self, name: str, x: Floats, counted: Tensor, weight: float) -> Floats:
+        """Return the gradient at a head's input ``[rows, frames, dim]``, of the log likelihood of drawn tokens.
+
+        Zeros where predictions are not finite.
+        """
+        with torch.enable_grad():
+            start = torch.from_numpy(x).to(self.model.device).requires_grad_()
+            predicted = log_softmax(self.model.product(name, None, start), -1)
+            if not bool(torch.isfinite(predicted).all()):
+                return np.zeros_like(x)
+            drawn = torch.from_numpy(sample_tokens(predicted.detach(), self.random)).long().to(predicted.device)
+            chosen = predicted.gather(-1, drawn[..., None])[..., 0]
+            (gradient,) = torch.autograd.grad((chosen * counted.to(chosen.device)).sum() * weight, start)
+        result: Floats = gradient.cpu().numpy()
+        return result
+
+
+def output_gradients(
+    model: TorchModel, token_set: TokenSet, progress: Callable[[float], object] = lambda _: None
+) -> Sums:
+    """Return second moments ``[blocks, 64, 64]``, on the CPU, of the gradients at the outputs of blocks' matrices.
+
+    They are of blocks of 64 rows, the last one filled up with zeros. model: the original. Some sequences are used,
+    evenly spaced. The loss is that of fine-tuning: the text's divergence plus the mean of the agent's codebooks.
+    Matrices that neither depends on, those of the user's depformer steps, have none. progress: called with the share of
+    the work that is done, each time.
+    """
+    a = model.architecture
+    chosen = token_set.chosen(evenly_spaced(len(token_set.tokens), gradient_sequences(token_set.tokens.shape[2])))
+    kept: dict[MatrixKey, Tensor] = {}
+    random = torch.Generator(model.device).manual_seed(0)
+    run = _Pass(replace(model, weights=kept_by(kept, model.weights, model.device)), random, kept, progress)
+    with torch.no_grad():
+        before, x = run.forward("temporal", run.model.embed(chosen.tokens))
+        hidden = run.model.out_norm(x)
+        counted = torch.from_numpy(chosen.counted)
+        gradient = run.head("text_linear.weight", hidden, counted[:, 0], 1.0)
+        steps = min(a.n_q // 2, a.steps)
+        known = chosen.counted[:, 1 : steps + 1].any(1)
+        of_steps = counted[:, 1 : steps + 1].permute(0, 2, 1)[torch.from_numpy(known)]
+        gradient[known] += _depformer(run, hidden[known], chosen.targets.transpose(0, 2, 1)[known], of_steps)
+        kept.clear()
+        with torch.enable_grad():
+            start = torch.from_numpy(x).to(model.device).requires_grad_()
+            outputs = run.model.hidden_states(start)
+        (behind,) = torch.autograd.grad(outputs, start, torch.from_numpy(gradient).to(model.device))
+        run.backward(before, behind.cpu().numpy())
+    return run.sums
+
+
+def _depformer(run: _Pass, hidden: Floats, targets: Tokens, counted: Tensor) -> Floats:
+    """Return the gradient of the agent's codebooks at the hidden states ``[rows, dim]`` that the depformer reads."""
+    steps = counted.shape[1]
+    before, x = run.forward("depformer", step_inputs(run.model, hidden, targets, steps))
+    gradient = np.empty_like(x)
+    for step in range(steps):
+        name, of_step = f"linears.{step}.weight", slice(step, step + 1)
+        gradient[:, of_step] = run.head(name, x[:, of_step], counted[:, of_step], steps**-0.5)
+    run.kept.clear()
+    gradient = run.backward(before, gradient)
+    total = torch.zeros(hidden.shape, device=run.model.device)
+    for step in range(steps):
+        name = f"depformer_in.{step}.weight"
+        behind = torch.from_numpy(gradient[:, step]).to(total.device)
+        run.add((name, 0), behind)
+        total += behind @ run.model.weights(name, None).to(total)
+    result: Floats = total.cpu().numpy()
+    return result
+
+
+def sample_tokens(logits: Tensor, generator: torch.Generator) -> Tokens:
+    """Return a token for each of logits ``[rows, frames, card]``, drawn from what they predict."""
+    flat = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
+    tokens: Tokens = flat.reshape(logits.shape[:2]).cpu().numpy().astype(np.int32)
+    return tokens
