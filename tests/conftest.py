@@ -39,6 +39,7 @@ PROGRAMS = {
     "ppx-inspect": "ppx.recipes.cli.inspect",
     "ppx-publish": "ppx.recipes.cli.publish",
     "ppx-speak": "ppx.recipes.cli.speak",
+    "ppx-sweep": "ppx.recipes.cli.sweep",
     "ppx-verify": "ppx.recipes.cli.verify",
 }
 

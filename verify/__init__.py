@@ -1,6 +1,6 @@
 """Is the bundle right, and how good is it? Comparison, report, publishing. Never writes weights.
 
-``verify`` and ``publish`` do what ppx-verify and ppx-publish do; ``docs/python.md`` shows them. Names are imported when
+``verify``, ``publish`` and ``sweep`` do what ppx-verify, ppx-publish and ppx-sweep do; ``docs/python.md`` shows them. Names are imported when
 they are first used.
 """
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .options import VerifyOptions as VerifyOptions
     from .publishing.gate import publish as publish
     from .publishing.upload import PublishOptions as PublishOptions
+    from .sweeping.sweep import sweep as sweep
 
 _MODULES = {
     "add_round_trip": "bundle_report",
@@ -23,6 +24,7 @@ _MODULES = {
     "VerifyOptions": "options",
     "publish": "publishing.gate",
     "PublishOptions": "publishing.upload",
+    "sweep": "sweeping.sweep",
 }
 __all__ = list(_MODULES)
 __getattr__, __dir__ = _lazy_exports(__name__, _MODULES)

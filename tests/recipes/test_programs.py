@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parent.parent.parent
-PROGRAMS = ("allocate", "bench", "calibrate", "convert", "inspect", "publish", "speak", "verify")
+PROGRAMS = ("allocate", "bench", "calibrate", "convert", "inspect", "publish", "speak", "sweep", "verify")
 LAYER = "transformer.layers.0.self_attn"
 
 
