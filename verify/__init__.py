@@ -1,7 +1,7 @@
 """Is the bundle right, and how good is it? Comparison, report, publishing. Never writes weights.
 
-``verify``, ``publish`` and ``sweep`` do what ppx-verify, ppx-publish and ppx-sweep do; ``docs/python.md`` shows them. Names are imported when
-they are first used.
+``verify``, ``publish`` and ``sweep`` do what ppx-verify, ppx-publish and ppx-sweep do; ``docs/python.md`` and
+``docs/sweeps.md`` show them. Names are imported when they are first used.
 """
 
 from typing import TYPE_CHECKING

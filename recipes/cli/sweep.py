@@ -9,6 +9,7 @@ import typer
 from ...convert.errors import UserError
 from ...verify.sweeping import summary
 from ...verify.sweeping import sweep as sweeps
+from ...verify.sweeping.settings import KEEP
 from . import console, endings, options
 
 EXAMPLES = """\b
@@ -41,8 +42,9 @@ def sweep(
         str | None, typer.Option(metavar="URL", help="Where machines share no disk: s3://, hf://, file:// of fsspec.")
     ] = None,
     keep: Annotated[
-        options.KeptBundles, typer.Option(help="Bundles to keep; best: on the Pareto front of their source.")
-    ] = options.KeptBundles(sweeps.KEEP[0]),
+        options.KeptBundles | None,
+        typer.Option(help="Bundles to keep; best: on the Pareto front of their source.  [default: none]"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells, write and download nothing.")] = False,
     as_json: options.Json = False,
     _debug: options.Debug = False,
@@ -59,7 +61,7 @@ def sweep(
         return
     if output is None:
         raise UserError("no folder for the results is given: use --output, or --dry-run")
-    done = sweeps.sweep(file, output, ray=ray, storage=storage, keep=str(keep), quiet=as_json)
+    done = sweeps.sweep(file, output, ray=ray, storage=storage, keep=str(keep or KEEP[0]), quiet=as_json)
     console.show_json(summary.result_json(done)) if as_json else console.show(summary.result_text(done))
     sweeps.fail_if_failed(done)
 

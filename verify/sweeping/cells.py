@@ -115,7 +115,7 @@ def digest(*decisive: object) -> str:
 def identity(cell: Cell, source: str, calibration: str | None, evaluation: str) -> str:
     """Return what stands for everything that decides a cell's result, given the same of its inputs."""
     request = cell.request
-    asked = None
+    asked: list[object] | None = None
     if request:
         budget = request.budget
         asked = [budget.nbytes, budget.bits_per_weight, request.target, request.dtype, request.method]

@@ -78,16 +78,16 @@ def jobs_of(sweep: Sweep, cells: Sequence[Cell], place: Place, keep: str) -> lis
     one. Raises UserError that lists what is wrong with the sources.
     """
     inputs, problems = _Inputs(place, {}, {}), list[str | Problem]()
-    for source in dict.fromkeys(cell.source for cell in cells):
+    for one in dict.fromkeys(cell.source for cell in cells):
         try:
-            inputs.source(source)
+            inputs.source(one)
         except UserError as error:
-            problems += [problem.within(f"source {source.name}") for problem in error.problems]
+            problems += [problem.within(f"source {one.name}") for problem in error.problems]
     if problems:
         raise UserError(problems)
     asked = sweep.evaluation
     evaluation = inputs.file(asked.tokens) if asked.tokens else None
-    evaluated = evaluation_identity(asked, evaluation and evaluation[1])
+    evaluated = evaluation_identity(asked, evaluation[1] if evaluation else None)
     shared: dict[str, Job] = {}
     jobs = []
     for cell in cells:
@@ -99,7 +99,7 @@ def jobs_of(sweep: Sweep, cells: Sequence[Cell], place: Place, keep: str) -> lis
             if cell.needs_sensitivities:
                 measured = _sensitivities(cell.source.name, cell.calibration.name, source, tokens)
                 shared.setdefault(measured.work.key, measured)
-        stands_for = identity(cell, mark, tokens and tokens.identity, evaluated)
+        stands_for = identity(cell, mark, tokens.identity if tokens else None, evaluated)
         names = {"name": cell.name, "identity": stands_for, "source": cell.source.name, "recipe": cell.recipe.name}
         names |= {"method": cell.methods, "calibration": cell.calibration.name if cell.calibration else ""}
         work = CellWork(
@@ -110,7 +110,7 @@ def jobs_of(sweep: Sweep, cells: Sequence[Cell], place: Place, keep: str) -> lis
             calibration=FileReference(TOKENS, tokens.work.key) if tokens else None,
             sensitivities=FileReference(SENSITIVITIES, measured.work.key) if measured else None,
             evaluation=replace(asked, tokens=None),
-            evaluation_tokens=evaluation and evaluation[0],
+            evaluation_tokens=evaluation[0] if evaluation else None,
             names=names,
             keep_bundle=keep != "none",
         )

@@ -56,7 +56,8 @@ def slots(resources: Resources) -> int:
     """Return how many cells the nodes that are alive run at the same time."""
     import ray
 
-    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes: Any = ray.nodes
+    there = [node["Resources"] for node in nodes() if node["Alive"]]
     return sum(resources.slots(node.get("CPU", 0), node.get("memory", 0), node.get("GPU", 0)) for node in there)
 
 
@@ -65,7 +66,7 @@ def run_on_ray(jobs: Sequence[Job], place: Place, resources: Resources) -> Itera
     import ray
 
     task: Any = ray.remote(perform)
-    options: dict[str, Any] = {"num_cpus": resources.cores, "num_gpus": resources.gpus, "max_calls": 0}
+    options: dict[str, Any] = {"num_cpus": resources.cores, "num_gpus": resources.gpus}
     options |= {"max_retries": resources.retries, "retry_exceptions": False, "scheduling_strategy": "SPREAD"}
     if resources.memory:
         options["memory"] = resources.memory

@@ -82,6 +82,11 @@ def times_since(began: float) -> Times:
     return Times(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)), round(time.time() - began, 1))
 
 
+def times_of(seconds: float) -> Times:
+    """Return the times of what ended now and took so many seconds."""
+    return Times(times_since(time.time() - seconds).began, seconds)
+
+
 def error_of(error: BaseException) -> str:
     """Return what is recorded of an error; the kind of one that is no message to users."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -95,12 +100,14 @@ def to_text(record: CellResult | CellFailure) -> str:
 
 def read_result(path: Path) -> CellResult:
     """Read a cell's result; raises UserError for what is not one."""
-    return _read(path, CellResult)
+    result: CellResult = _read(path, CellResult)
+    return result
 
 
 def read_failure(path: Path) -> CellFailure:
     """Read a cell's failure; raises UserError for what is not one."""
-    return _read(path, CellFailure)
+    failure: CellFailure = _read(path, CellFailure)
+    return failure
 
 
 def _read(path: Path, kind: Any) -> Any:

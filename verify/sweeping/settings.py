@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ...convert.bundle.recipe import Recipe
 from ...calibrate.allocation import AllocationRequest
+from ...convert.bundle.recipe import Recipe
 from ...model.tokens import CALIBRATION_FRAMES
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")  # of sources, recipes and calibration sets: they name folders

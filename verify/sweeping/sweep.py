@@ -17,7 +17,16 @@ from .estimate import Estimate, estimates
 from .jobs import Job, jobs_of, keys_of, needed
 from .place import Place, download, shown, write_text
 from .progress_line import ProgressLine, kind_of
-from .records import RESULT, CellFailure, CellResult, Times, front, read_failure, read_result, times_since, to_text
+from .records import (
+    RESULT,
+    CellFailure,
+    CellResult,
+    front,
+    read_failure,
+    read_result,
+    times_of,
+    to_text,
+)
 from .settings import KEEP, URL, Sweep
 from .sweep_file import read
 from .work import Outcome, is_finished
@@ -72,7 +81,7 @@ def sweep(
         jobs = jobs_of(settings, cells, place, keep)
         of_cells = {job.work.key: job for job in jobs if job.cell}
         before = {key for key, job in of_cells.items() if _is_done(job, place)}
-        shown_command = _command(path, output, ray, storage, keep)
+        shown_command = _command(path, output, storage, keep)
         again = _again(of_cells, before, place, keep)
         wanted, before = (set(of_cells) - before) | again, before - again
         with ray_run.cluster(ray, settings.resources) if ray and wanted else nullcontext():
@@ -104,9 +113,9 @@ def dry_run(file: str | Path) -> tuple[Sweep, list[Estimate]]:
 def fail_if_failed(made: SweepResult) -> None:
     """Raise CheckFailed if any cell has no result."""
     if made.failures:
-        first = made.failures[0]
+        first, total = made.failures[0], len(made.results) + len(made.failures)
         raise CheckFailed(
-            f"{len(made.failures)} of {len(made.results) + len(made.failures)} cells failed; {first.name}: {first.error}",
+            f"{len(made.failures)} of {total} cells failed; {first.name}: {first.error}",
             "run the same command again: it runs only what failed",
         )
 
@@ -130,7 +139,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _command(path: Path, output: str | Path, ray: str | None, storage: str | None, keep: str) -> str:
+def _command(path: Path, output: str | Path, storage: str | None, keep: str) -> str:
     """Return what runs a sweep again; folders above files are left out, and secrets of URLs."""
     parts = ["ppx-sweep", path.name, "--output", Path(output).name]
     parts += ["--storage", shown(storage)] if storage else []
@@ -196,8 +205,7 @@ def _record(job: Job, outcome: Outcome, place: Place) -> None:
     if outcome.error is None:
         file.unlink(missing_ok=True)
         return
-    times = times_since(0.0)
-    failure = CellFailure(job.cell.name, job.identity, outcome.error, Times(times.began, outcome.seconds))
+    failure = CellFailure(job.cell.name, job.identity, outcome.error, times_of(outcome.seconds))
     write_text(file, to_text(failure))
 
 

@@ -126,10 +126,11 @@ def _threads(cores: int) -> Iterator[None]:
     """Let libraries compute with so many threads, and with as many as before afterwards."""
     import numba
     import torch
+    from numba.core import config
 
     before, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    threads = min(cores, numba.config.NUMBA_NUM_THREADS)
     compiled = numba.get_num_threads()
+    threads = min(cores, int(config.NUMBA_NUM_THREADS))
     torch.set_num_threads(cores)
     numba.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(cores)  # of libraries that are still to be loaded
@@ -205,7 +206,7 @@ def _cell(work: CellWork, place: Place, cores: int, began: float) -> Outcome:
         )
         with opened as conversion:
             recipe = work.recipe
-            tokens = work.calibration and work.calibration.open(place)
+            tokens = work.calibration.open(place) if work.calibration else None
             if work.request and work.sensitivities and tokens:
                 file = work.sensitivities.open(place)
                 measured = sensitivities(conversion.source, conversion.fingerprints, tokens, file, quiet=True)
@@ -213,7 +214,7 @@ def _cell(work: CellWork, place: Place, cores: int, began: float) -> Outcome:
             quantizer = quantizer_for(tokens) if conversion.needs_data(recipe) else None
             conversion.write(recipe, quantizer, cores)
             asked = work.evaluation
-            read = work.evaluation_tokens and work.evaluation_tokens.open(place)
+            read = work.evaluation_tokens.open(place) if work.evaluation_tokens else None
             options = VerifyOptions(read, None, asked.sequences, asked.frames, controls=asked.controls)
             report = verify(bundle, conversion.source, adapter=source.adapter, options=options, same_source=True)
         finished = folder / "finished"
