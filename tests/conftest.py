@@ -25,6 +25,8 @@ SLOW = (  # the slowest first
     "test_hub.py",
     "test_kill.py",
     "test_size_budget.py",
+    "test_sweep.py",
+    "test_sweep_ray.py",
     "test_adapter.py",
     "test_language_model.py",
     "test_moshi_mlx.py",

@@ -5,12 +5,12 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ppx.convert.errors import UserError
+from ppx.quant.affine import BITS
 from ppx.verify import sweep
 from ppx.verify.records import Times
 from ppx.verify.sweeping import place as places
@@ -22,32 +22,9 @@ from ppx.verify.sweeping.records import CellResult, front, read_result, to_text
 from ppx.verify.sweeping.settings import Resources
 from ppx.verify.sweeping.sweep_file import read
 from ppx.verify.sweeping.tables import write_csv
+from sweep_files import TWO, untimed, written
 
 pytestmark = pytest.mark.slow
-EVALUATION = '[evaluation]\ntokens = "PICO/heldout_tokens.safetensors"\nsequences = 1\nframes = 24\n'
-TWO = '[[sources]]\nname = "pico"\nsource = "PICO"\n[[recipes]]\nbits = 4\n[[recipes]]\nbits = 3\n' + EVALUATION
-
-
-def written(folder: Path, text: str, pico: Path) -> Path:
-    file = folder / "sweep.toml"
-    file.write_text(text.replace("PICO", str(pico.resolve())))
-    return file
-
-
-def untimed(folder: Path) -> dict[str, bytes]:
-    """What a sweep leaves, by name, without times; Parquet holds the same as the CSV, times included."""
-    left = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name.startswith("work/") or path.name in ("results.parquet", "report.html", "report.md", ".sweep"):
-            continue  # the report's pages are rendered from its JSON
-        data = path.read_bytes()
-        if path.suffix == ".json":
-            data = re.sub(rb'"(began|seconds)": [^\n]*', b"", data)
-        elif path.suffix == ".csv":
-            data = re.sub(rb",[^,\n]*,[^,\n]*$", b"", data, flags=re.MULTILINE)
-        left[name] = data
-    return left
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +151,7 @@ calibration = "own"
     ]
 
 
-def test_a_dry_run_prints_sizes_of_the_plan(program, pico, tmp_path, once):
+def test_a_dry_run_prints_sizes_of_the_plan(program, tmp_path, once):
     file, results = once
     said = program("ppx-sweep", file, "--dry-run", "--json", cwd=tmp_path).stdout
     planned = {cell["name"]: cell["bytes"] for cell in json.loads(said)["cells"]}
@@ -250,16 +227,11 @@ def test_calibration_and_sensitivities_are_made_once(pico, tmp_path, monkeypatch
 
     def quick(source: Any, token_set: Any, fingerprint: str, _quiet: bool) -> sensitivity.Sensitivities:
         measured.append(fingerprint)
-        members = sensitivity.members_of(source.architecture)
-        costs = {
-            group: {(bits, 64): dict.fromkeys(sensitivity.STREAMS, 0.5**bits) for bits in range(2, 9) if bits != 7}
-            for group in members
-        }
-        return replace(real(costs, fingerprint))
-
-    def real(costs: Any, fingerprint: str) -> sensitivity.Sensitivities:
-        fields = {name: "" for name in sensitivity.Sensitivities.__dataclass_fields__}
-        return sensitivity.Sensitivities(**{**fields, "costs": costs, "fingerprint": fingerprint})
+        parts = sensitivity.members_of(source.architecture)
+        cost = {bits: dict.fromkeys(sensitivity.STREAMS, 0.5**bits) for bits in BITS}
+        error = {(bits, size): 0.5**bits for bits in BITS for size in (32, 64)}
+        every = dict.fromkeys
+        return sensitivity.Sensitivities(token_set.description, fingerprint, every(parts, cost), every(parts, error))
 
     monkeypatch.setattr(measurement, "measure", quick)
     done = sweep(written(tmp_path, text, pico), tmp_path / "results")
@@ -292,7 +264,12 @@ def test_results_of_others_are_checked(tmp_path):
     good = to_text(result("a", 1, 0.5))
     (tmp_path / "r.json").write_text(good)
     assert read_result(tmp_path / "r.json") == result("a", 1, 0.5)
-    for bad in (good.replace('"bytes": 1', '"bytes": -1'), good.replace("0.5", "NaN"), good.replace('"a"', '"\\u001b"'), "["):
+    for bad in (
+        good.replace('"bytes": 1', '"bytes": -1'),
+        good.replace("0.5", "NaN"),
+        good.replace('"a"', '"\\u001b"'),
+        "[",
+    ):
         (tmp_path / "r.json").write_text(bad)
         with pytest.raises(UserError, match=r"r\.json: not a sweep's"):
             read_result(tmp_path / "r.json")
@@ -408,9 +385,14 @@ def test_work_of_a_process_that_still_runs_is_left_alone(tmp_path):
         (first / "half").write_text("")
         with place.work("cells/a") as second:
             assert second != first
-    with pytest.raises(OSError, match="disk"), place.work("cells/a") as third:
-        (third / "half").write_text("")
-        raise OSError("disk")
+
+    def fail() -> None:
+        with place.work("cells/a") as third:
+            (third / "half").write_text("")
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        fail()
     with place.work("cells/a") as resumed:
         assert (resumed / "half").is_file()
 
