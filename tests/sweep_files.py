@@ -1,5 +1,6 @@
 """Sweeps of pico for tests, and what they leave."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -29,3 +30,9 @@ def untimed(folder: Path) -> dict[str, bytes]:
             data = re.sub(rb",[^,\n]*,[^,\n]*$", b"", data, flags=re.MULTILINE)
         left[name] = data
     return left
+
+
+def rows_of(results: Path) -> list[dict[str, str]]:
+    """The rows of a sweep's CSV."""
+    with (results / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

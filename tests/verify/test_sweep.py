@@ -22,7 +22,7 @@ from ppx.verify.sweeping.records import CellResult, front, read_result, to_text
 from ppx.verify.sweeping.settings import Resources
 from ppx.verify.sweeping.sweep_file import read
 from ppx.verify.sweeping.tables import write_csv
-from sweep_files import TWO, untimed, written
+from sweep_files import TWO, rows_of, untimed, written
 
 pytestmark = pytest.mark.slow
 
@@ -165,7 +165,7 @@ def test_a_dry_run_prints_sizes_of_the_plan(program, tmp_path, once):
 
 def test_results_are_those_of_the_reports_and_link_to_them(once):
     _, results = once
-    rows = list(csv.DictReader((results / "results.csv").open()))
+    rows = rows_of(results)
     assert [row["name"] for row in rows] == ["pico/3bit-g64", "pico/4bit-g64"]
     page = (results / "index.html").read_text()
     for row in rows:
@@ -205,7 +205,7 @@ def test_a_cell_that_fails_is_recorded_and_does_not_stop_the_rest(program, pico,
     file = written(tmp_path, text, pico)
     first = program("ppx-sweep", file, "-o", "results", "--keep", "best", cwd=tmp_path, status=1)
     assert "1 of 2 cells failed" in first.stderr
-    rows = {row["name"]: row for row in csv.DictReader((tmp_path / "results" / "results.csv").open())}
+    rows = {row["name"]: row for row in rows_of(tmp_path / "results")}
     assert rows["pico/wide"]["status"] == "failed"
     assert "not divided by groups of 128" in rows["pico/wide"]["message"]
     assert rows["pico/3bit-g64"]["status"] == "intact"
@@ -279,7 +279,8 @@ def test_texts_of_a_table_are_no_formulas(tmp_path):
     from ppx.verify.sweeping.tables import COLUMNS
 
     write_csv([dict.fromkeys(COLUMNS) | {"name": '=cmd("x")', "bytes": -3}], tmp_path / "t.csv")
-    (row,) = csv.DictReader((tmp_path / "t.csv").open())
+    with (tmp_path / "t.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
     assert row["name"] == '\'=cmd("x")'
     assert row["bytes"] == "-3"
 
@@ -316,7 +317,7 @@ def test_results_through_a_url_are_the_same(once, memory, tmp_path, monkeypatch)
     usual = {name: data for name, data in untimed(before).items() if name.startswith("cells/")}
     travelled = untimed(tmp_path / "results")
     assert {name: data for name, data in travelled.items() if name.startswith("cells/") and MARKER not in name} == usual
-    rows = list(csv.DictReader((tmp_path / "results" / "results.csv").open()))
+    rows = rows_of(tmp_path / "results")
     assert all(row["bundle"].startswith("memory://sweep/bundles/pico/") for row in rows)
     download(memory, rows[0]["bundle"].removeprefix("memory://sweep/"), tmp_path / "bundle")
     assert (tmp_path / "bundle" / "manifest.json").is_file()

@@ -1,6 +1,5 @@
 """Sweeps on a Ray cluster of several nodes: what dies, and that the results are those of a run in which nothing did."""
 
-import csv
 import random
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sweep_files import RECIPES, untimed, written
+from sweep_files import RECIPES, rows_of, untimed, written
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'ppx-convert[cluster]'")
 pytestmark = pytest.mark.slow
@@ -75,7 +74,7 @@ def test_a_node_and_the_driver_die_and_the_results_are_the_same(cluster, program
     assert second.returncode == 0, (seed, out, errors)
     assert "4 cells done (4 intact), 0 failed" in out
     assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished cell ran again"
-    rows = list(csv.DictReader((results / "results.csv").open()))
+    rows = rows_of(results)
     assert len(rows) == len({row["name"] for row in rows}) == 4
 
     usual = tmp_path / "usual" / "results"
