@@ -6,12 +6,13 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ...calibrate.svg import FAINT, INK, STYLE, above_floor, as_svg, new_figure, plain_labels
+from ...calibrate.svg import FAINT, INK, STYLE, as_svg, new_figure, plain_labels
 from ...convert.bundle.describe import size
 from ..report import short
 
 INDEX = "index.html"
 _LABELLED = 8  # points of the front whose names are written beside them
+_FLOOR = 1e-6  # nats/token: what is below is rounding, and is drawn there
 _COLOUR = "#2f6fb0"  # stands out on white and on black
 
 
@@ -44,7 +45,7 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> str | None:
             points = [row for row in known if (row["status"] == "intact") == intact and not row["on_front"]]
             axis.scatter(
                 [row["bytes"] / scale for row in points],
-                [above_floor(row["agent_kl"]) for row in points],
+                [_shown(row["agent_kl"]) for row in points],
                 marker=marker,
                 s=24,
                 color=FAINT,
@@ -52,7 +53,7 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> str | None:
         front = sorted((row for row in known if row["on_front"]), key=lambda row: row["bytes"])
         axis.plot(
             [row["bytes"] / scale for row in front],
-            [above_floor(row["agent_kl"]) for row in front],
+            [_shown(row["agent_kl"]) for row in front],
             color=_COLOUR,
             marker="o",
             markersize=5,
@@ -60,7 +61,7 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> str | None:
         )
         for row in front[:_LABELLED]:
             label = str(row["name"]).partition("/")[2].replace("$", r"\$")
-            where = (row["bytes"] / scale, above_floor(row["agent_kl"]))
+            where = (row["bytes"] / scale, _shown(row["agent_kl"]))
             axis.annotate(label, where, (5, 5), textcoords="offset points", color=INK, fontsize=8)
         axis.margins(x=0.2, y=0.15)
         axis.set_yscale("log")
@@ -69,3 +70,7 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> str | None:
         axis.set_xlabel(f"size, {name}")
         axis.set_ylabel("agent KL, nats/token")
         return as_svg(figure)
+
+
+def _shown(kl: float) -> float:
+    return max(kl, _FLOOR)

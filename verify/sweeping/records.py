@@ -23,7 +23,7 @@ VERSION = 1
 class CellResult:
     """A bundle's size, and how its predictions diverge from its source's, in nats/token.
 
-    intact: the verdict of its verification. bytes: of all files, the manifest's included. rounding_kl: of plain
+    intact: the verdict of its verification. bytes: of all files but the manifest, whose length says nothing of the model. rounding_kl: of plain
     rounding at the same bits. times: the only field that another run may change.
     """
 
@@ -63,7 +63,7 @@ def result_of(report: Report, names: dict[str, str], began: float) -> CellResult
     return CellResult(
         **names,
         target=report.bundle.target,
-        bytes=report.bundle.bytes,
+        bytes=sum(file.size for file in report.bundle.files.values()),
         bits_per_weight=report.bundle.bits_per_weight,
         intact=report.verdict.passed,
         failure=report.verdict.failures[0].message if report.verdict.failures else None,
