@@ -19,7 +19,7 @@ from ppx.verify.sweeping.cells import cells_of
 from ppx.verify.sweeping.place import MARKER, Place, download, shown, upload
 from ppx.verify.sweeping.progress_line import time_left
 from ppx.verify.sweeping.records import CellResult, front, read_result, to_text
-from ppx.verify.sweeping.settings import Resources
+from ppx.verify.sweeping.settings import CalibrationSet, Evaluation, Resources
 from ppx.verify.sweeping.sweep_file import read
 from ppx.verify.sweeping.tables import write_csv
 from sweep_files import TWO, rows_of, untimed, written
@@ -149,6 +149,29 @@ calibration = "own"
         "b/small-rtn-recorded",
         "b/4bit-g64-gptq-own",
     ]
+
+
+def test_the_example_of_the_page_is_a_sweep(tmp_path):
+    page = (Path(__file__).parent.parent.parent / "docs" / "sweeps.md").read_text()
+    (tmp_path / "sweep.toml").write_text(re.findall(r"```toml\n(.*?)```", page, re.DOTALL)[0])
+    settings = read(tmp_path / "sweep.toml")
+    assert [cell.name for cell in cells_of(settings)] == [
+        "base/4bit",
+        "base/4bit-gptq-own",
+        "base/6bit-g64",
+        "base/6bit-g64-gptq-own",
+        "base/fits-5GB-own",
+        "base/fits-5GB-gptq-own",
+        "demo/4bit",
+        "demo/6bit-g64",
+        "demo/fits-5GB-own",
+        "demo/4bit-rtn",
+    ]
+    assert settings.resources == Resources(cores=4, memory=12_000_000_000)
+    assert settings.evaluation.controls == (8,)
+    for table, keys in {"resources": Resources, "evaluation": Evaluation, "calibration": CalibrationSet}.items():
+        row = re.findall(rf"^\| `\[+{table}\]+` \| (.*) \|$", page, re.MULTILINE)[0]
+        assert all(f"`{key}`" in row for key in keys.__dataclass_fields__), table
 
 
 def test_a_dry_run_prints_sizes_of_the_plan(program, tmp_path, once):

@@ -68,6 +68,8 @@ class Place:
     def deliver(self, finished: Path, key: str) -> None:
         """Keep a finished folder under a key, and take it from where it is; one that is there already stays."""
         if self.url is None:
+            for path in (path for path in finished.rglob("*") if path.is_file()):
+                flush(path)
             target = self.folder / key
             target.parent.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):  # another machine was first: its result is the same
@@ -222,6 +224,7 @@ def _copy(filesystem: Any, remote: str, path: Path, largest: int, name: str) -> 
             if size > largest:
                 raise UserError(f"{name}: more than {largest} bytes: not what it should be")
             file.write(block)
+    flush(path)
 
 
 def source_fingerprint(url: str) -> list[Any]:
@@ -253,6 +256,15 @@ def fetch_source(url: str, target: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

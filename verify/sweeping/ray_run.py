@@ -27,7 +27,6 @@ def cluster(address: str, resources: Resources) -> Iterator[None]:
     Ray, for a cluster that does not answer, and for cells that need more than this machine has.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a library must not tell others what it runs
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # cells without GPUs keep what they see
     try:
         import ray
     except ImportError:

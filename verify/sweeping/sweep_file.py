@@ -107,7 +107,7 @@ class _Reader:
 
     def file(self, given: str, place: str) -> Path:
         """Return a file that must be there; relative to the sweep's own file."""
-        path = self.path.parent / Path(given).expanduser()
+        path = self.path.parent / _expanded(given)
         if not path.is_file():
             self.wrong(place, f"{given}: no such file", "paths are relative to the sweep's file")
         return path
@@ -158,12 +158,23 @@ def read(path: Path) -> Sweep:
     return replace(sweep, exclude=exclude, include=include)
 
 
+def _expanded(where: str) -> Path:
+    try:
+        return Path(where).expanduser()
+    except RuntimeError:  # ~somebody
+        return Path(where)
+
+
 def _source(reader: _Reader, table: Mapping[str, Any], place: str, others: set[str]) -> SweepSource:
     reader.keys(table, place, ("name", "source", "revision", "adapter", "fill_depformer_steps"))
     where = reader.value(table, "source", place, str, "")
     if not where and "source" not in table:
         reader.wrong(place, "has no source", "give a Hub id, a folder, demo, or a URL")
-    path = reader.path.parent / Path(where) if where and not URL.fullmatch(where) and where not in demo.SIZES else None
+    path = (
+        reader.path.parent / _expanded(where)
+        if where and not URL.fullmatch(where) and where not in demo.SIZES
+        else None
+    )
     if path and path.is_dir():
         where = str(path)
     elif path and not HUB_ID.fullmatch(where):
