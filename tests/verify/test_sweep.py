@@ -22,6 +22,7 @@ from ppx.verify.sweeping.records import CellResult, front, read_result, to_text
 from ppx.verify.sweeping.settings import CalibrationSet, Evaluation, Resources
 from ppx.verify.sweeping.sweep_file import read
 from ppx.verify.sweeping.tables import write_csv
+from safetensors.numpy import load_file, save_file
 from sweep_files import TWO, rows_of, untimed, written
 
 pytestmark = pytest.mark.slow
@@ -242,7 +243,9 @@ def test_a_cell_that_fails_is_recorded_and_does_not_stop_the_rest(program, pico,
 def test_calibration_and_sensitivities_are_made_once(pico, tmp_path, monkeypatch):
     text = TWO.replace("bits = 4\n", 'bits = 4\n[[recipes]]\nname = "five"\nbits_per_weight = 7.5\n')
     text = 'methods = ["gptq", "rtn"]\n' + text + '[[calibration]]\nname = "few"\n'
-    text += 'tokens = ["PICO/calibration_tokens.safetensors"]\nframes = 250\n'
+    text += 'tokens = ["few.safetensors"]\nframes = 40\n'
+    tokens = load_file(pico / "calibration_tokens.safetensors")["tokens"][:2, :, :40]
+    save_file({"tokens": tokens.copy()}, tmp_path / "few.safetensors")
     text += '[[exclude]]\nrecipe = "?bit*"\nmethod = "rtn"\n[[exclude]]\nrecipe = "3bit*"\n'
     from ppx.calibrate import measurement, sensitivity
 
