@@ -7,13 +7,14 @@ Prints its address, then kills its last node for each line that it reads; ends w
 
 import os
 import sys
+from typing import Any
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray
 from ray.cluster_utils import Cluster
 
-SMALL = {"object_store_memory": 80 << 20, "num_gpus": 0}
+SMALL: Any = {"object_store_memory": 80 << 20, "num_gpus": 0}
 
 
 def main(nodes: int) -> None:

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,18 @@ from ppx.convert.errors import UserError
 from ppx.quant.affine import BITS
 from ppx.verify import sweep
 from ppx.verify.records import Times
+from ppx.verify.sweeping import local_run
 from ppx.verify.sweeping import place as places
 from ppx.verify.sweeping import sweep as sweeps
 from ppx.verify.sweeping.cells import cells_of
+from ppx.verify.sweeping.jobs import Job
 from ppx.verify.sweeping.place import MARKER, Place, download, shown, upload
 from ppx.verify.sweeping.progress_line import time_left
 from ppx.verify.sweeping.records import CellResult, front, read_result, to_text
 from ppx.verify.sweeping.settings import CalibrationSet, Evaluation, Resources
 from ppx.verify.sweeping.sweep_file import read
 from ppx.verify.sweeping.tables import write_csv
+from ppx.verify.sweeping.work import Outcome
 from safetensors.numpy import load_file, save_file
 from sweep_files import TWO, rows_of, untimed, written
 
@@ -170,7 +173,8 @@ def test_the_example_of_the_page_is_a_sweep(tmp_path):
     ]
     assert settings.resources == Resources(cores=4, memory=12_000_000_000)
     assert settings.evaluation.controls == (8,)
-    for table, keys in {"resources": Resources, "evaluation": Evaluation, "calibration": CalibrationSet}.items():
+    kinds: dict[str, Any] = {"resources": Resources, "evaluation": Evaluation, "calibration": CalibrationSet}
+    for table, keys in kinds.items():
         row = re.findall(rf"^\| `\[+{table}\]+` \| (.*) \|$", page, re.MULTILINE)[0]
         assert all(f"`{key}`" in row for key in keys.__dataclass_fields__), table
 
@@ -206,15 +210,24 @@ def test_results_are_those_of_the_reports_and_link_to_them(once):
     assert not (results / "work").exists()
 
 
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets the names of what runs."""
+    ran: list[str] = []
+
+    def run_here(jobs: Sequence[Job], *more: Any) -> Iterator[tuple[Job, Outcome]]:
+        ran.extend(job.label for job in jobs)
+        return real(jobs, *more)
+
+    real = local_run.run_here
+    monkeypatch.setattr(local_run, "run_here", run_here)
+    return ran
+
+
 def test_a_changed_file_runs_only_what_changed(once, pico, tmp_path, monkeypatch):
     file, before = once
     results = tmp_path / "results"
     shutil.copytree(before, results)
-    ran = []
-    real = sweeps.local_run.run_here
-    monkeypatch.setattr(
-        sweeps.local_run, "run_here", lambda jobs, *more: ran.extend(job.label for job in jobs) or real(jobs, *more)
-    )
+    ran = watched(monkeypatch)
     sweep(file, results, keep="all")
     assert ran == []
     assert untimed(results) == untimed(before)
@@ -347,8 +360,7 @@ def test_results_through_a_url_are_the_same(once, memory, tmp_path, monkeypatch)
     assert all(row["bundle"].startswith("memory://sweep/bundles/pico/") for row in rows)
     download(memory, rows[0]["bundle"].removeprefix("memory://sweep/"), tmp_path / "bundle")
     assert (tmp_path / "bundle" / "manifest.json").is_file()
-    ran: list[object] = []
-    monkeypatch.setattr(sweeps.local_run, "run_here", lambda jobs, *_: ran.extend(jobs) or iter(()))
+    ran = watched(monkeypatch)
     done = sweep(file, tmp_path / "elsewhere", storage=memory, keep="all")  # another driver, with an empty folder
     assert len(done.results) == 2
     assert ran == []

@@ -3,6 +3,9 @@
 Neither is installed with the tests: their botocore needs python-dateutil below 3, and constraints.txt has 4.
 """
 
+from importlib import import_module
+from typing import Any
+
 import pytest
 from sweep_files import TWO, rows_of, untimed, written
 
@@ -19,7 +22,7 @@ pytestmark = [
 
 
 def test_a_sweep_through_s3_is_the_same(pico, tmp_path, monkeypatch):
-    from moto.server import ThreadedMotoServer
+    ThreadedMotoServer: Any = import_module("moto.server").ThreadedMotoServer
     from ppx.verify import sweep
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)

@@ -126,11 +126,10 @@ def _threads(cores: int) -> Iterator[None]:
     """Let libraries compute with so many threads, and with as many as before afterwards."""
     import numba
     import torch
-    from numba.core import config
 
     before, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    compiled = numba.get_num_threads()
-    threads = min(cores, int(config.NUMBA_NUM_THREADS))
+    compiled, most = numba.get_num_threads(), numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    threads = min(cores, most)
     torch.set_num_threads(cores)
     numba.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(cores)  # of libraries that are still to be loaded
