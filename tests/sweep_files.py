@@ -6,7 +6,7 @@ from pathlib import Path
 
 EVALUATION = '[evaluation]\ntokens = "PICO/heldout_tokens.safetensors"\nsequences = 1\nframes = 24\n'
 TWO = '[[sources]]\nname = "pico"\nsource = "PICO"\n[[recipes]]\nbits = 4\n[[recipes]]\nbits = 3\n' + EVALUATION
-RECIPES = TWO.replace("bits = 3\n", "bits = 3\n[[recipes]]\nbits = 5\n[[recipes]]\nbits = 6\n")
+RECIPES = TWO.replace("bits = 3\n", "bits = 3\n[[recipes]]\nbits = 5\n")
 
 
 def written(folder: Path, text: str, pico: Path) -> Path:
