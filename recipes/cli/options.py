@@ -16,7 +16,6 @@ from ...convert.source.tensors import COMPONENTS
 from ...model.mlx_device import ARITHMETICS, DEVICES
 from ...quant.affine import BITS, DEFAULT_METHOD_NAME, GROUP_SIZES, METHOD_NAMES, METHODS
 from ...verify.options import EMBEDDED, RECOGNIZERS
-from ...verify.sweeping.settings import KEEP
 from . import console
 
 TargetName = StrEnum("TargetName", {name: name for name in TARGETS})  # type: ignore[misc]
@@ -24,7 +23,6 @@ DtypeName = StrEnum("DtypeName", {name: name for name in DTYPES})  # type: ignor
 MethodName = StrEnum("MethodName", {name: name for name in (*METHOD_NAMES, *METHODS)})  # type: ignore[misc]
 DeviceName = StrEnum("DeviceName", {name: name for name in DEVICES})  # type: ignore[misc]
 ArithmeticName = StrEnum("ArithmeticName", {name: name for name in ARITHMETICS})  # type: ignore[misc]
-KeptBundles = StrEnum("KeptBundles", {name: name for name in KEEP})  # type: ignore[misc]
 RecognizerName = StrEnum("RecognizerName", {name: name for name in RECOGNIZERS})  # type: ignore[misc]
 
 

@@ -1,5 +1,6 @@
 """ppx-sweep: recipes over sources, on this machine or on a Ray cluster."""
 
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,7 @@ Examples:
 """
 
 app = console.application()
+KeptBundles = StrEnum("KeptBundles", {name: name for name in KEEP})  # type: ignore[misc]
 
 
 @app.command(epilog=EXAMPLES)
@@ -42,7 +44,7 @@ def sweep(
         str | None, typer.Option(metavar="URL", help="Where machines share no disk: s3://, hf://, file:// of fsspec.")
     ] = None,
     keep: Annotated[
-        options.KeptBundles | None,
+        KeptBundles | None,
         typer.Option(help="Bundles to keep; best: on the Pareto front of their source.  [default: none]"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells, write and download nothing.")] = False,
