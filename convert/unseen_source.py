@@ -54,7 +54,7 @@ def unseen(source: str, revision: str | None) -> tuple[Inventory, int]:
 
 def _files(source: str, listing: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
     """Return the names of a source's files, under those that PersonaPlex's have: shards where it has no single file."""
-    files = {kind: (kind,) for kind in FILES if kind in listing}
+    files: dict[str, tuple[str, ...]] = {kind: (kind,) for kind in FILES if kind in listing}
     shards = tuple(sorted(name for name in listing if _SHARD.fullmatch(name)))
     if WEIGHTS not in files and INDEX in listing and shards:
         files[WEIGHTS] = shards

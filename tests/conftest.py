@@ -26,6 +26,8 @@ SLOW = (  # the slowest first
     "test_hub.py",
     "test_kill.py",
     "test_size_budget.py",
+    "test_sweep.py",
+    "test_sweep_ray.py",
     "test_adapter.py",
     "test_language_model.py",
     "test_moshi_mlx.py",
@@ -41,6 +43,7 @@ PROGRAMS = {
     "ppx-install": "ppx.recipes.cli.install",
     "ppx-publish": "ppx.recipes.cli.publish",
     "ppx-speak": "ppx.recipes.cli.speak",
+    "ppx-sweep": "ppx.recipes.cli.sweep",
     "ppx-verify": "ppx.recipes.cli.verify",
     "ppx-voice": "ppx.recipes.cli.voice",
 }

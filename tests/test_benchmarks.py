@@ -90,3 +90,20 @@ def test_figures_of_the_reference_against_itself_are_zero(pico):
         found = figures(louder, reference, held)
         assert min(found["text"], found["codebook_0"], found["agent"]) > 0
         assert found["agreement"] < 1
+
+
+def test_the_sweeps_of_the_benchmark_are_sweeps(pico, tmp_path):
+    from ppx.verify.sweeping.cells import cells_of
+    from ppx.verify.sweeping.sweep_file import read
+    from sweep import Run, sweep_file, text
+
+    for cells in (2, 24):
+        (tmp_path / "sweep.toml").write_text(sweep_file(pico, cells, 24))
+        assert len(cells_of(read(tmp_path / "sweep.toml"))) == cells
+    said = text(Run(60.0, [10.0] * 6, 1 << 30), Run(40.0, [12.0] * 6, 3 << 30), 2).splitlines()
+    assert said[3:] == [
+        "speed-up 1.50",
+        "Ray adds 1.33 s of a worker to a cell, its start included",
+        "a cell takes 1.20 times its time alone",
+        "memory 3.00 times that of one process",
+    ]

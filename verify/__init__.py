@@ -1,7 +1,7 @@
 """Is the bundle right, and how good is it? Comparison, report, publishing. Never writes weights.
 
-``verify``, ``listen`` and ``publish`` do what ppx-verify and ppx-publish do; ``docs/python.md`` shows them. Names are
-imported when they are first used.
+``verify``, ``listen``, ``publish`` and ``sweep`` do what ppx-verify, ppx-publish and ppx-sweep do; ``docs/python.md``,
+``docs/listening.md`` and ``docs/sweeps.md`` show them. Names are imported when they are first used.
 """
 
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .options import VerifyOptions as VerifyOptions
     from .publishing.gate import publish as publish
     from .publishing.upload import PublishOptions as PublishOptions
+    from .sweeping.sweep import sweep as sweep
 
 _MODULES = {
     "add_round_trip": "bundle_report",
@@ -27,6 +28,7 @@ _MODULES = {
     "VerifyOptions": "options",
     "publish": "publishing.gate",
     "PublishOptions": "publishing.upload",
+    "sweep": "sweeping.sweep",
 }
 __all__ = list(_MODULES)
 __getattr__, __dir__ = _lazy_exports(__name__, _MODULES)

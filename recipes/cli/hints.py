@@ -46,8 +46,10 @@ HINTS = {
     Hint.PULL_REQUEST_OR_REVISION: "leave --create-pr or --revision out",
     Hint.RENAME_VOICE: "choose another: --name of ppx-voice, or the name of the recording",
     Hint.SHORTEN_PROMPT: "shorten --prompt",
+    Hint.START_RAY: "start it with `ray start` (docs/sweeps.md), or give --ray auto",
     Hint.TARGET_MLX: "use --target mlx",
     Hint.VERIFY_FIRST: "run ppx-verify with --reference SOURCE first",
+    Hint.WITHOUT_RAY: "install it, or leave --ray out",
     Hint.WITHOUT_VOICE: "leave --voice out",
     Hint.WAIT_OR_OTHER_OUTPUT: "wait, or choose another --output",
 }

@@ -19,6 +19,7 @@ from ppx.recipes.cli import (
     install,
     publish,
     speak,
+    sweep,
     verify,
     voice,
 )
@@ -30,9 +31,10 @@ COMMANDS = {  # functions that return a command which people run again
     "convert/bundle/consumers.py": "commands",
     "verify/publishing/card.py": "command",
     "verify/provenance.py": "command_of",
+    "verify/sweeping/sweep.py": "_command",
 }
 FLAG = re.compile(r"(?<!var\()--[a-z][a-z-]*")  # CSS has variables of the same form
-PROGRAMS = (allocate, bench, calibrate, convert, inspect, install, publish, speak, verify, voice)
+PROGRAMS = (allocate, bench, calibrate, convert, inspect, install, publish, speak, sweep, verify, voice)
 
 
 def strings(tree: ast.AST, but: str = "") -> Iterator[ast.Constant]:

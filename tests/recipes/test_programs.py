@@ -19,7 +19,9 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 ROOT = Path(__file__).parent.parent.parent
-PROGRAMS = ("allocate", "bench", "calibrate", "convert", "inspect", "install", "publish", "speak", "verify", "voice")
+PROGRAMS = (
+    "allocate", "bench", "calibrate", "convert", "inspect", "install", "publish", "speak", "sweep", "verify", "voice"
+)  # fmt: skip
 LAYER = "transformer.layers.0.self_attn"
 
 

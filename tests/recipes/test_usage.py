@@ -16,7 +16,8 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 PROGRAMS = (
-    "allocate", "bench", "calibrate", "convert", "inspect", "install", "publish", "speak", "verify", "voice"
+    "allocate", "bench", "calibrate", "convert", "inspect", "install", "publish", "speak", "sweep",
+    "verify", "voice"
 )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def test_help_fits_into_80_columns_whole(program):
 
 VERB = (
     "(Answer|Begin|Choose|Comp|Convert|Copy|Cut|Draw|Encode|Fine-tune|Fit|Generate|Give|Hash|Join|Keep|Let|Link|List|Make|Measure|"
-    "Merge|Open|Print|Propose|Publish|Put|Quantize|Read|Remove|Replace|Sample|Say|Show|Speak|Store|Take|Talk|Time|Undo|Upload|Use|Write)"
+    "Merge|Open|Print|Propose|Publish|Put|Quantize|Read|Remove|Replace|Run|Sample|Say|Share|Show|Speak|Store|Take|Talk|Time|Undo|Upload|Use|Write)"
 )
 
 

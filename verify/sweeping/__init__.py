@@ -1,0 +1,1 @@
+"""Sweeps: recipes over sources, cell by cell, on this machine or on a Ray cluster."""
