@@ -29,6 +29,11 @@ def duration(seconds: float) -> str:
     return f"{hours:.1f} h" if hours < 9.95 else f"{round(hours)} h"
 
 
+def watched() -> bool:
+    """Tell whether somebody may look at progress: standard error is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 class Estimate:
     """How long the rest takes, by the speed of the last half of the time; None as long as that is a guess."""
 
@@ -78,14 +83,12 @@ class Progress(tqdm):  # type: ignore[type-arg]
 
     def __init__(self, label: str, total: float, unit: str, quiet: bool, announced: bool = False) -> None:
         """Begin a step; quiet: show nothing. announced: whether a line has said already that it begins."""
-        watched = sys.stderr is not None and sys.stderr.isatty()
+        seen = watched()
         self.estimate, self.label, self.kind, self.detail = Estimate(total), label, unit, ""
-        self.lines = not quiet and not watched and sys.stderr is not None
+        self.lines = not quiet and not seen and sys.stderr is not None
         self._announced, self._said, self._failed = announced, time.monotonic(), False
         self._closed = threading.Event()
-        super().__init__(
-            total=total, desc=label, unit=unit, disable=quiet or not watched, dynamic_ncols=True, miniters=1
-        )
+        super().__init__(total=total, desc=label, unit=unit, disable=quiet or not seen, dynamic_ncols=True, miniters=1)
         if self.lines or not self.disable:
             self._ticker = threading.Thread(target=self._tick, name="ppx-progress", daemon=True)
             self._ticker.start()

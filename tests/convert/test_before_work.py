@@ -40,7 +40,7 @@ def work(pico, monkeypatch, tmp_path):
         done.append("sampled")
         return tokens
 
-    def measure(opened, token_set, mark, _):
+    def measure(opened, token_set, mark, *_):
         done.append("measured")
         found = Sensitivities(token_set.description, mark)
         members = members_of(opened.architecture)

@@ -19,6 +19,7 @@ from ppx.convert.bundle import build as bundle_build
 from ppx.convert.bundle import shipped
 from ppx.convert.bundle.build import build
 from ppx.convert.errors import UserError
+from ppx.convert.file_names import CODEC, TOKENIZER
 from ppx.convert.source import demo
 from ppx.convert.source.source import fingerprint, locate
 from safetensors import safe_open
@@ -405,10 +406,10 @@ def test_a_folder_that_cannot_be_written(pico, program, tmp_path):
 
 
 def test_missing_source_files_are_all_named(pico_copy, program, tmp_path):
-    for name in ("voices.tgz", "config.json"):
+    for name in (CODEC, TOKENIZER):
         (pico_copy / name).unlink()
     done = program("ppx-convert", pico_copy, cwd=tmp_path, status=2)
-    assert "voices.tgz, config.json not there" in done.stderr
+    assert f"{CODEC}, {TOKENIZER} not there" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["pico"]
 

@@ -108,7 +108,7 @@ def test_what_is_no_toml_says_where():
     with pytest.raises(UserError, match=r"not TOML.*line 2"):
         recipe_file.parse('target = "mlx"\nrules = = []', "t", "t.toml")
     with pytest.raises(UserError, match="no such recipe or file: shipped are 4bit"):
-        shipped.load("7bit")
+        shipped.load("gibberish")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_ba
 from ...convert.errors import CheckFailed, UserError
 from ...convert.file_names import CARD, MANIFEST
 from ...convert.hints import Hint
+from ...convert.progress import watched
 from ...convert.source.hub_client import HOW_TO_LOG_IN, git_blob, silent_client, translate_errors, with_retries
 
 _ALONE = 1 << 20  # bytes from which a file is sent for itself, so that a break costs no other
@@ -77,7 +78,7 @@ def upload(
     repository holds something else afterwards.
     """
     check_token(repository)
-    with silent_client(bars=not quiet), translate_errors(repository, wish.revision, "the upload"):
+    with silent_client(bars=not quiet and watched()), translate_errors(repository, wish.revision, "the upload"):
         api = HfApi()
         _open_repository(api, repository, wish)
         there = _tree(api, repository, wish.revision)
