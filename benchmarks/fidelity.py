@@ -38,6 +38,8 @@ ROWS: dict[str, list[str]] = {
     "moshi-q4, gptq": ["--recipe", "moshi-q4", *GPTQ],
     "moshi-q4, gptq, refined": ["--recipe", "moshi-q4", *GPTQ, "--refine"],
     "4bit-depformer16, lsq": ["--recipe", "4bit-depformer16", *LSQ],
+    "5bit, lsq": ["--recipe", "5bit", *LSQ],
+    "6bit, lsq": ["--recipe", "6bit", *LSQ],
     "mixed, lsq": ["--recipe", "mixed", *LSQ],
     "mixed, gptq": ["--recipe", "mixed", *GPTQ],
     "4.5 bits per weight, lsq": [*SAME_SIZE[:-2], "--bits-per-weight", "4.5", *LSQ],
