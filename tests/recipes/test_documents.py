@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import sys
 import tomllib
 from dataclasses import replace
@@ -17,8 +16,8 @@ from documents import PAGES, README, commands_of, lines_of
 from hub_server import running
 from ppx.convert.bundle import shipped
 from ppx.convert.bundle.manifest import manifest_of
+from ppx.convert.file_names import CODEC
 from ppx.convert.source import demo
-from ppx.convert.source.files import CODEC
 from ppx.recipes.cli import sweep as program_of_sweeps
 from ppx.verify.sweeping import sweep as sweeps
 from typer.testing import CliRunner
@@ -35,7 +34,8 @@ RUN_BY = {  # every page with commands, and the tests that run them
     "listening.md": [("verify/test_listening.py", "test_the_documented_commands_are_commands")],
     "publishing.md": [(PROMISES, "test_the_session_of_the_publishing_page_is_a_real_one")],
     "quantizing.md": [(PROMISES, "test_commands_of_the_readme_plan"),
-                      (HERE, "test_commands_of_the_readme_run"), (HERE, "test_commands_that_two_pages_have_are_the_same")],
+                      (HERE, "test_commands_of_the_readme_run"),
+                      (HERE, "test_commands_that_two_pages_have_are_the_same")],
     "real-checkpoint.md": [(HERE, "test_the_command_for_the_real_checkpoint_runs")],
     "sources.md": [("convert/test_hub.py", "test_the_command_of_the_sources_page")],
     "speaking.md": [("speak/test_speak.py", "test_the_commands_of_the_page_run"),
@@ -128,7 +128,8 @@ def test_commands_of_the_readme_run(source, program, tmp_path):
         online |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         for line in commands_of(README):
             name, *words = shlex.split(line)
-            arguments = [str(source) if word in ("nvidia/personaplex-7b-v1", "./my-finetune") else word for word in words]
+            sources = ("nvidia/personaplex-7b-v1", "./my-finetune")
+            arguments = [str(source) if word in sources else word for word in words]
             if name == "ppx-convert" and words[0].startswith("--"):
                 arguments.insert(0, str(source))
             if "5.3GB" in arguments:
@@ -172,7 +173,7 @@ def test_the_commands_of_the_sweeps_page_are_commands(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(sweeps, "dry_run", lambda file: calls.append((file, "dry run")) or (None, None))
     monkeypatch.setattr(sweeps, "sweep", lambda file, output, **options: calls.append((file, output, options)))
-    monkeypatch.setattr(sweeps, "fail_if_failed", lambda done: None)
+    monkeypatch.setattr(sweeps, "fail_if_failed", lambda _: None)
     summary = SimpleNamespace(plan_text=lambda *_: "", result_text=lambda _: "")
     monkeypatch.setattr(program_of_sweeps, "summary", summary)
     for command in commands_of(PAGES["sweeps.md"]):

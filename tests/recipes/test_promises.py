@@ -26,7 +26,6 @@ from safetensors.numpy import load_file, save_file
 NAMES = {name_of(path) for path in modules()}
 
 
-
 def test_imports_run_in_one_direction():
     seen = arrows(())
     for folder, others in seen.items():
@@ -99,7 +98,7 @@ def test_the_readmes_first_block_names_targets_of_the_makefile():
 
 
 def conversions() -> list[str]:
-    """The commands of README and of the pages that moved out of it, or go deeper; other pages have tests of their own."""
+    """Those of README, and of the pages about how to convert; other pages have tests of their own."""
     text = "".join((README, *(PAGES[f"{name}.md"] for name in ("converting", "quantizing", "fidelity", "publishing"))))
     return list(dict.fromkeys(line for line in commands_of(text) if line.startswith("ppx-convert")))
 
@@ -200,7 +199,9 @@ def test_the_session_of_the_publishing_page_is_a_real_one(program, tmp_path):
 
 def test_the_readmes_table_of_recipes():
     rows = re.findall(
-        r"^\| `([\w-]+)`(?: \(default\))? \| ([\w-]+) \| ([\d.]+ GB) \| ([\d.]+) \| ([\d.]+ GB) \|", README, re.MULTILINE
+        r"^\| `([\w-]+)`(?: \(default\))? \| ([\w-]+) \| ([\d.]+ GB) \| ([\d.]+) \| ([\d.]+ GB) \|",
+        README,
+        re.MULTILINE,
     )
     assert sorted(row[0] for row in rows) == shipped.names()
     for name, target, total, bits, memory in rows:
