@@ -28,7 +28,8 @@ PROMISES = "recipes/test_promises.py"
 RUN_BY = {  # every page with commands, and the tests that run them
     "converting.md": [(PROMISES, "test_commands_of_the_readme_plan"),
                       (PROMISES, "test_the_session_of_the_converting_page_is_a_real_one")],
-    "fidelity.md": [(PROMISES, "test_commands_of_the_readme_plan")],
+    "fidelity.md": [(PROMISES, "test_commands_of_the_readme_plan"),
+                    ("calibrate/test_size_budget.py", "test_a_conversion_to_a_size")],
     "install.md": [("convert/test_install.py", "test_commands_of_the_page_run"),
                    ("convert/test_location.py", "test_commands_of_the_page_with_a_hub_id_run")],
     "listening.md": [("verify/test_listening.py", "test_the_documented_commands_are_commands")],
@@ -158,7 +159,6 @@ def test_the_command_for_the_real_checkpoint_runs(source, program, tmp_path):
     here = {
         "nvidia/personaplex-7b-v1": source,
         "tests/data/speech.flac": ROOT / "tests" / "data" / "speech.flac",
-        "113": "16",
     }
     for command in line.split(" && "):
         name, *words = shlex.split(command)
