@@ -119,7 +119,7 @@ def test_commands_of_the_readme_run(source, program, tmp_path):
     program("ppx-convert", source, "--recipe", "8bit", "-o", "my-8bit", cwd=tmp_path)
     shorter = {
         "ppx-bench": ["--frames", "3"],
-        "ppx-allocate": ["--tokens", "mine.safetensors"],
+        "ppx-allocate": ["--tokens", "tokens.safetensors"],
         "--reference": ["--sequences", "1", "--frames", "40"],
         "--listen": ["--pairs", "1"],
     }

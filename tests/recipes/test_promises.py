@@ -108,7 +108,7 @@ def test_commands_of_the_readme_plan(command, program, pico, tmp_path):
     name, *arguments = shlex.split(command)
     arguments = [pico if argument == "./my-finetune" else argument for argument in arguments if argument != "--dry-run"]
     (tmp_path / "mine.toml").write_text(to_toml(shipped.load("mixed")))
-    for tokens in ("mine.safetensors", "conversations.safetensors"):
+    for tokens in ("tokens.safetensors", "conversations.safetensors"):
         (tmp_path / tokens).symlink_to((pico / "calibration_tokens.safetensors").absolute())
     by_size = "--target-size" in arguments  # which measures, so that there is no plan without: tests of sizes run it
     done = program(name, *arguments, "--dry-run", cwd=tmp_path, status=2 if by_size else 0)
