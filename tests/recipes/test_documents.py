@@ -52,7 +52,7 @@ source = "SOURCE"
 recipe = "4bit"
 [evaluation]
 sequences = 1
-frames = 24
+frames = 80
 """
 
 
@@ -119,8 +119,9 @@ def test_commands_of_the_readme_run(source, program, tmp_path):
     program("ppx-convert", source, "--recipe", "8bit", "-o", "my-8bit", cwd=tmp_path)
     shorter = {
         "ppx-bench": ["--frames", "3"],
+        "ppx-calibrate": ["--frames", "20"],
         "ppx-allocate": ["--tokens", "tokens.safetensors"],
-        "--reference": ["--sequences", "1", "--frames", "40"],
+        "--reference": ["--sequences", "1", "--frames", "80"],
         "--listen": ["--pairs", "1"],
     }
     outputs: dict[str, str] = {}
@@ -134,7 +135,7 @@ def test_commands_of_the_readme_run(source, program, tmp_path):
             if name == "ppx-convert" and words[0].startswith("--"):
                 arguments.insert(0, str(source))
             if "5.3GB" in arguments:
-                arguments[arguments.index("5.3GB")] = "17MB"
+                arguments[arguments.index("5.3GB")] = f"{manifest_of(tmp_path / 'my-bundle').nbytes / 1e6:.1f}MB"
             if "--ray" in arguments and find_spec("ray") is None:
                 place = arguments.index("--ray")
                 del arguments[place : place + 2]
