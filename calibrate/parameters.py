@@ -12,7 +12,7 @@ from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
 from ..convert.tensorfile import DTYPES
 from ..model.reference import Weights
 from ..quant.affine import QuantizationConfig, Quantized, unpack
-from ..quant.gptq import assemble
+from ..quant.rounding import assemble
 
 CODES_RATE, SCALES_RATE = 1e-2, 1e-3  # learning rates: in codes; relative to a scale, of scales and biases
 

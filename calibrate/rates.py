@@ -14,7 +14,7 @@ from ..model import torch_device as devices
 from ..model.blocks import blocks_of
 from ..model.reference import TorchModel
 from ..quant.affine import QuantizationConfig, dequantize, quantize
-from ..quant.gptq import round_columns
+from ..quant.rounding import round_columns
 from .work import Work
 
 _WIDEST = 4096  # columns and rows of what is timed: above it, rates change little

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ppx.quant import gptq
+from ppx.quant import gptq, rounding
 from ppx.quant.affine import QuantizationConfig, Quantized, dequantize, pack, quantize, unpack
 from ppx.quant.gptq import Inputs, Moments, gptq_with_retries
 from torch import Tensor
@@ -65,11 +65,11 @@ def textbook(weight: Tensor, damped: Tensor, quantization: QuantizationConfig, r
     now, codes, lost = weight.clone(), torch.zeros(weight.shape), torch.zeros_like(weight)
     for first in range(0, weight.shape[1], size):
         group = slice(first, first + size)
-        scales, biases = map(torch.from_numpy, gptq.grid(now[:, group].numpy(), quantization, STORAGE))
+        scales, biases = map(torch.from_numpy, rounding.grid(now[:, group].numpy(), quantization, STORAGE))
         for row in range(len(weight)):
             passed = torch.zeros(size, dtype=weight.dtype) if ratios is None else ratios[:row, row] @ lost[:row, group]
             best: tuple[float, Tensor, Tensor, Tensor] | None = None
-            for factor, shift in gptq.GRIDS:
+            for factor, shift in rounding.GRIDS:
                 scale = (scales[row] * np.float32(factor)).float().double()
                 bias = (biases[row] + scales[row] * (top / 2 * (1 - factor) + shift)).float().double()
                 values, errors, chosen = now[row].clone(), torch.zeros_like(passed), torch.zeros(size)
@@ -163,13 +163,13 @@ def test_gradients_that_say_nothing_change_nothing():
 
 
 def test_more_grids_leave_less_error(monkeypatch):
-    quantization, ratios, several = QuantizationConfig(4, 64, "gptq"), [], gptq.GRIDS
+    quantization, ratios, several = QuantizationConfig(4, 64, "gptq"), [], rounding.GRIDS
     assert (1.0, 0) in several
     for seed in range(4):
         weight, x, seen = layer(seed, rows=64, drift=0)
         errors = []
         for grids in (several, 32 * ((1.0, 0.0),)):
-            monkeypatch.setattr(gptq, "GRIDS", grids)
+            monkeypatch.setattr(rounding, "GRIDS", grids)
             made = gptq.gptq(weight, moments(x, seen), quantization, STORAGE)
             errors.append(output_error(weight, x, seen, made, quantization))
         ratios.append(errors[0] / errors[1])

@@ -1,0 +1,156 @@
+"""Rounding of a matrix column by column: each group tries several grids, and rows may make up for each other.
+
+The steps of GPTQ (``gptq``) after its moments are factored.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .affine import STORAGE, QuantizationConfig, Quantized, pack, quantize
+from .column_rounding import ROWS, round_group
+from .processors import cores
+
+# Grids that each group tries: factors of the least-squares scale, and shifts of the bias in scales. That one is in it.
+_FACTORS, _SHIFTS = (0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.03, 1.07), (-0.25, 0, 0.25, 0.5)
+GRIDS = tuple((factor, shift) for factor in _FACTORS for shift in _SHIFTS)
+_OUTPUT_DAMPING = 0.3  # of the mean second moment of a block's gradients, added to each
+_COLUMNS = 512  # whose errors are passed on to the columns behind them in one product
+_OfGroup = tuple[NDArray[Any], NDArray[Any]]
+
+
+def row_feedback(gradients: Tensor) -> Tensor:
+    """Return by how much the error of a row counts for each later one of its block, ``[blocks, 64, 64]``, on the CPU.
+
+    gradients: as for ``gptq``. With F = U Uᵀ, U upper triangular, and E the outputs' errors, the loss grows by |Uᵀ E|²:
+    row i of it is Uᵢᵢ times Eᵢ plus the sum of Uⱼᵢ / Uᵢᵢ times Eⱼ over the rows j before. Zeros for a block that no
+    gradient reaches, or whose gradients are not finite.
+    """
+    sums = _double(gradients).cpu()
+    mean = sums.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    usable = torch.isfinite(sums).all(2, keepdim=True).all(1, keepdim=True) & (mean > 0)
+    eye = torch.eye(sums.shape[1], dtype=sums.dtype)
+    relative = torch.where(usable, sums / mean, eye) + _OUTPUT_DAMPING * eye
+    upper = torch.linalg.cholesky(relative.flip(1, 2)).flip(1, 2)
+    return (upper / upper.diagonal(dim1=1, dim2=2)[:, None]).triu(1)
+
+
+def round_columns(
+    goal: Tensor,
+    exact: Tensor,
+    factor: Tensor,
+    quantization: QuantizationConfig,
+    storage: np.dtype[np.generic],
+    feedback: Tensor | None = None,
+) -> Quantized:
+    """Round column by column.
+
+    goal: ``[rows, columns]``, overwritten. exact: the weights, the same shape, on the CPU. feedback: see
+    ``row_feedback``, in the dtype of the goal; None where rows do not make up for each other. Each group's scales and
+    biases are, or are near, the least-squares ones of its weights as they are when its first column is rounded: the
+    values that make ``(goal - rounded) @ factor`` zero in the columns of the group. Of ``GRIDS`` around those, each row
+    takes the one that leaves least of it.
+    """
+    rows, columns = goal.shape
+    size, top = quantization.group_size, (1 << quantization.bits) - 1
+    codes = np.empty((rows, columns), np.uint8)
+    grids = np.empty((2, rows, columns // size), np.float32)
+    lost = goal  # of the columns that are rounded: goal - rounded
+    local, weights = goal.cpu().numpy(), exact.numpy()  # groups are rounded by the processor, with all its threads
+    blocks = -(-rows // ROWS)
+    each = -(-blocks // cores())  # as many at once as there are processors: threads wait for each other between calls
+    parts = [slice(first, first + each) for first in range(0, blocks, each)]
+    trials = np.array(GRIDS, np.float32)
+    statistics = np.zeros((columns // size, blocks, 2))
+    counts = None if feedback is None else feedback.numpy()
+    with ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round") as pool:
+        for first in range(0, columns, size):
+            last, group, start = first + size, first // size, first - first % _COLUMNS
+            if first == start:
+                passed = lost[:, :start] @ factor[:start, start : start + _COLUMNS]
+            part = passed[:, first - start : last - start]
+            if first > start:
+                part = torch.addmm(part, lost[:, start:first], factor[start:first, first:last])
+            square = factor[first:last, first:last]
+            identity = torch.eye(size, dtype=square.dtype, device=square.device)
+            inverse = on_either(partial(torch.linalg.solve_triangular, upper=True), square, identity)
+            moved, triangle = (part @ inverse).cpu().numpy(), np.ascontiguousarray(inverse.cpu().numpy())
+
+            def rounded(part: slice, group: int = group, of: _OfGroup = (moved, triangle)) -> None:
+                moved, triangle = of
+                rows = slice(part.start * ROWS, part.stop * ROWS)
+                values = moved[rows] + local[rows, group * size : (group + 1) * size]
+                scale, bias = grid(values, quantization, storage)
+                round_group(
+                    values,
+                    local[rows],
+                    weights[rows],
+                    group * size,
+                    triangle,
+                    trials,
+                    STORAGE[storage],
+                    top,
+                    None if counts is None else counts[part],
+                    scale,
+                    bias,
+                    codes[rows],
+                    statistics[group, part],
+                )
+                grids[0, rows, group], grids[1, rows, group] = scale, bias
+
+            list(pool.map(rounded, parts))
+            if lost.device.type != "cpu":
+                lost[:, first:last] = torch.from_numpy(local[:, first:last]).to(lost.device)
+    error, norm = statistics.sum((0, 1))
+    scales, biases = (values.astype(storage) for values in grids)
+    return Quantized(pack(codes, quantization.bits), scales, biases, float(error), float(norm), 0, 0)
+
+
+def grid(
+    group: NDArray[Any], quantization: QuantizationConfig, storage: np.dtype[np.generic]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return scale and bias of each row of a group ``[rows, group_size]``, as they are stored, in the group's dtype.
+
+    They are those of least squares.
+    """
+    plain = QuantizationConfig(quantization.bits, quantization.group_size, "lsq")
+    made = quantize(np.ascontiguousarray(group, np.float32), plain, storage)
+    scale, bias = (sides.astype(np.float32).astype(group.dtype).reshape(-1) for sides in (made.scales, made.biases))
+    return scale, bias
+
+
+def _double(values: Tensor) -> Tensor:
+    return (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
+
+
+def assemble(
+    weight: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    quantization: QuantizationConfig,
+    storage: np.dtype[np.generic],
+) -> Quantized:
+    """Return codes, scales and biases ``[rows, ...]`` as a quantized matrix, with its error against ``weight``.
+
+    Scales and biases must be values that their storage dtype holds.
+    """
+    dequantized = codes.reshape(*scales.shape, -1) * scales[..., None] + biases[..., None]
+    difference = weight.to(dequantized.device) - dequantized.flatten(1)
+    error, norm = (float(_double(values).square().sum()) for values in (difference, weight))
+    scale, bias = (values.float().cpu().numpy().astype(storage) for values in (scales, biases))
+    return Quantized(pack(codes.cpu().numpy(), quantization.bits), scale, bias, error, norm, 0, 0)
+
+
+def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """Compute on the values' device, or on the CPU where that lacks the operation; the result is where they are."""
+    try:
+        return function(*values)
+    except NotImplementedError:
+        return function(*(value.cpu() for value in values)).to(values[0].device)
