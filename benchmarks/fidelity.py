@@ -1,7 +1,7 @@
 """How near to its original each recipe and method comes, for how many bytes: a table, and a picture.
 
     python benchmarks/fidelity.py SOURCE --heldout TOKENS [--calibration TOKENS] [--rows NAME ...] [--folder DIR]
-        [--refine STEPS] [--picture FILE.svg]
+        [--refine STEPS] [--picture FILE.svg] [--recipes-picture FILE.svg]
 
 Each row is a conversion and a verification by the programs that users run, on held-out tokens that nothing was
 calibrated on. Sizes are those of the bundle's model without the codec and the voices. What was measured stays in the
@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ppx.convert.bundle import shipped
 from ppx.convert.bundle.manifest import manifest_of
+from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from processes import run_program
 
 RTN, LSQ, UNWEIGHTED, GPTQ = (["--method", method] for method in ("rtn", "lsq", "lsq_unweighted", "gptq"))
@@ -38,6 +40,8 @@ ROWS: dict[str, list[str]] = {
     "moshi-q4, gptq": ["--recipe", "moshi-q4", *GPTQ],
     "moshi-q4, gptq, refined": ["--recipe", "moshi-q4", *GPTQ, "--refine"],
     "4bit-depformer16, lsq": ["--recipe", "4bit-depformer16", *LSQ],
+    "5bit, lsq": ["--recipe", "5bit", *LSQ],
+    "6bit, lsq": ["--recipe", "6bit", *LSQ],
     "mixed, lsq": ["--recipe", "mixed", *LSQ],
     "mixed, gptq": ["--recipe", "mixed", *GPTQ],
     "4.5 bits per weight, lsq": [*SAME_SIZE[:-2], "--bits-per-weight", "4.5", *LSQ],
@@ -111,6 +115,34 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def draw_recipes(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw the agent's divergence, measured, over the size of PersonaPlex-7B's bundle, computed."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ppx", "font.size": 10})
+    from matplotlib import pyplot
+
+    inventory = inventory_of_7b("nvidia/personaplex-7b-v1")
+    figure, axis = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
+    for name, row in found.items():
+        recipe, _, kind = name.rpartition(", ")
+        recipe = recipe.replace(" ", "")
+        gigabytes = make_plan(inventory, shipped.load(recipe)).nbytes / 1e9
+        label = f"{recipe}, plain rounding" if kind == "rtn" else recipe
+        axis.plot(gigabytes, row["agent"], "o", color=COLOURS[kind], markersize=7)
+        place = {"moshi-q4": (-6, -12), "4bit-depformer16": (-6, 8)}.get(label, (8, 2 if kind == "rtn" else -4))
+        side = "right" if recipe == "moshi-q4" else "left"
+        axis.annotate(label, (gigabytes, row["agent"]), xytext=place, textcoords="offset points", ha=side)
+    axis.set_xlim(4.5, 11)
+    axis.set_yscale("log")
+    axis.set_xlabel("size of a PersonaPlex-7B bundle on disk, GB (computed)")
+    axis.set_ylabel("divergence, nats/token (small model)")
+    axis.grid(alpha=0.25)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,6 +155,7 @@ def main() -> None:
     parser.add_argument("--refine", dest="fine_tune", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("benchmark-fidelity"), help="kept")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--recipes-picture", type=Path, help="of --rows with recipes, by the size of 7B's bundles")
     options = parser.parse_args()
     options.folder.mkdir(exist_ok=True)
     found = {}
@@ -135,6 +168,8 @@ def main() -> None:
     print(table(found))
     if options.picture:
         draw(found, options.picture)
+    if options.recipes_picture:
+        draw_recipes(found, options.recipes_picture)
 
 
 if __name__ == "__main__":

@@ -107,3 +107,17 @@ def test_the_sweeps_of_the_benchmark_are_sweeps(pico, tmp_path):
         "a cell takes 1.20 times its time alone",
         "memory 3.00 times that of one process",
     ]
+
+
+def test_the_picture_of_recipes_has_a_point_and_a_name_for_each(tmp_path):
+    from fidelity import draw_recipes
+
+    draw_recipes(
+        {"4 bit, rtn": {"agent": 0.06}, "4 bit, lsq": {"agent": 0.05}, "8bit, lsq": {"agent": 2e-4}}, tmp_path / "a.svg"
+    )
+    picture = (tmp_path / "a.svg").read_text()
+    for label in (">4bit, plain rounding<", ">4bit<", ">8bit<", "(computed)"):
+        assert picture.count(label) == 1, label
+    shown = (Path(__file__).parent.parent / "docs" / "recipes.svg").read_text()
+    for name in ("4bit", "5bit", "6bit", "8bit", "4bit-depformer16", "moshi-q4", "moshi-q8", "mixed"):
+        assert f">{name}<" in shown, name  # README's picture has every recipe that quantizes

@@ -119,7 +119,7 @@ def test_durations_have_two_digits(seconds, text):
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("layers", "percent"), [(4, "37%"), (6, "37%"), (24, "13%"), (32, "13%")])
+@pytest.mark.parametrize(("layers", "percent"), [(4, "34%"), (6, "34%"), (24, "10%"), (32, "10%")])
 def test_advice_names_the_figures_of_the_nearest_depth(layers, percent, opened, monkeypatch):
     source, _ = opened
     monkeypatch.setattr(forecast, "_measured", lambda _: RATES)

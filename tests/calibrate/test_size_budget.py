@@ -518,8 +518,9 @@ def test_a_conversion_to_a_size(program, pico, few, held, tmp_path):
 
 
 def test_the_command_of_the_readme(program, pico, few, held, tmp_path):
-    page = (Path(__file__).parent.parent.parent / "README.md").read_text()
-    command = re.findall(r"^ppx-allocate (.*)$", page, re.MULTILINE)[0]
+    root = Path(__file__).parent.parent.parent
+    pages = [(root / name).read_text() for name in ("README.md", "docs/quantizing.md")]
+    (command,) = {command for page in pages for command in re.findall(r"^ppx-allocate (.*)$", page, re.MULTILINE)}
     arguments = [pico if argument == "./my-finetune" else argument for argument in shlex.split(command)]
     program("ppx-allocate", *arguments, "--tokens", few, "--sensitivity", held, cwd=tmp_path)
     assert shipped.load(str(tmp_path / "mine.toml")).depformer_steps == 8

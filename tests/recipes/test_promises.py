@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 from architecture import ORDER, ROOT, arrows, imported, modules, name_of
+from documents import CONVERTING, PAGES, PUBLISHING, README, VERIFICATION, commands_of
 from hub_server import running
 from ppx.convert.bundle import recipe_file, shipped
 from ppx.convert.bundle.describe import size
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from ppx.convert.bundle.recipe_file import to_toml
+from ppx.convert.bundle.run_memory import planned_memory
 from ppx.verify.limits import NARROW, WIDE, Factor
 from safetensors.numpy import load_file, save_file
 
 NAMES = {name_of(path) for path in modules()}
-README = (ROOT / "README.md").read_text()
 
 
 def test_imports_run_in_one_direction():
@@ -96,28 +97,28 @@ def test_the_readmes_first_block_names_targets_of_the_makefile():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```(?:sh|console)\n(.*?)```", README, re.DOTALL)
-    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith("ppx-convert")]
+def conversions() -> list[str]:
+    """Those of README, and of the pages about how to convert; other pages have tests of their own."""
+    text = "".join((README, *(PAGES[f"{name}.md"] for name in ("converting", "quantizing", "fidelity", "publishing"))))
+    return list(dict.fromkeys(line for line in commands_of(text) if line.startswith("ppx-convert")))
 
 
-@pytest.mark.parametrize("command", readme_commands())
+@pytest.mark.parametrize("command", conversions())
 def test_commands_of_the_readme_plan(command, program, pico, tmp_path):
     name, *arguments = shlex.split(command)
     arguments = [pico if argument == "./my-finetune" else argument for argument in arguments if argument != "--dry-run"]
     (tmp_path / "mine.toml").write_text(to_toml(shipped.load("mixed")))
-    (tmp_path / "mine.safetensors").symlink_to((pico / "calibration_tokens.safetensors").absolute())
-    done = program(name, *arguments, "--dry-run", cwd=tmp_path)
-    assert "bits per weight" in done.stdout
+    for tokens in ("tokens.safetensors", "conversations.safetensors"):
+        (tmp_path / tokens).symlink_to((pico / "calibration_tokens.safetensors").absolute())
+    by_size = "--target-size" in arguments  # which measures, so that there is no plan without: tests of sizes run it
+    done = program(name, *arguments, "--dry-run", cwd=tmp_path, status=2 if by_size else 0)
+    assert ("measures nothing" in done.stderr) if by_size else ("bits per weight" in done.stdout)
 
 
 @pytest.mark.slow
-def test_verifications_of_the_readme_run(bundle, pico, program, tmp_path):
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
-    commands = [line for line in lines if line.startswith("ppx-verify") and "--round-trip" not in line]
-    assert len(commands) == 3
+def test_verifications_of_the_page_run(bundle, pico, program, tmp_path):
+    commands = commands_of(VERIFICATION)
+    assert [command.split()[0] for command in commands] == ["ppx-verify"] * 3
     for name, options in (("my-bundle", "4bit"), ("my-4bit", "4bit"), ("my-8bit", "8bit")):
         shutil.copytree(bundle("--recipe", options), tmp_path / name)
     tokens = tmp_path / "held.safetensors"
@@ -166,7 +167,7 @@ def run_session(
     folder: Path,
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Run a console session of the README, and compare what it prints."""
+    """Run a console session of a page, and compare what it prints."""
     steps = re.findall(r"\$ (.*)\n((?:(?!\$ ).*\n)*)", session)
     for command, output in steps:
         name, *arguments = shlex.split(command)
@@ -178,32 +179,36 @@ def run_session(
     return len(steps)
 
 
-def sessions() -> list[str]:
-    return re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+@pytest.mark.slow
+def test_the_session_of_the_converting_page_is_a_real_one(program, tmp_path):
+    (session,) = re.findall(r"```console\n(.*?)```", CONVERTING, re.DOTALL)
+    assert run_session(session, program, tmp_path) == 2
+    demo = re.search(r"^demo: .*\n((?:\t.*\n)*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert demo
+    assert re.findall(r"^\$ (.*)$", session, re.MULTILINE) == re.findall(r"^\t\$\(BIN\)/(.*)$", demo[1], re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_the_readmes_session_is_a_real_one(program, tmp_path):
-    assert run_session(sessions()[0], program, tmp_path) == 2
-
-
-@pytest.mark.slow
-def test_the_readmes_session_to_the_hub_is_a_real_one(program, tmp_path):
+def test_the_session_of_the_publishing_page_is_a_real_one(program, tmp_path):
+    (session,) = re.findall(r"```console\n(.*?)```", PUBLISHING, re.DOTALL)
     with running() as hub:
         environment = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_writer"}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        assert run_session(sessions()[1], program, tmp_path, environment) == 4
+        assert run_session(session, program, tmp_path, environment) == 4
         assert hub.repositories["me/personaplex-demo"].private
 
 
 def test_the_readmes_table_of_recipes():
     rows = re.findall(
-        r"^\| `([\w-]+)`(?: \(default\))? \| ([\w-]+) \| ([\d.]+ GB) \| ([\d.]+) \|", README, re.MULTILINE
+        r"^\| `([\w-]+)`(?: \(default\))? \| ([\w-]+) \| ([\d.]+ GB) \| ([\d.]+) \| ([\d.]+ GB) \|",
+        README,
+        re.MULTILINE,
     )
     assert sorted(row[0] for row in rows) == shipped.names()
-    for name, target, total, bits in rows:
+    for name, target, total, bits, memory in rows:
         plan = make_plan(inventory_of_7b("x/y"), shipped.load(name))
         assert (target, total, bits) == (plan.target.name, size(plan.nbytes), f"{plan.bits_per_weight:.2f}"), name
+        assert memory == size(planned_memory(plan).total), name
 
 
 @pytest.mark.parametrize("name", tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shlex
 import shutil
 import sys
@@ -34,7 +35,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-README = Path(__file__).parent.parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "speaking.md"
 SPEECH = Path(__file__).parent.parent / "data" / "speech.flac"
 SAID = "The weather is nice today. We can go to the park, and have a good time with the children."
 SENTENCE = 1.68  # seconds of it, the first: recognizing speech takes longer than all the rest
@@ -160,9 +161,9 @@ def test_what_compiles_on_a_gpu_is_announced(demos, codec, monkeypatch, name):
 
 @pytest.fixture(scope="module")
 def conversation(program, tmp_path_factory):
-    """The README's conversation: its folder, and what its commands print."""
+    """The page's conversation with a demo: its folder, and what its commands print."""
     folder = tmp_path_factory.mktemp("conversation")
-    section = README.read_text().partition("\n## Talk to it\n")[2].partition("```sh\n")[2]
+    section = PAGE.read_text().partition("\n## With a demo\n")[2].partition("```sh\n")[2]
     commands = [shlex.split(line) for line in section.partition("```")[0].splitlines() if line.startswith("ppx-")]
     assert [command[0] for command in commands] == ["ppx-convert", "ppx-speak", "ppx-verify", "ppx-bench"]
     samples, rate = soundfile.read(SPEECH)
@@ -171,12 +172,29 @@ def conversation(program, tmp_path_factory):
     return folder, [program(name, *rest, *shorter.get(name, []), cwd=folder).stdout for name, *rest in commands]
 
 
-def test_the_readmes_conversation_is_a_real_one(conversation):
+def test_the_conversation_of_the_page_is_a_real_one(conversation):
     folder, said = conversation
     assert soundfile.info(folder / "answer.wav").duration == pytest.approx(SENTENCE)
     assert "demo-audio is intact" in said[2]
     assert f"round trip: {SENTENCE:.1f} s" in said[2]
     assert "codec" in said[3]
+
+
+def test_the_commands_of_the_page_run(conversation, program):
+    """Those of its beginning, with the demo's bundle; no microphone is at hand."""
+    folder, _ = conversation
+    (folder / "my-bundle").symlink_to("demo-audio")
+    commands = PAGE.read_text().partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert [command.split()[0] for command in commands] == ["ppx-speak", "ppx-speak", "ppx-verify", "ppx-bench"]
+    for command in commands:
+        name, *arguments = shlex.split(command)
+        live = "--live" in arguments
+        arguments += ["--frames", "3"] if name == "ppx-bench" else []
+        done = program(name, *arguments, cwd=folder, status=2 if live else 0)
+        if live:
+            assert re.search(r"no microphone or no speaker|ppx-convert\[audio,live\]", done.stderr)
+        else:
+            assert done.stdout
 
 
 def test_words_come_piece_by_piece(tmp_path):
