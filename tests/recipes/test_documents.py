@@ -171,8 +171,13 @@ def test_the_command_for_the_real_checkpoint_runs(source, program, tmp_path):
 def test_the_commands_of_the_sweeps_page_are_commands(monkeypatch, tmp_path):
     """Sweeps themselves, with and without a cluster, have tests of their own."""
     monkeypatch.chdir(tmp_path)
-    calls = []
-    monkeypatch.setattr(sweeps, "dry_run", lambda file: calls.append((file, "dry run")) or (None, None))
+    calls: list[tuple[object, ...]] = []
+
+    def planned(file):
+        calls.append((file, "dry run"))
+        return None, None
+
+    monkeypatch.setattr(sweeps, "dry_run", planned)
     monkeypatch.setattr(sweeps, "sweep", lambda file, output, **options: calls.append((file, output, options)))
     monkeypatch.setattr(sweeps, "fail_if_failed", lambda _: None)
     summary = SimpleNamespace(plan_text=lambda *_: "", result_text=lambda _: "")
