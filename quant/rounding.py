@@ -38,7 +38,8 @@ def row_feedback(gradients: Tensor) -> Tensor:
     eye = torch.eye(sums.shape[1], dtype=sums.dtype)
     relative = torch.where(usable, sums / mean, eye) + _OUTPUT_DAMPING * eye
     upper = torch.linalg.cholesky(relative.flip(1, 2)).flip(1, 2)
-    return (upper / upper.diagonal(dim1=1, dim2=2)[:, None]).triu(1)
+    ratios: Tensor = (upper / upper.diagonal(dim1=1, dim2=2)[:, None]).triu(1)
+    return ratios
 
 
 def round_columns(

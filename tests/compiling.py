@@ -15,7 +15,7 @@ def compile_kernels() -> None:
         count_non_finite(weights)
     codes = unpack(pack(np.zeros((1, 64), np.uint8), 4), 4)
     square, row, one = np.eye(64, dtype=np.float32), np.ones((1, 64), np.float32), np.ones(1, np.float32)
-    grids, storage = np.float32(32 * [[1, 0]]), STORAGE[FLOAT32]
+    grids, storage = np.array(32 * [[1, 0]], np.float32), STORAGE[FLOAT32]
     for feedback in (None, square[None]):
         round_group(
             row,

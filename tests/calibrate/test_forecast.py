@@ -16,7 +16,7 @@ from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ppx.convert.bundle.recipe_choice import make_recipe
 from ppx.convert.source.source import locate, open_source
 from ppx.model.tokens import read_tokens
-from ppx.quant import gptq
+from ppx.quant import gptq, rounding
 from torch.utils.flop_counter import FlopCounterMode
 
 RATES = Rates(1e-11, 3e-11, 5e-8, 3e-9, 1e-3, 1e-9, 1e-9, 1e-3, 1e-9, 2e-9)
@@ -34,7 +34,7 @@ def test_the_work_is_what_is_computed(sequences, frames, opened, pico, tmp_path,
     source, plan = opened
     token_set = read_tokens(pico / "calibration_tokens.safetensors", source.architecture, sequences, frames)
     rounded, factored, solved = [], [], []
-    round_columns, cholesky, solve = gptq.round_columns, torch.linalg.cholesky, torch.linalg.solve_triangular
+    round_columns, cholesky, solve = rounding.round_columns, torch.linalg.cholesky, torch.linalg.solve_triangular
 
     def counted(goal, *rest):
         rounded.append(goal.shape)

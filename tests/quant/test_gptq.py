@@ -70,7 +70,7 @@ def textbook(weight: Tensor, damped: Tensor, quantization: QuantizationConfig, r
             passed = torch.zeros(size, dtype=weight.dtype) if ratios is None else ratios[:row, row] @ lost[:row, group]
             best: tuple[float, Tensor, Tensor, Tensor] | None = None
             for factor, shift in rounding.GRIDS:
-                scale = (scales[row] * np.float32(factor)).float().double()
+                scale = (scales[row] * float(np.float32(factor))).float().double()
                 bias = (biases[row] + scales[row] * (top / 2 * (1 - factor) + shift)).float().double()
                 values, errors, chosen = now[row].clone(), torch.zeros_like(passed), torch.zeros(size)
                 for index in range(size):
