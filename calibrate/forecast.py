@@ -11,7 +11,7 @@ from ..convert.bundle.plan import Plan
 from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.bundle.recipe import Recipe
 from ..convert.preparation import planned
-from ..convert.progress import duration as duration
+from ..convert.progress import duration
 from ..convert.source.architecture import Architecture
 from ..convert.source.source import Source
 from ..model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, read_token_file

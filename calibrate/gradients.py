@@ -60,7 +60,7 @@ class _Pass:
         """Drop a block's weights; count it. The weights of all of a component's blocks are taken to be alike."""
         self.kept.clear()
         a = self.model.architecture
-        steps = min(a.n_q // 2, a.steps)
+        steps = a.n_q // 2
         size = {
             "temporal": a.dim * (4 * a.dim + 3 * a.hidden),
             "depformer": steps * a.depformer_dim * (4 * a.depformer_dim + 3 * a.depformer_hidden),
@@ -131,7 +131,7 @@ def output_gradients(
         hidden = run.model.out_norm(x)
         counted = torch.from_numpy(chosen.counted)
         gradient = run.head("text_linear.weight", hidden, counted[:, 0], 1.0)
-        steps = min(a.n_q // 2, a.steps)
+        steps = a.n_q // 2
         known = chosen.counted[:, 1 : steps + 1].any(1)
         of_steps = counted[:, 1 : steps + 1].permute(0, 2, 1)[torch.from_numpy(known)]
         gradient[known] += _depformer(run, hidden[known], chosen.targets.transpose(0, 2, 1)[known], of_steps)

@@ -7,7 +7,7 @@ groups are measured at a time (a unit), and kept on the disk: a measurement that
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.forward import Floats, Tokens
 from ..model.reference import Rows, kept_by, reference_of
-from ..model.tokens import TokenSet, evenly_spaced
+from ..model.tokens import TokenDescription, TokenSet, evenly_spaced
 from ..quant.affine import BITS
 from .kept_measurement import KeptMeasurement
 from .measured_pass import MOST_FRAMES, Pass, depformer_rows, reads_temporal, run_pass
@@ -60,9 +60,7 @@ def measure(
     passes = _passes(token_set, sequences, nbytes // (streams * source.architecture.dim * 4))
     available, frames = len(token_set.tokens), token_set.tokens.shape[2]
     used = replace(token_set.description, sequences=sum(map(len, passes)), frames=frames, available=available)
-    sensitivities = Sensitivities(used, fingerprint)
-    for group in members:
-        sensitivities.costs[group] = {one: dict.fromkeys(STREAMS, 0.0) for one in bits}
+    sensitivities = _zeros(used, members, bits, fingerprint)
     decisive = [fingerprint, tuple(bits), [chosen.tolist() for chosen in passes], list(map(str, members)), _UNIT]
     kept = KeptMeasurement.open(kept_in, hashlib.sha256(repr(decisive).encode()).hexdigest())
     units = _units(members)
@@ -89,22 +87,12 @@ def measure(
             some, known = token_set.chosen(chosen), dict[None, Floats]()
             for index in todo[number]:
                 unit = {group: members[group] for group in units[index]}
-                sums = Sensitivities(used)
-                for group in unit:
-                    sums.costs[group] = {one: dict.fromkeys(STREAMS, 0.0) for one in bits}
+                sums = _zeros(used, unit, bits)
                 run = Pass(source, unit, model, weights, some, nbytes, sums, works[number], progress, known)
                 run_pass(run)
                 costs = {str(group): {str(one): cost for one, cost in sums.costs[group].items()} for group in unit}
                 kept.add(f"{number}.{index}", run.counts, costs)
-        counts = dict.fromkeys(STREAMS, 0)
-        for number in range(len(passes)):
-            for index, groups in enumerate(units):
-                measured = kept.units[f"{number}.{index}"]
-                for group in groups:
-                    for one, cost in sensitivities.costs[group].items():
-                        for stream in STREAMS:
-                            cost[stream] += measured.costs[str(group)][str(one)][stream]
-            counts = {stream: counts[stream] + measured.counts[stream] for stream in STREAMS}
+        counts = _add_up(kept, sensitivities, units, len(passes))
         if silent := [stream for stream, count in counts.items() if not count]:
             raise UserError(
                 f"the {used.sequences} sequences that were measured on have no known tokens of {' and '.join(silent)}: "
@@ -116,6 +104,33 @@ def measure(
             sensitivities.errors[group] = relative_errors(source, tensors)
             progress.update(works[0].sampled[group])
     return sensitivities
+
+
+def _zeros(
+    used: TokenDescription, groups: Iterable[TensorGroup], bits: Sequence[int], fingerprint: str = ""
+) -> Sensitivities:
+    """Return sensitivities of some groups in which nothing is measured yet."""
+    costs = {group: {one: dict.fromkeys(STREAMS, 0.0) for one in bits} for group in groups}
+    return Sensitivities(used, fingerprint, costs=costs)
+
+
+def _add_up(
+    kept: KeptMeasurement, sensitivities: Sensitivities, units: Sequence[Sequence[TensorGroup]], passes: int
+) -> dict[str, int]:
+    """Add the divergences of all units to sensitivities; return the number of rows that they are of, by stream.
+
+    All units of a pass are of the same rows.
+    """
+    counts = dict.fromkeys(STREAMS, 0)
+    for number in range(passes):
+        for index, groups in enumerate(units):
+            measured = kept.units[f"{number}.{index}"]
+            for group in groups:
+                for one, cost in sensitivities.costs[group].items():
+                    for stream in STREAMS:
+                        cost[stream] += measured.costs[str(group)][str(one)][stream]
+        counts = {stream: counts[stream] + measured.counts[stream] for stream in STREAMS}
+    return counts
 
 
 def _units(members: Members) -> list[list[TensorGroup]]:

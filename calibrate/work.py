@@ -119,7 +119,7 @@ def gradients_work(a: Architecture, works: Mapping[str, TensorWork], sequences: 
     In the backward pass a block is computed again, then its gradients at its input and outputs. Nothing where no
     matrix is left to quantize.
     """
-    total, steps = Work(), min(a.n_q // 2, a.steps)
+    total, steps = Work(), a.n_q // 2
     if not any(work.matrices for work in works.values()):
         return total
     positions = frames * min(sequences, gradient_sequences(frames))

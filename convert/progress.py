@@ -221,7 +221,7 @@ def bar(label: str, total: float, unit: str, quiet: bool) -> Progress:
 @contextmanager
 def long_step(label: str, total: int, unit: str, silent: bool) -> Iterator[Progress]:
     """Show what is being waited for: a bar on a terminal, elsewhere one line on standard error; nothing if silent."""
-    lines = not silent and sys.stderr is not None and not sys.stderr.isatty()
+    lines = not silent and sys.stderr is not None and not watched()
     if lines:
         sys.stderr.write(f"{label}: this can take a minute\n")
         sys.stderr.flush()

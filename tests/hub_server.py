@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -79,6 +80,16 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, *_: object) -> None:
         pass  # connections are broken on purpose
+
+
+def environment_of(server: Server, home: Path) -> dict[str, str]:
+    """Return the environment in which a program takes this server for the Hub, with its cache in a folder."""
+    return {
+        "HF_ENDPOINT": server.address,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
 
 
 @contextmanager

@@ -26,7 +26,7 @@ _QUESTION = "question.wav"
 class Usage:
     """How a program is run with a bundle.
 
-    line: a command, or Swift code; None where there is none. note: what one must know.
+    line: a command, or Swift code; or None. note: what one must know.
     """
 
     program: str

@@ -19,7 +19,7 @@ from ..hints import Hint
 from ..progress import byte_bar
 from ..source.scan import hash_file
 from .receipt import RECEIPT, PlacedFile, Receipt, contents_of, placed, read_receipt, remove_files
-from .workspace import sync_folder
+from .workspace import flush
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -59,7 +59,7 @@ def place(
     elif folder.is_dir():
         remove_files(folder, [])  # empty ones: speech-swift makes them when it is asked where they are
     partial.rename(folder)
-    sync_folder(folder.parent)
+    flush(folder.parent)
     _discard(old)
 
 
@@ -89,8 +89,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _copy(source: Path, target: Path, sha256: str, bar: "tqdm[Any]") -> None:
     shutil.copyfile(source.resolve(), target)
-    with target.open("rb") as data:
-        os.fsync(data.fileno())
+    flush(target)
     if hash_file(target, bar).sha256 != sha256:
         raise CheckFailed(f"{source}: its sha256 is not the one in {MANIFEST}", Hint.CONVERT_AGAIN)
 

@@ -62,7 +62,7 @@ def receipt(identity: str, fingerprint: str, source: str, recipe: str, copied: b
 
 
 def read_receipt(folder: Path) -> Receipt | None:
-    """Return the receipt in a folder, None if there is none; raises UserError for one that is not ours."""
+    """Return the receipt in a folder, or None; raises UserError for one that is not ours."""
     path = folder / RECEIPT
     if not os.path.lexists(path):
         return None

@@ -103,7 +103,7 @@ class Workspace:
     def rename(self, name: str) -> None:
         """Give a flushed temporary file its name."""
         self.temporary(name).rename(self.path(name))
-        sync_folder(self.path(name).parent)
+        flush(self.path(name).parent)
 
     def commit(self, name: str, record: WrittenFile) -> None:
         """Note in the journal that a file is complete and was read back; may be called from another thread."""
@@ -134,7 +134,7 @@ class Workspace:
             aside = Path(tempfile.mkdtemp(prefix=_aside(self.output), dir=self.output.parent))
             self.output.rename(aside / self.output.name)
         self.folder.rename(self.output)
-        sync_folder(self.output.parent)
+        flush(self.output.parent)
         clear_leftovers(self.output)
 
     def close(self) -> None:
@@ -170,12 +170,12 @@ def write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    sync_folder(path.parent)
+    flush(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

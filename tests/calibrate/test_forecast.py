@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from ppx.calibrate import forecast, layerwise, rates, work
-from ppx.calibrate.forecast import Forecast, duration
+from ppx.calibrate.forecast import Forecast
 from ppx.calibrate.rates import Rates
 from ppx.calibrate.work import Work
 from ppx.convert import preparation
 from ppx.convert.bundle.plan import inventory_of_7b, make_plan
 from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ppx.convert.bundle.recipe_choice import make_recipe
+from ppx.convert.progress import duration
 from ppx.convert.source.source import locate, open_source
 from ppx.model.tokens import read_tokens
 from ppx.quant import gptq, rounding

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hub_server import Repository, Server, running, sha256
+from hub_server import Repository, Server, environment_of, running, sha256
 from ppx.convert.file_names import CODEC, FILES, TOKENIZER
 from sources import base_moshi, rename, shard
 
@@ -29,12 +29,7 @@ def hub(pico):
 
 @pytest.fixture
 def environment(hub, tmp_path):
-    return {
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    return environment_of(hub, tmp_path / "hf")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hub_server import LARGE, Repository, running
+from hub_server import LARGE, Repository, environment_of, running
 from ppx.convert import UserError, locate_bundle
 from ppx.convert.bundle.location import published_as
 from ppx.convert.bundle.manifest import manifest_of
@@ -35,12 +35,7 @@ def hub(files):
 
 @pytest.fixture
 def environment(hub, tmp_path):
-    return {
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    return environment_of(hub, tmp_path / "hf")
 
 
 @pytest.fixture

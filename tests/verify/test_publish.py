@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import LARGE, Repository, Server, git_hash, running, sha256
+from hub_server import LARGE, Repository, Server, environment_of, git_hash, running, sha256
 from huggingface_hub import ModelCard
 from ppx.convert.errors import UserError
 from ppx.verify.publishing.gate import check_name
@@ -42,14 +42,8 @@ def hub():
 @pytest.fixture
 def run(hub, program, tmp_path):
     """Run a program with a token that may write, without the client's xet, which loopback cannot speak."""
-    environment = {
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_TOKEN": "hf_writer",
-    }
+    own = {"HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_writer"}
+    environment = environment_of(hub, tmp_path / "hf") | own
 
     def go(name, *options, status=0, **more):
         return program(name, *options, cwd=tmp_path, status=status, environment=environment | more)

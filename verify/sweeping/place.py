@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from tqdm import tqdm
 
 from ...convert import typed_json
-from ...convert.bundle.workspace import write_durably
+from ...convert.bundle.workspace import flush, write_durably
 from ...convert.cache_folder import cache_folder
 from ...convert.errors import UserError, reason
 from ...convert.file_names import CARD, FILES
@@ -271,15 +271,6 @@ def fetch_source(url: str, target: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return target
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-from ...calibrate.forecast import duration
 from ...convert.errors import printable
+from ...convert.progress import duration
 from .cells import Cell
 from .jobs import Job
 from .work import Outcome

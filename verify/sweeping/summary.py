@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ...calibrate.forecast import duration
 from ...convert import typed_json
 from ...convert.bundle.describe import size
 from ...convert.parallel import cores
+from ...convert.progress import duration
 from .estimate import Estimate
 from .settings import Sweep
 from .sweep import SweepResult
