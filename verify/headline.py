@@ -1,6 +1,6 @@
 """What a report says first: how much a bundle loses, beside plain rounding of the same checkpoint."""
 
-from .figures import PredictionFigures
+from .figures import PredictionFigures, StreamFigures
 from .records import Report
 
 EIGHT = "8"  # bits that are taken for lossless; the control at them, by its name in a report
@@ -24,10 +24,7 @@ def headline(report: Report) -> str:
         return f"{bits}, {size}: nothing was computed"
     parts = []
     if any(row.bits for row in report.weights):
-        known = [("plain rounding", agent.control)] if agent.control else []
-        known += [(f"{width} bit", figures) for width, figures in agent.controls.items()]
-        ratios = [(name, times(agent.bundle, figures)) for name, figures in known]
-        parts = [f"{_shown(ratio)} what {name} loses" for name, ratio in ratios if ratio is not None]
+        parts = [f"{_shown(ratio)} what {name} loses" for name, ratio in _ratios(agent, "plain rounding", "{} bit")]
     lost = f"loses {' and '.join(parts)}" if parts else f"agent KL {_figure(agent.bundle)} nats/token"
     agreement = agent.bundle.top1.agreement
     shown = "unknown" if agreement is None else f"{100 * agreement:.0f} %"
@@ -42,10 +39,8 @@ def comparison(report: Report) -> str:
     subject = "Its predictions of the agent's audio diverge from the original's"
     if not any(row.bits for row in report.weights):
         return f"{subject} by {_figure(agent.bundle)} nats/token; it is not quantized."
-    known = [("plain rounding at the same bits", agent.control)] if agent.control else []
-    known += [(f"{width} bit of the same checkpoint", figures) for width, figures in agent.controls.items()]
-    ratios = [(name, times(agent.bundle, figures)) for name, figures in known]
-    parts = [f"{_factor(ratio)} times as much as {name}" for name, ratio in ratios if ratio is not None]
+    ratios = _ratios(agent, "plain rounding at the same bits", "{} bit of the same checkpoint")
+    parts = [f"{_factor(ratio)} times as much as {name}" for name, ratio in ratios]
     if not parts:
         return f"{subject} by {_figure(agent.bundle)} nats/token; this report has nothing to compare that with."
     return f"{subject} {', and '.join(parts)}."
@@ -56,6 +51,17 @@ def lacks_8_bit(report: Report) -> bool:
     agent = report.predictions.get("agent")
     widths = {row.bits for row in report.weights if row.bits}
     return agent is not None and EIGHT not in agent.controls and bool(widths - {int(EIGHT)})
+
+
+def _ratios(stream: StreamFigures, plain: str, width: str) -> list[tuple[str, float]]:
+    """Return a bundle's divergence over that of each control where both are known.
+
+    plain: name of plain rounding at the bundle's own bits. width: of a control at other bits, with {} for these.
+    """
+    known = [(plain, stream.control)] if stream.control else []
+    known += [(width.format(bits), figures) for bits, figures in stream.controls.items()]
+    ratios = [(name, times(stream.bundle, figures)) for name, figures in known]
+    return [(name, ratio) for name, ratio in ratios if ratio is not None]
 
 
 def times(bundle: PredictionFigures, control: PredictionFigures) -> float | None:

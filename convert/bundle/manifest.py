@@ -35,6 +35,9 @@ from .records import (
 VERSION = 1
 TOOLKIT = "ppx-convert"
 _LIBRARIES = ("ml_dtypes", "mlx", "numba", "numpy", "safetensors", "torch")
+# Of methods that use data: counted up where the same inputs give other codes. A killed run of an earlier version is
+# then not resumed, and its bundle not taken for the one that is asked for.
+_DATA_DRIVEN_REVISION = 2
 _NOT_OURS = f"not a manifest of {TOOLKIT}: move the folder away, and make the bundle again"
 LARGEST = 64 << 20  # bytes; that of the 7B model has 300 thousand
 
@@ -154,7 +157,7 @@ def fingerprint(
         "licence": location.license and asdict(location.license),
         "source": {name: file.sha256 for name, file in fingerprints.items()},
         "adapter": source.adapter and source.adapter.to_json(),
-        "calibration": calibration and calibration.to_json(),
+        "calibration": calibration and [_DATA_DRIVEN_REVISION, calibration.to_json()],
         "recipe": to_toml(plan.recipe),
         "identity": plan.inventory.identity,
         "filled": plan.inventory.copied_steps,
