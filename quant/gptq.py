@@ -198,9 +198,8 @@ def gptq_prepared(
         lacking = wide @ left if residual is None else torch.addmm(residual, wide, left)
         right = prepared.right
         goal = _solved(lacking, factor).add_(wide) if right is None else torch.addmm(wide, lacking, right)
-    exact = weight.to("cpu", factor.dtype).contiguous()
     feedback = None if gradients is None else row_feedback(gradients).to(factor.dtype)
-    return round_columns(goal.contiguous(), exact, factor, quantization, storage, feedback)
+    return round_columns(goal.contiguous(), wide, factor, quantization, storage, feedback)
 
 
 def _solved(values: Tensor, factor: Tensor) -> Tensor:

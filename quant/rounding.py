@@ -3,9 +3,11 @@
 The steps of GPTQ (``gptq``) after its moments are factored.
 """
 
-from collections.abc import Callable
+import logging
+import subprocess
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,11 @@ from .processors import cores
 _FACTORS, _SHIFTS = (0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.03, 1.07), (-0.25, 0, 0.25, 0.5)
 GRIDS = tuple((factor, shift) for factor in _FACTORS for shift in _SHIFTS)
 _OUTPUT_DAMPING = 0.3  # of the mean second moment of a block's gradients, added to each
+_ALIKE = 0.95  # of a GPU's codes, at least: words of eight, of which some are ties
 _COLUMNS = 512  # whose errors are passed on to the columns behind them in one product
 _OfGroup = tuple[NDArray[Any], NDArray[Any]]
+GpuRounder = Callable[..., None]  # ``gpu_rounding.round_group``
+_log = logging.getLogger(__name__)
 
 
 def row_feedback(gradients: Tensor) -> Tensor:
@@ -52,36 +57,40 @@ def round_columns(
 ) -> Quantized:
     """Round column by column.
 
-    goal: ``[rows, columns]``, overwritten. exact: the weights, the same shape, on the CPU. feedback: see
+    goal: ``[rows, columns]``, overwritten. exact: the weights, the same shape, on any device. feedback: see
     ``row_feedback``, in the dtype of the goal; None where rows do not make up for each other. Each group's scales and
     biases are, or are near, the least-squares ones of its weights as they are when its first column is rounded: the
     values that make ``(goal - rounded) @ factor`` zero in the columns of the group. Of ``GRIDS`` around those, each row
-    takes the one that leaves least of it.
+    takes the one that leaves least of it. On a GPU where PyTorch comes with Triton, a kernel rounds there.
     """
+    on_gpu = _gpu_rounder() if goal.device.type == "cuda" and goal.dtype == torch.float32 else None
+    if on_gpu:
+        return _on_gpu(on_gpu, goal, exact, factor, quantization, storage, feedback)
+    return _on_processor(goal, exact, factor, quantization, storage, feedback)
+
+
+def _on_processor(
+    goal: Tensor,
+    exact: Tensor,
+    factor: Tensor,
+    quantization: QuantizationConfig,
+    storage: np.dtype[np.generic],
+    feedback: Tensor | None,
+) -> Quantized:
+    """Round column by column with all threads of the processor, as ``round_columns``."""
     rows, columns = goal.shape
     size, top = quantization.group_size, (1 << quantization.bits) - 1
     codes = np.empty((rows, columns), np.uint8)
     grids = np.empty((2, rows, columns // size), np.float32)
     lost = goal  # of the columns that are rounded: goal - rounded
-    local, weights = goal.cpu().numpy(), exact.numpy()  # groups are rounded by the processor, with all its threads
-    blocks = -(-rows // ROWS)
-    each = -(-blocks // cores())  # as many at once as there are processors: threads wait for each other between calls
-    parts = [slice(first, first + each) for first in range(0, blocks, each)]
+    local, weights = goal.cpu().numpy(), exact.cpu().numpy()
     trials = np.array(GRIDS, np.float32)
-    statistics = np.zeros((columns // size, blocks, 2))
+    statistics = np.zeros((columns // size, -(-rows // ROWS), 2))
     counts = None if feedback is None else feedback.numpy()
-    with ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round") as pool:
-        for first in range(0, columns, size):
-            last, group, start = first + size, first // size, first - first % _COLUMNS
-            if first == start:
-                passed = lost[:, :start] @ factor[:start, start : start + _COLUMNS]
-            part = passed[:, first - start : last - start]
-            if first > start:
-                part = torch.addmm(part, lost[:, start:first], factor[start:first, first:last])
-            square = factor[first:last, first:last]
-            identity = torch.eye(size, dtype=square.dtype, device=square.device)
-            inverse = on_either(partial(torch.linalg.solve_triangular, upper=True), square, identity)
-            moved, triangle = (part @ inverse).cpu().numpy(), np.ascontiguousarray(inverse.cpu().numpy())
+    with _pool() as pool:
+        for first, passed, inverse in _groups(lost, factor, size):
+            last, group = first + size, first // size
+            moved, triangle = passed.cpu().numpy(), np.ascontiguousarray(inverse.cpu().numpy())
 
             def rounded(part: slice, group: int = group, of: _OfGroup = (moved, triangle)) -> None:
                 moved, triangle = of
@@ -105,12 +114,102 @@ def round_columns(
                 )
                 grids[0, rows, group], grids[1, rows, group] = scale, bias
 
-            list(pool.map(rounded, parts))
+            list(pool.map(rounded, _parts(rows)))
             if lost.device.type != "cpu":
                 lost[:, first:last] = torch.from_numpy(local[:, first:last]).to(lost.device)
     error, norm = statistics.sum((0, 1))
     scales, biases = (values.astype(storage) for values in grids)
     return Quantized(pack(codes, quantization.bits), scales, biases, float(error), float(norm), 0, 0)
+
+
+def _on_gpu(
+    round_group: GpuRounder,
+    goal: Tensor,
+    exact: Tensor,
+    factor: Tensor,
+    quantization: QuantizationConfig,
+    storage: np.dtype[np.generic],
+    feedback: Tensor | None,
+) -> Quantized:
+    """Round column by column on a GPU, as ``round_columns``; only the least-squares grids come from the processor."""
+    size, device = quantization.group_size, goal.device
+    codes = torch.empty(goal.shape, dtype=torch.uint8, device=device)
+    grids = torch.empty((2, goal.shape[1] // size, len(goal)), device=device)
+    trials = torch.tensor(GRIDS, dtype=torch.float32, device=device)
+    counts = None if feedback is None else feedback.to(device).contiguous()
+    start = np.empty((2, len(goal)), np.float32)
+    with _pool() as pool:
+        for first, passed, inverse in _groups(goal, factor, size):
+            values = passed.add_(goal[:, first : first + size])
+            local = values.cpu().numpy()
+
+            def fitted(part: slice, local: NDArray[Any] = local) -> None:
+                rows = slice(part.start * ROWS, part.stop * ROWS)
+                start[0, rows], start[1, rows] = grid(local[rows], quantization, storage)
+
+            list(pool.map(fitted, _parts(len(goal))))
+            of_group = grids[:, first // size]
+            of_group.copy_(torch.from_numpy(start))
+            round_group(
+                values, goal, first, inverse, trials, storage, quantization.bits, counts, *of_group, codes
+            )
+    scales, biases = grids.transpose(1, 2)
+    return assemble(exact.to(device), codes, scales, biases, quantization, storage)
+
+
+@cache
+def _gpu_rounder() -> GpuRounder | None:
+    """Return what rounds on the GPU; None, and a warning, where that does not work or comes to something else."""
+    try:
+        from .gpu_rounding import round_group  # imports Triton
+    except ImportError:
+        return None
+    random = torch.Generator().manual_seed(1)
+    goal = torch.randn(ROWS + 8, 256, generator=random)
+    factor = torch.eye(256) + torch.randn(256, 256, generator=random).triu(1) / 16
+    feedback = torch.randn(2, ROWS, ROWS, generator=random).triu(1) / ROWS
+    of, arguments = QuantizationConfig(4, 64, "gptq"), (np.dtype(np.float16), feedback)
+    expected = _on_processor(goal.clone(), goal, factor, of, *arguments)
+    try:
+        found = _on_gpu(round_group, goal.cuda(), goal, factor.cuda(), of, *arguments)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        reason = str(error).partition("\n")[0]
+    else:
+        if np.mean(found.weight == expected.weight) > _ALIKE:
+            return round_group
+        reason = "its result is not that of the processor"
+    _log.warning("the processor rounds: the kernel for GPUs does not work here (%s)", reason)
+    return None
+
+
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round")
+
+
+def _parts(rows: int) -> list[slice]:
+    """Return blocks of rows to take at once: as many as there are processors, as threads wait for each other."""
+    blocks = -(-rows // ROWS)
+    each = -(-blocks // cores())
+    return [slice(first, min(first + each, blocks)) for first in range(0, blocks, each)]
+
+
+def _groups(lost: Tensor, factor: Tensor, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Give for each group of columns what those before it add to it; each is to be rounded before the next is asked for.
+
+    Its first column; what is added, ``[rows, size]``; and its part of the inverse of the factor, ``[size, size]``.
+    lost: ``[rows, columns]``, goal - rounded in the columns that are rounded.
+    """
+    for first in range(0, lost.shape[1], size):
+        last, start = first + size, first - first % _COLUMNS
+        if first == start:
+            passed = lost[:, :start] @ factor[:start, start : start + _COLUMNS]
+        part = passed[:, first - start : last - start]
+        if first > start:
+            part = torch.addmm(part, lost[:, start:first], factor[start:first, first:last])
+        square = factor[first:last, first:last]
+        identity = torch.eye(size, dtype=square.dtype, device=square.device)
+        inverse = on_either(partial(torch.linalg.solve_triangular, upper=True), square, identity)
+        yield first, part @ inverse, inverse
 
 
 def grid(
