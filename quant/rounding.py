@@ -131,28 +131,18 @@ def _on_gpu(
     storage: np.dtype[np.generic],
     feedback: Tensor | None,
 ) -> Quantized:
-    """Round column by column on a GPU, as ``round_columns``; only the least-squares grids come from the processor."""
+    """Round column by column on a GPU, as ``round_columns``."""
     size, device = quantization.group_size, goal.device
     codes = torch.empty(goal.shape, dtype=torch.uint8, device=device)
     grids = torch.empty((2, goal.shape[1] // size, len(goal)), device=device)
     trials = torch.tensor(GRIDS, dtype=torch.float32, device=device)
     counts = None if feedback is None else feedback.to(device).contiguous()
-    start = np.empty((2, len(goal)), np.float32)
-    with _pool() as pool:
-        for first, passed, inverse in _groups(goal, factor, size):
-            values = passed.add_(goal[:, first : first + size])
-            local = values.cpu().numpy()
-
-            def fitted(part: slice, local: NDArray[Any] = local) -> None:
-                rows = slice(part.start * ROWS, part.stop * ROWS)
-                start[0, rows], start[1, rows] = grid(local[rows], quantization, storage)
-
-            list(pool.map(fitted, _parts(len(goal))))
-            of_group = grids[:, first // size]
-            of_group.copy_(torch.from_numpy(start))
-            round_group(
-                values, goal, first, inverse, trials, storage, quantization.bits, counts, *of_group, codes
-            )
+    for first, passed, inverse in _groups(goal, factor, size):
+        values = passed.add_(goal[:, first : first + size])
+        of_group = grids[:, first // size]
+        round_group(values, goal, first, inverse, trials, storage, quantization.bits, counts, *of_group, codes)
+    if not bool(torch.isfinite(grids).all()):
+        raise ValueError("its values are not finite, or span too much")
     scales, biases = grids.transpose(1, 2)
     return assemble(exact.to(device), codes, scales, biases, quantization, storage)
 
