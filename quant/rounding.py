@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .affine import STORAGE, QuantizationConfig, Quantized, pack, quantize
+from .affine import STORAGE, QuantizationConfig, Quantized, dequantize, pack, quantize
 from .column_rounding import ROWS, round_group
 from .processors import cores
 
@@ -23,7 +23,7 @@ from .processors import cores
 _FACTORS, _SHIFTS = (0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.03, 1.07), (-0.25, 0, 0.25, 0.5)
 GRIDS = tuple((factor, shift) for factor in _FACTORS for shift in _SHIFTS)
 _OUTPUT_DAMPING = 0.3  # of the mean second moment of a block's gradients, added to each
-_ALIKE = 0.95  # of a GPU's codes, at least: words of eight, of which some are ties
+_WITHIN = 1.02  # times the processor's loss: a GPU's may be, where other grids and codes are as good
 _COLUMNS = 512  # whose errors are passed on to the columns behind them in one product
 _OfGroup = tuple[NDArray[Any], NDArray[Any]]
 GpuRounder = Callable[..., None]  # ``gpu_rounding.round_group``
@@ -142,34 +142,44 @@ def _on_gpu(
         of_group = grids[:, first // size]
         round_group(values, goal, first, inverse, trials, storage, quantization.bits, counts, *of_group, codes)
     if not bool(torch.isfinite(grids).all()):
-        raise ValueError("its values are not finite, or span too much")
+        raise ValueError("groups hold values that are NaN, infinite, or too far apart")
     scales, biases = grids.transpose(1, 2)
     return assemble(exact.to(device), codes, scales, biases, quantization, storage)
 
 
 @cache
 def _gpu_rounder() -> GpuRounder | None:
-    """Return what rounds on the GPU; None, and a warning, where that does not work or comes to something else."""
+    """Return what rounds on the GPU; None where PyTorch comes without Triton, or ``_works`` says that it does not."""
     try:
-        from .gpu_rounding import round_group  # imports Triton
+        from .gpu_rounding import round_group
     except ImportError:
         return None
+    return round_group if _works(round_group, "cuda") else None
+
+
+def _works(round_group: GpuRounder, device: str) -> bool:
+    """Round a small matrix there, and tell whether that comes to what it does on the processor; warn if not."""
     random = torch.Generator().manual_seed(1)
     goal = torch.randn(ROWS + 8, 256, generator=random)
     factor = torch.eye(256) + torch.randn(256, 256, generator=random).triu(1) / 16
     feedback = torch.randn(2, ROWS, ROWS, generator=random).triu(1) / ROWS
-    of, arguments = QuantizationConfig(4, 64, "gptq"), (np.dtype(np.float16), feedback)
-    expected = _on_processor(goal.clone(), goal, factor, of, *arguments)
+    quantization, storage = QuantizationConfig(4, 64, "gptq"), np.dtype(np.float16)
+
+    def loss(rounded: Quantized) -> float:
+        return float(((goal - torch.from_numpy(dequantize(rounded, quantization))) @ factor).square().sum())
+
+    expected = loss(_on_processor(goal.clone(), goal, factor, quantization, storage, feedback))
+    there = goal.to(device, copy=True)
     try:
-        found = _on_gpu(round_group, goal.cuda(), goal, factor.cuda(), of, *arguments)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        found = loss(_on_gpu(round_group, there, goal, factor.to(device), quantization, storage, feedback))
+    except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
         reason = str(error).partition("\n")[0]
     else:
-        if np.mean(found.weight == expected.weight) > _ALIKE:
-            return round_group
-        reason = "its result is not that of the processor"
-    _log.warning("the processor rounds: the kernel for GPUs does not work here (%s)", reason)
-    return None
+        if found < _WITHIN * expected:
+            return True
+        reason = f"its loss is {found:.4g}, where the processor's is {expected:.4g}"
+    _log.warning("rounding on the processor: the kernel for GPUs does not work here (%s)", reason)
+    return False
 
 
 def _pool() -> ThreadPoolExecutor:
@@ -184,7 +194,7 @@ def _parts(rows: int) -> list[slice]:
 
 
 def _groups(lost: Tensor, factor: Tensor, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Give for each group of columns what those before it add to it; each is to be rounded before the next is asked for.
+    """Give for each group of columns what those before it add to it; round it before the next is asked for.
 
     Its first column; what is added, ``[rows, size]``; and its part of the inverse of the factor, ``[size, size]``.
     lost: ``[rows, columns]``, goal - rounded in the columns that are rounded.

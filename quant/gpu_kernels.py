@@ -1,0 +1,188 @@
+"""The inner loops of GPTQ on a GPU: what ``kernels`` and ``column_rounding`` do on a processor, as Triton kernels.
+
+Triton comes with PyTorch's builds for GPUs. A program of the rounding kernel takes one block of rows; the grids that a
+row tries stand side by side in its threads. Sums are taken in another order than on a processor, so codes may differ
+where two are as good.
+"""
+
+import triton
+from triton import language as tl
+
+from .group import BFLOAT16, EPSILON, FLOAT16
+from .kernels import HALVINGS, PASSES, STEPS
+
+_MAGIC = tl.constexpr(12582912.0)  # as in ``group``: adding and subtracting it rounds to the nearest even
+_BFLOAT16, _FLOAT16 = tl.constexpr(BFLOAT16), tl.constexpr(FLOAT16)
+_EPSILON = tl.constexpr(float(EPSILON))
+_STEPS, _HALVINGS, _PASSES = tl.constexpr(STEPS), tl.constexpr(HALVINGS), tl.constexpr(PASSES)
+
+
+@triton.jit
+def _stored(value, storage: tl.constexpr):
+    """Round to the storage dtype, saturated at its largest value."""
+    if storage == _FLOAT16:
+        return tl.minimum(tl.maximum(value, -65504.0), 65504.0).to(tl.float16).to(tl.float32)
+    if storage == _BFLOAT16:
+        return tl.minimum(tl.maximum(value, -3.3895314e38), 3.3895314e38).to(tl.bfloat16).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _encoded(values, scale, bias, top: tl.constexpr):
+    """Return the nearest code of a grid for each value."""
+    code = ((values - bias[:, None]) / scale[:, None] + _MAGIC) - _MAGIC
+    return tl.minimum(tl.maximum(code, 0.0), top)
+
+
+@triton.jit
+def _moments(centered, codes, size: tl.constexpr):
+    """Return what least squares needs, as ``kernels._moments``."""
+    mean = tl.sum(codes, 1) / size
+    away = codes - mean[:, None]
+    return tl.sum(centered * away, 1), tl.sum(away * away, 1), mean
+
+
+@triton.jit
+def _squared_error(values, codes, scale, bias):
+    error = values - (scale[:, None] * codes + bias[:, None])
+    return tl.sum(error * error, 1)
+
+
+@triton.jit
+def _clipped(
+    centered, low, extent, a, b, best, fitted, mean, left, right, top: tl.constexpr, size: tl.constexpr
+):  # fmt: skip
+    """Clip a group's range by a and b; return the best so far: what it gains, scale, mean code, and both clips."""
+    codes = _encoded(centered, (extent - a - b) / top, low + a, top)
+    covariance, variance, center = _moments(centered, codes, size)
+    scale = covariance / tl.where(variance > 0.0, variance, 1.0)
+    better = (variance > 0.0) & (covariance * scale > best)
+    best, fitted, mean = (
+        tl.where(better, covariance * scale, best),
+        tl.where(better, scale, fitted),
+        tl.where(better, center, mean),
+    )
+    return best, fitted, mean, tl.where(better, a, left), tl.where(better, b, right)
+
+
+@triton.jit
+def fit_groups(
+    values, scales, biases, rows, step,
+    top: tl.constexpr, storage: tl.constexpr, size: tl.constexpr, height: tl.constexpr,
+):  # fmt: skip
+    """Find the least-squares grid of each row of a group ``[rows, size]``; see ``kernels._search`` and ``_improve``."""
+    line = tl.program_id(0) * height + tl.arange(0, height)
+    inside = line < rows
+    v = tl.load(values + line[:, None] * size + tl.arange(0, size)[None, :], mask=inside[:, None], other=0.0)
+    low, high = tl.min(v, 1), tl.max(v, 1)
+    negative = tl.abs(low) > tl.abs(high)
+    widest = tl.maximum((high - low) / top, _EPSILON)
+    edge, signed = tl.where(negative, low, high), tl.where(negative, widest, -widest)
+    steps = (edge / signed + _MAGIC) - _MAGIC
+    zero = steps == 0.0
+    exact = tl.where(zero, signed, edge / tl.where(zero, 1.0, steps))
+    start = tl.where(zero, 0.0, edge)
+    scale, bias = _stored(exact, storage), _stored(start, storage)
+    error = _squared_error(v, _encoded(v, exact, start, top), scale, bias)
+    middle = tl.sum(v, 1) / size
+    centered = v - middle[:, None]
+    low = low - middle
+    extent = tl.maximum(high - middle - low, _EPSILON * top)
+    best, fitted, mean = tl.zeros_like(low) - 1.0, extent / top, tl.zeros_like(low)
+    left, right = tl.zeros_like(low), tl.zeros_like(low)
+    for trial in tl.static_range(_STEPS):  # both ends alike
+        a = trial * step * extent
+        best, fitted, mean, left, right = _clipped(
+            centered, low, extent, a, a, best, fitted, mean, left, right, top, size
+        )
+    move = step * extent
+    for _ in tl.static_range(_HALVINGS):  # one end alone, from the best pair so far
+        move = move / 2.0
+        a, b = left, right
+        best, fitted, mean, left, right = _clipped(
+            centered, low, extent, a + move, b, best, fitted, mean, left, right, top, size
+        )
+        best, fitted, mean, left, right = _clipped(
+            centered, low, extent, a - move, b, best, fitted, mean, left, right, top, size
+        )
+        best, fitted, mean, left, right = _clipped(
+            centered, low, extent, a, b + move, best, fitted, mean, left, right, top, size
+        )
+        best, fitted, mean, left, right = _clipped(
+            centered, low, extent, a, b - move, best, fitted, mean, left, right, top, size
+        )
+    going = inside
+    for _ in tl.static_range(_PASSES):  # least squares for the codes, then codes for the grid as it is stored
+        trial_scale = _stored(fitted, storage)
+        trial_bias = _stored(middle - trial_scale * mean, storage)
+        codes = _encoded(v, trial_scale, trial_bias, top)
+        trial_error = _squared_error(v, codes, trial_scale, trial_bias)
+        going = going & (trial_scale != 0.0) & (trial_error < error)
+        error = tl.where(going, trial_error, error)
+        scale, bias = tl.where(going, trial_scale, scale), tl.where(going, trial_bias, bias)
+        covariance, variance, mean = _moments(centered, codes, size)
+        going = going & (variance > 0.0)
+        fitted = covariance / variance
+    tl.store(scales + line, scale, mask=inside)
+    tl.store(biases + line, bias, mask=inside)
+
+
+@triton.jit
+def round_blocks(
+    adjusted, goal, columns, first, inverse, grids, feedback, lost, scales, biases, codes, rows,
+    top: tl.constexpr, storage: tl.constexpr, has_feedback: tl.constexpr,
+    size: tl.constexpr, trials: tl.constexpr, height: tl.constexpr,
+):  # fmt: skip
+    """Round one group of columns of one block of rows; see ``round_group``.
+
+    inverse: transposed, so that what a column gets from those before it is one row. lost: ``[rows, size]``, scratch.
+    """
+    block = tl.program_id(0)
+    start = block * height
+    index, trial, before = tl.arange(0, size), tl.arange(0, trials), tl.arange(0, height)
+    share, shift = tl.load(grids + 2 * trial), tl.load(grids + 2 * trial + 1)
+    middle = top / 2.0 * (1.0 - share) + shift
+    for row in range(height):
+        if start + row < rows:
+            line = (start + row).to(tl.int64)
+            whole, low = tl.load(scales + line), tl.load(biases + line)
+            scale = _stored(whole * share, storage)
+            bias = _stored(low + whole * middle, storage)
+            losses = tl.zeros((size, trials), tl.float32)
+            chosen = tl.zeros((size, trials), tl.float32)
+            sums = tl.zeros((trials,), tl.float32)
+            if has_feedback:
+                ratios = tl.load(feedback + (block * height + before) * height + row)
+                earlier = (start + before).to(tl.int64)[:, None] * size + index[None, :]
+                errors = tl.load(lost + earlier, mask=(before < row)[:, None], other=0.0)
+                tl.store(lost + line * size + index, tl.sum(ratios[:, None] * errors, 0))
+                tl.debug_barrier()
+            for column in range(size):
+                reached = tl.load(inverse + column * size + index)
+                diagonal = tl.load(inverse + column * size + column)
+                now = tl.load(adjusted + line * size + column) - tl.sum(reached[:, None] * losses, 0)
+                passed = 0.0
+                if has_feedback:
+                    passed = tl.load(lost + line * size + column)
+                nearest = ((now + diagonal * passed - bias) / scale + _MAGIC) - _MAGIC
+                nearest = tl.minimum(tl.maximum(nearest, 0.0), top)
+                nearest = tl.where(scale != 0.0, nearest, 0.0)
+                loss = (now - (nearest * scale + bias)) / diagonal
+                total = loss + passed
+                sums += total * total
+                here = (index == column)[:, None]
+                losses = tl.where(here, loss[None, :], losses)
+                chosen = tl.where(here, nearest[None, :], chosen)
+            best = tl.argmin(sums, 0)
+            taken = trial == best
+            scale_taken = tl.sum(tl.where(taken, scale, 0.0), 0)
+            bias_taken = tl.sum(tl.where(taken, bias, 0.0), 0)
+            code = tl.sum(tl.where(taken[None, :], chosen, 0.0), 1)
+            tl.debug_barrier()
+            tl.store(lost + line * size + index, tl.sum(tl.where(taken[None, :], losses, 0.0), 1))
+            tl.store(scales + line, scale_taken)
+            tl.store(biases + line, bias_taken)
+            place = line * columns + first + index
+            tl.store(goal + place, tl.load(goal + place) - (code * scale_taken + bias_taken))
+            tl.store(codes + place, code.to(tl.uint8))
+            tl.debug_barrier()
