@@ -4,11 +4,11 @@
     python benchmarks/fine_tuning.py SOURCE --calibration TOKENS --heldout TOKENS --method gptq --steps 400
         --scope codes low-memory [--folder DIR]
 
-Without calibration tokens they are random ones, and the first quantization is plain rounding. The memory is the most that
-PyTorch held on a GPU (on a CPU the largest resident set of the process, imports and first quantization included), and the
-same for each weight that is trained. The divergence on held-out tokens is the agent's mean in nats/token, as in
-benchmarks/calibration.py. The folder keeps the first quantization and the original's predictions: a killed run resumes.
-Without held-out tokens the result is not written.
+Without calibration tokens they are random ones, and the first quantization is plain rounding. The memory is the most
+that PyTorch held on a GPU (on a CPU the largest resident set of the process, with imports and the first quantization),
+also for each weight that is trained. Figures on held-out tokens are those of benchmarks/calibration.py. The folder
+keeps the first quantization and the original's predictions: a killed run resumes. Without held-out tokens the result
+is not written.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,10 +39,9 @@ from ppx.convert.tensorfile import DTYPES
 from ppx.model import torch_device
 from ppx.model.reference import kept_by, reference_of, rows_of, source_weights
 from ppx.model.tokens import TokenSet, from_tokens, read_token_file
-from ppx.quant.affine import QuantizationConfig
+from ppx.quant.affine import QuantizationConfig, Quantized
 
 SCOPES = {"codes": fine_tune, "low-memory": fine_tune_in_low_memory}
-Clock = Callable[[], float]
 
 
 class _StepsTakenError(Exception):
@@ -51,7 +50,7 @@ class _StepsTakenError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What a scope took. losses, seconds: of each step. memory: in bytes. reserved: by PyTorch's allocator, on a GPU."""
+    """What a scope took. losses, seconds: of each step. memory: bytes. reserved: by PyTorch's allocator, on a GPU."""
 
     losses: list[float]
     seconds: list[float]
@@ -79,7 +78,7 @@ def fill(source: Source, plan: Plan, store: QuantizedStore, method: str, tokens:
             made[name, step] = weight_only.quantized(name, matrix, plain, DTYPES[dtype], importance)
         results[name] = made
 
-    results: dict[str, dict[tuple[str, int], weight_only.Quantized]] = {}
+    results: dict[str, dict[tuple[str, int], Quantized]] = {}
     with ThreadPoolExecutor(cores()) as pool:
         ordered = sorted(names)
         for first in range(0, len(ordered), 2 * cores()):
@@ -108,10 +107,8 @@ def measured(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     schedule = Schedule(steps, state_seconds=float("inf"), on_step=on_step)
-    try:
+    with suppress(_StepsTakenError):
         SCOPES[scope](source, plan.outputs, tokens, store, schedule)
-    except _StepsTakenError:
-        pass
     if on_gpu:
         memory, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     else:
@@ -149,9 +146,8 @@ def report(scope: str, run: Run, weights: int) -> None:
     begin, end = np.mean(run.losses[:ten]), np.mean(run.losses[-ten:])
     print(f"{scope}: {len(run.losses)} steps, {np.median(run.seconds) if run.seconds else 0:.2f} s/step (median)")
     print(f"{scope}: loss of the first {ten} steps {begin:.5f}, of the last {ten} {end:.5f}")
-    print(f"{scope}: memory {run.memory / 1e9:.2f} GB, {run.memory / weights:.2f} bytes for each of {weights:,} weights")
-    if run.reserved:
-        print(f"{scope}: reserved {run.reserved / 1e9:.2f} GB, {run.reserved / weights:.2f} bytes per weight", flush=True)
+    for name, nbytes in {"memory": run.memory, "reserved": run.reserved}.items():
+        print(f"{scope}: {name} {nbytes / 1e9:.2f} GB, {nbytes / weights:.2f} bytes for each of {weights:,} weights")
 
 
 def main() -> None:
@@ -193,7 +189,10 @@ def main() -> None:
         weights = sum(
             shapes[name].rows * shapes[name].columns // source.checkpoint.tensors[name].role.stacked for name, _ in keys
         )
-        print(f"{torch_device.device()}, PyTorch {torch.__version__}, {tokens.tokens.shape} calibration tokens", flush=True)
+        print(
+            f"{torch_device.device()}, PyTorch {torch.__version__}, calibration tokens {tokens.tokens.shape}",
+            flush=True,
+        )
         for scope in options.scope:
             folder = options.folder / f"{name}-{scope}"
             if not folder.is_dir():

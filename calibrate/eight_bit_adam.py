@@ -19,10 +19,10 @@ from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.errors import UserError
 from .parameters import BETAS, CODES_RATE, SCALES_RATE, LowMemoryMatrix, learning_rate_share
 
-# Gradients are those of the loss times about the number of weights. A weight's share of the loss is so small that torchao's
-# 8-bit moments, whose scales are 1e-12 at least, could not hold its square. Scaled like this it is about 0.1 to 10 whatever
-# the model's size (measured on 4.6 million parameters), and _EPSILON is to it what Adam's usual 1e-8 is without the scale:
-# where the second moment is rounded to 0, it bounds the update.
+# Gradients are those of the loss times about the number of weights. One weight's share of the loss is so small (1e-7 to
+# 1e-6 in a model of 4.6 million parameters) that torchao's 8-bit second moments, whose scales are 1e-12 at least, could
+# not hold it. Scaled like this gradients are about 1, and _EPSILON is to them what Adam's usual 1e-8 is to the others:
+# where a second moment is rounded to 0, it bounds the update.
 _EPSILON = 1e-2
 MISSING = "fine-tuning at this size needs one more package: pip install 'ppx-convert[fine-tuning]'"
 
@@ -64,8 +64,11 @@ def adam_in_backward(matrices: Mapping[MatrixKey, LowMemoryMatrix]) -> AdamInBac
         ]
         optimizer = make(groups, betas=BETAS, eps=_EPSILON, weight_decay=0, bf16_stochastic_round=True)
         adam.optimizers[key] = optimizer
+        skip = partial(adam.skipped.append, key)
         for parameter in (matrix.scales, matrix.biases, matrix.offsets):
-            parameter.register_post_accumulate_grad_hook(partial(_update, optimizer, lambda key=key: adam.skipped.append(key)))
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(_update, optimizer, skip)
+            )
     return adam
 
 

@@ -53,8 +53,8 @@ def fine_tune_in_low_memory(
 ) -> None:
     """Fine-tune the data-driven matrices of a store, in it; resumes from the last state that a killed run wrote.
 
-    On the disk: the original's predictions (``POOL_BYTES`` at most), and a state of 4.2 bytes per weight, twice while one
-    replaces another. Raises UserError if torchao is not installed.
+    On the disk: the original's predictions (``POOL_BYTES`` at most), and a state of 4.3 bytes per weight, twice while
+    one replaces another; none where there is no room. Raises UserError if torchao is not installed.
     """
     if any(file == FINE_TUNED for file in store.files.values()):
         return
@@ -62,13 +62,11 @@ def fine_tune_in_low_memory(
     original = reference_of(source.checkpoint, device=device)
     a, (sequences, _, frames) = source.architecture, token_set.tokens.shape
     height = min(BATCH, sequences, _fitting(a, frames))
-    count = pool_size(a, frames, max(height, height * schedule.steps))
+    count = pool_size(a, sequences, frames, max(1, schedule.steps) * height)
     with bar("predictions of the original", pool_blocks(a), "block", quiet) as progress:
         pool = teacher_pool(original, token_set, count, store.folder, progress.update)
     quantizations = quantizations_of(outputs)
-    matrices = {
-        key: low_memory_matrix(key, *quantizations[key], store, device) for key in trained(source, outputs)
-    }
+    matrices = {key: low_memory_matrix(key, *quantizations[key], store, device) for key in trained(source, outputs)}
     rest = kept_by({}, quantized_weights(source, quantizations, store), device, None)
     quantized = replace(original, weights=trainable_weights(matrices, rest), rows=rows_of(rest))
     adam = adam_in_backward(matrices)
@@ -153,7 +151,9 @@ def _train(
         if schedule.on_step:
             schedule.on_step(step, value)
     if skipped:
-        progress.write(f"fine-tuning: {skipped} of {steps - first} steps were skipped: predictions are not finite", sys.stderr)
+        progress.write(
+            f"fine-tuning: {skipped} of {steps - first} steps were skipped: predictions are not finite", sys.stderr
+        )
     if adam.skipped:
         names = len(set(adam.skipped))
         progress.write(

@@ -5,12 +5,11 @@ as ``fine_tune`` does in each step; where the pool is larger than the calibratio
 several times, with other tokens sampled.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.errors import UserError
 from ..convert.source.architecture import Architecture
 from ..convert.tensorfile import Spec, TensorFile, TensorWriter
+from ..model.blocks import Block
 from ..model.forward import Floats, Tokens
 from ..model.reference import TorchModel, kept_by
 from ..model.tokens import TokenSet, evenly_spaced
@@ -30,15 +30,19 @@ from .gradients import sample_tokens
 from .tuning import Batch, Predictions, with_sampled
 
 POOL_BYTES = 4 << 30  # of predictions on the disk, at most: 44,000 frames of the 7B model
+_VARIANTS = 4  # of each calibration sequence, at most
 FILE = "teacher.safetensors"  # in a quantized-weight store
 _FRAMES = 2048  # whose predictions are computed at a time
 
 
-def pool_size(architecture: Architecture, frames: int, wanted: int) -> int:
-    """Return of how many sequences, of so many frames each, there are predictions: as many as wanted, if they fit."""
+def pool_size(architecture: Architecture, sequences: int, frames: int, wanted: int) -> int:
+    """Return of how many sequences there are predictions: as many as wanted, if they fit.
+
+    sequences, frames: of the calibration tokens.
+    """
     half = architecture.n_q // 2
     nbytes = 2 * frames * (architecture.text_card + half * architecture.card)
-    return max(1, min(wanted, POOL_BYTES // nbytes))
+    return max(1, min(wanted, _VARIANTS * sequences, POOL_BYTES // nbytes))
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ def teacher_pool(
 ) -> TeacherPool:
     """Return a pool of so many sequences; its file is made in ``folder``, or anew where it is not one of this size.
 
-    original: over weights on the disk; those of one block at a time are in memory. progress: called with 1 after each of
-    ``pool_blocks``.
+    original: over weights on the disk; those of one block at a time are in memory. progress: called with 1 after each
+    of ``pool_blocks``.
     """
     path = folder / FILE
     file = None
@@ -114,7 +118,7 @@ def _write(
         sampled[rows, stream] = sample_tokens(torch.nan_to_num(logits), generator)
     tokens, targets = with_sampled(some, sampled, random)
     temporary = path.with_name(f"{path.name}.partial")
-    known = {"tokens": tokens, "targets": targets, "counted": some.counted.view(np.uint8)}
+    known: dict[str, NDArray[Any]] = {"tokens": tokens, "targets": targets, "counted": some.counted.view(np.uint8)}
     a, frames = original.architecture, tokens.shape[2]
     cards = [a.text_card] + [a.card] * (a.n_q // 2)
     specs = [Spec(name, "U8" if name == "counted" else "I32", array.shape) for name, array in known.items()]
@@ -128,7 +132,7 @@ def _write(
         writer.finish()
     finally:
         writer.close()
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _predictions(
@@ -140,7 +144,7 @@ def _predictions(
     count, _, frames = tokens.shape
 
     def through(component: str, x: Floats) -> Floats:
-        def compute(block: object, x: Floats) -> Floats:
+        def compute(block: Block, x: Floats) -> Floats:
             advance(model, block, x)
             kept.clear()
             progress(1)

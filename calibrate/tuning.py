@@ -39,8 +39,8 @@ from .quantized_model import quantized_weights
 BATCH = 16  # sequences of a step
 _RESAMPLED = 0.3  # of the frames, whose tokens are sampled
 WARM_UP = 20  # steps
-# Bytes of the device's memory per weight. codes: code, gradient, Adam's two moments and the graph, all in float32, and the
-# original's weight. low-memory: see ``low_memory_tuning``.
+# Bytes of the device's memory per weight. codes: code, gradient, Adam's two moments and the graph, all in float32, and
+# the original's weight. low-memory: see ``low_memory_tuning``.
 _BYTES = {"codes": 36, "low-memory": 8}
 _STATE = "refining.pt"
 Predictions = tuple[Tensor, Tensor]  # of the text and of the agent's codebooks
