@@ -17,14 +17,16 @@ from ..convert.source.source import Source
 from ..convert.tensorfile import Spec, TensorWriter
 from ..model.forward import Tokens
 from ..model.tokens import TokenSet, read_token_file, read_tokens
+from .eight_bit_adam import torchao_optimizer
 from .forecast import forecast, seconds_of
 from .layerwise import BlockTuning, quantize_model
+from .low_memory_tuning import fine_tune_in_low_memory
 from .tuning import Schedule, fine_tune, trainable_scope
 from .work import operations
 
 _REFINED = {  # what a manifest records of fine-tuning, by its scope
     "codes": "codes, scales and biases, all together",
-    "scales": "codes, scales and biases block by block, then scales and biases together",
+    "low-memory": "codes, scales and biases, all together, in low memory",
     None: "codes, scales and biases, block by block",
 }
 ENOUGH = 4  # frames for each column of the widest matrix, from which on more help little
@@ -36,19 +38,22 @@ def quantizer_of(
     """Return what quantizes a plan's matrices with GPTQ, and fine-tunes them for some steps.
 
     memory: bytes, by which the scope of fine-tuning is chosen; None for the device's. Raises UserError for tokens of
-    another model.
+    another model, and if a package is missing.
     """
     token_set = read_tokens(tokens, source.architecture, None, None)
     whole = trainable_scope(plan.outputs, memory) if steps else None
+    if whole == "low-memory":
+        torchao_optimizer()  # before the hours that GPTQ may take
 
     def run(store: QuantizedStore) -> None:
         if not quiet and (expected := forecast(plan, tokens, store.files)):
             sys.stderr.write(f"{expected.text}\n")
-        tuning = BlockTuning(0 if whole == "codes" else steps)
+        tuning = BlockTuning(0 if whole else steps)
         weigh = operations if quiet else seconds_of(source.architecture)
         quantize_model(source, plan.outputs, token_set, store, tuning, quiet, weigh)
         if whole:
-            fine_tune(source, plan.outputs, token_set, store, Schedule(steps, whole == "codes"), quiet)
+            tune = fine_tune if whole == "codes" else fine_tune_in_low_memory
+            tune(source, plan.outputs, token_set, store, Schedule(steps), quiet)
 
     refined = _REFINED[whole] if steps else "nothing"
     return LayerwiseQuantizer(replace(record(token_set), refined_steps=steps, refined=refined), run)

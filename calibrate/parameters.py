@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
 from ..convert.tensorfile import DTYPES
@@ -14,6 +15,7 @@ from ..model.reference import Weights
 from ..quant.affine import QuantizationConfig, Quantized, unpack
 from ..quant.rounding import assemble
 
+BETAS = (0.9, 0.99)  # of Adam
 CODES_RATE, SCALES_RATE = 1e-2, 1e-3  # learning rates: in codes; relative to a scale, of scales and biases
 
 
@@ -59,44 +61,83 @@ class TrainableMatrix:
         return assemble(wide, codes, scales, biases, self.quantization, DTYPES[self.dtype])
 
 
+@dataclass(frozen=True)
+class LowMemoryMatrix:
+    """A quantized matrix and its parameters as in ``TrainableMatrix``, in 3 bytes per weight.
+
+    codes: uint8 ``[rows, groups, group_size]``, before training. offsets: bfloat16, what is added to them; it begins at
+    0, near which bfloat16 is fine enough. Others as in ``TrainableMatrix``.
+    """
+
+    quantization: QuantizationConfig
+    dtype: str
+    initial: tuple[Tensor, Tensor]
+    codes: Tensor
+    offsets: Tensor
+    scales: Tensor
+    biases: Tensor
+
+    def wide(self) -> TrainableMatrix:
+        """Return the matrix in float32."""
+        codes = self.codes.float() + self.offsets.float()
+        return TrainableMatrix(self.quantization, self.dtype, self.initial, codes, self.scales, self.biases)
+
+    def weight(self) -> Tensor:
+        """Return the dequantized matrix ``[rows, columns]``; it is computed again for its gradients.
+
+        So that nothing of it in float32 is kept until the backward pass.
+        """
+        weight: Tensor = checkpoint(lambda: self.wide().weight(), use_reentrant=False, preserve_rng_state=False)
+        return weight
+
+
 def _straight_through(parameter: Tensor, rounded: Tensor) -> Tensor:
     """Return the rounded values, with the gradient of the unrounded ones (a straight-through estimator)."""
     return parameter + (rounded - parameter).detach()
 
 
 def trainable_matrix(
-    key: MatrixKey,
-    quantization: QuantizationConfig,
-    dtype: str,
-    store: QuantizedStore,
-    device: str,
-    train_codes: bool = True,
+    key: MatrixKey, quantization: QuantizationConfig, dtype: str, store: QuantizedStore, device: str
 ) -> TrainableMatrix:
-    """Return a matrix of a quantized-weight store with trainable scales and biases, and trainable codes or not."""
+    """Return a matrix of a quantized-weight store with trainable codes, scales and biases."""
     stored = store.read(key, 0, store.rows(key), np.dtype(np.float32))
     codes = torch.from_numpy(unpack(stored.weight, quantization.bits)).float().to(device)
     scale, bias = (torch.from_numpy(array.astype(np.float32)).to(device) for array in (stored.scales, stored.biases))
     scales, biases = torch.zeros_like(scale, requires_grad=True), torch.zeros_like(bias, requires_grad=True)
-    grouped = codes.reshape(len(codes), -1, quantization.group_size).requires_grad_(train_codes)
+    grouped = codes.reshape(len(codes), -1, quantization.group_size).requires_grad_()
     return TrainableMatrix(quantization, dtype, (scale, bias), grouped, scales, biases)
 
 
+def low_memory_matrix(
+    key: MatrixKey, quantization: QuantizationConfig, dtype: str, store: QuantizedStore, device: str
+) -> LowMemoryMatrix:
+    """Return the same in 16 bit."""
+    matrix = trainable_matrix(key, quantization, dtype, store, device)
+    codes = matrix.codes.detach().to(torch.uint8)
+    offsets = torch.zeros_like(codes, dtype=torch.bfloat16, requires_grad=True)
+    return LowMemoryMatrix(quantization, dtype, matrix.initial, codes, offsets, matrix.scales, matrix.biases)
+
+
 def adam_for(matrices: Mapping[MatrixKey, TrainableMatrix]) -> torch.optim.Adam:
-    """Return the optimizer of their parameters: scales and biases, then codes where those are trainable."""
+    """Return the optimizer of their parameters: scales and biases, then codes."""
     scales = [parameter for matrix in matrices.values() for parameter in (matrix.scales, matrix.biases)]
-    codes = [matrix.codes for matrix in matrices.values() if matrix.codes.requires_grad]
+    codes = [matrix.codes for matrix in matrices.values()]
     groups = [
         {"params": scales, "lr": SCALES_RATE, "usual": SCALES_RATE},
         {"params": codes, "lr": CODES_RATE, "usual": CODES_RATE},
     ]
-    return torch.optim.Adam(groups[: 2 if codes else 1], betas=(0.9, 0.99))
+    return torch.optim.Adam(groups, betas=BETAS)
 
 
 def set_learning_rate(adam: torch.optim.Adam, step: int, steps: int, warm_up: int = 1) -> None:
-    """Set the learning rates of a step: a linear warm-up, and a cosine decay to zero over all steps."""
-    share = 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warm_up)
+    """Set the learning rates of a step; see ``learning_rate_share``."""
     for group in adam.param_groups:
-        group["lr"] = share * group["usual"]
+        group["lr"] = learning_rate_share(step, steps, warm_up) * group["usual"]
+
+
+def learning_rate_share(step: int, steps: int, warm_up: int) -> float:
+    """Return the share of the usual learning rates for a step: a linear warm-up, and a cosine decay to zero."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / warm_up)
 
 
 def take_step(adam: torch.optim.Adam, loss: Tensor) -> bool:
@@ -116,7 +157,7 @@ def take_step(adam: torch.optim.Adam, loss: Tensor) -> bool:
     return True
 
 
-def trainable_weights(matrices: Mapping[MatrixKey, TrainableMatrix], rest: Weights) -> Weights:
+def trainable_weights(matrices: Mapping[MatrixKey, TrainableMatrix | LowMemoryMatrix], rest: Weights) -> Weights:
     """Return a way to read matrices: trainable ones as they are now, others from ``rest``."""
 
     def read(name: str, step: int | None) -> Tensor:

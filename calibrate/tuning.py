@@ -36,24 +36,25 @@ from .layerwise import FINE_TUNED
 from .parameters import adam_for, set_learning_rate, take_step, trainable_matrix, trainable_weights
 from .quantized_model import quantized_weights
 
-_BATCH = 16  # sequences of a step
+BATCH = 16  # sequences of a step
 _RESAMPLED = 0.3  # of the frames, whose tokens are sampled
-_WARM_UP = 20  # steps
-# Bytes per weight: code, gradient, Adam's two moments and the graph; or the original's weight, and the code.
-_BYTES = {"codes": 36, "scales": 12}
+WARM_UP = 20  # steps
+# Bytes of the device's memory per weight. codes: code, gradient, Adam's two moments and the graph, all in float32, and
+# the original's weight. low-memory: see ``low_memory_tuning``.
+_BYTES = {"codes": 36, "low-memory": 8}
 _STATE = "refining.pt"
+Predictions = tuple[Tensor, Tensor]  # of the text and of the agent's codebooks
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to fine-tune, and what. codes: as well as scales and biases; see ``trainable_scope`` for what fits.
+    """How long to fine-tune.
 
     state_seconds: between two states on the disk. on_step: called after each step with its number, from 0, and its loss
     in nats/token.
     """
 
     steps: int
-    codes: bool = True
     state_seconds: float = 60.0
     on_step: Callable[[int, float], None] | None = None
 
@@ -71,7 +72,7 @@ def fine_tune(
         return
     device, read = devices.device(), source_weights(source.checkpoint)
     matrices = {
-        key: trainable_matrix(key, quantization, dtype, store, device, schedule.codes)
+        key: trainable_matrix(key, quantization, dtype, store, device)
         for key, (quantization, dtype) in quantizations_of(outputs).items()
         if quantization.method in DATA_DRIVEN
     }
@@ -90,8 +91,9 @@ def fine_tune(
 
 
 def trainable_scope(outputs: list[Output], memory: int | None = None) -> str | None:
-    """Return what can be trained of a whole model at once: ``codes`` (and scales and biases), ``scales`` (and biases).
+    """Return how codes, scales and biases of a whole model can be trained at once: ``codes`` or ``low-memory``.
 
+    ``codes`` (``fine_tune``) keeps everything in float32, ``low-memory`` (``fine_tune_in_low_memory``) in 8 and 16 bit.
     None where only single blocks fit. memory: in bytes, None for what the device has.
     """
     available = devices.memory() if memory is None else memory
@@ -114,18 +116,17 @@ def _train(
 ) -> None:
     """Take the steps, from the last state on the disk on."""
     steps = schedule.steps
-    recompute = len(adam.param_groups) == 1  # a model of which codes are not trained is large
     first = _load_state(state, adam, steps)
     progress.update(first)
     saved, skipped = time.monotonic(), 0
     for step in range(first, steps):
-        set_learning_rate(adam, step, steps, _WARM_UP)
+        set_learning_rate(adam, step, steps, WARM_UP)
         random = np.random.default_rng(step)  # so that a resumed run samples what it would have sampled
-        chosen = random.choice(len(token_set.tokens), min(_BATCH, len(token_set.tokens)), replace=False)
+        chosen = random.choice(len(token_set.tokens), min(BATCH, len(token_set.tokens)), replace=False)
         batch = _resampled(original, token_set, chosen, random)
         value, taken = math.nan, False
         if batch:
-            loss = divergence(quantized, original, batch, recompute)
+            loss = divergence(quantized, original, batch)
             value, taken = loss.item(), take_step(adam, loss)
         skipped += not taken
         progress.set_postfix_str(f"KL {value:.4f}", refresh=False)
@@ -154,37 +155,53 @@ def _resampled(original: TorchModel, token_set: TokenSet, chosen: Any, random: n
 
     None where the original's predictions are not finite.
     """
-    tokens, targets, counted = (array[chosen] for array in (token_set.tokens, token_set.targets, token_set.counted))
+    some = token_set.chosen(chosen)
     half = original.architecture.n_q // 2
     with torch.no_grad():
-        text, audio = original.logits(tokens, targets, half)
+        text, audio = original.logits(some.tokens, some.targets, half)
         if not bool(torch.isfinite(text).all() and torch.isfinite(audio).all()):
             return None
         generator = torch.Generator(text.device).manual_seed(int(random.integers(1 << 62)))
         sampled = [sample_tokens(text, generator)] + [
             sample_tokens(audio[:, :, step], generator) for step in range(half)
         ]
+    read, new = with_sampled(some, np.stack(sampled, 1), random)
+    return Batch(read, new, torch.from_numpy(some.counted).to(text.device))
+
+
+def with_sampled(token_set: TokenSet, sampled: Tokens, random: np.random.Generator) -> tuple[Tokens, Tokens]:
+    """Return tokens and targets in which those of some frames are replaced by sampled ones, where they are known.
+
+    sampled: of the text and the agent's codebooks, ``[sequences, 1 + codebooks, frames]``.
+    """
+    tokens, targets = token_set.tokens, token_set.targets
     new = targets.copy()
-    new[:, : half + 1] = np.stack(sampled, 1)
+    new[:, : sampled.shape[1]] = sampled
     frames = random.random((len(tokens), 1, tokens.shape[2])) < _RESAMPLED
-    new = np.where(frames & (targets >= 0) & counted, new, targets)
+    new = np.where(frames & (targets >= 0) & token_set.counted, new, targets)
     read = tokens.copy()
     read[:, :, 1:] = np.where(targets[:, :, :-1] == tokens[:, :, 1:], new[:, :, :-1], tokens[:, :, 1:])
-    return Batch(read, new, torch.from_numpy(counted).to(text.device))
+    return read, new
 
 
-def divergence(quantized: TorchModel, original: TorchModel, batch: Batch, recompute: bool = False) -> Tensor:
-    """Return the loss: the divergence of the text, plus the mean over the agent's codebooks, in nats/token.
-
-    recompute: compute blocks again for their gradients (activation checkpointing), which takes less memory.
-    """
+def divergence(quantized: TorchModel, original: TorchModel, batch: Batch) -> Tensor:
+    """Return the loss of a batch; see ``divergence_of``."""
     half = original.architecture.n_q // 2
     with torch.no_grad():
         expected = original.logits(batch.tokens, batch.targets, half)
-    actual = quantized.logits(batch.tokens, batch.targets, half, recompute)
-    text = _divergence(actual[0], expected[0], batch.counted[:, 0])
+    return divergence_of(quantized.logits(batch.tokens, batch.targets, half), expected, batch.counted)
+
+
+def divergence_of(actual: Predictions, expected: Predictions, counted: Tensor) -> Tensor:
+    """Return the loss: the divergence of the text, plus the mean over the agent's codebooks, in nats/token.
+
+    actual, expected: logits of the text and of the agent's codebooks, as ``TorchModel.logits`` gives them; expected may
+    be log-probabilities. counted: as in ``TokenSet``.
+    """
+    text = _divergence(actual[0], expected[0], counted[:, 0])
     agent = [
-        _divergence(actual[1][:, :, step], expected[1][:, :, step], batch.counted[:, step + 1]) for step in range(half)
+        _divergence(actual[1][:, :, step], expected[1][:, :, step], counted[:, step + 1])
+        for step in range(actual[1].shape[2])
     ]
     return text + torch.stack(agent).mean()
 

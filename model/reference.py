@@ -246,14 +246,15 @@ def source_weights(checkpoint: Checkpoint) -> Weights:
 
 
 def kept_by(
-    kept: dict[tuple[str, int], Tensor], read: Weights, device: str, dtype: torch.dtype = torch.float32
+    kept: dict[tuple[str, int], Tensor], read: Weights, device: str, dtype: torch.dtype | None = torch.float32
 ) -> Weights:
-    """Return a way to read matrices that reads each once, until ``kept`` is cleared."""
+    """Return a way to read matrices that reads each once, until ``kept`` is cleared; dtype: None for their own."""
 
     def read_once(name: str, step: int | None) -> Tensor:
         key = (name, step or 0)
         if key not in kept:
-            kept[key] = read(name, step).to(device).to(dtype)  # what travels to a device is narrow
+            values = read(name, step).to(device)  # what travels to a device is narrow
+            kept[key] = values if dtype is None else values.to(dtype)
         return kept[key]
 
     return read_once

@@ -235,31 +235,29 @@ def test_scales_come_out_in_their_storage_dtype(opened, few, solved, tmp_path, s
 
 
 def test_what_is_tuned_is_what_fits(opened, few, solved, tmp_path, store_at):
-    """All at once; or blocks, then scales and biases; or blocks alone. Each is nearer than what was only solved."""
+    """All at once, with everything in float32 or in low memory; or blocks alone. Each is nearer than GPTQ alone."""
     source, plan = opened
     assert tuning.trainable_scope(plan.outputs) == "codes"
     token_set = read_tokens(few, source.architecture, None, None)
     weights = sum(output.shape[0] * output.shape[1] for output in plan.outputs if output.quantization)
     stores, records = {"solved": store_at(solved, "mark")}, {}
-    for what, memory in (("blocks", weights), ("scales", 20 * weights)):  # bytes; codes as well take 36 per weight
+    for what, memory in (("blocks", weights), ("low-memory", 20 * weights)):  # bytes; they take 8 per weight, or 36
         quantizer = quantizer_of(source, plan, few, steps=10, quiet=True, memory=memory)
-        if what == "scales":  # whose blocks are tuned in the same way
-            shutil.copytree(tmp_path / "blocks", tmp_path / "scales")
+        if what == "low-memory":
+            shutil.copytree(solved, tmp_path / what)
         stores[what], records[what] = store_at(tmp_path / what, "mark"), quantizer.record
         quantizer.quantize(stores[what])
     assert records["blocks"].refined == "codes, scales and biases, block by block"
-    assert "then scales and biases together" in (records["scales"].refined or "")
+    assert records["low-memory"].refined == "codes, scales and biases, all together, in low memory"
     loss = {what: loss_of(source, plan, token_set, store) for what, store in stores.items()}
-    # 4 % to 7 % apart each, which vector widths change by 1 %.
-    assert loss["scales"] < loss["blocks"] < loss["solved"]
-    same, moved, tuned = 0, 0, set(stores["blocks"].files.values())
+    # 4 % to 7 % less, which vector widths change by 1 %.
+    assert loss["blocks"] < loss["solved"]
+    assert loss["low-memory"] < loss["solved"]
+    same, tuned = 0, set(stores["blocks"].files.values())
     for part in quantizations_of(plan.outputs):
         made = {what: one.read(part, 0, one.rows(part), np.dtype(np.float32)) for what, one in stores.items()}
-        assert (made["scales"].weight == made["blocks"].weight).all()  # the codes
-        moved += int((made["scales"].scales != made["blocks"].scales).any())
         same += int((made["solved"].weight == made["blocks"].weight).all())
     assert same < 0.5 * len(quantizations_of(plan.outputs))
-    assert moved > 0.5 * len(quantizations_of(plan.outputs))  # not those of the user's steps
     assert {name for name in tuned if "layers" in name} == {
         name for name in tuned if name.endswith(".tuned.safetensors")
     }

@@ -1,0 +1,101 @@
+"""Adam with 8-bit moments (torchao's), which takes its steps in the backward pass.
+
+A parameter is changed as soon as its gradient is there, and the gradient is dropped: those of all weights are never in
+memory at once (PyTorch's recipe "optimizer step in backward").
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..convert.bundle.quantized_store import MatrixKey
+from ..convert.errors import UserError
+from .parameters import BETAS, CODES_RATE, SCALES_RATE, LowMemoryMatrix, learning_rate_share
+
+# Gradients are those of the loss times about the number of weights. One weight's share of the loss is so small (1e-7 to
+# 1e-6 in a model of 4.6 million parameters) that torchao's 8-bit second moments, whose scales are 1e-12 at least, could
+# not hold it. Scaled like this gradients are about 1, and _EPSILON is to them what Adam's usual 1e-8 is to the others:
+# where a second moment is rounded to 0, it bounds the update.
+_EPSILON = 1e-2
+MISSING = "fine-tuning at this size needs one more package: pip install 'ppx-convert[fine-tuning]'"
+
+
+@dataclass(frozen=True)
+class AdamInBackward:
+    """The optimizers of all matrices.
+
+    scale: what losses are multiplied by. skipped: the matrix of each update that was left out, as its gradient was not
+    finite.
+    """
+
+    scale: float
+    optimizers: dict[MatrixKey, Optimizer]
+    skipped: list[MatrixKey] = field(default_factory=list)
+
+
+def torchao_optimizer() -> Any:
+    """Return torchao's AdamW8bit; raises UserError if torchao is not installed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torchao warns of kernels for quantized products, which are not used here
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise UserError(MISSING) from None
+    finally:
+        logging.disable(before)
+    return AdamW8bit
+
+
+def adam_in_backward(matrices: Mapping[MatrixKey, LowMemoryMatrix]) -> AdamInBackward:
+    """Return optimizers that change the parameters of matrices whenever a backward pass reaches them."""
+    weights = sum(matrix.codes.numel() for matrix in matrices.values())
+    make, adam = torchao_optimizer(), AdamInBackward(2.0 ** round(math.log2(weights)), {})
+    for key, matrix in matrices.items():
+        groups = [
+            {"params": [matrix.scales, matrix.biases], "lr": SCALES_RATE, "usual": SCALES_RATE},
+            {"params": [matrix.offsets], "lr": CODES_RATE, "usual": CODES_RATE},
+        ]
+        optimizer = make(groups, betas=BETAS, eps=_EPSILON, weight_decay=0, bf16_stochastic_round=True)
+        adam.optimizers[key] = optimizer
+        skip = partial(adam.skipped.append, key)
+        for parameter in (matrix.scales, matrix.biases, matrix.offsets):
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(_update, optimizer, skip)
+            )
+    return adam
+
+
+def take_step_in_backward(adam: AdamInBackward, loss: Tensor) -> bool:
+    """Take a step down the gradient of a loss; return False, and change nothing, if the loss is not finite."""
+    if not bool(torch.isfinite(loss)):
+        return False
+    with torch.compiler.set_stance("force_eager"):  # compiling torchao's step needs a C compiler, and takes minutes
+        torch.autograd.backward(loss * adam.scale)
+    return True
+
+
+def _update(optimizer: Optimizer, skip: Callable[[], object], parameter: Tensor) -> None:
+    """Change a parameter that has its gradient.
+
+    ``take_step`` leaves all parameters as they are where any gradient is not finite. Here those whose gradients came
+    before are changed already: only the ones whose own gradients are not finite are left.
+    """
+    if parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()):
+        optimizer.step()  # of those that have a gradient: this one
+    else:
+        skip()
+    parameter.grad = None
+
+
+def set_learning_rates(adam: AdamInBackward, step: int, steps: int, warm_up: int) -> None:
+    """Set the learning rates of a step; see ``learning_rate_share``."""
+    for optimizer in adam.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"].fill_(learning_rate_share(step, steps, warm_up) * group["usual"])
