@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from ..convert.bundle.output_tensor import Output
@@ -35,7 +37,7 @@ from .eight_bit_adam import AdamInBackward, adam_in_backward, set_learning_rates
 from .layerwise import FINE_TUNED
 from .parameters import LowMemoryMatrix, low_memory_matrix, trainable_weights
 from .quantized_model import quantized_weights
-from .teacher import TeacherPool, pool_blocks, pool_size, teacher_pool
+from .teacher import FILE, TeacherPool, pool_blocks, pool_size, teacher_pool
 from .tuning import BATCH, WARM_UP, Schedule, divergence_of
 
 _ACTIVATIONS = 0.05  # of the device's memory, for activations: sequences of a step are as few as that takes
@@ -66,15 +68,17 @@ def fine_tune_in_low_memory(
     with bar("predictions of the original", pool_blocks(a), "block", quiet) as progress:
         pool = teacher_pool(original, token_set, count, store.folder, progress.update)
     quantizations = quantizations_of(outputs)
-    matrices = {key: low_memory_matrix(key, *quantizations[key], store, device) for key in trained(source, outputs)}
-    rest = kept_by({}, quantized_weights(source, quantizations, store), device, None)
-    quantized = replace(original, weights=trainable_weights(matrices, rest), rows=rows_of(rest))
-    adam = adam_in_backward(matrices)
-    with pool, _fast_products(device), bar("fine-tuning", schedule.steps, "step", quiet) as progress:
+    with pool, _settings(device), bar("fine-tuning", schedule.steps, "step", quiet) as progress:
+        matrices = {key: low_memory_matrix(key, *quantizations[key], store, device) for key in trained(source, outputs)}
+        rest = kept_by({}, quantized_weights(source, quantizations, store), device, None)
+        quantized = replace(original, weights=trainable_weights(matrices, rest), rows=rows_of(rest))
+        adam = adam_in_backward(matrices)
         _train(quantized, pool, height, matrices, adam, schedule, store.folder / _STATE, progress)
     with torch.inference_mode():
         made = {key: matrix.wide().quantized(read(*key)) for key, matrix in matrices.items()}
     store.add(FINE_TUNED.removesuffix(".safetensors"), made)
+    for name in (FILE, _STATE):  # which take more room than the bundle
+        (store.folder / name).unlink(missing_ok=True)
 
 
 def trained(source: Source, outputs: list[Output]) -> list[MatrixKey]:
@@ -105,8 +109,11 @@ def _fitting(a: Architecture, frames: int) -> int:
 
 
 @contextmanager
-def _fast_products(device: str) -> Iterator[None]:
-    """Multiply matrices in TensorFloat-32 on a GPU: several times as fast, and its error is far below a code's."""
+def _settings(device: str) -> Iterator[None]:
+    """Multiply matrices in TF32 on a GPU, and leave PyTorch's settings and random numbers as they were.
+
+    TF32 is several times as fast as float32, and its error is far below that of rounding to codes.
+    """
     before = torch.get_float32_matmul_precision()
     devices_used = [torch.cuda.current_device()] if device == "cuda" else []
     try:
@@ -129,7 +136,7 @@ def _train(
     progress: "tqdm[Any]",
 ) -> None:
     """Take the steps, from the last state on the disk on."""
-    steps, half = schedule.steps, quantized.architecture.n_q // 2
+    steps = schedule.steps
     first = _load_state(state, matrices, adam, steps)
     progress.update(first)
     saved, pause, skipped = time.monotonic(), schedule.state_seconds, 0
@@ -137,8 +144,7 @@ def _train(
         set_learning_rates(adam, step, steps, WARM_UP)
         torch.manual_seed(step)  # updates are rounded to 16 bit at random
         chosen = np.random.default_rng(step).choice(len(pool.tokens), min(height, len(pool.tokens)), replace=False)
-        batch, expected = pool.batch(chosen, quantized.device)
-        loss = divergence_of(quantized.logits(batch.tokens, batch.targets, half, True), expected, batch.counted)
+        loss = _loss(quantized, pool, chosen)
         value = loss.item()
         skipped += not take_step_in_backward(adam, loss)
         progress.set_postfix_str(f"KL {value:.4f}", refresh=False)
@@ -160,6 +166,13 @@ def _train(
             f"fine-tuning: {len(adam.skipped)} updates of {names} matrices were skipped: gradients are not finite",
             sys.stderr,
         )
+
+
+def _loss(quantized: TorchModel, pool: TeacherPool, chosen: NDArray[np.int64]) -> Tensor:
+    """Return the divergence of a pool's sequences; blocks are computed again for their gradients."""
+    batch, expected = pool.batch(chosen, quantized.device)
+    actual = quantized.logits(batch.tokens, batch.targets, quantized.architecture.n_q // 2, recompute=True)
+    return divergence_of(actual, expected, batch.counted)
 
 
 def _save_state(
