@@ -3,7 +3,7 @@
 As ``tuning.fine_tune`` does, with the same loss and learning rates, but of a weight the device holds the code before
 training (1 byte), what is added to it (2), and Adam's moments (2). Matrices are dequantized while their block is
 computed, and again for its gradients; gradients are used as soon as they are there; the original's predictions are
-computed before (``teacher_pool``). What the text's and the agent's predictions do not depend on is neither read nor
+read from a file (``teacher``). What the text's and the agent's predictions do not depend on is neither read nor
 trained: depformer steps for the user.
 """
 
@@ -11,16 +11,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from ..convert.bundle.output_tensor import Output
@@ -37,8 +35,8 @@ from .eight_bit_adam import AdamInBackward, adam_in_backward, set_learning_rates
 from .layerwise import FINE_TUNED
 from .parameters import LowMemoryMatrix, low_memory_matrix, trainable_weights
 from .quantized_model import quantized_weights
-from .teacher import FILE, TeacherPool, pool_blocks, pool_size, teacher_pool
-from .tuning import BATCH, WARM_UP, Schedule, divergence_of
+from .teacher import FILE, batches
+from .tuning import BATCH, WARM_UP, Batch, Predictions, Schedule, divergence_of
 
 _ACTIVATIONS = 0.05  # of the device's memory, for activations: sequences of a step are as few as that takes
 _SAVING = 0.05  # of the time, at most, for writing states
@@ -64,16 +62,17 @@ def fine_tune_in_low_memory(
     original = reference_of(source.checkpoint, device=device)
     a, (sequences, _, frames) = source.architecture, token_set.tokens.shape
     height = min(BATCH, sequences, _fitting(a, frames))
-    count = pool_size(a, sequences, frames, max(1, schedule.steps) * height)
-    with bar("predictions of the original", pool_blocks(a), "block", quiet) as progress:
-        pool = teacher_pool(original, token_set, count, store.folder, progress.update)
     quantizations = quantizations_of(outputs)
-    with pool, _settings(device), bar("fine-tuning", schedule.steps, "step", quiet) as progress:
-        matrices = {key: low_memory_matrix(key, *quantizations[key], store, device) for key in trained(source, outputs)}
-        rest = kept_by({}, quantized_weights(source, quantizations, store), device, None)
-        quantized = replace(original, weights=trainable_weights(matrices, rest), rows=rows_of(rest))
-        adam = adam_in_backward(matrices)
-        _train(quantized, pool, height, matrices, adam, schedule, store.folder / _STATE, progress)
+    matrices = {key: low_memory_matrix(key, *quantizations[key], store, device) for key in trained(source, outputs)}
+    rest = kept_by({}, quantized_weights(source, quantizations, store), device, None)
+    quantized = replace(original, weights=trainable_weights(matrices, rest), rows=rows_of(rest))
+    adam, state = adam_in_backward(matrices), store.folder / _STATE
+    steps = range(_load_state(state, matrices, adam, schedule.steps), schedule.steps)
+    with _settings(device), bar("fine-tuning", schedule.steps, "step", quiet) as progress:
+        progress.update(steps.start)
+        note = partial(progress.set_postfix_str, "predictions of the original")
+        with closing(batches(original, token_set, store.folder, height, steps, note)) as pairs:
+            _train(quantized, zip(steps, pairs, strict=True), matrices, adam, schedule, state, progress)
     with torch.inference_mode():
         made = {key: matrix.wide().quantized(read(*key)) for key, matrix in matrices.items()}
     store.add(FINE_TUNED.removesuffix(".safetensors"), made)
@@ -127,25 +126,24 @@ def _settings(device: str) -> Iterator[None]:
 
 def _train(
     quantized: TorchModel,
-    pool: TeacherPool,
-    height: int,
+    pairs: Iterable[tuple[int, tuple[Batch, Predictions]]],
     matrices: dict[MatrixKey, LowMemoryMatrix],
     adam: AdamInBackward,
     schedule: Schedule,
     state: Path,
     progress: "tqdm[Any]",
 ) -> None:
-    """Take the steps, from the last state on the disk on."""
-    steps = schedule.steps
-    first = _load_state(state, matrices, adam, steps)
-    progress.update(first)
-    saved, pause, skipped = time.monotonic(), schedule.state_seconds, 0
-    for step in range(first, steps):
+    """Take steps, each with its number and what ``batches`` gives for it."""
+    steps, taken, skipped = schedule.steps, 0, 0
+    saved, pause = time.monotonic(), schedule.state_seconds
+    for step, (batch, expected) in pairs:
         set_learning_rates(adam, step, steps, WARM_UP)
         torch.manual_seed(step)  # updates are rounded to 16 bit at random
-        chosen = np.random.default_rng(step).choice(len(pool.tokens), min(height, len(pool.tokens)), replace=False)
-        loss = _loss(quantized, pool, chosen)
-        value = loss.item()
+        half = quantized.architecture.n_q // 2
+        actual = quantized.logits(batch.tokens, batch.targets, half, recompute=True)
+        loss = divergence_of(actual, expected, batch.counted)
+        value, taken = loss.item(), taken + 1
+        del actual, batch, expected
         skipped += not take_step_in_backward(adam, loss)
         progress.set_postfix_str(f"KL {value:.4f}", refresh=False)
         progress.update(1)
@@ -157,22 +155,13 @@ def _train(
         if schedule.on_step:
             schedule.on_step(step, value)
     if skipped:
-        progress.write(
-            f"fine-tuning: {skipped} of {steps - first} steps were skipped: predictions are not finite", sys.stderr
-        )
+        progress.write(f"fine-tuning: {skipped} of {taken} steps were skipped: predictions are not finite", sys.stderr)
     if adam.skipped:
         names = len(set(adam.skipped))
         progress.write(
             f"fine-tuning: {len(adam.skipped)} updates of {names} matrices were skipped: gradients are not finite",
             sys.stderr,
         )
-
-
-def _loss(quantized: TorchModel, pool: TeacherPool, chosen: NDArray[np.int64]) -> Tensor:
-    """Return the divergence of a pool's sequences; blocks are computed again for their gradients."""
-    batch, expected = pool.batch(chosen, quantized.device)
-    actual = quantized.logits(batch.tokens, batch.targets, quantized.architecture.n_q // 2, recompute=True)
-    return divergence_of(actual, expected, batch.counted)
 
 
 def _save_state(
