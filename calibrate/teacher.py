@@ -1,8 +1,8 @@
 """The original's predictions for pools of sequences, which fine-tuning in low memory reads from a file.
 
 So that the original's weights need no memory then. In a pool some tokens are sampled from the original's predictions,
-as ``fine_tune`` does in each step. Each of its sequences is read twice; then the next pool takes its place. One pool for
-all of a long run would not do: the quantized model learns its tokens by heart.
+as ``fine_tune`` does in each step. Each of its sequences is read twice; then the next pool takes its place: a model
+that reads one pool again and again overfits it.
 """
 
 from collections.abc import Callable, Generator, Iterator
