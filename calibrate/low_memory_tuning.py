@@ -3,7 +3,7 @@
 As ``tuning.fine_tune`` does, with the same loss and learning rates, but of a weight the device holds the code before
 training (1 byte), what is added to it (2), and Adam's moments (2). Matrices are dequantized while their block is
 computed, and again for its gradients; gradients are used as soon as they are there; the original's predictions are
-computed before (``teacher_pool``). What the text's and the agent's predictions do not depend on is neither read nor
+read from a file (``teacher``). What the text's and the agent's predictions do not depend on is neither read nor
 trained: depformer steps for the user.
 """
 
@@ -11,13 +11,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -35,8 +35,8 @@ from .eight_bit_adam import AdamInBackward, adam_in_backward, set_learning_rates
 from .layerwise import FINE_TUNED
 from .parameters import LowMemoryMatrix, low_memory_matrix, trainable_weights
 from .quantized_model import quantized_weights
-from .teacher import TeacherPool, pool_blocks, pool_size, teacher_pool
-from .tuning import BATCH, WARM_UP, Schedule, divergence_of
+from .teacher import FILE, batches
+from .tuning import BATCH, WARM_UP, Batch, Predictions, Schedule, divergence_of
 
 _ACTIVATIONS = 0.05  # of the device's memory, for activations: sequences of a step are as few as that takes
 _SAVING = 0.05  # of the time, at most, for writing states
@@ -62,19 +62,22 @@ def fine_tune_in_low_memory(
     original = reference_of(source.checkpoint, device=device)
     a, (sequences, _, frames) = source.architecture, token_set.tokens.shape
     height = min(BATCH, sequences, _fitting(a, frames))
-    count = pool_size(a, sequences, frames, max(1, schedule.steps) * height)
-    with bar("predictions of the original", pool_blocks(a), "block", quiet) as progress:
-        pool = teacher_pool(original, token_set, count, store.folder, progress.update)
     quantizations = quantizations_of(outputs)
     matrices = {key: low_memory_matrix(key, *quantizations[key], store, device) for key in trained(source, outputs)}
     rest = kept_by({}, quantized_weights(source, quantizations, store), device, None)
     quantized = replace(original, weights=trainable_weights(matrices, rest), rows=rows_of(rest))
-    adam = adam_in_backward(matrices)
-    with pool, _fast_products(device), bar("fine-tuning", schedule.steps, "step", quiet) as progress:
-        _train(quantized, pool, height, matrices, adam, schedule, store.folder / _STATE, progress)
+    adam, state = adam_in_backward(matrices), store.folder / _STATE
+    steps = range(_load_state(state, matrices, adam, schedule.steps), schedule.steps)
+    with _settings(device), bar("fine-tuning", schedule.steps, "step", quiet) as progress:
+        progress.update(steps.start)
+        note = partial(progress.set_postfix_str, "predictions of the original")
+        with closing(batches(original, token_set, store.folder, height, steps, note)) as pairs:
+            _train(quantized, zip(steps, pairs, strict=True), matrices, adam, schedule, state, progress)
     with torch.inference_mode():
         made = {key: matrix.wide().quantized(read(*key)) for key, matrix in matrices.items()}
     store.add(FINE_TUNED.removesuffix(".safetensors"), made)
+    for name in (FILE, _STATE):  # which take more room than the bundle
+        (store.folder / name).unlink(missing_ok=True)
 
 
 def trained(source: Source, outputs: list[Output]) -> list[MatrixKey]:
@@ -105,8 +108,11 @@ def _fitting(a: Architecture, frames: int) -> int:
 
 
 @contextmanager
-def _fast_products(device: str) -> Iterator[None]:
-    """Multiply matrices in TensorFloat-32 on a GPU: several times as fast, and its error is far below a code's."""
+def _settings(device: str) -> Iterator[None]:
+    """Multiply matrices in TF32 on a GPU, and leave PyTorch's settings and random numbers as they were.
+
+    TF32 is several times as fast as float32, and its error is far below that of rounding to codes.
+    """
     before = torch.get_float32_matmul_precision()
     devices_used = [torch.cuda.current_device()] if device == "cuda" else []
     try:
@@ -120,26 +126,24 @@ def _fast_products(device: str) -> Iterator[None]:
 
 def _train(
     quantized: TorchModel,
-    pool: TeacherPool,
-    height: int,
+    pairs: Iterable[tuple[int, tuple[Batch, Predictions]]],
     matrices: dict[MatrixKey, LowMemoryMatrix],
     adam: AdamInBackward,
     schedule: Schedule,
     state: Path,
     progress: "tqdm[Any]",
 ) -> None:
-    """Take the steps, from the last state on the disk on."""
-    steps, half = schedule.steps, quantized.architecture.n_q // 2
-    first = _load_state(state, matrices, adam, steps)
-    progress.update(first)
-    saved, pause, skipped = time.monotonic(), schedule.state_seconds, 0
-    for step in range(first, steps):
+    """Take steps, each with its number and what ``batches`` gives for it."""
+    steps, taken, skipped = schedule.steps, 0, 0
+    saved, pause = time.monotonic(), schedule.state_seconds
+    for step, (batch, expected) in pairs:
         set_learning_rates(adam, step, steps, WARM_UP)
         torch.manual_seed(step)  # updates are rounded to 16 bit at random
-        chosen = np.random.default_rng(step).choice(len(pool.tokens), min(height, len(pool.tokens)), replace=False)
-        batch, expected = pool.batch(chosen, quantized.device)
-        loss = divergence_of(quantized.logits(batch.tokens, batch.targets, half, True), expected, batch.counted)
-        value = loss.item()
+        half = quantized.architecture.n_q // 2
+        actual = quantized.logits(batch.tokens, batch.targets, half, recompute=True)
+        loss = divergence_of(actual, expected, batch.counted)
+        value, taken = loss.item(), taken + 1
+        del actual, batch, expected
         skipped += not take_step_in_backward(adam, loss)
         progress.set_postfix_str(f"KL {value:.4f}", refresh=False)
         progress.update(1)
@@ -151,9 +155,7 @@ def _train(
         if schedule.on_step:
             schedule.on_step(step, value)
     if skipped:
-        progress.write(
-            f"fine-tuning: {skipped} of {steps - first} steps were skipped: predictions are not finite", sys.stderr
-        )
+        progress.write(f"fine-tuning: {skipped} of {taken} steps were skipped: predictions are not finite", sys.stderr)
     if adam.skipped:
         names = len(set(adam.skipped))
         progress.write(

@@ -101,7 +101,7 @@ def trainable_matrix(
 ) -> TrainableMatrix:
     """Return a matrix of a quantized-weight store with trainable codes, scales and biases."""
     stored = store.read(key, 0, store.rows(key), np.dtype(np.float32))
-    codes = torch.from_numpy(unpack(stored.weight, quantization.bits)).float().to(device)
+    codes = torch.from_numpy(unpack(stored.weight, quantization.bits)).to(device).float()  # narrow on the way
     scale, bias = (torch.from_numpy(array.astype(np.float32)).to(device) for array in (stored.scales, stored.biases))
     scales, biases = torch.zeros_like(scale, requires_grad=True), torch.zeros_like(bias, requires_grad=True)
     grouped = codes.reshape(len(codes), -1, quantization.group_size).requires_grad_()

@@ -1,11 +1,11 @@
-"""The original's predictions for a pool of sequences, computed once and read from a file while the model is fine-tuned.
+"""The original's predictions for pools of sequences, which fine-tuning in low memory reads from a file.
 
-So that the original's weights need no memory then. In the pool some tokens are sampled from the original's predictions,
-as ``fine_tune`` does in each step; where the pool is larger than the calibration tokens, each of their sequences occurs
-several times, with other tokens sampled.
+So that the original's weights need no memory then. In a pool some tokens are sampled from the original's predictions,
+as ``fine_tune`` does in each step. Each of its sequences is read twice; then the next pool takes its place: a model
+that reads one pool again and again overfits it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,25 +24,50 @@ from ..convert.tensorfile import Spec, TensorFile, TensorWriter
 from ..model.blocks import Block
 from ..model.forward import Floats, Tokens
 from ..model.reference import TorchModel, kept_by
-from ..model.tokens import TokenSet, evenly_spaced
+from ..model.tokens import TokenSet
 from ..model.walk import advance, each_block, step_inputs
 from .gradients import sample_tokens
 from .tuning import Batch, Predictions, with_sampled
 
 POOL_BYTES = 4 << 30  # of predictions on the disk, at most: 44,000 frames of the 7B model
-_VARIANTS = 4  # of each calibration sequence, at most
 FILE = "teacher.safetensors"  # in a quantized-weight store
+_READ = 2  # times that each sequence of a pool is
+_SEQUENCES = 1024  # of a pool, at most: what goes into their blocks is in memory
 _FRAMES = 2048  # whose predictions are computed at a time
 
 
-def pool_size(architecture: Architecture, sequences: int, frames: int, wanted: int) -> int:
-    """Return of how many sequences there are predictions: as many as wanted, if they fit.
+def pool_size(architecture: Architecture, frames: int, wanted: int) -> int:
+    """Return how many sequences, of so many frames each, a pool has: all have as many, and as many as fit at most.
 
-    sequences, frames: of the calibration tokens.
+    wanted: how many sequences are read in all.
     """
     half = architecture.n_q // 2
     nbytes = 2 * frames * (architecture.text_card + half * architecture.card)
-    return max(1, min(wanted, _VARIANTS * sequences, POOL_BYTES // nbytes))
+    total, most = -(-wanted // _READ), max(1, min(_SEQUENCES, POOL_BYTES // nbytes))
+    return max(1, -(-total // max(1, -(-total // most))))
+
+
+def batches(
+    original: TorchModel, token_set: TokenSet, folder: Path, height: int, steps: range, on_pool: Callable[[], object]
+) -> Generator[tuple[Batch, Predictions], None, None]:
+    """Yield for each step so many sequences, and the original's predictions for them; the same whatever step is first.
+
+    steps: up to the last one of all. on_pool: called before a pool is made, which takes a while.
+    """
+    frames = token_set.tokens.shape[2]
+    count = pool_size(original.architecture, frames, steps.stop * height)
+    height = min(height, count)
+    for_pool = _READ * count // height  # steps
+    first = steps.start
+    while first < steps.stop:
+        number = first // for_pool
+        random = np.random.default_rng(number)
+        order = np.concatenate([random.permutation(count) for _ in range(_READ)])
+        with teacher_pool(original, token_set, count, number, folder, on_pool) as pool:
+            for step in range(first, min(steps.stop, (number + 1) * for_pool)):
+                begin = step % for_pool * height
+                yield pool.batch(order[begin : begin + height], original.device)
+        first = (number + 1) * for_pool
 
 
 @dataclass(frozen=True)
@@ -77,43 +102,40 @@ class TeacherPool:
 
 
 def teacher_pool(
-    original: TorchModel, token_set: TokenSet, count: int, folder: Path, progress: Callable[[int], object]
+    original: TorchModel, token_set: TokenSet, count: int, number: int, folder: Path, on_pool: Callable[[], object]
 ) -> TeacherPool:
-    """Return a pool of so many sequences; its file is made in ``folder``, or anew where it is not one of this size.
+    """Return the pool of that number, of so many sequences; its file is made in ``folder`` if it is not there.
 
-    original: over weights on the disk; those of one block at a time are in memory. progress: called with 1 after each
-    of ``pool_blocks``.
+    original: over weights on the disk; those of one block at a time are in memory. on_pool: called before it is made.
     """
-    path = folder / FILE
+    path, mark = folder / FILE, {"pool": f"{number} of {count}"}
     file = None
     with suppress(UserError):
         file = TensorFile(path)
-    if file and file.specs["tokens"].shape[::2] != (count, token_set.tokens.shape[2]):
+    if file and file.metadata != mark:
         file.close()
         file = None
     if file is None:
-        _write(original, token_set, count, path, progress)
+        on_pool()
+        path.unlink(missing_ok=True)
+        _write(original, token_set, count, number, path, mark)
         file = TensorFile(path)
     shape = file.specs["tokens"].shape
     arrays = [file.read(name, 0, file.specs[name].rows).reshape(shape) for name in ("tokens", "targets", "counted")]
     return TeacherPool(arrays[0], arrays[1], arrays[2].astype(bool), file)
 
 
-def pool_blocks(architecture: Architecture) -> int:
-    """Return how many blocks are computed for a pool: all of both passes."""
-    return 2 * 2 * (architecture.num_layers + architecture.depformer_num_layers)
-
-
 def _write(
-    original: TorchModel, token_set: TokenSet, count: int, path: Path, progress: Callable[[int], object]
+    original: TorchModel, token_set: TokenSet, count: int, number: int, path: Path, mark: dict[str, str]
 ) -> None:
     """Sample the tokens of a pool, and write it with the predictions for them, whole or not at all."""
-    available = len(token_set.tokens)
-    chosen = evenly_spaced(available, count) if count <= available else np.arange(count) % available
-    some, random = token_set.chosen(chosen), np.random.default_rng(0)
+    available, random = len(token_set.tokens), np.random.default_rng(number)
+    some = token_set.chosen(
+        np.concatenate([random.permutation(available) for _ in range(-(-count // available))])[:count]
+    )
     sampled = np.empty((count, 1 + original.architecture.n_q // 2, some.tokens.shape[2]), np.int32)
-    generator = torch.Generator(original.device).manual_seed(0)
-    for stream, rows, logits in _predictions(original, some.tokens, some.targets, progress):
+    generator = torch.Generator(original.device).manual_seed(number)
+    for stream, rows, logits in _predictions(original, some.tokens, some.targets):
         # Predictions that are not finite leave no sensible tokens to sample; training skips such a batch.
         sampled[rows, stream] = sample_tokens(torch.nan_to_num(logits), generator)
     tokens, targets = with_sampled(some, sampled, random)
@@ -123,11 +145,11 @@ def _write(
     cards = [a.text_card] + [a.card] * (a.n_q // 2)
     specs = [Spec(name, "U8" if name == "counted" else "I32", array.shape) for name, array in known.items()]
     specs += [Spec(str(stream), "F16", (count, frames, card)) for stream, card in enumerate(cards)]
-    writer = TensorWriter(temporary, specs, {})
+    writer = TensorWriter(temporary, specs, mark)
     try:
         for name, array in known.items():
             writer.append(name, array)
-        for stream, _, logits in _predictions(original, tokens, targets, progress):
+        for stream, _, logits in _predictions(original, tokens, targets):
             writer.append(str(stream), log_softmax(logits, -1).half().cpu().numpy())
         writer.finish()
     finally:
@@ -135,9 +157,7 @@ def _write(
     temporary.replace(path)
 
 
-def _predictions(
-    original: TorchModel, tokens: Tokens, targets: Tokens, progress: Callable[[int], object]
-) -> Iterator[tuple[int, slice, Tensor]]:
+def _predictions(original: TorchModel, tokens: Tokens, targets: Tokens) -> Iterator[tuple[int, slice, Tensor]]:
     """Yield a stream, sequences and logits ``[sequences, frames, vocabulary]``: the text's, then each codebook's."""
     kept: dict[MatrixKey, Tensor] = {}
     model = replace(original, weights=kept_by(kept, original.weights, original.device))
@@ -147,7 +167,6 @@ def _predictions(
         def compute(block: Block, x: Floats) -> Floats:
             advance(model, block, x)
             kept.clear()
-            progress(1)
             return x
 
         return each_block(model.architecture, component, x, compute)

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from ppx.calibrate.layerwise import FINE_TUNED
 from ppx.calibrate.low_memory_tuning import fine_tune_in_low_memory, trained
 from ppx.calibrate.parameters import low_memory_matrix, trainable_matrix, trainable_weights
 from ppx.calibrate.quantized_model import quantized_weights
-from ppx.calibrate.teacher import pool_blocks, pool_size, teacher_pool
+from ppx.calibrate.teacher import batches, pool_size, teacher_pool
 from ppx.calibrate.tuning import Batch, Schedule, divergence, divergence_of, trainable_scope
 from ppx.convert import preparation
 from ppx.convert.bundle.plan import make_plan
@@ -30,7 +31,7 @@ from ppx.model.tokens import from_tokens, read_token_file
 from ppx.quant.affine import QuantizationConfig
 
 FORM = QuantizationConfig(4, 64, "gptq")
-STEPS, ENOUGH = 4, 12
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -184,13 +185,17 @@ def test_it_learns_resumes_and_leaves_what_the_user_reads(opened, store_at, toke
     assert loss_of(opened, stores[0], token_set) < before
     with pytest.raises(KeyboardInterrupt):
         tune(stores[1], state_seconds=0.0, on_step=cut_off)
-    made = (stores[1].folder / teacher.FILE).stat().st_mtime_ns
-    tune(stores[1], on_step=rest.__setitem__)
-    assert (stores[1].folder / teacher.FILE).stat().st_mtime_ns == made
+    made = (stores[1].folder / teacher.FILE).stat().st_ino
+
+    def go_on(step, loss):
+        rest[step] = loss
+        assert (stores[1].folder / teacher.FILE).stat().st_ino == made
+
+    tune(stores[1], on_step=go_on)
     # A state is written before a step is reported, at once where the pause allows it: the first step's is.
     assert {**broken, **rest} == losses
     assert min(rest) in (1, 2)
-    assert not list(stores[1].folder.glob("*.partial"))
+    assert {path.name for path in stores[1].folder.iterdir()} == {"rounded.safetensors", FINE_TUNED, "solution.json"}
     files = [store.folder / FINE_TUNED for store in stores]
     assert files[0].read_bytes() == files[1].read_bytes()
     changed = {key for key, file in stores[0].files.items() if file == FINE_TUNED}
@@ -216,33 +221,61 @@ def test_gradients_that_are_not_finite_change_nothing(matrices):
 def test_the_teachers_predictions_are_the_originals(opened, token_set, tmp_path):
     source, _ = opened
     original = reference_of(source.checkpoint)
-    done: list[int] = []
+    made: list[int] = []
+
+    def pool_of(count, number):
+        return teacher_pool(original, token_set, count, number, tmp_path, lambda: made.append(number))
+
     for _ in range(2):
-        with teacher_pool(original, token_set, ENOUGH, tmp_path, done.append) as pool:
-            chosen = np.array([1, 11])
-            batch, predictions = pool.batch(chosen, "cpu")
-            assert pool.tokens.shape == (ENOUGH, *token_set.tokens.shape[1:])
-    assert sum(done) == pool_blocks(source.architecture)  # once
+        with pool_of(12, 5) as pool:
+            batch, predictions = pool.batch(np.array([1, 11]), "cpu")
+            assert pool.tokens.shape == (12, *token_set.tokens.shape[1:])
+    assert made == [5]
     with torch.no_grad():
         exact = original.logits(batch.tokens, batch.targets, source.architecture.n_q // 2)
         assert divergence_of(predictions, exact, batch.counted) < 1e-5
-    new = pool.targets[:8] != token_set.targets
-    assert 0.05 < new[:, :9].mean() < 0.3  # 30 % of frames, and some tokens are sampled as they were
-    assert not new[:, 9:].any()
-    assert (pool.tokens[:8, :, 1:][:, :9] != token_set.tokens[:, :9, 1:]).any()
-    assert (pool.targets[8:] != pool.targets[:4]).any()  # the same sequences, with other tokens sampled
-    with teacher_pool(original, token_set, 3, tmp_path, done.append) as pool:
-        assert len(pool.tokens) == 3
-    assert sum(done) == 2 * pool_blocks(source.architecture)
+    # The user's tokens are as they were: by them the sequences are known. All occur, some twice with other samples.
+    users = {sequence.tobytes(): number for number, sequence in enumerate(token_set.targets[:, 9:])}
+    numbers = [users[sequence.tobytes()] for sequence in pool.targets[:, 9:]]
+    assert set(numbers) == set(range(8))
+    new = pool.targets[:, :9] != token_set.targets[numbers][:, :9]
+    assert 0.05 < new.mean() < 0.3  # 30 % of frames, and some tokens are sampled as they were
+    assert (pool.tokens[:, :9, 1:] != token_set.tokens[numbers][:, :9, 1:]).any()
+    assert len({sequence.tobytes() for sequence in pool.targets}) == 12
+    with pool_of(12, 6) as other:
+        assert {sequence.tobytes() for sequence in other.targets}.isdisjoint(
+            sequence.tobytes() for sequence in pool.targets
+        )
+    assert made == [5, 6]
+
+
+def test_pools_are_read_twice_whatever_step_is_first(opened, token_set, tmp_path, monkeypatch):
+    """Pools of 3 sequences, and steps of 2: three steps for each pool."""
+    monkeypatch.setattr(teacher, "_SEQUENCES", 3)
+    original = reference_of(opened[0].checkpoint)
+    runs = []
+    for name, first in (("whole", 0), ("resumed", 4)):
+        (tmp_path / name).mkdir()
+        runs.append(
+            [
+                batch.targets
+                for batch, _ in batches(original, token_set, tmp_path / name, 2, range(first, 7), lambda: None)
+            ]
+        )
+    assert [len(run) for run in runs] == [7, 3]
+    assert all((one == other).all() for one, other in zip(runs[0][4:], runs[1], strict=True))
+    for pool in (runs[0][:3], runs[0][3:6]):
+        counts = Counter(sequence.tobytes() for targets in pool for sequence in targets)
+        assert set(counts.values()) == {2}
+        assert len(counts) == 3
 
 
 def test_the_pool_is_bounded():
     whole = Architecture()
-    count = pool_size(whole, 500, 250, 10**6)
+    count = pool_size(whole, 250, 10**6)
     assert count > 100
     assert count * 250 * 48384 * 2 <= teacher.POOL_BYTES
-    assert pool_size(whole, 20, 250, 10**6) == 80
-    assert pool_size(whole, 20, 250, 7) == 7
+    assert pool_size(whole, 250, 7) == 4
 
 
 def test_states_are_left_out_where_the_disk_is_full(opened, store_at, token_set, monkeypatch):
