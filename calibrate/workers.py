@@ -97,16 +97,17 @@ class Workers:
 
 @contextmanager
 def joined(rank: int, size: int, meeting: Path) -> Iterator[Workers]:
-    """Join the other processes; each has the GPU of its rank, where there are GPUs.
+    """Join the other processes; each has the GPU of its rank, where there are GPUs, and shares one where there are few.
 
     meeting: a file that is not there yet, the same for all. One that fails does not wait for the others: it must end.
     """
     from torch import distributed
 
     os.environ.update(_ENVIRONMENT)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus:
+        torch.cuda.set_device(rank % gpus)
+    backend = "cpu:gloo,cuda:nccl" if gpus >= size else "gloo"  # NCCL refuses processes that share a GPU
     distributed.init_process_group(
         backend, init_method=meeting.absolute().as_uri(), rank=rank, world_size=size, timeout=_PATIENCE
     )
