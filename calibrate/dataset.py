@@ -20,6 +20,7 @@ from ..model.tokens import TokenSet, read_token_file, read_tokens
 from .eight_bit_adam import torchao_optimizer
 from .forecast import forecast, seconds_of
 from .layerwise import BlockTuning, quantize_model
+from .layerwise_processes import quantize_together
 from .low_memory_tuning import fine_tune_in_low_memory
 from .tuning import Schedule, fine_tune, trainable_scope
 from .work import operations
@@ -33,30 +34,50 @@ ENOUGH = 4  # frames for each column of the widest matrix, from which on more he
 
 
 def quantizer_of(
-    source: Source, plan: Plan, tokens: Path, steps: int = 0, quiet: bool = False, memory: int | None = None
+    source: Source,
+    plan: Plan,
+    tokens: Path,
+    steps: int = 0,
+    quiet: bool = False,
+    memory: int | None = None,
+    processes: int = 1,
 ) -> LayerwiseQuantizer:
     """Return what quantizes a plan's matrices with GPTQ, and fine-tunes them for some steps.
 
-    memory: bytes, by which the scope of fine-tuning is chosen; None for the device's. Raises UserError for tokens of
-    another model, and if a package is missing.
+    memory: bytes, by which the scope of fine-tuning is chosen; None for the device's. processes: that quantize
+    together, each with the GPU of its rank where there are GPUs; what is fine-tuned by one is fine-tuned here. Raises
+    UserError for tokens of another model, if a package is missing, and as ``check_scope``.
     """
+    check_scope(plan, steps, memory, processes)
     token_set = read_tokens(tokens, source.architecture, None, None)
     whole = trainable_scope(plan.outputs, memory) if steps else None
     if whole == "low-memory":
         torchao_optimizer()  # before the hours that GPTQ may take
 
     def run(store: QuantizedStore) -> None:
-        if not quiet and (expected := forecast(plan, tokens, store.files)):
+        if not quiet and (expected := forecast(plan, tokens, store.files, processes)):
             sys.stderr.write(f"{expected.text}\n")
         tuning = BlockTuning(0 if whole else steps)
         weigh = operations if quiet else seconds_of(source.architecture)
-        quantize_model(source, plan.outputs, token_set, store, tuning, quiet, weigh)
+        if processes == 1:
+            quantize_model(source, plan.outputs, token_set, store, tuning, quiet, weigh)
+        else:
+            quantize_together(processes, source, plan.outputs, token_set, store, quiet, weigh)
         if whole:
             tune = fine_tune if whole == "codes" else fine_tune_in_low_memory
             tune(source, plan.outputs, token_set, store, Schedule(steps), quiet)
 
     refined = _REFINED[whole] if steps else "nothing"
     return LayerwiseQuantizer(replace(record(token_set), refined_steps=steps, refined=refined), run)
+
+
+def check_scope(plan: Plan, steps: int, memory: int | None, processes: int) -> None:
+    """Raise UserError for several processes where blocks are fine-tuned, which one process does."""
+    if processes > 1 and steps and trainable_scope(plan.outputs, memory) is None:
+        raise UserError(
+            "this model is fine-tuned block by block, as it does not fit into memory whole: one GPU does that",
+            Hint.ONE_GPU,
+        )
 
 
 def fingerprint(token_set: TokenSet) -> str:

@@ -58,6 +58,7 @@ def dry_run(
     output: str | Path | None = None,
     *,
     tokens: str | Path | None = None,
+    gpus: int = 1,
     workers: int | None = None,
     revision: str | None = None,
     adapter: str | None = None,
@@ -66,8 +67,8 @@ def dry_run(
 ) -> DryRun:
     """Plan a conversion and forecast it; the Hub is asked for sizes, and nothing is downloaded or written.
 
-    Arguments are those of ``convert``; tokens: calibration tokens. Raises UserError for what the target cannot load,
-    and for a Hub id that does not exist.
+    Arguments are those of ``convert``, and of its quantizer: calibration tokens and a number of GPUs. Raises UserError
+    for what the target cannot load, and for a Hub id that does not exist.
     """
     plan, download = preparation.plan_and_download(
         source, recipe, revision=revision, adapter=adapter, fill_depformer_steps=fill_depformer_steps, quiet=quiet
@@ -79,5 +80,5 @@ def dry_run(
         output_of(str(source), output, recipe),
         download,
         conversion_seconds(plan, threads),
-        forecast.forecast(plan, tokens),
+        forecast.forecast(plan, tokens, gpus=gpus),
     )

@@ -3,7 +3,8 @@
 Tokens are drawn from the original's own predictions, and the gradients are those of their log likelihood (the Fisher
 information): to second order, the divergence grows by the mean of (g · e)² where e is the outputs' error. The backward
 pass goes block by block, as everything here does: memory holds the streams in front of all blocks for some frames, and
-the weights of one.
+the weights of one. Workers take some of the sequences each. They put predictions together before tokens are drawn, so
+that these do not depend on how many workers there are.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ from ..model.tokens import TokenSet, evenly_spaced
 from ..model.walk import run_block, step_inputs
 from ..quant.column_rounding import ROWS
 from .work import gradient_sequences
+from .workers import Workers
 
+_ALONE = Workers()
 Sums = dict[MatrixKey, Tensor]
 
 
@@ -30,13 +33,16 @@ Sums = dict[MatrixKey, Tensor]
 class _Pass:
     """A forward and backward pass of the original model.
 
-    kept: weights of the block at hand. progress: called with the share of the work that is done. sums: the result.
+    kept: weights of the block at hand. progress: called with the share of the work that is done. idle: whether this
+    worker has no sequence of its own, and only draws tokens with the others. sums: the result.
     """
 
     model: TorchModel
     random: torch.Generator
     kept: dict[MatrixKey, Tensor]
     progress: Callable[[float], object]
+    workers: Workers
+    idle: bool
     sums: Sums = field(default_factory=dict)
 
     def forward(self, component: str, x: Floats) -> tuple[list[tuple[Block, Floats]], Floats]:
@@ -102,9 +108,13 @@ class _Pass:
         with torch.enable_grad():
             start = torch.from_numpy(x).to(self.model.device).requires_grad_()
             predicted = log_softmax(self.model.product(name, None, start), -1)
-            if not bool(torch.isfinite(predicted).all()):
+            whole, own = self.workers.concatenated(predicted.detach()[: 0 if self.idle else None])
+            if not bool(torch.isfinite(whole).all()):
                 return np.zeros_like(x)
-            drawn = torch.from_numpy(sample_tokens(predicted.detach(), self.random)).long().to(predicted.device)
+            tokens = sample_tokens(whole, self.random)[own]
+            if self.idle:
+                return np.zeros_like(x)
+            drawn = torch.from_numpy(tokens).long().to(predicted.device)
             chosen = predicted.gather(-1, drawn[..., None])[..., 0]
             (gradient,) = torch.autograd.grad((chosen * counted.to(chosen.device)).sum() * weight, start)
         result: Floats = gradient.cpu().numpy()
@@ -112,26 +122,34 @@ class _Pass:
 
 
 def output_gradients(
-    model: TorchModel, token_set: TokenSet, progress: Callable[[float], object] = lambda _: None
+    model: TorchModel,
+    token_set: TokenSet,
+    progress: Callable[[float], object] = lambda _: None,
+    workers: Workers = _ALONE,
 ) -> Sums:
     """Return second moments ``[blocks, 64, 64]``, on the CPU, of the gradients at the outputs of blocks' matrices.
 
     They are of blocks of 64 rows, the last one filled up with zeros. model: the original. Some sequences are used,
     evenly spaced. The loss is that of fine-tuning: the text's divergence plus the mean of the agent's codebooks.
     Matrices that neither depends on, those of the user's depformer steps, have none. progress: called with the share of
-    the work that is done, each time.
+    the work that is done, each time. workers: all give the same tokens, and get the same sums.
     """
     a = model.architecture
-    chosen = token_set.chosen(evenly_spaced(len(token_set.tokens), gradient_sequences(token_set.tokens.shape[2])))
+    which = evenly_spaced(len(token_set.tokens), gradient_sequences(token_set.tokens.shape[2]))
+    steps = a.n_q // 2
+    if not token_set.counted[which, 1 : steps + 1].any((1, 2)).all():
+        workers = Workers()  # a worker could be left without audio: all compute all
+    own = which[workers.share(len(which))]
+    chosen = token_set.chosen(own if len(own) else which[:1])  # the same work as others do, which does not count
     kept: dict[MatrixKey, Tensor] = {}
     random = torch.Generator(model.device).manual_seed(0)
-    run = _Pass(replace(model, weights=kept_by(kept, model.weights, model.device)), random, kept, progress)
+    read = replace(model, weights=kept_by(kept, model.weights, model.device))
+    run = _Pass(read, random, kept, progress, workers, not len(own))
     with torch.no_grad():
         before, x = run.forward("temporal", run.model.embed(chosen.tokens))
         hidden = run.model.out_norm(x)
         counted = torch.from_numpy(chosen.counted)
         gradient = run.head("text_linear.weight", hidden, counted[:, 0], 1.0)
-        steps = a.n_q // 2
         known = chosen.counted[:, 1 : steps + 1].any(1)
         of_steps = counted[:, 1 : steps + 1].permute(0, 2, 1)[torch.from_numpy(known)]
         gradient[known] += _depformer(run, hidden[known], chosen.targets.transpose(0, 2, 1)[known], of_steps)
@@ -141,6 +159,9 @@ def output_gradients(
             outputs = run.model.hidden_states(start)
         (behind,) = torch.autograd.grad(outputs, start, torch.from_numpy(gradient).to(model.device))
         run.backward(before, behind.cpu().numpy())
+    if run.idle:
+        run.sums.update({key: torch.zeros_like(total) for key, total in run.sums.items()})
+    workers.add_up(*run.sums.values())
     return run.sums
 
 

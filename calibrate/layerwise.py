@@ -4,6 +4,9 @@ The original and the quantized model go through the calibration tokens side by s
 matrices are quantized (``quant.gptq``) before the streams go through it. Memory holds the two streams, and the weights
 and moments of one block. Quantized matrices are on the disk: a killed run resumes from them, and only computes the
 streams again.
+
+Several workers take some of the calibration sequences each, add up their moments, and quantize some of the matrices,
+or rows of them. What they decide by is the same on all.
 """
 
 import sys
@@ -13,32 +16,32 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..convert.bundle.output_tensor import Output
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore, quantizations_of
-from ..convert.bundle.records import Adjustment
-from ..convert.errors import UserError
 from ..convert.progress import Progress, bar, keeping
 from ..convert.source.source import Source
-from ..convert.tensorfile import DTYPES
 from ..model import torch_device as devices
 from ..model.blocks import Block
 from ..model.forward import Floats
 from ..model.reference import TorchModel, kept_by, reference_of, source_weights
-from ..model.tokens import TokenSet, evenly_spaced
+from ..model.tokens import TokenSet
 from ..model.walk import step_inputs, walk
-from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized
-from ..quant.gptq import FALLBACK, Inputs, Moments, Outcome, Prepared, gptq_with_retries
+from ..quant.affine import DATA_DRIVEN, QuantizationConfig
+from ..quant.gptq import Inputs, Moments
 from .block_tuning import tune_block
 from .gradients import output_gradients
+from .matrix_parts import Rounding, adjustment_of, joined_outcomes, parts_of, warning_of
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
 from .quantized_model import quantized_rows, quantized_weights
-from .work import STREAM_BYTES, TensorWork, Work, gradients_work, inputs_are_kept, operations, tensor_works
+from .stream_rows import depformer_rows, fitting_sequences
+from .work import TensorWork, Work, gradients_work, inputs_are_kept, operations, tensor_works
+from .workers import Workers
 
 FINE_TUNED = "refined.safetensors"  # in a quantized-weight store: the matrices that were fine-tuned together
+_ALONE = Workers()
 Streams = dict[str, Floats]  # of the models called original and quantized
 
 
@@ -48,16 +51,6 @@ class BlockTuning:
 
     steps: int = 0
     on_block: Callable[[Block], None] | None = None
-
-
-def _adjusted(outcome: Outcome) -> Adjustment:
-    """Return what a manifest records of a matrix for which the usual damping of GPTQ was not enough."""
-    return Adjustment(outcome.reason, FALLBACK if outcome.damping is None else None, outcome.damping)
-
-
-def _warning(outcome: Outcome) -> str:
-    how = f"by its weights alone ({FALLBACK})" if outcome.damping is None else f"with damping {outcome.damping:g}"
-    return f"{outcome.reason}: quantized {how}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +72,7 @@ class LayerwiseRun:
     bar: Progress
     works: dict[str, TensorWork]
     weigh: Callable[[Work], float]
+    workers: Workers = field(default_factory=Workers)
     gradients: dict[MatrixKey, Tensor] = field(default_factory=dict)
 
     def data_driven(self, names: Sequence[str]) -> list[MatrixKey]:
@@ -107,7 +101,7 @@ class LayerwiseRun:
         """
         first, second = _matrices(block, self.source.architecture.steps)
         if keys := self.missing(first):
-            moments = block_moments(self.models, block, keys, streams)
+            moments = block_moments(self.models, block, keys, streams, self.workers)
             self.count_forward(first, 0.5)
             self.quantize(_label(first), moments)
         else:
@@ -118,7 +112,7 @@ class LayerwiseRun:
             if not self.tuning.steps and self.can_keep_inputs(block, keys, streams):
                 computed = self.quantize_last(_label(second), block, keys, streams)
             else:
-                self.quantize(_label(second), block_moments(self.models, block, keys, streams))
+                self.quantize(_label(second), block_moments(self.models, block, keys, streams, self.workers))
         self.fine_tune(block, self.data_driven([*first, *second]), streams)
         yield computed
         self.release_weights()
@@ -132,10 +126,16 @@ class LayerwiseRun:
         """Return the matrices of these tensors that are still to be quantized."""
         return [key for key in self.data_driven(names) if key not in self.store.files]
 
+    def _height(self, name: str) -> int:
+        """Return how many rows each matrix of a tensor has."""
+        tensor = self.source.checkpoint.tensors[name]
+        return tensor.spec.rows // tensor.role.stacked
+
     def can_keep_inputs(self, block: Block, keys: list[MatrixKey], streams: Streams) -> bool:
         """Tell whether these are all of a block's last matrices, and their inputs are small enough to be kept."""
-        a, shape = self.source.architecture, streams["original"].shape
-        frames, count = (shape[0] * shape[1], 1) if block.component == "temporal" else (shape[0], a.steps)
+        a, length = self.source.architecture, streams["original"].shape[1]
+        rows = self.workers.total(len(streams["original"]))
+        frames, count = (rows * length, 1) if block.component == "temporal" else (rows, a.steps)
         columns = sum(self.source.checkpoint.tensors[name].spec.columns for name, _ in keys)
         return len(keys) == count and inputs_are_kept(frames, columns)
 
@@ -146,9 +146,9 @@ class LayerwiseRun:
         """
         device = self.models["original"].device
         inputs = {name: block_inputs(model, block, keys, streams[name]) for name, model in self.models.items()}
+        pairs = {key: (inputs["original"][key], inputs["quantized"][key]) for key in keys}
         moments = {
-            key: moments_of(inputs["original"][key], inputs["quantized"][key], device, added_to(block, key, streams))
-            for key in keys
+            key: moments_of(*pair, device, added_to(block, key, streams), self.workers) for key, pair in pairs.items()
         }
         self.quantize(label, moments)
         for name, model in self.models.items():
@@ -176,31 +176,35 @@ class LayerwiseRun:
             self.kept["quantized"].pop(key, None)
 
     def quantize(self, label: str, moments: dict[MatrixKey, Moments | Inputs]) -> None:
-        """Quantize matrices by the moments of their inputs, and store them."""
+        """Quantize matrices by the moments of their inputs, and store them.
+
+        Each worker quantizes some of them, or some of their rows; the one that leads writes them all.
+        """
         self.release_weights()  # GPTQ needs the memory; reading a block again takes little of its time
-        matrices: dict[MatrixKey, Quantized] = {}
-        adjusted: dict[MatrixKey, Adjustment] = {}
-        read = source_weights(self.source.checkpoint)
-        previous, prepared = None, dict[float, Prepared]()
-        for key, of_inputs in moments.items():
-            quantization, dtype = self.quantizations[key]
-            if of_inputs is not previous:  # depformer_in: 16 matrices read the same
-                previous, prepared = of_inputs, {}
-            try:
-                outcome = gptq_with_retries(
-                    read(*key), of_inputs, quantization, DTYPES[dtype], prepared, self.gradients.get(key)
-                )
-            except ValueError as error:
-                raise UserError(f"{key[0]}: {error}: give a recipe that keeps it float") from None
-            matrices[key] = outcome.quantized
-            if outcome.reason:
-                adjusted[key] = _adjusted(outcome)
-                step = f" step {key[1]}" if self.source.checkpoint.tensors[key[0]].role.stacked > 1 else ""
-                self.bar.write(f"{key[0]}{step}: {_warning(outcome)}", file=sys.stderr)
-            self.bar.update(self.weigh(self.works[key[0]].matrices[key[1]]))
-            done = len(self.store.files) + len(matrices)
+        rounding = Rounding(source_weights(self.source.checkpoint), self.quantizations, moments, self.gradients)
+        heights = {key: self._height(key[0]) for key in moments}
+        weights = {key: self.weigh(self.works[key[0]].matrices[key[1]]) for key in moments}
+        parts = parts_of(heights, self.workers)
+        own, total = sum(weights[part.key] * part.share(heights) for part in parts), sum(weights.values())
+        made = []
+        for number, part in enumerate(parts, 1):
+            made.append((part, rounding.outcome(part)))
+            self.bar.update(weights[part.key] * part.share(heights) * total / own)  # others do theirs meanwhile
+            done = len(self.store.files) + len(moments) * number // len(parts)
             self.bar.set_postfix_str(f"{done} of {self.count} matrices", refresh=False)
-        self.store.add(label, matrices, adjusted)
+        if not parts:
+            self.bar.update(total)
+        if (gathered := self.workers.gathered(made)) is not None:
+            outcomes = joined_outcomes(gathered, rounding)
+            for (name, step), outcome in outcomes.items():
+                if outcome.reason:
+                    which = f" step {step}" if self.source.checkpoint.tensors[name].role.stacked > 1 else ""
+                    self.bar.write(f"{name}{which}: {warning_of(outcome)}", file=sys.stderr)
+            adjusted = {key: adjustment_of(outcome) for key, outcome in outcomes.items() if outcome.reason}
+            self.store.add(label, {key: outcome.quantized for key, outcome in outcomes.items()}, adjusted)
+        self.workers.wait()
+        if not self.workers.leads:
+            self.store.refresh()
 
     def quantize_readers(self, label: str, names: Sequence[str], inputs: Streams) -> None:
         """Quantize matrices that all read the same inputs."""
@@ -209,7 +213,7 @@ class LayerwiseRun:
                 torch.from_numpy(np.ascontiguousarray(inputs[name])).flatten(0, -2)
                 for name in ("original", "quantized")
             )
-            of_all = moments_of(original, quantized, self.models["original"].device)
+            of_all = moments_of(original, quantized, self.models["original"].device, workers=self.workers)
             self.quantize(label, dict.fromkeys(keys, of_all))
         self.count_forward(names, 1)
 
@@ -237,13 +241,17 @@ def quantize_model(
     tuning: BlockTuning | None = None,
     quiet: bool = False,
     weigh: Callable[[Work], float] = operations,
+    workers: Workers = _ALONE,
 ) -> None:
     """Quantize all matrices of a plan's outputs whose method needs data, into ``store``; fine-tune blocks if asked to.
 
-    weigh: what a piece of work counts in the progress, seconds on this machine for instance.
+    weigh: what a piece of work counts in the progress, seconds on this machine for instance. workers: all give the same
+    source, outputs, tokens and store, and no more of them than ``most_workers``; blocks are fine-tuned by one only.
     PyTorch computes on a GPU where there is one. A matrix whose inputs are not finite, or which GPTQ with its usual
     damping cannot quantize, is named on standard error and in ``store.adjusted``.
     """
+    if tuning and tuning.steps and workers.size > 1:
+        raise ValueError("blocks are fine-tuned by one process")
     device = devices.device()
     quantizations = quantizations_of(outputs)
     kept: dict[str, dict[MatrixKey, Tensor]] = {"original": {}, "quantized": {}}
@@ -253,24 +261,33 @@ def quantize_model(
         "original": replace(model, weights=kept_by(kept["original"], model.weights, device)),
         "quantized": replace(model, weights=weights, rows=quantized_rows(source, quantizations)),
     }
-    fitting = token_set.chosen(_fitting(len(token_set.tokens), token_set.tokens.shape[2] * source.architecture.dim))
+    fitting = fitting_sequences(token_set, source.architecture)
     sequences, _, frames = token_set.tokens.shape
     works = tensor_works(source.architecture, outputs, sequences, frames, store.files)
     passes = gradients_work(source.architecture, works, sequences, frames)
     total = weigh(passes) + sum(weigh(work) for one in works.values() for work in (one.forward, *one.matrices.values()))
     with bar("layer-wise GPTQ", total, "", quiet) as progress, torch.no_grad():
-        run = LayerwiseRun(source, quantizations, store, models, kept, tuning or BlockTuning(), progress, works, weigh)
-        with keeping(lambda: f"{len(store.files)} of {run.count} matrices are kept" if store.files else ""):
+        tuned = tuning or BlockTuning()
+        run = LayerwiseRun(source, quantizations, store, models, kept, tuned, progress, works, weigh, workers)
+        with keeping(lambda: kept_text(store, outputs)):
             if passes != Work():
                 run.gradients.update(
-                    output_gradients(model, token_set, lambda share: progress.update(share * weigh(passes)))
+                    output_gradients(model, token_set, lambda share: progress.update(share * weigh(passes)), workers)
                 )
             _audio(run, fitting, _temporal(run, fitting))
 
 
+def kept_text(store: QuantizedStore, outputs: list[Output]) -> str:
+    """Return how much of a plan's outputs a store holds, as an interrupted program says it; empty for nothing."""
+    methods = [quantization.method for quantization, _ in quantizations_of(outputs).values()]
+    count = sum(method in DATA_DRIVEN for method in methods)
+    return f"{len(store.files)} of {count} matrices are kept" if store.files else ""
+
+
 def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
-    """Quantize the temporal transformer; return its normalized outputs ``[sequences, frames, dim]``."""
-    streams = {name: model.embed(token_set.tokens) for name, model in run.models.items()}
+    """Quantize the temporal transformer; return its normalized outputs ``[sequences, frames, dim]`` of this worker."""
+    own = run.workers.share(len(token_set.tokens))
+    streams = {name: model.embed(token_set.tokens[own]) for name, model in run.models.items()}
     walk(run.source.architecture, "temporal", streams, run.models.__getitem__, run.at_block)
     outputs = {name: model.out_norm(streams[name]) for name, model in run.models.items()}
     run.quantize_readers("text_linear", ["text_linear.weight"], outputs)
@@ -280,10 +297,7 @@ def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
 def _audio(run: LayerwiseRun, token_set: TokenSet, hidden: Streams) -> None:
     """Quantize the depformer."""
     arch = run.source.architecture
-    known = token_set.counted[:, 1 : arch.steps + 1].any(1)
-    targets = token_set.targets.transpose(0, 2, 1)[known]
-    rows = _fitting(len(targets), arch.steps * arch.depformer_dim)
-    targets, states = targets[rows], {name: array[known][rows] for name, array in hidden.items()}
+    states, targets = depformer_rows(token_set, hidden, arch, run.workers)
     run.quantize_readers("depformer_in", [f"depformer_in.{step}.weight" for step in range(arch.steps)], states)
     streams = {name: step_inputs(model, states[name], targets, arch.steps) for name, model in run.models.items()}
     run.release_weights()
@@ -291,8 +305,3 @@ def _audio(run: LayerwiseRun, token_set: TokenSet, hidden: Streams) -> None:
     for step in range(arch.steps):
         outputs = {name: array[:, step] for name, array in streams.items()}
         run.quantize_readers(f"linears.{step}", [f"linears.{step}.weight"], outputs)
-
-
-def _fitting(count: int, floats: int) -> NDArray[np.int64]:
-    """Return which of ``count`` sequences or rows, of so many floats each, fit into a stream."""
-    return evenly_spaced(count, max(1, STREAM_BYTES // (4 * floats)))

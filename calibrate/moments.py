@@ -13,7 +13,9 @@ from ..model.forward import Floats
 from ..model.reference import TorchModel
 from ..quant.gptq import Inputs, Moments, add_symmetric_product, mirror
 from .work import LAST, are_few
+from .workers import Workers
 
+_ALONE = Workers()
 _LAST = tuple(f"{module}.weight" for module in LAST)
 StreamPair = tuple[Floats, Floats]  # in front of a block, of the original and the quantized model: ``[frames, rows]``
 MatrixInputs = dict[MatrixKey, Tensor]  # ``[frames, columns]`` each
@@ -24,7 +26,7 @@ class _AllCapturedError(Exception):
 
 
 class _Sums:
-    """Moments as they are summed up; the inputs themselves if they are few."""
+    """Moments as they are summed up; the inputs themselves if they are few. frames: of all workers."""
 
     def __init__(self, columns: int, frames: int, device: str) -> None:
         self.device, self.frames = device, 0
@@ -48,42 +50,58 @@ class _Sums:
                 self.residual = torch.zeros((lacking.shape[1], quantized.shape[1]), device=self.device)
             self.residual.addmm_(lacking.T, quantized)
 
-    def moments(self) -> Moments | Inputs:
+    def moments(self, workers: Workers) -> Moments | Inputs:
+        """Return those of the inputs of all workers."""
         if self.kept is not None:
-            return Inputs(
-                *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*self.kept, strict=True))
-            )
+            own = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*self.kept, strict=True)]
+            return Inputs(*(workers.concatenated(part)[0] for part in own))
+        workers.add_up(self.second, self.cross, *([] if self.residual is None else [self.residual]))
         mirror(self.second)
-        return Moments(self.second, self.cross, self.residual, self.frames)
+        return Moments(self.second, self.cross, self.residual, workers.total(self.frames))
 
 
-def moments_of(original: Tensor, quantized: Tensor, device: str, streams: StreamPair | None = None) -> Moments | Inputs:
+def moments_of(
+    original: Tensor,
+    quantized: Tensor,
+    device: str,
+    streams: StreamPair | None = None,
+    workers: Workers = _ALONE,
+) -> Moments | Inputs:
     """Return the moments of inputs ``[frames, columns]`` of the original and of the quantized model, on a device.
 
-    streams: what the matrix's output is added to, if anything.
+    streams: what the matrix's output is added to, if anything. workers: each gives its own frames, one at least, and
+    gets the moments of all.
     """
-    sums = _Sums(original.shape[-1], len(original), device)
+    sums = _Sums(original.shape[-1], workers.total(len(original)), device)
     for first in range(0, len(original), POSITIONS):
         rows = slice(first, first + POSITIONS)
         sums.add(original[rows], quantized[rows], streams and (streams[0][rows], streams[1][rows]))
-    return sums.moments()
+    return sums.moments(workers)
 
 
 def block_moments(
-    models: dict[str, TorchModel], block: Block, keys: list[MatrixKey], streams: dict[str, Floats]
+    models: dict[str, TorchModel],
+    block: Block,
+    keys: list[MatrixKey],
+    streams: dict[str, Floats],
+    workers: Workers = _ALONE,
 ) -> dict[MatrixKey, Moments | Inputs]:
-    """Return the moments of the inputs of a block's matrices; streams: the inputs of the block, by model."""
+    """Return the moments of the inputs of a block's matrices; streams: the inputs of the block, by model.
+
+    workers: each gives streams of its own, one row at least, and gets the moments of all.
+    """
     sums: dict[MatrixKey, _Sums] = {}
+    count = workers.total(len(streams["original"]))
     for rows in block.batches(streams["original"]):
         inputs = {name: _captured(model, block, keys, streams[name][rows]) for name, model in models.items()}
         for key in keys:
             original, quantized = inputs["original"][key], inputs["quantized"][key]
             if key not in sums:
-                frames = len(original) * len(streams["original"]) // len(streams["original"][rows])
+                frames = len(original) * count // len(streams["original"][rows])
                 sums[key] = _Sums(original.shape[-1], frames, models["original"].device)
             in_front = added_to(block, key, {name: stream[rows] for name, stream in streams.items()})
             sums[key].add(original, quantized, in_front)
-    return {key: of_inputs.moments() for key, of_inputs in sums.items()}
+    return {key: of_inputs.moments(workers) for key, of_inputs in sums.items()}
 
 
 def added_to(block: Block, key: MatrixKey, streams: dict[str, Floats]) -> StreamPair | None:

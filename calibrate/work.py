@@ -49,6 +49,15 @@ class Work:
         """Return the work of so many alike."""
         return Work(*(count * getattr(self, name) for name in self.__dataclass_fields__))
 
+    def divided(self, workers: int, dealt: bool = True) -> "Work":
+        """Return what each of some workers does of it; all of them read all weights.
+
+        dealt: whether whole matrices are theirs. Of rows of a matrix all factor the moments, and round each group.
+        """
+        whole = ("read", "unread") if dealt else ("read", "unread", "factors", "groups")
+        fields = self.__dataclass_fields__
+        return Work(*(getattr(self, name) / (1 if name in whole else workers) for name in fields))
+
     def __add__(self, other: "Work") -> "Work":
         """Return the work of both."""
         return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -77,15 +86,18 @@ class TensorWork:
     matrices: dict[int, Work]
 
 
-def gptq_work(plan: Plan, sequences: int, frames: int, stored: Collection[MatrixKey] = ()) -> Work:
+def gptq_work(plan: Plan, sequences: int, frames: int, stored: Collection[MatrixKey] = (), workers: int = 1) -> Work:
     """Return the work of layer-wise GPTQ on so many calibration sequences of so many frames, without fine-tuning.
 
-    stored: matrices that an earlier run has quantized.
+    stored: matrices that an earlier run has quantized. workers: that share it; the result is the work of one of them.
     """
     works = tensor_works(plan.inventory.architecture, plan.outputs, sequences, frames, stored)
-    total = gradients_work(plan.inventory.architecture, works, sequences, frames)
-    for work in works.values():
-        total = sum(work.matrices.values(), total + work.forward)
+    gradients = gradients_work(plan.inventory.architecture, works, sequences, frames)
+    total = gradients.divided(min(workers, sequences, gradient_sequences(frames)))
+    for name, work in works.items():
+        dealt = name.startswith("depformer")  # a matrix for each of its steps: enough for all workers
+        total += work.forward.divided(workers)
+        total = sum((each.divided(workers, dealt) for each in work.matrices.values()), total)
     return total
 
 

@@ -15,6 +15,7 @@ class Hint(Enum):
     DISCARD_UNFINISHED = "finish that one, choose another output, or discard it"
     DOWNLOAD_AGAIN = "download it again"
     FEWER_FRAMES = "use fewer frames"
+    FEWER_GPUS = "ask for fewer"
     FILL_DEPFORMER_STEPS = (
         "copying steps 0-7 to 8-15, which is what the reference does when it loads one, has to be asked for"
     )
@@ -42,6 +43,8 @@ class Hint(Enum):
     MOVE_TOKENS = "move it away, or give it as calibration tokens if it is meant"
     NO_GPU = "compute on the CPU"
     ONE_BUDGET = "give one of them"
+    ONE_GPU = "use one GPU, or leave fine-tuning out"
+    ONE_GPU_OR_GPTQ = "use one, or choose it"
     OTHER_ADAPTER = "give that one as the adapter"
     OTHER_OUTPUT = "choose another output"
     OTHER_OUTPUT_OR_EMPTY = "choose another output, or empty it"

@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .bundle.plan import Inventory, Plan, inventory_of_7b, inventory_of_demo, make_plan
@@ -119,6 +119,28 @@ def planned(source: Source, recipe: Recipe) -> tuple[Source, Plan]:
     """Return an open source as a recipe takes it, and the plan; raises UserError for what the target cannot load."""
     plan = make_plan(inventory(source), recipe)
     return trimmed(source, plan.inventory.architecture.steps), plan
+
+
+@dataclass(frozen=True)
+class Reopening:
+    """What opens a source again, in another process. adapter: the file that was merged. steps: of the depformer."""
+
+    location: Location
+    adapter: Path | None
+    fill_depformer_steps: bool
+    steps: int
+
+    def open(self) -> Source:
+        """Open the source as it was; the caller closes it."""
+        adapter = str(self.adapter) if self.adapter else None
+        return trimmed(open_merged(self.location, adapter, self.fill_depformer_steps, quiet=True), self.steps)
+
+
+def reopening(source: Source) -> Reopening:
+    """Return what opens an open source again."""
+    checkpoint = source.checkpoint
+    adapter = checkpoint.merge_file.path if checkpoint.merge_file else None
+    return Reopening(source.location, adapter, bool(checkpoint.copied_steps), source.architecture.steps)
 
 
 def trimmed(source: Source, steps: int) -> Source:

@@ -109,6 +109,18 @@ def test_the_sweeps_of_the_benchmark_are_sweeps(pico, tmp_path):
     ]
 
 
+def test_processes_are_timed_beside_one():
+    from gptq_gpus import line
+
+    each = [
+        {"seconds": 4.0, "gpu": 3 << 29, "resident": 1 << 30},
+        {"seconds": 5.0, "gpu": 1 << 30, "resident": 1 << 29},
+    ]
+    assert line(2, 5.0, 1.5, 1.8, each) == (
+        "2 processes: 5.0 s, 1.80 times as fast; 1.5 s to start; GiB of each: GPU 1.50, 1.00; resident 1.00, 0.50"
+    )
+
+
 def test_the_picture_of_recipes_has_a_point_and_a_name_for_each(tmp_path):
     from fidelity import draw_recipes
 

@@ -41,6 +41,10 @@ class QuantizedStore:
             folder.mkdir(parents=True)
             self._note([])
 
+    def refresh(self) -> None:
+        """Take over what another process has added."""
+        self._resume()
+
     def _resume(self) -> bool:
         """Take over what an earlier run left."""
         try:

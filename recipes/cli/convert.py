@@ -46,6 +46,7 @@ def convert(
     adapter: options.Adapter = None,
     tokens: options.CalibrationTokens = None,
     fine_tune: options.FineTune = 0,
+    gpus: options.Gpus = 1,
     voices: voice_options.AddedVoices = None,
     consent: voice_options.Consent = None,
     publish_to: publish_options.PublishTo = None,
@@ -78,14 +79,14 @@ def convert(
     settings |= {"target": target, "dtype": dtype, "method": method, "depformer_steps": depformer_steps}
     chosen = request.recipe if request else recipe_choice.make_recipe(recipe, **settings)
     which: dict[str, Any] = {"revision": revision, "adapter": adapter, "fill_depformer_steps": fill_depformer_steps}
-    quantizer.check_needed((request or chosen).needs_data, None if request else tokens, fine_tune)
+    quantizer.check_needed((request or chosen).needs_data, None if request else tokens, fine_tune, gpus)
     if plan_only:
         if request:
             raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
-        planned = dry_runs.dry_run(where, chosen, output, tokens=tokens, workers=jobs, **which, quiet=quiet)
+        planned = dry_runs.dry_run(where, chosen, output, tokens=tokens, gpus=gpus, workers=jobs, **which, quiet=quiet)
         console.show_json(planned.to_json()) if as_json else console.show(planned.text)
         return
-    by_data, show = quantizer.quantizer_for(tokens, fine_tune), console.say if as_json else console.show
+    by_data, show = quantizer.quantizer_for(tokens, fine_tune, gpus=gpus), console.say if as_json else console.show
     gate.check_token(publish_to) if publish_to else None
     with conversion.open_conversion(where, output, chosen, force=force, **which, quiet=quiet) as opened:
         if request:

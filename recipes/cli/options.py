@@ -75,6 +75,9 @@ FineTune = Annotated[
         help="Fine-tune codes, scales and biases together, with --method gptq; 600 steps are usual.",
     ),
 ]
+Gpus = Annotated[
+    int, typer.Option(min=1, max=64, metavar="N", help="Quantize on so many GPUs of this machine, with --method gptq.")
+]
 Dtype = Annotated[
     choices.DtypeName | None,
     typer.Option(help="Store floats, scales and biases in it.  [default: the recipe's or the target's]"),

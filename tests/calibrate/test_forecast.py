@@ -16,6 +16,7 @@ from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ppx.convert.bundle.recipe_choice import make_recipe
 from ppx.convert.progress import duration
 from ppx.convert.source.source import locate, open_source
+from ppx.model import torch_device
 from ppx.model.tokens import read_tokens
 from ppx.quant import gptq, rounding
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,6 +111,29 @@ def test_a_forecast_is_rates_times_work(opened, pico, monkeypatch):
     assert "for generating calibration tokens" in generated.text
     plain = make_plan(preparation.inventory(source), make_recipe(bits=4))
     assert forecast.forecast(plain) is None
+
+
+def test_several_gpus_share_the_work(opened, pico, monkeypatch):
+    """All but reading weights, and what each does for its rows of a matrix."""
+    plan = make_plan(inventory_of_7b("x"), make_recipe(bits=4, method="gptq"))
+    one, two = (work.gptq_work(plan, 128, 250, workers=count) for count in (1, 2))
+    for name in ("products", "rounded", "streamed", "stepped"):
+        assert getattr(two, name) == pytest.approx(getattr(one, name) / 2)
+    for name in ("factors", "groups"):
+        assert getattr(one, name) / 2 < getattr(two, name) < getattr(one, name)
+    assert two.read == one.read
+
+    monkeypatch.setattr(forecast, "_measured", lambda _: RATES)
+    tokens = pico / "calibration_tokens.safetensors"
+    seconds = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(torch_device, "device", lambda device=device: device)
+        for gpus in (1, 2):
+            expected = forecast.forecast(opened[1], tokens, gpus=gpus)
+            assert expected is not None
+            seconds[device, gpus] = expected.gptq
+    assert seconds["cpu", 1] == seconds["cpu", 2] == seconds["cuda", 1]
+    assert 0.5 < seconds["cuda", 2] / seconds["cuda", 1] < 0.9
 
 
 @pytest.mark.parametrize(

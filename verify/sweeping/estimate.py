@@ -35,16 +35,17 @@ class Estimate:
     at_most: bool = False
 
 
-def estimates(cells: Sequence[Cell], evaluation: Evaluation) -> list[Estimate]:
+def estimates(cells: Sequence[Cell], evaluation: Evaluation, gpus: int = 1) -> list[Estimate]:
     """Return an estimate for each cell, from plans and a few seconds of measurement.
 
-    Nothing is written or downloaded. Raises UserError that lists all recipes that do not fit their sources.
+    gpus: that a cell's conversion computes on. Nothing is written or downloaded. Raises UserError that lists all
+    recipes that do not fit their sources.
     """
     problems: list[str | Problem] = []
     made = []
     for cell in cells:
         try:
-            made.append(_estimate(cell, evaluation))
+            made.append(_estimate(cell, evaluation, gpus))
         except UserError as error:
             problems += [problem.within(cell.name) for problem in error.problems]
     if problems:
@@ -52,7 +53,7 @@ def estimates(cells: Sequence[Cell], evaluation: Evaluation) -> list[Estimate]:
     return made
 
 
-def _estimate(cell: Cell, evaluation: Evaluation) -> Estimate:
+def _estimate(cell: Cell, evaluation: Evaluation, gpus: int) -> Estimate:
     source = cell.source
     if source.is_url:
         return Estimate(cell, None, None)
@@ -64,7 +65,7 @@ def _estimate(cell: Cell, evaluation: Evaluation) -> Estimate:
     budget = cell.request.budget if cell.request else None
     if budget is None:
         tokens = cell.calibration.tokens[0] if cell.calibration and len(cell.calibration.tokens) == 1 else None
-        by_data = forecast(plan, tokens)
+        by_data = forecast(plan, tokens, gpus=gpus)
         return Estimate(cell, plan.nbytes, seconds + (by_data.gptq if by_data else 0.0))
     left = budget.left(plan)
     return Estimate(cell, plan.nbytes + left if left < 0 else plan.nbytes, seconds, at_most=True)

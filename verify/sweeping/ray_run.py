@@ -74,7 +74,7 @@ def run_on_ray(jobs: Sequence[Job], place: Place, resources: Resources) -> Itera
     for job in jobs:
         needs = [references[need] for need in job.needs]
         named = task.options(name=job.label, **options)
-        references[job.work.key] = named.remote(job.work, shared, resources.cores, *needs)
+        references[job.work.key] = named.remote(job.work, shared, resources, *needs)
         waiting[references[job.work.key]] = job
     while waiting:
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=_WAIT)

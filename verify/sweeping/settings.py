@@ -71,6 +71,11 @@ class Resources:
     gpus: float = 0.0
     retries: int = 3
 
+    @property
+    def whole_gpus(self) -> int:
+        """How many GPUs one conversion computes on: one too where it has a share of it, or none."""
+        return max(1, int(self.gpus))
+
     def slots(self, cores: float, memory: float, gpus: float) -> int:
         """Return how many cells such a machine runs at the same time."""
         pairs = ((cores, self.cores), (memory, self.memory), (gpus, self.gpus))

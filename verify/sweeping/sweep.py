@@ -5,10 +5,11 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...calibrate.quantizer import gpus_here
 from ...convert.errors import CheckFailed, UserError
 from ...convert.parallel import cores
 from . import local_run, page, ray_run, tables
@@ -107,7 +108,7 @@ def sweep(
 def dry_run(file: str | Path) -> tuple[Sweep, list[Estimate]]:
     """Return a checked sweep, and each cell's size and time; writes and downloads nothing, and needs no Ray."""
     settings = read(Path(file))
-    return settings, estimates(cells_of(settings), settings.evaluation)
+    return settings, estimates(cells_of(settings), settings.evaluation, settings.resources.whole_gpus)
 
 
 def fail_if_failed(made: SweepResult) -> None:
@@ -194,7 +195,10 @@ def _progress(
 def _run(jobs: Sequence[Job], place: Place, settings: Sweep, ray: str | None) -> Iterator[tuple[Job, Outcome] | None]:
     if ray:
         return ray_run.run_on_ray(jobs, place, settings.resources)
-    return local_run.run_here(jobs, place, min(settings.resources.cores, cores()))
+    gpus = settings.resources.gpus
+    gpus = min(gpus, max(1, gpus_here())) if gpus > 1 else gpus
+    here = replace(settings.resources, cores=min(settings.resources.cores, cores()), gpus=gpus)
+    return local_run.run_here(jobs, place, here)
 
 
 def _record(job: Job, outcome: Outcome, place: Place) -> None:

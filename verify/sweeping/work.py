@@ -24,7 +24,7 @@ from ..options import VerifyOptions
 from ..report import FOLDER
 from .place import Place, fetch_source, write_text
 from .records import RESULT, CellResult, error_of, read_result, result_of, times_since, to_text
-from .settings import CalibrationSet, Evaluation
+from .settings import CalibrationSet, Evaluation, Resources
 
 TOKENS, SENSITIVITIES, RECIPE = "tokens.safetensors", "sensitivity.json", "recipe.toml"
 CELLS, BUNDLES = "cells", "bundles"
@@ -103,16 +103,16 @@ class Outcome:
     kind: Literal["done", "there", "failed"] = "done"
 
 
-def perform(work: Work, place: Place, cores: int, *needs: Outcome) -> Outcome:
+def perform(work: Work, place: Place, resources: Resources, *needs: Outcome) -> Outcome:
     """Do a piece of work; needs: outcomes of what it depends on. Never raises: an error is an outcome."""
     began = time.time()
     try:
         for need in needs:
             if need.error:
                 return Outcome(work.key, 0.0, f"{need.key}: {need.error}", kind="failed")
-        with _threads(cores):
+        with _threads(resources.cores):
             if isinstance(work, CellWork):
-                return _cell(work, place, cores, began)
+                return _cell(work, place, resources, began)
             if place.has(work.key):
                 return Outcome(work.key, 0.0, kind="there")
             _tokens(work, place) if isinstance(work, TokensWork) else _sensitivities(work, place)
@@ -192,7 +192,7 @@ def is_finished(place: Place, key: str, keep_bundle: bool) -> bool:
     return place.has(f"{CELLS}/{key}") and (not keep_bundle or place.has(f"{BUNDLES}/{key}"))
 
 
-def _cell(work: CellWork, place: Place, cores: int, began: float) -> Outcome:
+def _cell(work: CellWork, place: Place, resources: Resources, began: float) -> Outcome:
     if is_finished(place, work.key, work.keep_bundle):
         return Outcome(work.key, 0.0, result=read_result(place.fetch(f"{CELLS}/{work.key}") / RESULT), kind="there")
     with place.work(f"{CELLS}/{work.key}") as folder:
@@ -212,8 +212,9 @@ def _cell(work: CellWork, place: Place, cores: int, began: float) -> Outcome:
                 file = work.sensitivities.open(place)
                 measured = sensitivities(conversion.source, conversion.fingerprints, tokens, bundle, file, quiet=True)
                 recipe = best_recipe(inventory(conversion.source), work.request, measured).recipe
-            quantizer = quantizer_for(tokens) if conversion.needs_data(recipe) else None
-            conversion.write(recipe, quantizer, cores)
+            gpus = resources.whole_gpus
+            quantizer = quantizer_for(tokens, gpus=gpus) if conversion.needs_data(recipe) else None
+            conversion.write(recipe, quantizer, resources.cores)
             asked = work.evaluation
             read = work.evaluation_tokens.open(place) if work.evaluation_tokens else None
             options = VerifyOptions(read, None, asked.sequences, asked.frames, controls=asked.controls)
