@@ -55,9 +55,7 @@ def convert(
     verify: options.Verify = True,
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle, or an unfinished one.")] = False,
     jobs: options.Jobs = None,
-    plan_only: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and what it takes, and write nothing.")
-    ] = False,
+    plan_only: options.PlanOnly = False,
     as_json: options.Json = False,
     _debug: options.Debug = False,
     _version: options.Version = False,

@@ -97,6 +97,7 @@ Recognizer = Annotated[
     choices.RecognizerName | None, typer.Option(help=f"Choose what transcribes the answer.  [default: {EMBEDDED}]")
 ]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Compare the bundle with its source at the end.")]
+PlanOnly = Annotated[bool, typer.Option("--dry-run", help="Show the plan and what it takes, and write nothing.")]
 Jobs = Annotated[int | None, typer.Option(min=1, max=256, help="Use so many threads.  [default: one per core]")]
 Codec = Annotated[Path | None, typer.Option(help="Read Mimi's weights from a file.  [default: the bundle's]")]
 Arithmetic = Annotated[

@@ -282,6 +282,15 @@ def test_a_killed_process_ends_all_and_others_resume(pico, few, tmp_path, starte
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C has its usual effect: a shell's jobs in the background begin with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_all_and_says_what_is_kept(opened, pico, tmp_path, started):
     tokens, folder = tokens_of(pico, opened[0], 2, 12), tmp_path / "store"
     with (
