@@ -74,7 +74,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def pico(request: pytest.FixtureRequest) -> Path:
     """The folder of the small trained model, or of another one with golden files that --source names."""
     source: Path | None = request.config.getoption("--source")
-    return source or DATA / "pico"
+    return source.resolve() if source else DATA / "pico"  # programs run in folders of their own
 
 
 @pytest.fixture
