@@ -28,7 +28,7 @@ from ppx.convert.bundle.recipe import uniform
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model import torch_device
 from ppx.model.divergence import kl_divergence
-from ppx.model.reference import TorchModel, kept_by, reference_of, rows_of
+from ppx.model.reference import TorchModel, kept_by, kept_whole, reference_of
 from ppx.model.tokens import TokenSet, evenly_spaced, from_tokens, read_token_file
 from ppx.quant.affine import DATA_DRIVEN, QuantizationConfig
 from torch.nn.functional import log_softmax
@@ -150,9 +150,7 @@ def main() -> None:
     with open_source(locate(str(options.source))) as source:
         a = source.architecture
         held = from_tokens(read_token_file(options.heldout, a)[: options.sequences, :, : options.frames], a)
-        reference = reference_of(source.checkpoint, device=torch_device.device())
-        weights = kept_by({}, reference.weights, reference.device)
-        reference = replace(reference, weights=weights, rows=rows_of(weights))
+        reference = kept_whole(reference_of(source.checkpoint, device=torch_device.device()))
         wanted: list[tuple[str, float | None]] = [(row, None) for row in options.rows]
         wanted += [(f"{few:g} frames per column", few) for few in options.frames_per_column]
         for name, few in wanted:

@@ -13,7 +13,6 @@ is not written.
 
 import argparse
 import os
-import resource
 import shutil
 import sys
 import time
@@ -37,9 +36,10 @@ from ppx.convert.parallel import cores
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.convert.tensorfile import DTYPES
 from ppx.model import torch_device
-from ppx.model.reference import kept_by, reference_of, rows_of, source_weights
+from ppx.model.reference import kept_by, kept_whole, reference_of, source_weights
 from ppx.model.tokens import TokenSet, from_tokens, read_token_file
 from ppx.quant.affine import QuantizationConfig, Quantized
+from processes import own_memory
 
 SCOPES = {"codes": fine_tune, "low-memory": fine_tune_in_low_memory}
 
@@ -112,16 +112,13 @@ def measured(
     if on_gpu:
         memory, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory, reserved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, 0
+        memory, reserved = own_memory(), 0
     return Run(losses, np.diff(times).tolist(), memory, reserved)
 
 
 def agent(source: Source, plan: Plan, store: QuantizedStore, held: TokenSet) -> dict[str, float]:
     """Return the figures of a store's model on held-out tokens."""
-    reference = reference_of(source.checkpoint, device=torch_device.device())
-    weights = kept_by({}, reference.weights, reference.device)
-    reference = replace(reference, weights=weights, rows=rows_of(weights))
+    reference = kept_whole(reference_of(source.checkpoint, device=torch_device.device()))
     own = kept_by({}, quantized_weights(source, quantizations_of(plan.outputs), store), reference.device)
     with torch.inference_mode():
         return figures(replace(reference, weights=own), reference, held)

@@ -12,7 +12,6 @@ same and does nothing. Needs 3 GB of disk.
 
 import argparse
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -38,7 +37,7 @@ from ppx.model.blocks import Block
 from ppx.model.tokens import read_tokens
 from ppx.model.walk import run_block
 from ppx.quant.affine import QuantizationConfig
-from processes import run
+from processes import own_memory, run
 
 WHOLE = Architecture()
 CLOCKS = {"by the clock": time.perf_counter, "processors": time.process_time}
@@ -111,7 +110,7 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
         print(f"{name}: forecast {forecast:.0f} s, took {took:.0f} s")
     print(f"the 7B model: {_of_all(seconds, total) / 3600:.2f} h, extrapolated; if all {cores()} cores were free,")
     print(f"{_of_all(processors, total_of_processors) / cores() / 3600:.2f} h")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = own_memory()
     memory = peak - idle
     frames = int(token_set.tokens.shape[0] * token_set.tokens.shape[2])
     print(f"{platform.system()} {platform.machine()}, {cores()} cores, {torch_device.device()}, {frames} frames")

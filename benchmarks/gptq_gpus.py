@@ -12,7 +12,6 @@ demo:7b, beside the 17 GB of the demo itself.
 import argparse
 import json
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import gptq_gpus  # this file: other processes find its functions by that name
-import numpy as np
 import torch
+from fine_tuning import random_tokens
 from ppx.calibrate import layerwise_processes
 from ppx.calibrate.layerwise import quantize_model
 from ppx.calibrate.processes import compute_together
@@ -35,9 +34,8 @@ from ppx.convert.bundle.quantized_store import QuantizedStore
 from ppx.convert.bundle.recipe import uniform
 from ppx.convert.parallel import cores
 from ppx.convert.source.source import locate, open_source
-from ppx.model.tokens import from_tokens
 from ppx.quant.affine import QuantizationConfig
-from processes import run
+from processes import own_memory, run
 
 Measured = dict[str, float]  # of one process: seconds, and bytes
 
@@ -87,11 +85,9 @@ def quantized(where: str, count: int, frames: int, sequence: int, folder: Path) 
     shutil.rmtree(folder, ignore_errors=True)
     try:
         with open_source(locate(where)) as source, QuantizedStore(folder, "x") as store:
-            a, random = source.architecture, np.random.default_rng(0)
             recipe = uniform(QuantizationConfig(4, 64, "gptq"), "speech-swift", "float16", ("temporal", "depformer"))
             plan = make_plan(preparation.inventory(source), recipe)
-            shape = (frames // sequence, 1 + a.n_q, sequence)
-            tokens = from_tokens(random.integers(0, min(a.text_card, a.card), shape).astype(np.int32), a)
+            tokens = random_tokens(source, frames // sequence, sequence)
             start = time.perf_counter()
             if count == 1:
                 each.append(measured(lambda _: quantize_model(source, plan.outputs, tokens, store), Workers()))
@@ -107,9 +103,8 @@ def measured(function: Callable[[Workers], Any], workers: Workers) -> Measured:
     start = time.perf_counter()
     function(workers)
     seconds = time.perf_counter() - start
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return {"seconds": seconds, "gpu": gpu, "resident": resident}
+    return {"seconds": seconds, "gpu": gpu, "resident": own_memory()}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Commands as processes of their own, timed, with the memory that they alone took."""
 
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 print(json.dumps([done.returncode, seconds, peak, done.stdout]))
 """
+
+
+_UNIT = 1 if sys.platform == "darwin" else 1024  # of ``ru_maxrss``, in bytes
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,12 @@ def run(command: list[str], allowed: tuple[int, ...] = (0,)) -> Finished:
     status, seconds, peak, output = json.loads(launched.stdout)
     if status not in allowed:
         raise SystemExit(f"{' '.join(command)} ended with {status}")
-    return Finished(seconds, peak * (1 if sys.platform == "darwin" else 1024), output)
+    return Finished(seconds, peak * _UNIT, output)
+
+
+def own_memory() -> int:
+    """Return the largest resident set of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT
 
 
 def run_program(program: str, *arguments: str) -> str:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.errors import UserError
-from .parameters import BETAS, CODES_RATE, SCALES_RATE, LowMemoryMatrix, learning_rate_share
+from .parameters import BETAS, LowMemoryMatrix, learning_rate_share, parameter_groups
 
 # Gradients are those of the loss times about the number of weights. One weight's share of the loss is so small (1e-7 to
 # 1e-6 in a model of 4.6 million parameters) that torchao's 8-bit second moments, whose scales are 1e-12 at least, could
@@ -58,10 +58,7 @@ def adam_in_backward(matrices: Mapping[MatrixKey, LowMemoryMatrix]) -> AdamInBac
     weights = sum(matrix.codes.numel() for matrix in matrices.values())
     make, adam = torchao_optimizer(), AdamInBackward(2.0 ** round(math.log2(weights)), {})
     for key, matrix in matrices.items():
-        groups = [
-            {"params": [matrix.scales, matrix.biases], "lr": SCALES_RATE, "usual": SCALES_RATE},
-            {"params": [matrix.offsets], "lr": CODES_RATE, "usual": CODES_RATE},
-        ]
+        groups = parameter_groups([matrix.scales, matrix.biases], [matrix.offsets])
         optimizer = make(groups, betas=BETAS, eps=_EPSILON, weight_decay=0, bf16_stochastic_round=True)
         adam.optimizers[key] = optimizer
         skip = partial(adam.skipped.append, key)
@@ -96,6 +93,7 @@ def _update(optimizer: Optimizer, skip: Callable[[], object], parameter: Tensor)
 
 def set_learning_rates(adam: AdamInBackward, step: int, steps: int, warm_up: int) -> None:
     """Set the learning rates of a step; see ``learning_rate_share``."""
+    share = learning_rate_share(step, steps, warm_up)
     for optimizer in adam.optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"].fill_(learning_rate_share(step, steps, warm_up) * group["usual"])
+            group["lr"].fill_(share * group["usual"])

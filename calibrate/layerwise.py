@@ -10,7 +10,7 @@ or rows of them. What they decide by is the same on all.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -86,7 +86,7 @@ class LayerwiseRun:
     @property
     def count(self) -> int:
         """How many matrices are quantized by their inputs, in all."""
-        return sum(quantization.method in DATA_DRIVEN for quantization, _ in self.quantizations.values())
+        return _count(self.quantizations)
 
     def release_weights(self) -> None:
         """Drop the weights that are kept."""
@@ -279,9 +279,12 @@ def quantize_model(
 
 def kept_text(store: QuantizedStore, outputs: list[Output]) -> str:
     """Return how much of a plan's outputs a store holds, as an interrupted program says it; empty for nothing."""
-    methods = [quantization.method for quantization, _ in quantizations_of(outputs).values()]
-    count = sum(method in DATA_DRIVEN for method in methods)
-    return f"{len(store.files)} of {count} matrices are kept" if store.files else ""
+    return f"{len(store.files)} of {_count(quantizations_of(outputs))} matrices are kept" if store.files else ""
+
+
+def _count(quantizations: Mapping[MatrixKey, tuple[QuantizationConfig, str]]) -> int:
+    """Return how many matrices are quantized by their inputs."""
+    return sum(quantization.method in DATA_DRIVEN for quantization, _ in quantizations.values())
 
 
 def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:

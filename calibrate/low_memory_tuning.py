@@ -7,7 +7,6 @@ read from a file (``teacher``). What the text's and the agent's predictions do n
 trained: depformer steps for the user.
 """
 
-import os
 import shutil
 import sys
 import time
@@ -36,7 +35,7 @@ from .layerwise import FINE_TUNED
 from .parameters import LowMemoryMatrix, low_memory_matrix, trainable_weights
 from .quantized_model import quantized_weights
 from .teacher import FILE, batches
-from .tuning import BATCH, WARM_UP, Batch, Predictions, Schedule, divergence_of
+from .tuning import BATCH, WARM_UP, Batch, Predictions, Schedule, divergence_of, write_state
 
 _ACTIVATIONS = 0.05  # of the device's memory, for activations: sequences of a step are as few as that takes
 _SAVING = 0.05  # of the time, at most, for writing states
@@ -175,12 +174,7 @@ def _save_state(
     nbytes = sum(matrix.codes.numel() * 4 + matrix.scales.numel() * 12 for matrix in matrices.values())
     if shutil.disk_usage(state.parent).free < 1.1 * nbytes:
         return
-    temporary = state.with_name(f"{state.name}.partial")
-    with temporary.open("wb") as file:
-        torch.save({"done": done, "steps": steps, "parts": parts}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(state)
+    write_state(state, {"done": done, "steps": steps, "parts": parts})
 
 
 def _load_state(state: Path, matrices: dict[MatrixKey, LowMemoryMatrix], adam: AdamInBackward, steps: int) -> int:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,11 +123,15 @@ def adam_for(matrices: Mapping[MatrixKey, TrainableMatrix]) -> torch.optim.Adam:
     """Return the optimizer of their parameters: scales and biases, then codes."""
     scales = [parameter for matrix in matrices.values() for parameter in (matrix.scales, matrix.biases)]
     codes = [matrix.codes for matrix in matrices.values()]
-    groups = [
-        {"params": scales, "lr": SCALES_RATE, "usual": SCALES_RATE},
+    return torch.optim.Adam(parameter_groups(scales, codes), betas=BETAS)
+
+
+def parameter_groups(scales_and_biases: list[Tensor], codes: list[Tensor]) -> list[dict[str, Any]]:
+    """Return what optimizers take, each kind with its learning rate; ``usual`` is the one before any schedule."""
+    return [
+        {"params": scales_and_biases, "lr": SCALES_RATE, "usual": SCALES_RATE},
         {"params": codes, "lr": CODES_RATE, "usual": CODES_RATE},
     ]
-    return torch.optim.Adam(groups, betas=BETAS)
 
 
 def set_learning_rate(adam: torch.optim.Adam, step: int, steps: int, warm_up: int = 1) -> None:

@@ -27,7 +27,7 @@ def check_needed(by_data: bool, tokens: str | Path | None, fine_tune: int, gpus:
 
 
 def check_gpus(count: int) -> None:
-    """Raise UserError for more GPUs than this machine has; one is none too many, as a processor does, too."""
+    """Raise UserError for more GPUs than this machine has; one is always allowed, as the processor takes its place."""
     if count > 1 and count > (there := gpus_here()):
         has = f"{there} GPU{'s' if there > 1 else ''}" if there else "no GPU of CUDA"
         raise UserError(f"{count} GPUs are asked for, and this machine has {has}", Hint.FEWER_GPUS)

@@ -26,7 +26,7 @@ from ..convert.tensorfile import TensorFile
 from ..model import torch_device as devices
 from ..model.forward import Floats, Tokens
 from ..model.prompt import prompt_tokens
-from ..model.reference import TorchModel, kept_by, reference_of, rows_of
+from ..model.reference import TorchModel, kept_whole, reference_of
 from ..model.session import PAUSE, Frame, no_voice, sessions, system_prompt
 from ..model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED, evenly_spaced, read_token_file
 from .dataset import write
@@ -190,8 +190,7 @@ def _model(source: Source) -> TorchModel:
     dtype = torch.float32 if 2 * size < available else torch.bfloat16
     model = reference_of(source.checkpoint, dtype, devices.device())
     if size < available:
-        weights = kept_by({}, model.weights, model.device, dtype)
-        model = replace(model, weights=weights, rows=rows_of(weights))
+        model = kept_whole(model)
     return replace(model, context=model.context - 1, steps_seen=model.steps_seen - 1)  # as the reference streams
 
 

@@ -28,7 +28,7 @@ from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.divergence import kl_divergence
 from ..model.forward import Tokens
-from ..model.reference import TorchModel, kept_by, reference_of, rows_of, source_weights
+from ..model.reference import TorchModel, kept_by, kept_whole, reference_of, rows_of, source_weights
 from ..model.tokens import TokenSet
 from ..quant.affine import DATA_DRIVEN
 from .gradients import sample_tokens
@@ -76,9 +76,7 @@ def fine_tune(
         for key, (quantization, dtype) in quantizations_of(outputs).items()
         if quantization.method in DATA_DRIVEN
     }
-    original = reference_of(source.checkpoint, device=device)
-    weights = kept_by({}, original.weights, device)
-    original = replace(original, weights=weights, rows=rows_of(weights))
+    original = kept_whole(reference_of(source.checkpoint, device=device))
     rest = kept_by({}, quantized_weights(source, quantizations_of(outputs), store), device)
     quantized = replace(original, weights=trainable_weights(matrices, rest), rows=rows_of(rest))
     with bar("fine-tuning", schedule.steps, "step", quiet) as progress:
@@ -213,10 +211,15 @@ def _divergence(actual: Tensor, expected: Tensor, counted: Tensor) -> Tensor:
 
 def _save_state(state: Path, adam: torch.optim.Adam, done: int, steps: int) -> None:
     """Write the state after some steps: parameters and optimizer."""
-    temporary = state.with_name(f"{state.name}.partial")
     values = [parameter.detach() for group in adam.param_groups for parameter in group["params"]]
+    write_state(state, {"done": done, "steps": steps, "values": values, "adam": adam.state_dict()})
+
+
+def write_state(state: Path, content: dict[str, Any]) -> None:
+    """Write a state so that it is there whole or not at all."""
+    temporary = state.with_name(f"{state.name}.partial")
     with temporary.open("wb") as file:
-        torch.save({"done": done, "steps": steps, "values": values, "adam": adam.state_dict()}, file)
+        torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(state)

@@ -6,7 +6,7 @@ dequantized weights the local error of a block.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -258,6 +258,12 @@ def kept_by(
         return kept[key]
 
     return read_once
+
+
+def kept_whole(model: TorchModel) -> TorchModel:
+    """Return a model whose weights are read once, and kept on its device in its dtype."""
+    weights = kept_by({}, model.weights, model.device, model.dtype)
+    return replace(model, weights=weights, rows=rows_of(weights))
 
 
 def rows_of(weights: Weights) -> Rows:

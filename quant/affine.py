@@ -26,6 +26,7 @@ DEFAULT_METHOD_NAME = "mse"  # of the same
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
+NOT_QUANTIZABLE = "hold values that are NaN, infinite, or too far apart"  # of groups
 STORAGE = {BFLOAT16: group.BFLOAT16, FLOAT16: group.FLOAT16, FLOAT32: group.FLOAT32}
 
 
@@ -156,9 +157,7 @@ def quantize(
         statistics,
     )
     if statistics[kernels.NON_FINITE]:
-        raise ValueError(
-            f"{int(statistics[kernels.NON_FINITE])} groups hold values that are NaN, infinite, or too far apart"
-        )
+        raise ValueError(f"{int(statistics[kernels.NON_FINITE])} groups {NOT_QUANTIZABLE}")
     return Quantized(
         weight=packed.reshape(rows, -1).view("<u4"),
         scales=scales.astype(storage).reshape(rows, -1),
@@ -189,7 +188,7 @@ def round_into(
     shape = rows * columns // group_size, group_size
     how = shift, bits, STORAGE[np.dtype(storage)]
     if broken := kernels.round_groups(words.reshape(shape), *how, values.reshape(shape)):
-        raise ValueError(f"{broken} groups hold values that are NaN, infinite, or too far apart")
+        raise ValueError(f"{broken} groups {NOT_QUANTIZABLE}")
 
 
 def _words(weight: NDArray[np.generic]) -> tuple[NDArray[np.generic], int]:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .affine import STORAGE, QuantizationConfig, Quantized, dequantize, pack, quantize
+from .affine import NOT_QUANTIZABLE, STORAGE, QuantizationConfig, Quantized, dequantize, pack, quantize
 from .column_rounding import ROWS, round_group
 from .processors import cores
 
@@ -85,9 +85,12 @@ def _on_processor(
     lost = goal  # of the columns that are rounded: goal - rounded
     local, weights = goal.cpu().numpy(), exact.cpu().numpy()
     trials = np.array(GRIDS, np.float32)
-    statistics = np.zeros((columns // size, -(-rows // ROWS), 2))
     counts = None if feedback is None else feedback.numpy()
-    with _pool() as pool:
+    blocks = -(-rows // ROWS)
+    each = -(-blocks // cores())  # as many at once as there are processors: threads wait for each other between calls
+    parts = [slice(first, first + each) for first in range(0, blocks, each)]
+    statistics = np.zeros((columns // size, blocks, 2))
+    with ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round") as pool:
         for first, passed, inverse in _groups(lost, factor, size):
             last, group = first + size, first // size
             moved, triangle = passed.cpu().numpy(), np.ascontiguousarray(inverse.cpu().numpy())
@@ -114,7 +117,7 @@ def _on_processor(
                 )
                 grids[0, rows, group], grids[1, rows, group] = scale, bias
 
-            list(pool.map(rounded, _parts(rows)))
+            list(pool.map(rounded, parts))
             if lost.device.type != "cpu":
                 lost[:, first:last] = torch.from_numpy(local[:, first:last]).to(lost.device)
     error, norm = statistics.sum((0, 1))
@@ -142,7 +145,7 @@ def _on_gpu(
         of_group = grids[:, first // size]
         round_group(values, goal, first, inverse, trials, storage, quantization.bits, counts, *of_group, codes)
     if not bool(torch.isfinite(grids).all()):
-        raise ValueError("groups hold values that are NaN, infinite, or too far apart")
+        raise ValueError(f"groups {NOT_QUANTIZABLE}")
     scales, biases = grids.transpose(1, 2)
     return assemble(exact.to(device), codes, scales, biases, quantization, storage)
 
@@ -180,17 +183,6 @@ def _works(round_group: GpuRounder, device: str) -> bool:
         reason = f"its loss is {found:.4g}, where the processor's is {expected:.4g}"
     _log.warning("rounding on the processor: the kernel for GPUs does not work here (%s)", reason)
     return False
-
-
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round")
-
-
-def _parts(rows: int) -> list[slice]:
-    """Return blocks of rows to take at once: as many as there are processors, as threads wait for each other."""
-    blocks = -(-rows // ROWS)
-    each = -(-blocks // cores())
-    return [slice(first, min(first + each, blocks)) for first in range(0, blocks, each)]
 
 
 def _groups(lost: Tensor, factor: Tensor, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
