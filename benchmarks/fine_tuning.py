@@ -88,6 +88,13 @@ def fill(source: Source, plan: Plan, store: QuantizedStore, method: str, tokens:
                 store.add(name.removesuffix(".weight"), results.pop(name))
 
 
+def memory_of_run() -> tuple[int, int]:
+    """Return the most bytes that were in use, and that PyTorch's allocator reserved on a GPU."""
+    if torch_device.device() == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return own_memory(), 0
+
+
 def measured(
     scope: str, source: Source, plan: Plan, tokens: TokenSet, store: QuantizedStore, steps: int, keep: bool
 ) -> Run:
@@ -98,22 +105,18 @@ def measured(
     def on_step(step: int, loss: float) -> None:
         times.append(time.monotonic())
         losses.append(loss)
-        print(f"{scope}: step {step}, loss {loss:.5f}", file=sys.stderr, flush=True)
+        most = memory_of_run()[0] / 1e9
+        print(f"{scope}: step {step}, loss {loss:.5f}, {most:.2f} GB", file=sys.stderr, flush=True)
         if step == steps - 1 and not keep:
             raise _StepsTakenError
 
-    on_gpu = torch_device.device() == "cuda"
-    if on_gpu:
+    if torch_device.device() == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     schedule = Schedule(steps, state_seconds=float("inf"), on_step=on_step)
     with suppress(_StepsTakenError):
         SCOPES[scope](source, plan.outputs, tokens, store, schedule)
-    if on_gpu:
-        memory, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    else:
-        memory, reserved = own_memory(), 0
-    return Run(losses, np.diff(times).tolist(), memory, reserved)
+    return Run(losses, np.diff(times).tolist(), *memory_of_run())
 
 
 def agent(source: Source, plan: Plan, store: QuantizedStore, held: TokenSet) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.errors import UserError
+from ..model.torch_device import compiles
 from .parameters import BETAS, LowMemoryMatrix, learning_rate_share, parameter_groups
 
 # Gradients are those of the loss times about the number of weights. One weight's share of the loss is so small (1e-7 to
@@ -73,7 +74,7 @@ def take_step_in_backward(adam: AdamInBackward, loss: Tensor) -> bool:
     """Take a step down the gradient of a loss; return False, and change nothing, if the loss is not finite."""
     if not bool(torch.isfinite(loss)):
         return False
-    with torch.compiler.set_stance("force_eager"):  # compiling torchao's step needs a C compiler, and takes minutes
+    with torch.compiler.set_stance("default" if compiles() else "force_eager"):  # torchao compiles its step
         torch.autograd.backward(loss * adam.scale)
     return True
 

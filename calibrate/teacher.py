@@ -1,11 +1,12 @@
 """The original's predictions for pools of sequences, which fine-tuning in low memory reads from a file.
 
 So that the original's weights need no memory then. In a pool some tokens are sampled from the original's predictions,
-as ``fine_tune`` does in each step. Each of its sequences is read twice; then the next pool takes its place: a model
-that reads one pool again and again overfits it.
+as ``fine_tune`` does in each step. Each of its sequences is read once; then the next pool takes its place. A model that
+reads them again overfits them (docs/fidelity.md).
 """
 
-from collections.abc import Callable, Generator, Iterator
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,29 +23,30 @@ from ..convert.errors import UserError
 from ..convert.source.architecture import Architecture
 from ..convert.tensorfile import Spec, TensorFile, TensorWriter
 from ..model.blocks import Block
-from ..model.forward import Floats, Tokens
+from ..model.forward import Tokens
 from ..model.reference import TorchModel, kept_by
 from ..model.tokens import TokenSet
-from ..model.walk import advance, each_block, step_inputs
+from ..model.walk import each_block
 from .gradients import sample_tokens
 from .tuning import Batch, Predictions, with_sampled
 
 POOL_BYTES = 4 << 30  # of predictions on the disk, at most: 44,000 frames of the 7B model
 FILE = "teacher.safetensors"  # in a quantized-weight store
-_READ = 2  # times that each sequence of a pool is
 _SEQUENCES = 1024  # of a pool, at most: what goes into their blocks is in memory
 _FRAMES = 2048  # whose predictions are computed at a time
 
 
-def pool_size(architecture: Architecture, frames: int, wanted: int) -> int:
-    """Return how many sequences, of so many frames each, a pool has: all have as many, and as many as fit at most.
+def pool_shape(architecture: Architecture, frames: int, height: int, steps: int) -> tuple[int, int]:
+    """Return for how many steps each pool is, and how many sequences a step reads: as many as asked for, if they fit.
 
-    wanted: how many sequences are read in all.
+    Pools are as few as can be, all of one size. frames: of a sequence. height: sequences of a step. steps: of all.
     """
     half = architecture.n_q // 2
     nbytes = 2 * frames * (architecture.text_card + half * architecture.card)
-    total, most = -(-wanted // _READ), max(1, min(_SEQUENCES, POOL_BYTES // nbytes))
-    return max(1, -(-total // max(1, -(-total // most))))
+    most = max(1, min(_SEQUENCES, POOL_BYTES // nbytes))
+    height = min(height, most)
+    pools = max(1, math.ceil(steps / (most // height)))
+    return max(1, math.ceil(steps / pools)), height
 
 
 def batches(
@@ -54,20 +56,16 @@ def batches(
 
     steps: up to the last one of all. on_pool: called before a pool is made, which takes a while.
     """
-    frames = token_set.tokens.shape[2]
-    count = pool_size(original.architecture, frames, steps.stop * height)
-    height = min(height, count)
-    for_pool = _READ * count // height  # steps
+    each, height = pool_shape(original.architecture, token_set.tokens.shape[2], height, steps.stop)
     first = steps.start
     while first < steps.stop:
-        number = first // for_pool
-        random = np.random.default_rng(number)
-        order = np.concatenate([random.permutation(count) for _ in range(_READ)])
-        with teacher_pool(original, token_set, count, number, folder, on_pool) as pool:
-            for step in range(first, min(steps.stop, (number + 1) * for_pool)):
-                begin = step % for_pool * height
-                yield pool.batch(order[begin : begin + height], original.device)
-        first = (number + 1) * for_pool
+        number = first // each
+        last = (number + 1) * each
+        with teacher_pool(original, token_set, each * height, number, folder, on_pool) as pool:
+            for step in range(first, min(steps.stop, last)):
+                begin = step % each * height
+                yield pool.batch(range(begin, begin + height), original.device)
+        first = last
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,15 @@ class TeacherPool:
     counted: NDArray[np.bool_]
     file: TensorFile
 
-    def batch(self, chosen: NDArray[np.int64], device: str) -> tuple[Batch, Predictions]:
+    def batch(self, chosen: Sequence[int], device: str) -> tuple[Batch, Predictions]:
         """Return some sequences, and the log-probabilities for them in float32, on a device."""
         text, *audio = (self._read(name, chosen, device) for name in _names(self.file))
         batch = Batch(self.tokens[chosen], self.targets[chosen], torch.from_numpy(self.counted[chosen]).to(device))
         return batch, (text, torch.stack(audio, 2))
 
-    def _read(self, name: str, chosen: NDArray[np.int64], device: str) -> Tensor:
+    def _read(self, name: str, chosen: Sequence[int], device: str) -> Tensor:
         frames = self.tokens.shape[2]
-        read = [self.file.read(name, index * frames, (index + 1) * frames) for index in chosen.tolist()]
+        read = [self.file.read(name, index * frames, (index + 1) * frames) for index in chosen]
         return torch.from_numpy(np.stack(read).reshape(len(chosen), frames, -1)).to(device).float()
 
     def __enter__(self) -> Self:
@@ -158,33 +156,38 @@ def _write(
 
 
 def _predictions(original: TorchModel, tokens: Tokens, targets: Tokens) -> Iterator[tuple[int, slice, Tensor]]:
-    """Yield a stream, sequences and logits ``[sequences, frames, vocabulary]``: the text's, then each codebook's."""
+    """Yield a stream, sequences and logits ``[sequences, frames, vocabulary]``: the text's, then each codebook's.
+
+    On the device: the weights of one block, and what goes into it for all sequences (at 7B and ``POOL_BYTES`` 2.2 GB),
+    which takes a fraction of the time of moving it there and back for each block.
+    """
     kept: dict[MatrixKey, Tensor] = {}
     model = replace(original, weights=kept_by(kept, original.weights, original.device))
     count, _, frames = tokens.shape
 
-    def through(component: str, x: Floats) -> Floats:
-        def compute(block: Block, x: Floats) -> Floats:
-            advance(model, block, x)
+    def through(component: str, x: Tensor) -> Tensor:
+        def compute(block: Block, x: Tensor) -> Tensor:
+            for rows in block.batches(x):
+                x[rows] += model.added(block, x[rows])
             kept.clear()
             return x
 
         return each_block(model.architecture, component, x, compute)
 
-    def head(name: str, x: Floats) -> Iterator[tuple[slice, Tensor]]:
+    def head(name: str, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         height = max(1, _FRAMES // frames)
         for first in range(0, count, height):
             rows = slice(first, first + height)
-            yield rows, model.product(name, None, torch.from_numpy(x[rows]).to(model.device))
+            yield rows, model.product(name, None, x[rows])
         kept.clear()
 
     with torch.no_grad():
-        hidden = model.out_norm(through("temporal", model.embed(tokens)))
+        hidden = model.hidden_states(through("temporal", model.embedded(tokens)))
         for rows, logits in head("text_linear.weight", hidden):
             yield 0, rows, logits
         known = targets.transpose(0, 2, 1).reshape(count * frames, -1)
         steps = model.architecture.n_q // 2
-        x = through("depformer", step_inputs(model, hidden.reshape(count * frames, -1), known, steps))
+        x = through("depformer", model.step_inputs(hidden.flatten(0, 1), known, steps))
         for step in range(steps):
             for rows, logits in head(f"linears.{step}.weight", x[:, step].reshape(count, frames, -1)):
                 yield step + 1, rows, logits

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..convert.source.architecture import Architecture
 
@@ -25,7 +26,7 @@ class Block:
         """What its tensors' names begin with in the checkpoint."""
         return f"{'transformer' if self.component == 'temporal' else 'depformer'}.layers.{self.layer}"
 
-    def batches(self, x: NDArray[np.float32]) -> list[slice]:
+    def batches(self, x: NDArray[np.float32] | Tensor) -> list[slice]:
         """Return rows of a stream that go through the block together: so few that what it holds meanwhile is small."""
         height = max(1, POSITIONS // x.shape[1]) if self.component == "temporal" else STEP_ROWS
         return [slice(first, first + height) for first in range(0, len(x), height)]

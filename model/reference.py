@@ -64,13 +64,17 @@ class TorchModel:
 
     def embed(self, tokens: Tokens, vectors: Floats | None = None) -> Floats:
         """Sum the embeddings of all streams."""
+        return self._out(self.embedded(tokens, vectors))
+
+    def embedded(self, tokens: Tokens, vectors: Floats | None = None) -> Tensor:
+        """Sum the embeddings of all streams, as ``embed`` does, on the device."""
         total: Tensor | None = None
         for stream in [*range(1, tokens.shape[1]), 0]:  # text last: sums in 16 bit depend on the order
             part = self._look_up(f"emb.{stream - 1}.weight" if stream else "text_emb.weight", tokens[:, stream])
             total = part if total is None else total + part
         if total is None:
             raise ValueError("no stream to embed")
-        return self._out(total if vectors is None else total + self._in(vectors))
+        return total if vectors is None else total + self._in(vectors)
 
     def block(self, block: Block, x: Floats, kv_cache: KVCache | None = None, first: int = 0) -> tuple[Floats, Floats]:
         """Compute one attention or MLP."""
@@ -101,6 +105,13 @@ class TorchModel:
         """Project the hidden state and add the previous token's embedding."""
         return self._out(self._step_input(step, self._in(hidden), previous))
 
+    def step_inputs(self, hidden: Tensor, previous: Tokens, steps: int) -> Tensor:
+        """Return what the first ``steps`` depformer steps read, ``[rows, steps, depformer_dim]``, on the device.
+
+        hidden: ``[rows, dim]``. previous: the rows' tokens, ``[rows, streams]``: step k reads that of stream k.
+        """
+        return torch.stack([self._step_input(step, hidden, previous[:, step]) for step in range(steps)], 1)
+
     def audio_logits(self, step: int, x: Floats) -> Floats:
         """Apply a codebook's head."""
         return self._out(self._linear(f"linears.{step}.weight", None, self._in(x)))
@@ -127,13 +138,12 @@ class TorchModel:
             return x + (checkpoint(self.added, block, x, use_reentrant=False) if recompute else self.added(block, x))
 
         count = self.architecture.steps if steps is None else steps
-        x = each_block(self.architecture, "temporal", self._in(self.embed(tokens)), compute)
+        x = each_block(self.architecture, "temporal", self.embedded(tokens), compute)
         hidden = self.hidden_states(x)
         text = self._linear("text_linear.weight", None, hidden)
         rows = hidden.flatten(0, 1)
         known = targets.transpose(0, 2, 1).reshape(len(rows), -1)
-        x = torch.stack([self._step_input(step, rows, known[:, step]) for step in range(count)], 1)
-        x = each_block(self.architecture, "depformer", x, compute)
+        x = each_block(self.architecture, "depformer", self.step_inputs(rows, known, count), compute)
         audio = torch.stack([self._linear(f"linears.{step}.weight", None, x[:, step]) for step in range(count)], 1)
         return text, audio.reshape(*hidden.shape[:2], count, -1)
 

@@ -1,6 +1,7 @@
 """Where PyTorch computes."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -80,6 +81,18 @@ def one_block(where: str) -> dict[str, Tensor]:
     )
     error = torch.tensor([made.squared_error / made.squared_norm])
     return {"the forward pass": inputs.cpu(), "the second moments": second.cpu(), "the error of GPTQ": error.sqrt()}
+
+
+@cache
+def compiles() -> bool:
+    """Return whether ``torch.compile`` works on the device: a CUDA GPU, with Triton and a C compiler."""
+    if device() != "cuda":
+        return False
+    try:
+        torch.compile(torch.square)(torch.ones(4, device="cuda"))
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError):
+        return False
+    return True
 
 
 def memory() -> int:

@@ -2,11 +2,9 @@
 
 import shutil
 import sys
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from ppx.calibrate import low_memory_tuning, teacher, weight_only
@@ -16,7 +14,7 @@ from ppx.calibrate.layerwise import FINE_TUNED
 from ppx.calibrate.low_memory_tuning import fine_tune_in_low_memory, trained
 from ppx.calibrate.parameters import low_memory_matrix, trainable_matrix, trainable_weights
 from ppx.calibrate.quantized_model import quantized_weights
-from ppx.calibrate.teacher import batches, pool_size, teacher_pool
+from ppx.calibrate.teacher import batches, pool_shape, teacher_pool
 from ppx.calibrate.tuning import Batch, Schedule, divergence, divergence_of, trainable_scope
 from ppx.convert import preparation
 from ppx.convert.bundle.plan import make_plan
@@ -228,7 +226,7 @@ def test_the_teachers_predictions_are_the_originals(opened, token_set, tmp_path)
 
     for _ in range(2):
         with pool_of(12, 5) as pool:
-            batch, predictions = pool.batch(np.array([1, 11]), "cpu")
+            batch, predictions = pool.batch([1, 11], "cpu")
             assert pool.tokens.shape == (12, *token_set.tokens.shape[1:])
     assert made == [5]
     with torch.no_grad():
@@ -249,9 +247,9 @@ def test_the_teachers_predictions_are_the_originals(opened, token_set, tmp_path)
     assert made == [5, 6]
 
 
-def test_pools_are_read_twice_whatever_step_is_first(opened, token_set, tmp_path, monkeypatch):
-    """Pools of 3 sequences, and steps of 2: three steps for each pool."""
-    monkeypatch.setattr(teacher, "_SEQUENCES", 3)
+def test_pools_are_read_once_whatever_step_is_first(opened, token_set, tmp_path, monkeypatch):
+    """Pools of 6 sequences at most, and steps of 2."""
+    monkeypatch.setattr(teacher, "_SEQUENCES", 6)
     original = reference_of(opened[0].checkpoint)
     runs = []
     for name, first in (("whole", 0), ("resumed", 4)):
@@ -264,18 +262,19 @@ def test_pools_are_read_twice_whatever_step_is_first(opened, token_set, tmp_path
         )
     assert [len(run) for run in runs] == [7, 3]
     assert all((one == other).all() for one, other in zip(runs[0][4:], runs[1], strict=True))
-    for pool in (runs[0][:3], runs[0][3:6]):
-        counts = Counter(sequence.tobytes() for targets in pool for sequence in targets)
-        assert set(counts.values()) == {2}
-        assert len(counts) == 3
+    read = [sequence.tobytes() for targets in runs[0] for sequence in targets]
+    assert len(set(read)) == len(read) == 14
 
 
 def test_the_pool_is_bounded():
     whole = Architecture()
-    count = pool_size(whole, 250, 10**6)
-    assert count > 100
-    assert count * 250 * 48384 * 2 <= teacher.POOL_BYTES
-    assert pool_size(whole, 250, 7) == 4
+    for steps in (1, 50, 10**4):
+        each, height = pool_shape(whole, 250, 8, steps)
+        assert height == 8
+        assert each * height * 250 * 48384 * 2 <= teacher.POOL_BYTES
+    assert pool_shape(whole, 250, 8, 50) == (17, 8)  # three pools: 22 steps fit into one
+    assert pool_shape(whole, 250, 8, 3) == (3, 8)
+    assert pool_shape(whole, 30_000, 8, 3) == (1, 1)
 
 
 def test_states_are_left_out_where_the_disk_is_full(opened, store_at, token_set, monkeypatch):
