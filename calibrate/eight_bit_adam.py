@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.errors import UserError
 from ..model.torch_device import compiles
-from .parameters import BETAS, LowMemoryMatrix, learning_rate_share, parameter_groups
+from .parameters import BETAS, DAMPING, LowMemoryMatrix, learning_rate_share, parameter_groups
 
 # Gradients are those of the loss times about the number of weights. One weight's share of the loss is so small (1e-7 to
 # 1e-6 in a model of 4.6 million parameters) that torchao's 8-bit second moments, whose scales are 1e-12 at least, could
@@ -60,13 +60,17 @@ def adam_in_backward(matrices: Mapping[MatrixKey, LowMemoryMatrix]) -> AdamInBac
     make, adam = torchao_optimizer(), AdamInBackward(2.0 ** round(math.log2(weights)), {})
     for key, matrix in matrices.items():
         groups = parameter_groups([matrix.scales, matrix.biases], [matrix.offsets])
+        groups[1]["weight_decay"] = DAMPING
         optimizer = make(groups, betas=BETAS, eps=_EPSILON, weight_decay=0, bf16_stochastic_round=True)
         adam.optimizers[key] = optimizer
         skip = partial(adam.skipped.append, key)
-        for parameter in (matrix.scales, matrix.biases, matrix.offsets):
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                partial(_update, optimizer, skip)
-            )
+        update = partial(_update, optimizer, skip)
+        for parameter, hook in (
+            (matrix.scales, update),
+            (matrix.biases, update),
+            (matrix.offsets, partial(_update_offsets, update, matrix)),
+        ):
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     return adam
 
 
@@ -90,6 +94,11 @@ def _update(optimizer: Optimizer, skip: Callable[[], object], parameter: Tensor)
     else:
         skip()
     parameter.grad = None
+
+
+def _update_offsets(update: Callable[[Tensor], object], matrix: LowMemoryMatrix, parameter: Tensor) -> None:
+    update(parameter)
+    matrix.carry()
 
 
 def set_learning_rates(adam: AdamInBackward, step: int, steps: int, warm_up: int) -> None:

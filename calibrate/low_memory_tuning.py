@@ -1,10 +1,10 @@
 """Fine-tuning codes, scales and biases of all matrices together in less than 8 bytes per weight.
 
-As ``tuning.fine_tune`` does, with the same loss and learning rates, but of a weight the device holds the code before
-training (1 byte), what is added to it (2), and Adam's moments (2). Matrices are dequantized while their block is
-computed, and again for its gradients; gradients are used as soon as they are there; the original's predictions are
-read from a file (``teacher``). What the text's and the agent's predictions do not depend on is neither read nor
-trained: depformer steps for the user.
+As ``tuning.fine_tune`` does, with the same loss and learning rates, but of a weight the device holds the code (1 byte),
+what is added to it (2), and Adam's moments (2). Matrices are dequantized while their block is computed, and again for
+its gradients; gradients are used as soon as they are there; the original's predictions are read from a file
+(``teacher``). What the text's and the agent's predictions do not depend on is neither read nor trained: depformer steps
+for the user.
 """
 
 import shutil
@@ -52,7 +52,7 @@ def fine_tune_in_low_memory(
 ) -> None:
     """Fine-tune the data-driven matrices of a store, in it; resumes from the last state that a killed run wrote.
 
-    On the disk: the original's predictions (``POOL_BYTES`` at most), and a state of 4.3 bytes per weight, twice while
+    On the disk: the original's predictions (``POOL_BYTES`` at most), and a state of 5.3 bytes per weight, twice while
     one replaces another; none where there is no room. Raises UserError if torchao is not installed.
     """
     if any(file == FINE_TUNED for file in store.files.values()):
@@ -167,11 +167,8 @@ def _save_state(
     state: Path, matrices: dict[MatrixKey, LowMemoryMatrix], adam: AdamInBackward, done: int, steps: int
 ) -> None:
     """Write the state after some steps: parameters and optimizers. Nothing where the disk has no room for it."""
-    parts = [
-        {"values": [matrix.offsets, matrix.scales, matrix.biases], "adam": adam.optimizers[key].state_dict()}
-        for key, matrix in matrices.items()
-    ]
-    nbytes = sum(matrix.codes.numel() * 4 + matrix.scales.numel() * 12 for matrix in matrices.values())
+    parts = [{"values": _values(matrix), "adam": adam.optimizers[key].state_dict()} for key, matrix in matrices.items()]
+    nbytes = sum(matrix.codes.numel() * 5 + matrix.scales.numel() * 12 for matrix in matrices.values())
     if shutil.disk_usage(state.parent).free < 1.1 * nbytes:
         return
     write_state(state, {"done": done, "steps": steps, "parts": parts})
@@ -186,7 +183,12 @@ def _load_state(state: Path, matrices: dict[MatrixKey, LowMemoryMatrix], adam: A
         return 0
     for (key, matrix), part in zip(matrices.items(), saved["parts"], strict=True):
         with torch.no_grad():
-            for parameter, value in zip((matrix.offsets, matrix.scales, matrix.biases), part["values"], strict=True):
-                parameter.copy_(value)
+            for values, saved_values in zip(_values(matrix), part["values"], strict=True):
+                values.copy_(saved_values)
         adam.optimizers[key].load_state_dict(part["adam"])
     return int(saved["done"])
+
+
+def _values(matrix: LowMemoryMatrix) -> list[torch.Tensor]:
+    """Return what training changes."""
+    return [matrix.codes, matrix.offsets, matrix.scales, matrix.biases]

@@ -12,7 +12,15 @@ from ppx.calibrate.dataset import quantizer_of
 from ppx.calibrate.eight_bit_adam import adam_in_backward, set_learning_rates, take_step_in_backward
 from ppx.calibrate.layerwise import FINE_TUNED
 from ppx.calibrate.low_memory_tuning import fine_tune_in_low_memory, trained
-from ppx.calibrate.parameters import low_memory_matrix, trainable_matrix, trainable_weights
+from ppx.calibrate.parameters import (
+    CODES_RATE,
+    DAMPING,
+    adam_for,
+    low_memory_matrix,
+    take_step,
+    trainable_matrix,
+    trainable_weights,
+)
 from ppx.calibrate.quantized_model import quantized_weights
 from ppx.calibrate.teacher import batches, pool_shape, teacher_pool
 from ppx.calibrate.tuning import Batch, Schedule, divergence, divergence_of, trainable_scope
@@ -119,6 +127,40 @@ def test_gradients_are_those_of_float32(key, opened, store_at):
     assert 0 < torch.eq(narrow.offsets.grad, 0).float().mean() < 0.5  # beyond the ends nothing pulls
     for name in ("scales", "biases"):
         torch.testing.assert_close(getattr(narrow, name).grad, getattr(wide, name).grad)
+
+
+def test_whole_codes_are_carried(matrices):
+    """The matrix stays what it is; offsets are near 0 but where a code would leave its range."""
+    one = next(iter(matrices.values()))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        one.offsets.copy_(3 * torch.randn(one.offsets.shape, generator=generator))
+    before, weight = one.codes.clone(), one.weight()
+    one.carry()
+    assert torch.equal(one.weight(), weight)
+    assert 0.5 < (one.codes != before).float().mean() < 1
+    far = one.offsets.abs() > 0.5
+    assert 0 < far.float().mean() < 0.5
+    assert bool((((one.codes == 0) & (one.offsets < 0)) | ((one.codes == 15) & (one.offsets > 0)))[far].all())
+
+
+def test_codes_are_damped(opened, store_at, matrices):
+    """By a gradient of zero they move to the nearest whole number, in both scopes by the same share."""
+    _, plan = opened
+    key, low = next(iter(matrices.items()))
+    wide = trainable_matrix(key, *quantizations_of(plan.outputs)[key], store_at("store"), "cpu")
+    with torch.no_grad():
+        low.offsets.fill_(-0.375)
+        wide.codes.sub_(0.375)
+    adams = adam_for({key: wide}), adam_in_backward({key: low})
+    torch.manual_seed(0)
+    for _ in range(20):
+        assert take_step(adams[0], wide.weight().sum() * 0)
+        assert take_step_in_backward(adams[1], low.weight().sum() * 0)
+    expected = 0.375 * (1 - CODES_RATE * DAMPING) ** 20
+    inside = low.codes > 0
+    assert low.offsets[inside].float().mean().item() == pytest.approx(-expected, rel=0.01)
+    assert (wide.codes - wide.codes.round())[inside].detach().numpy() == pytest.approx(-expected, rel=1e-3)
 
 
 def nbytes(value):
