@@ -198,7 +198,7 @@ def _tokens(path: Path, codec: Codec, architecture: Architecture) -> NDArray[np.
     samples = np.pad(normalized(samples, path), (0, count * FRAME - len(samples)))
     codec.reset()
     codes = np.stack([codec.encode(frame) for frame in samples.reshape(count, FRAME)], 1)
-    codec.reset()
+    codec.reset()  # for whoever uses it next
     if codes.max() >= architecture.card:
         raise UserError(
             f"{codec.path}: returns tokens outside the vocabulary of this model: it is the codec of another one"

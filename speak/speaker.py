@@ -76,7 +76,7 @@ class Speaker:
     def restart(self, seed: int) -> None:
         """Begin a new conversation, after the same voice and prompt."""
         self.conversation.restart(seed)
-        self.codec.reopen()
+        self.codec.reset()
         self.words.reset()
 
 

@@ -13,6 +13,7 @@ from ..convert.errors import CheckFailed, UserError
 from ..convert.preparation import open_merged, trimmed
 from ..convert.source.source import Source, locate
 from ..model.kernel_test import workarounds
+from ..model.tokens import SYSTEM_PROMPT
 from . import headline
 from . import report as reports
 from .options import EMBEDDED, VerifyOptions
@@ -106,6 +107,18 @@ def report_of(bundle: Path) -> Report | None:
     return report if report.is_about(manifest) else None
 
 
+def chosen_report_of(bundle: Path) -> Report | None:
+    """Return a bundle's report if it is intact by it, on tokens or audio that somebody chose; None for any other.
+
+    It tells more than the verification of the system prompt that a conversion ends with.
+    """
+    with suppress(UserError):  # a report that cannot be read proves nothing
+        report = report_of(bundle)
+        if report and report.verdict.passed and report.tokens.kind != SYSTEM_PROMPT:
+            return report
+    return None
+
+
 def check_round_trip(bundle: Path, question: Path, codec: Path | None = None, recognizer: str | None = None) -> None:
     """Raise UserError for what a round trip would end with, before anything that takes long."""
     from . import round_trip
@@ -178,6 +191,8 @@ def text(report: Report, bundle: Path) -> str:
         return f"{name} is {verdict}: nothing was computed, it could not be read\nreport: {page}"
     lines = [headline.headline(report)]
     lines.append(f"{name} is {verdict}: {sequences} of {tokens.frames} frames, {tokens.kind}")
+    if tokens.kind == SYSTEM_PROMPT:
+        lines.append("limits are wide for a system prompt: ppx-verify --tokens of recorded conversations is sharper")
     lines.append(f"{'':<41}{'bundle':>8}  {'plain':>8}  {'limit':>8}  {'noise floor':>11}")
     for row in reports.figures(report):
         bound = f"{row.sign} {reports.short(row.bound)}"

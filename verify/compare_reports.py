@@ -174,9 +174,13 @@ def _differ(a: float, b: float) -> bool:
 
 
 def text(names: tuple[str, str], compared: Comparison) -> str:
-    """Return a comparison for people: a summary, what differs most, and tables; an arrow stands at the better value."""
+    """Return a comparison for people: a summary, what differs most, and tables; an arrow stands at the better value.
+
+    Of reports that must not be compared only the figures, without arrows.
+    """
     pairs = compared.sizes + compared.figures
-    lines = [*_summary_lines(names, compared), *_most_lines(compared), ""]
+    comparable = not compared.not_comparable
+    lines = [*_summary_lines(names, compared), *(_most_lines(compared) if comparable else []), ""]
     width = max(len(pair.name) for pair in pairs)
     lines.append(f"{'':<{width}}  {'A':>12}  {'B':>12}    A: {names[0]}, B: {names[1]}")
     verdicts = [(INTACT if passed else NOT_INTACT).lower() for passed in (compared.passed.a, compared.passed.b)]
@@ -184,8 +188,9 @@ def text(names: tuple[str, str], compared: Comparison) -> str:
     arrows = {"a": "◀ A", "b": "  B ▶", "same": ""}
     for pair in pairs:
         a, b = (size(int(value or 0)) if pair.name == "bytes" else short(value) for value in (pair.a, pair.b))
-        lines.append(f"{pair.name:<{width}}  {a:>12}  {b:>12}  {arrows[pair.better]}".rstrip())
-    for what, rows in (("blocks", compared.blocks), ("tensors", compared.tensors)):
+        arrow = arrows[pair.better] if comparable or pair in compared.sizes else ""
+        lines.append(f"{pair.name:<{width}}  {a:>12}  {b:>12}  {arrow}".rstrip())
+    for what, rows in (("blocks", compared.blocks), ("tensors", compared.tensors)) if comparable else ():
         count = rows.better
         lines.append("")
         lines.append(f"{what}: A is better in {count['a']}, B in {count['b']}, the same in {count['same']}")

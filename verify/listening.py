@@ -95,7 +95,7 @@ def listen(
     cannot be read or loaded, before anything that takes long.
     """
     options, target, folders = options or ListenOptions(), Path(output), (Path(a), Path(b))
-    check_new_file(target, ".html", force=False)
+    check_new_file(target, ".html", force=None)
     if not questions:
         raise UserError("no recording to answer: give at least one")
     files = [Path(question) for question in questions]

@@ -51,16 +51,17 @@ def check_adapter(opened: Source, made_from: SourceRecord) -> None:
 
 
 def command_of(bundle: Path, reference: str | None, adapter: str | None, options: VerifyOptions) -> str:
-    """Return the command that runs a verification again; folders are named without what is above them."""
+    """Return the command that runs a verification again; ``path/to`` stands for the folders above what is local."""
     published = published_as(bundle)
     words = ["ppx-verify", published[0] if published else bundle.resolve().name]
     words += ["--revision", published[1]] if published else []
     if reference:
-        words += ["--reference", reference if is_hub_id(reference) else Path(reference).name]
+        local = reference not in demo.SIZES and not is_hub_id(reference)
+        words += ["--reference", f"path/to/{Path(reference).name}" if local else reference]
     if adapter:
         words += ["--adapter", adapters.named(adapter)]
     for option, path in (("--tokens", options.tokens), ("--audio", options.audio)):
-        words += [option, path.name] if path else []
+        words += [option, f"path/to/{path.name}"] if path else []
     for option, number in (
         ("--sequences", options.sequences),
         ("--frames", options.frames),

@@ -53,13 +53,16 @@ def _check_writable(output: Path) -> None:
         raise UserError(f"{above}: is not writable", Hint.OTHER_OUTPUT)
 
 
-def check_new_file(path: Path, suffix: str, force: bool) -> None:
-    """Raise UserError if a file of this kind cannot be written there, or is there already and not to be replaced."""
+def check_new_file(path: Path, suffix: str, force: bool | None) -> None:
+    """Raise UserError if a file of this kind cannot be written there, or is there already and not to be replaced.
+
+    force: None where the caller has no way to replace one.
+    """
     if path.suffix != suffix or not path.parent.is_dir():
         raise UserError(f"{path}: give the name of a {suffix} file in a folder that is there")
     check_file(path)
     if path.exists() and not force:
-        raise UserError(f"{path}: is there already: choose another name, or replace it with force")
+        raise UserError(f"{path}: is there already", Hint.OTHER_NAME if force is None else Hint.OTHER_NAME_OR_REPLACE)
 
 
 def check_file(path: Path) -> None:

@@ -40,6 +40,7 @@ HINTS = {
     Hint.ONE_GPU: "leave --gpus or --refine out",
     Hint.ONE_GPU_OR_GPTQ: "leave --gpus out, or choose --method gptq",
     Hint.OTHER_ADAPTER: "give that one as --adapter",
+    Hint.OTHER_NAME_OR_REPLACE: "choose another name, or replace it with --force",
     Hint.OTHER_OUTPUT: "choose another --output",
     Hint.OTHER_OUTPUT_OR_EMPTY: "choose another --output, or empty it",
     Hint.OTHER_OUTPUT_OR_REPLACE: "choose another --output, or replace it with --force",

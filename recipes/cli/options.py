@@ -42,7 +42,11 @@ Keep = Annotated[
     list[str] | None, typer.Option(metavar="COMPONENT", help=f"Keep float: {', '.join(COMPONENTS)}. Repeatable.")
 ]
 Target = Annotated[
-    TargetName | None, typer.Option(help=f"Choose what will load it.  [default: the recipe's, else {DEFAULT_TARGET}]")
+    TargetName | None,
+    typer.Option(
+        help="Choose what will load it.  [default: the recipe's; mlx with --target-size or --bits-per-weight; else "
+        f"{DEFAULT_TARGET}]"
+    ),
 ]
 Method = Annotated[
     choices.MethodName | None,

@@ -129,6 +129,7 @@ def test_a_codec_frame_by_frame_is_the_codec_as_a_whole(codec):
     first = [mimi.decode(tokens) for tokens in apart.T]
     assert all(frame.shape == (FRAME,) and np.isfinite(frame).all() for frame in first)
     mimi.reset()
+    np.testing.assert_array_equal(np.stack([mimi.encode(frame) for frame in samples.reshape(-1, FRAME)], 1), apart)
     again = [mimi.decode(tokens) for tokens in apart.T]
     np.testing.assert_allclose(np.stack(again), np.stack(first), atol=1e-4)  # its threads sum in any order
     whole = rustymimi.Tokenizer(str(codec), num_codebooks=8).decode(apart[None].astype(np.uint32))[0, 0]

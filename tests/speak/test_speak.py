@@ -347,6 +347,10 @@ def test_a_benchmark_has_one_table_and_one_verdict_that_fits_it(p50, p95, words)
     assert rows[3] == ["total", f"{1000 * p50:.1f}", f"{1000 * p95:.1f}", f"{p50 / 0.08:.0%}"]
     assert lines[6].startswith(words)
     assert sum("real time" in line for line in lines) == 1
+    without = replace(figures, table={name: times for name, times in figures.table.items() if name != "codec"})
+    (line,) = (line for line in bench_text(without).splitlines() if "real time" in line)
+    assert line.startswith("the model alone is fast enough" if p95 < 0.08 else "too slow")
+    assert line.endswith("; sound is not in it: the bundle's codec does not load") or "; half of them" in line
 
 
 def test_words_of_random_weights_are_called_noise(conversation):

@@ -129,9 +129,14 @@ def test_a_single_sequence_and_other_tokens_and_nothing_have_no_summary(earlier)
     single = with_divergence(earlier, "agent", divergence([0.3]))
     text = compare_reports.text(NAMES, compare_reports.compare(single, single))
     assert text.startswith("one sequence, so no standard error: agent KL 0.3 (A) and 0.3 (B)")
-    other = compare_reports.compare(earlier, replace(earlier, arithmetic="bfloat16"))
+    farther = with_divergence(replace(earlier, arithmetic="bfloat16"), "agent", divergence([0.9]))
+    other = compare_reports.compare(earlier, farther)
     assert other.summary is None
-    lines = compare_reports.text(NAMES, other).splitlines()
+    text = compare_reports.text(NAMES, other)
+    assert "▶" not in text
+    assert "times" not in text
+    assert "better" not in text
+    lines = text.splitlines()
     assert lines[0] == "warning: they were made with different arithmetic: float32 and bfloat16"
     assert lines[1].startswith("their figures must not be compared")
     empty = compare_reports.compare(replace(earlier, predictions={}), earlier)

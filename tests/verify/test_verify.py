@@ -183,6 +183,17 @@ def test_a_conversion_verifies_at_its_end(pico, program, tmp_path):
     assert not (tmp_path / "unverified" / "parity").exists()
 
 
+def test_converting_again_keeps_a_report_on_chosen_tokens(bundle, program, pico, tmp_path):
+    shutil.copytree(bundle(*SWIFT), tmp_path / "out")
+    convert = ("ppx-convert", pico, *SWIFT, "--output", "out", "--verify")
+    chosen = ("--tokens", pico / "heldout_tokens.safetensors", "--sequences", "2", "--frames", "20")
+    assert "ppx-verify --tokens of recorded" in program(*convert, cwd=tmp_path).stdout
+    assert "sharper" not in program("ppx-verify", "out", "--reference", pico, *chosen, cwd=tmp_path).stdout
+    made = (tmp_path / "out" / "parity" / "report.json").read_bytes()
+    assert "out is intact: 2 sequences of 20 frames, tokens" in program(*convert, cwd=tmp_path).stdout
+    assert (tmp_path / "out" / "parity" / "report.json").read_bytes() == made
+
+
 def test_two_bundles_side_by_side(verified, program, pico, tmp_path):
     folders = [tmp_path / "four", tmp_path / "eight"]
     for folder, options in zip(folders, (SWIFT, ("--bits", "8")), strict=True):

@@ -145,9 +145,17 @@ def bits_of(manifest: Manifest) -> int | None:
 
 
 def command(manifest: Manifest) -> str:
-    """Return the commands that make a bundle again, from the recipe that stands in the card."""
+    """Return the command that makes a bundle again, from the recipe that stands in the card.
+
+    ``path/to`` stands for the folders above a source that is not on the Hub.
+    """
     source, adapter, calibration = manifest.source, manifest.source.adapter, manifest.calibration
-    words = [TOOLKIT, source.id, *(["--revision", source.revision] if source.revision else [])]
+    local = not source.revision and source.id not in demo.SIZES
+    words = [
+        TOOLKIT,
+        f"path/to/{source.id}" if local else source.id,
+        *(["--revision", source.revision] if source.revision else []),
+    ]
     words += ["--adapter", "@".join(filter(None, (adapter.id, adapter.revision)))] if adapter else []
     words += ["--fill-depformer-steps"] if source.copied_steps else []
     for voice in manifest.recorded_voices:

@@ -13,9 +13,9 @@ from .settings import Sweep
 from .sweep import SweepResult
 
 
-def plan_text(sweep: Sweep, made: Sequence[Estimate]) -> str:
-    """Return what a dry run prints."""
-    side_by_side = max(1, cores() // sweep.resources.cores)
+def plan_text(sweep: Sweep, made: Sequence[Estimate], on_ray: bool) -> str:
+    """Return what a dry run prints. on_ray: cells run side by side, by this machine's cores, else one after another."""
+    side_by_side = max(1, cores() // sweep.resources.cores) if on_ray else 1
     width = max(len(one.cell.name) for one in made)
     lines = [f"{'cell':<{width}}  {'size':>12}  {'time':>8}"]
     for one in made:
@@ -26,7 +26,8 @@ def plan_text(sweep: Sweep, made: Sequence[Estimate]) -> str:
     line = f"{len(made)} cells"
     if known:
         total_time = max(sum(known) / side_by_side, max(known))
-        line += f", about {duration(total_time)} on this machine, {side_by_side} at a time"
+        order = "one after another" if side_by_side == 1 else f"{side_by_side} at a time"
+        line += f", about {duration(total_time)} on this machine, {order}"
     data = {(one.cell.source.name, one.cell.calibration.name) for one in made if one.cell.calibration}
     if data:
         line += f"; without {len(data)} calibration set{'s' if len(data) > 1 else ''} (and sensitivities) made once"
