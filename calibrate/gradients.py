@@ -57,7 +57,7 @@ class _Pass:
     def backward(self, before: Sequence[tuple[Block, Floats]], gradient: Floats) -> Floats:
         """Take the gradient behind the last block to what is in front of the first."""
         for block, x in reversed(before):
-            for rows in block.batches(x):
+            for rows in block.batches(x.shape):
                 gradient[rows] += self._through(block, x[rows], gradient[rows])
             self._done(block.component, 2)
         return gradient

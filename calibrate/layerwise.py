@@ -153,7 +153,7 @@ class LayerwiseRun:
         self.quantize(label, moments)
         for name, model in self.models.items():
             stream = streams[name]
-            for rows in block.batches(stream):  # as ``walk`` takes them: a resumed run comes to the same bytes
+            for rows in block.batches(stream.shape):  # as ``walk`` takes them: a resumed run comes to the same bytes
                 for step, (key, x) in enumerate(inputs[name].items()):
                     some = x.reshape(len(stream), -1, x.shape[-1])[rows]
                     added = model.product(key[0], key[1], some).cpu().numpy()

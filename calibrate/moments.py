@@ -92,7 +92,7 @@ def block_moments(
     """
     sums: dict[MatrixKey, _Sums] = {}
     count = workers.total(len(streams["original"]))
-    for rows in block.batches(streams["original"]):
+    for rows in block.batches(streams["original"].shape):
         inputs = {name: _captured(model, block, keys, streams[name][rows]) for name, model in models.items()}
         for key in keys:
             original, quantized = inputs["original"][key], inputs["quantized"][key]
@@ -120,7 +120,7 @@ def block_inputs(model: TorchModel, block: Block, keys: list[MatrixKey], stream:
     """Return the inputs ``[frames, columns]`` of a block's matrices for a whole stream."""
     whole: MatrixInputs = {}
     done = 0
-    for rows in block.batches(stream):
+    for rows in block.batches(stream.shape):
         for key, part in _captured(model, block, keys, stream[rows]).items():
             if key not in whole:
                 each = len(part) // len(stream[rows])

@@ -1,10 +1,7 @@
 """Where in the model something happens: the blocks, in the order in which they are computed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
 from ..convert.source.architecture import Architecture
 
@@ -26,10 +23,13 @@ class Block:
         """What its tensors' names begin with in the checkpoint."""
         return f"{'transformer' if self.component == 'temporal' else 'depformer'}.layers.{self.layer}"
 
-    def batches(self, x: NDArray[np.float32] | Tensor) -> list[slice]:
-        """Return rows of a stream that go through the block together: so few that what it holds meanwhile is small."""
-        height = max(1, POSITIONS // x.shape[1]) if self.component == "temporal" else STEP_ROWS
-        return [slice(first, first + height) for first in range(0, len(x), height)]
+    def batches(self, shape: Sequence[int]) -> list[slice]:
+        """Return rows that go through the block together: so few that what it holds meanwhile is small.
+
+        shape: of the stream.
+        """
+        height = max(1, POSITIONS // shape[1]) if self.component == "temporal" else STEP_ROWS
+        return [slice(first, first + height) for first in range(0, shape[0], height)]
 
     def __str__(self) -> str:
         return f"{self.component} layer {self.layer} {self.sublayer}"

@@ -20,9 +20,9 @@ from ..convert.source.checkpoint import Checkpoint
 from ..quant.affine import BFLOAT16
 from .blocks import Block
 from .forward import EPSILON, Floats, KVCache, Tokens
+from .kept_frames import KeptFrames
 from .walk import each_block
 
-_GROWTH = 64  # frames
 Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
 # Name and step of a matrix, and its input [..., columns]; what it returns, if anything, is taken for the product.
 InputHook = Callable[[str, int | None, Tensor], Tensor | None]
@@ -192,7 +192,7 @@ class TorchModel:
             q, k = (_rotate(part, positions, self.architecture.max_period) for part in (q, k))
         if kv_cache is not None:
             if not first:
-                kv_cache[block] = (_Frames(context), _Frames(context))
+                kv_cache[block] = (KeptFrames(context), KeptFrames(context))
             k, v = (frames.extended(part) for frames, part in zip(kv_cache[block], (k, v), strict=True))
         seen = torch.arange(first + length - k.shape[2], first + length, device=self.device)
         distance = positions[:, None] - seen[None]
@@ -221,33 +221,6 @@ class TorchModel:
         if steps is None:
             return self._linear(name, None, x)
         return torch.stack([self._linear(name, step, x[:, index]) for index, step in enumerate(steps)], 1)
-
-
-class _Frames:
-    """Keys or values of a session, ``[batch, heads, frames, head]``: the last ``context`` of them are kept.
-
-    In a buffer that grows by _GROWTH frames: one that grew with each frame would be copied each time, and leave memory
-    in pieces of ever new sizes.
-    """
-
-    def __init__(self, context: int) -> None:
-        self._context, self._begin, self._end = context, 0, 0
-        self._buffer: Tensor | None = None
-
-    def extended(self, new: Tensor) -> Tensor:
-        """Add frames; return those kept before them, and them."""
-        length = new.shape[2]
-        if self._buffer is None or self._end + length > self._buffer.shape[2]:
-            kept = new[:, :, :0] if self._buffer is None else self._buffer[:, :, self._begin : self._end]
-            self._begin, self._end = 0, kept.shape[2]
-            batch, heads, _, size = new.shape
-            self._buffer = new.new_empty(batch, heads, self._end + length + min(_GROWTH, self._context), size)
-            self._buffer[:, :, : self._end] = kept
-        self._buffer[:, :, self._end : self._end + length] = new
-        self._end += length
-        seen = self._buffer[:, :, self._begin : self._end]
-        self._begin = max(self._begin, self._end - self._context)
-        return seen
 
 
 def _rotate(x: Tensor, positions: Tensor, max_period: int) -> Tensor:

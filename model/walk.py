@@ -65,13 +65,13 @@ def walk(
 
 def advance(model: Model, block: Block, x: Floats) -> None:
     """Take a stream through a block, in place."""
-    for rows in block.batches(x):
+    for rows in block.batches(x.shape):
         x[rows] = model.block(block, x[rows])[1]
 
 
 def run_block(model: Model, block: Block, x: Floats) -> tuple[Floats, Floats]:
     """Return what a block computes for a whole stream, and the stream with it added; ``x`` stays as it is."""
-    batches = [model.block(block, x[rows]) for rows in block.batches(x)]
+    batches = [model.block(block, x[rows]) for rows in block.batches(x.shape)]
     if len(batches) == 1:
         return batches[0]
     return np.concatenate([added for added, _ in batches]), np.concatenate([after for _, after in batches])
