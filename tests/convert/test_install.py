@@ -131,7 +131,9 @@ def test_another_bundle_takes_the_place_of_the_one_that_was_installed(mine, bund
 def test_only_the_bundle_that_is_installed_is_removed(mine, bundle, there):
     other = bundle("--recipe", "8bit")
     install(other, ME)
-    with pytest.raises(UserError, match=r"another bundle is installed as me/personaplex \(pico, recipe 8bit, 26 files linked\)"):
+    with pytest.raises(
+        UserError, match=r"another bundle is installed as me/personaplex \(pico, recipe 8bit, 26 files linked\)"
+    ):
         uninstall(mine, ME)
     assert there.is_dir()
     assert uninstall(ME).left == []

@@ -196,7 +196,7 @@ def _literal(text: str) -> str:
 
 def _methods(recipe: str) -> str:
     """Return a stored recipe with its methods as people call them, which a recipe file may."""
-    return re.sub(r'^method = "([^"]*)"$', lambda found: f'method = "{method_name(found[1])}"', recipe, flags=re.M)
+    return re.sub(r"\blsq(_unweighted)?\b", lambda found: method_name(found[0]), recipe)
 
 
 def _code(text: str) -> str:
