@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ..convert.bundle.destination import check_new_file
 from ..convert.errors import UserError
 from ..convert.preparation import open_named
+from ..convert.progress import duration
 from ..model.tokens import CALIBRATION_FRAMES, SELF_GENERATED
 
 if TYPE_CHECKING:
@@ -61,9 +62,8 @@ def calibrate(
 def text(statistics: "Statistics", path: Path) -> str:
     """Return what is printed of a file of calibration tokens."""
     of_text, *codebooks = statistics.coverage
-    minutes = statistics.frames / 12.5 / 60
     return (
-        f"{path}: {statistics.sequences} sequences, {statistics.frames} frames ({minutes:.0f} minutes)\n"
+        f"{path}: {statistics.sequences} sequences, {statistics.frames} frames ({duration(statistics.frames / 12.5)})\n"
         f"of the text's tokens {of_text:.0%} occur, of the codebooks' {min(codebooks):.0%} to {max(codebooks):.0%}"
     )
 
@@ -72,6 +72,5 @@ def advice(statistics: "Statistics") -> list[str]:
     """Return what should be better about a file of calibration tokens, one line each."""
     lines = [f"{statistics.alike} sequences are the same as another"] if statistics.alike else []
     if statistics.frames < statistics.enough:
-        minutes = statistics.enough / 12.5 / 60
-        lines.append(f"scarce: {statistics.enough} frames ({minutes:.0f} minutes) or more are better")
+        lines.append(f"scarce: {statistics.enough} frames ({duration(statistics.enough / 12.5)}) or more are better")
     return lines

@@ -44,6 +44,8 @@ class DryRun:
         if self.download:
             at = f"{duration(self.download / _BANDWIDTH)} at {8 * _BANDWIDTH / 1e6:.0f} Mbit/s"
             lines.append(f"download: {describe.size(self.download)} from the Hub, about {at}")
+            both = describe.size(self.download + self.plan.free_disk)
+            lines.append(f"download and bundle take {both} of disk together")
         threads = f"{self.workers} thread{'s' if self.workers > 1 else ''}"
         lines.append(
             f"conversion: about {duration(self.seconds)} on this machine with {threads} and a disk of 1 GB/s; "

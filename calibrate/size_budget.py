@@ -201,7 +201,7 @@ def text(chosen: Allocation) -> str:
     elif chosen.bound >= total * (1 - 1e-9):
         near = "no other choice is better"
     else:
-        near = f"none is below {chosen.bound:.3g} in sum"
+        near = f"no recipe has a sum below {chosen.bound:.3g}"
     line = f"{chosen.recipe.name}: {size(chosen.nbytes)}, {chosen.forecast} ({near})"
     return f"{line}\nmeasured on {chosen.measured_on}"
 

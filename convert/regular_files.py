@@ -28,7 +28,8 @@ def open_regular(path: Path) -> int:
         _check_kind(path, path.stat().st_mode)
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
-        raise UserError(Problem(str(path), error.strerror or str(error))) from None
+        hint = "check the path" if isinstance(error, FileNotFoundError) else ""
+        raise UserError(Problem(str(path), error.strerror or str(error), hint)) from None
     except ValueError:  # a zero byte in the name
         raise UserError(Problem(str(path), "not the name of a file")) from None
     try:

@@ -35,6 +35,11 @@ def stored_method(name: str) -> str:
     return _STORED.get(name, str(name)) if isinstance(name, str) else name  # untrusted recipes may hold anything
 
 
+def method_name(stored: str) -> str:
+    """Return what people call a method, such as ``mse`` for ``lsq``."""
+    return next((name for name, method in _STORED.items() if method == stored), stored)
+
+
 @dataclass(frozen=True)
 class QuantizationConfig:
     """How a tensor is quantized.
@@ -73,8 +78,8 @@ class QuantizationConfig:
 
     @property
     def label(self) -> str:
-        """Short name for tables, such as ``4 bit g64 lsq``."""
-        return f"{self.bits} bit g{self.group_size} {self.method}"
+        """Short name for tables, such as ``4 bit g64 mse``."""
+        return f"{self.bits} bit g{self.group_size} {method_name(self.method)}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.bundle.reader import Bundle
-from ..convert.errors import Problem, UserError, reason
+from ..convert.errors import Problem, UserError
 from ..convert.hints import Hint
 from ..convert.regular_files import read_regular
 from ..convert.source.architecture import Architecture
@@ -170,8 +170,9 @@ def normalized(samples: Floats, path: Path) -> Floats:
         raise UserError(f"audio {MISSING}") from None
     try:
         loudness = pyloudnorm.Meter(RATE).integrated_loudness(samples)
-    except ValueError as error:
-        raise UserError(f"{path}: its loudness cannot be measured ({reason(error)}): give a longer recording") from None
+    except ValueError:
+        length = f"it is {len(samples) / RATE:.2f} s long, and 0.4 s are needed"
+        raise UserError(f"{path}: its loudness cannot be measured ({length}): give a longer recording") from None
     if not np.isfinite(loudness):
         raise UserError(f"{path}: too quiet to be a voice: give a recording in which somebody speaks")
     with warnings.catch_warnings():

@@ -100,7 +100,8 @@ def listen(
         raise UserError("no recording to answer: give at least one")
     files = [Path(question) for question in questions]
     if len(files) > options.pairs:
-        raise UserError(f"{len(files)} recordings for {options.pairs} pairs: give at least as many pairs as recordings")
+        wanted = f"{options.pairs} pair{'' if options.pairs == 1 else 's'}"
+        raise UserError(f"{len(files)} recordings for {wanted}: give at least as many pairs as recordings")
     side_a, side_b = (_side(folder) for folder in folders)
     asked = [_question(file) for file in files]
     turns = [(number % len(asked), options.seed + number // len(asked)) for number in range(options.pairs)]

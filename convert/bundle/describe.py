@@ -1,11 +1,12 @@
 """A plan or a finished conversion in a few lines, for people and programs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from ..file_names import MANIFEST
+from ..source.checkpoint import ZEROS
 from ..tensorfile import Spec
 from ..typed_json import Key
 from .manifest import Manifest
@@ -123,13 +124,14 @@ def text(plan: Plan, workers: int) -> str:
     if not plan.inventory.voices:
         lines.append(f"no voices, as the source has none: {plan.target.without_voices}")
     if voices:
-        lines.append(f"voices/ ({size(sum(file.nbytes for file in voices))}): {len(voices)} presets")
+        presets = f"{len(voices)} preset{'' if len(voices) == 1 else 's'}"
+        lines.append(f"voices/ ({size(sum(file.nbytes for file in voices))}): {presets}")
     lines += [
         f"{file.name} ({size(file.nbytes)}): {f'copy of {file.copy}' if file.copy else 'written from the plan'}"
         for file in plan.files
         if file.copy or file.text
     ]
-    lines += [f"{name}: copied from {origin}" for name, origin in plan.inventory.copied_steps]
+    lines += [_copies(about.copied_steps)] if about.copied_steps else []
     reasons: dict[str, list[str]] = {}
     for name, reason in plan.dropped.items():
         reasons.setdefault(reason, []).append(name)
@@ -147,6 +149,13 @@ def text(plan: Plan, workers: int) -> str:
         f"{size(about.run_memory.codec)}",
     ]
     return "\n".join(lines)
+
+
+def _copies(copied_steps: Mapping[str, str]) -> str:
+    """Return how many tensors are copies of steps that the source has."""
+    zeros = [name for name, origin in copied_steps.items() if origin == ZEROS]
+    line = f"depformer steps 0-7 are copied to 8-15, in {len(copied_steps) - len(zeros)} tensors"
+    return f"{line}; {', '.join(zeros)}, which has no counterpart, is filled with zeros" if zeros else line
 
 
 def size(nbytes: float) -> str:
@@ -179,10 +188,12 @@ def finished(folder: Path, manifest: Manifest, written: int) -> str:
         middle = sorted(quantized)[len(quantized) // 2]
         lines.append(f"relative error of the weights: median {middle:.2%}, largest {max(quantized):.2%}")
     changed = [(manifest.overflowed, "too large"), (manifest.flushed, "too small, and became zero")]
-    lines += [f"{count} values were {what} in {manifest.dtype}" for count, what in changed if count]
+    for number, what in changed:
+        if number:
+            lines.append(f"{number} value{' was' if number == 1 else 's were'} {what} in {manifest.dtype}")
     if adapter := manifest.source.adapter:
         lines.append(f"{adapter.id} was merged into {len(adapter.merged)} tensors")
-    lines += [f"{name}: copied from {origin}" for name, origin in manifest.source.copied_steps.items()]
+    lines += [f"{_copies(steps)}; see {MANIFEST}"] if (steps := manifest.source.copied_steps) else []
     verb = "read back and checked" if written else "checked again"
     voices = f"{len(manifest.voices) or 'no'} voice{'' if len(manifest.voices) == 1 else 's'}"
     if not manifest.voices and (target := TARGETS.get(manifest.target)):

@@ -1,6 +1,6 @@
 """Installing a bundle where the program that loads it looks, and removing it from there."""
 
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..source.scan import hash_file
 from ..source.source import HUB_ID, is_hub_id
 from .consumers import SWIFT, Usage, commands, older_swift_folder, swift_folder
 from .location import locate_bundle
-from .manifest import Manifest
+from .manifest import Manifest, read_manifest
 from .placement import discard, leftovers, locked, place
 from .reader import open_bundle
 from .receipt import RECEIPT, Receipt, contents_of, is_as_placed, read_receipt, receipt, remove_files
@@ -104,7 +104,7 @@ def install(
 def uninstall(bundle: str | Path, identity: str | None = None, *, dry_run: bool = False, quiet: bool = True) -> Removal:
     """Remove what ``install`` put there for a bundle, which itself may be gone; return what was removed and what stays.
 
-    Raises UserError if nothing is installed under that name.
+    Raises UserError if nothing is installed under that name, or another bundle.
     """
     name = identity_of(bundle, identity)
     folder = swift_folder(name)
@@ -113,9 +113,15 @@ def uninstall(bundle: str | Path, identity: str | None = None, *, dry_run: bool 
         if not dry_run:
             with locked():
                 discard(folder)
+                _remove_empty(folder.parent)
         return Removal(name, folder, "unfinished", [path.name for path in unfinished], [])
     if before is None:
-        raise UserError(f"{folder}: nothing was installed there: give the name under which it was", Hint.INSTALLED_AS)
+        raise UserError(f"{folder}: nothing is installed there", Hint.INSTALLED_AS)
+    given = None
+    with suppress(UserError):  # a damaged bundle is no reason to keep its files there
+        given = read_manifest(Path(bundle))
+    if given and given.fingerprint != before.fingerprint:
+        raise UserError(f"{folder}: another bundle is installed as {name} ({before.description})", Hint.REMOVE_BY_NAME)
     with byte_bar("checking", sum(record.size for record in before.files.values()), quiet) as bar:
         ours = [path for path, record in before.files.items() if is_as_placed(folder, path, record, bar)]
     left = sorted({*contents_of(folder)} - {*ours, RECEIPT})
@@ -123,7 +129,14 @@ def uninstall(bundle: str | Path, identity: str | None = None, *, dry_run: bool 
         with locked():
             discard(folder)
             remove_files(folder, [*ours, RECEIPT])
+            _remove_empty(folder.parent)
     return Removal(name, folder, before.description, sorted(ours), left)
+
+
+def _remove_empty(user: Path) -> None:
+    """Remove the folder of a user's models if none is left in it."""
+    if user.is_dir() and not user.is_symlink() and not any(user.iterdir()):
+        user.rmdir()
 
 
 def identity_of(bundle: str | Path, identity: str | None = None) -> str:

@@ -92,7 +92,6 @@ def uniform(quantization: QuantizationConfig | None, target: str, dtype: str, co
     """Return the recipe that quantizes whole components alike, or nothing."""
     if quantization is None:
         return Recipe("float", target, dtype, description="nothing is quantized")
-    name = f"{quantization.bits}bit-g{quantization.group_size}"
-    return Recipe(
-        name, target, dtype, (Rule(quantization, components),), f"{quantization.label}: {', '.join(components)}"
-    )
+    bits, size = quantization.bits, quantization.group_size
+    description = f"{bits} bit g{size} {quantization.method}: {', '.join(components)}"  # stored: its words stay
+    return Recipe(f"{bits}bit-g{size}", target, dtype, (Rule(quantization, components),), description)

@@ -119,7 +119,7 @@ def check_voice_name(name: str, taken: Iterable[str] = ()) -> str:
         )
     same = [other for other in (*PRESETS, *taken) if other.casefold() == name.casefold()]
     if same:
-        raise UserError(f"voice {name}: the name of another voice ({same[0]})", Hint.RENAME_VOICE)
+        raise UserError(f"voice {name}: there is already a voice {same[0]}", Hint.RENAME_VOICE)
     return name
 
 

@@ -22,6 +22,7 @@ PRESETS = tuple(
     f"{style}{sex}{number}" for style, count in (("NAT", 4), ("VAR", 5)) for sex in "FM" for number in range(count)
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_OTHER = "was it made for another checkpoint?"
 _EMBEDDINGS = (BFLOAT16, np.dtype("<f2"), np.dtype("<f4"))
 
 
@@ -86,7 +87,8 @@ def check(voice: Voice, architecture: Architecture) -> None:
     """Raise ValueError for a voice that is none of this model's."""
     embeddings, cache, streams = voice.embeddings, voice.cache, 1 + architecture.n_q
     if embeddings.ndim != 4 or embeddings.shape[1:] != (1, 1, architecture.dim) or not len(embeddings):
-        raise ValueError(f"embeddings have shape {list(embeddings.shape)}, not [frames, 1, 1, {architecture.dim}]")
+        shape = f"{list(embeddings.shape)}, not [frames, 1, 1, {architecture.dim}]"
+        raise ValueError(f"embeddings have shape {shape} ({_OTHER})")
     slots = max(architecture.delays) + 2
     if cache.ndim != 3 or cache.shape[:2] != (1, streams) or not cache.shape[2]:
         raise ValueError(f"cache has shape {list(cache.shape)}, not [1, {streams}, slots]")
@@ -96,4 +98,4 @@ def check(voice: Voice, architecture: Architecture) -> None:
         raise ValueError("embeddings are not finite")
     largest = np.array([architecture.text_card] + [architecture.card] * architecture.n_q)[:, None]
     if not ((cache[0] >= -2) & (cache[0] <= largest)).all():
-        raise ValueError("cache holds numbers that are no tokens of this model")
+        raise ValueError(f"cache holds tokens that this model does not have ({_OTHER})")

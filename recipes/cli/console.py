@@ -60,6 +60,13 @@ def needs(option: str, value: object, other: str, given: object) -> None:
         raise UserError(f"{option} needs {other}: give both")
 
 
+def only_with_gptq(by_data: bool, **options: object) -> None:
+    """Raise UserError for options that have no effect where nothing is quantized ``by_data``."""
+    given = " and ".join(f"--{name}" for name, value in options.items() if value)
+    if given and not by_data:
+        raise UserError(f"only the method gptq takes {given}: leave {given} out, or choose --method gptq")
+
+
 def show_json(value: Mapping[str, Any]) -> None:
     """Print JSON for a program to read."""
     show(json.dumps(value, indent=1))

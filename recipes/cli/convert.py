@@ -77,10 +77,11 @@ def convert(
     settings |= {"target": target, "dtype": dtype, "method": method, "depformer_steps": depformer_steps}
     chosen = request.recipe if request else recipe_choice.make_recipe(recipe, **settings)
     which: dict[str, Any] = {"revision": revision, "adapter": adapter, "fill_depformer_steps": fill_depformer_steps}
+    console.only_with_gptq((request or chosen).needs_data, tokens=None if request else tokens, refine=fine_tune)
     quantizer.check_needed((request or chosen).needs_data, None if request else tokens, fine_tune, gpus)
     if plan_only:
         if request:
-            raise UserError("a dry run measures nothing: ppx-allocate writes the recipe for a size, and tells its own")
+            raise UserError("a dry run measures nothing: run ppx-allocate, and give its recipe as --recipe")
         planned = dry_runs.dry_run(where, chosen, output, tokens=tokens, gpus=gpus, workers=jobs, **which, quiet=quiet)
         console.show_json(planned.to_json()) if as_json else console.show(planned.text)
         return

@@ -84,7 +84,8 @@ def _show_removal(done: install.Removal, dry_run: bool, as_json: bool) -> None:
         console.show_json(typed_json.to_json(done) | {"folder": str(done.folder), "dry_run": dry_run})
         return
     verb = "would be removed" if dry_run else "removed"
-    console.show(f"{done.folder}: {len(done.removed)} files {verb} ({done.description})")
+    files = f"{len(done.removed)} file{'' if len(done.removed) == 1 else 's'}"
+    console.show(f"{done.folder}: {files} {verb} ({done.description})")
     for name in done.left:
         console.show(f"{name}: was not installed, or changed since: it stays")
 

@@ -33,7 +33,7 @@ DepformerSteps = Annotated[
 ]
 TargetSize = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Fit all files but manifest and report into 5.3GB, 800MB or the like."),
+    typer.Option(metavar="SIZE", help="Fit all files into 5.3GB or 800MB; manifest.json and report do not count."),
 ]
 BitsPerWeight = Annotated[
     float | None, typer.Option(min=1, max=32, help="Fit the whole model, scales and biases included, into so many.")

@@ -93,12 +93,14 @@ def _listen(bundles: tuple[Path, Path], names: tuple[str, str], asked: Listening
     options = asked.options
     if not as_json:
         recordings = ", ".join(file.name for file in asked.questions)
-        console.say(f"{options.pairs} pairs of answers to {recordings}, by {names[0]} (A) and {names[1]} (B)")
+        pairs = f"{options.pairs} pair{'' if options.pairs == 1 else 's'}"
+        console.say(f"{pairs} of answers to {recordings}, by {names[0]} (A) and {names[1]} (B)")
     page = listen(*bundles, asked.questions, asked.output, options, quiet=as_json)
     if as_json:
         console.show_json(asdict(page) | {"output": str(page.output)})
         return
-    console.show(f"{page.output}: {page.pairs} pairs of {page.seconds:.1f} s, {size(page.nbytes)}, one file")
+    pairs = f"{page.pairs} pair{'' if page.pairs == 1 else 's'}"
+    console.show(f"{page.output}: {pairs} of {page.seconds:.1f} s, {size(page.nbytes)}, one file")
     if page.equal:
         console.show(f"{page.equal} of the pairs have the same sound by both bundles, sample for sample")
     console.show(f"the key is sealed until the last pair is answered (sha256 {page.seal})")

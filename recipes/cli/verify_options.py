@@ -17,7 +17,7 @@ Adapter = Annotated[
     typer.Option(help="Merge this LoRA into it.  [default: the one that the manifest names, if on the Hub]"),
 ]
 Tokens = Annotated[Path | None, typer.Option(help="Read evaluation tokens [N, streams, T], in safetensors.")]
-Audio = Annotated[Path | None, typer.Option(help="Read a WAV file, a question after the system prompt.")]
+Audio = Annotated[Path | None, typer.Option(help="Read a recording, a question after the system prompt.")]
 Sequences = Annotated[int | None, typer.Option(min=1, help="Take at most so many sequences, or voices.")]
 Frames = Annotated[int | None, typer.Option(min=2, help="Take at most so many frames of each (80 ms).")]
 Rollout = Annotated[int, typer.Option(min=0, max=10000, help="Generate so many frames, greedily, on both.")]

@@ -36,7 +36,7 @@ def voice(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Write this file.  [default: NAME.safetensors, here]"),
     ] = None,
-    consent: voice_options.Consent = None,
+    consent: voice_options.NeededConsent = None,
     revision: options.Revision = None,
     adapter: options.Adapter = None,
     fill_depformer_steps: options.FillDepformerSteps = False,

@@ -20,6 +20,10 @@ Consent = Annotated[
     str | None,
     typer.Option(metavar="WORDS", help="Say who agreed to what, for a recording. It is stored and published."),
 ]
+NeededConsent = Annotated[
+    str | None,
+    typer.Option(metavar="WORDS", help="Say who agreed to what. It is stored and published.  [required]"),
+]
 SpeakerConsent = Annotated[str | None, typer.Option(metavar="WORDS", help="Say who agreed to what, for a recording.")]
 
 

@@ -68,13 +68,15 @@ def test_recordings_become_tokens(pico, tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--sessions", "2", "--tokens", "own"], "--sessions is for self-generated conversations"),
-        (["--tokens", "nothing.safetensors"], "nothing.safetensors: No such file"),
+        (["--tokens", "nothing.safetensors"], "nothing.safetensors: No such file or directory: check the path"),
+        (["--tokens", "me.wav"], "a safetensors file of tokens is needed: ppx-calibrate makes one from recordings"),
         (["--tokens", "own", "--frames", "251"], "no conversation is 251 frames long (20 s)"),
         (["--audio", "nothing.wav"], "nothing.wav: No such file"),
     ],
 )
 def test_mistakes(options, message, program, pico, tmp_path):
     options = [str(pico / "calibration_tokens.safetensors") if option == "own" else option for option in options]
+    (tmp_path / "me.wav").write_bytes(b"RIFF\x24\0\0\0WAVEfmt " + bytes(100))
     done = program("ppx-calibrate", pico, *options, "-o", "c.safetensors", cwd=tmp_path, status=2)
     assert message in done.stderr
     assert not (tmp_path / "c.safetensors").exists()

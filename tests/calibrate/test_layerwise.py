@@ -373,16 +373,17 @@ def test_an_interrupt_says_how_many_matrices_are_kept(program, pico, few, tmp_pa
 def test_tokens_without_gptq_are_an_error_everywhere(more, program, pico, few, tmp_path):
     """Before anything is read: the source is not looked at."""
     done = program("ppx-convert", pico, "--tokens", few, *more, "-o", "out", cwd=tmp_path, status=2)
-    assert done.stderr == (
-        "error: calibration tokens and fine-tuning are for the method gptq: "
-        "leave --tokens and --refine out, or choose --method gptq\n"
-    )
+    assert done.stderr == ("error: only the method gptq takes --tokens: leave --tokens out, or choose --method gptq\n")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_options_for_another_method_are_refused(program, pico, few, tmp_path):
-    for options in (("--calibration", few), ("--refine", "2")):
+    for options, given in (
+        (("--calibration", few), "--tokens"),
+        (("--refine", "2"), "--refine"),
+        (("--calibration", few, "--refine", "2"), "--tokens and --refine"),
+    ):
         done = program("ppx-convert", pico, *options, "-o", "out", cwd=tmp_path, status=2)
-        assert "are for the method gptq: leave --tokens and --refine out, or choose --method gptq" in done.stderr
+        assert f"only the method gptq takes {given}: leave {given} out, or choose --method gptq" in done.stderr
     done = program("ppx-convert", pico, "--method", "gptq", "--calibration", "nothing", cwd=tmp_path, status=2)
     assert "nothing: no such file" in done.stderr

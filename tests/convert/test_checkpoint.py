@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -124,7 +125,10 @@ def test_eight_steps_are_refused_unless_filling_is_asked_for(pico_copy, program,
     whole = read["depformer.layers.0.self_attn.out_proj.weight"]
     np.testing.assert_array_equal(bits(across), bits(whole[500:530]))
 
-    program("ppx-convert", pico_copy, "--fill-depformer-steps", "-o", "out", cwd=tmp_path)
+    done = program("ppx-convert", pico_copy, "--fill-depformer-steps", "-o", "out", cwd=tmp_path)
+    assert re.search(
+        r"^depformer steps 0-7 are copied to 8-15, in \d+ tensors; .*zeros; see manifest.json$", done.stdout, re.M
+    )
     copied_steps = json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["filled"]
     assert copied_steps["linears.11.weight"] == "linears.3.weight"
     assert copied_steps["depformer_emb.7.weight"] == "zeros"

@@ -205,7 +205,7 @@ def test_float16_reports_what_did_not_fit(pico_copy, program, tmp_path):
     tensors["text_emb.weight"][3, 5], tensors["text_emb.weight"][4, 6] = 1e6, 1e-12
     save_file(tensors, pico_copy / "model.safetensors")
     done = program("ppx-convert", pico_copy, "--dtype", "float16", "-o", "out", cwd=tmp_path)
-    assert "1 values were too large in float16" in done.stdout
+    assert "1 value was too large in float16" in done.stdout
     manifest = manifest_of(tmp_path / "out")
     entry = next(entry for entry in manifest["tensors"] if entry["source"] == "text_emb.weight")
     assert manifest["overflowed"] == entry["overflowed"] == 1
@@ -232,7 +232,7 @@ def test_a_dry_run_writes_nothing_and_adds_up(pico, program, tmp_path, bundle):
     parameters = sum(tensor.numel() for tensor in load_file(pico / "model.safetensors").values())
     assert sum(entry["parameters"] for entry in said["tensors"]) == said["parameters"] == parameters
     text = program("ppx-convert", pico, "--dry-run", cwd=tmp_path).stdout
-    for wanted in ("temporal.safetensors", "4 bit g64 lsq", "kept, float16", "bits per weight", "free disk", "memory"):
+    for wanted in ("temporal.safetensors", "4 bit g64 mse", "kept, float16", "bits per weight", "free disk", "memory"):
         assert wanted in text
 
 

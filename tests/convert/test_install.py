@@ -110,9 +110,7 @@ def test_removing_takes_away_what_was_put_there_and_nothing_else(mine, there, ho
     assert "voices/other.safetensors: was not installed, or changed since: it stays" in said.stdout
     assert set(tree(there)) == {"voices/other.safetensors", ".cache/note"}
     said = program("ppx-install", "mine", "--as", ME, "--remove", cwd=tmp_path, environment=environment, status=2)
-    assert "nothing was installed there: give its name with --as" in said.stderr.replace("\n", " ").replace(
-        "give the name under which it was: ", ""
-    )
+    assert said.stderr.endswith("nothing is installed there: give the name that it was installed as with --as\n")
 
 
 def test_another_bundle_takes_the_place_of_the_one_that_was_installed(mine, bundle, there):
@@ -128,6 +126,33 @@ def test_another_bundle_takes_the_place_of_the_one_that_was_installed(mine, bund
     assert again.unchanged
     assert again.replaces is None
     assert [path.name for path in there.parent.iterdir()] == ["personaplex"]
+
+
+def test_only_the_bundle_that_is_installed_is_removed(mine, bundle, there):
+    other = bundle("--recipe", "8bit")
+    install(other, ME)
+    with pytest.raises(
+        UserError, match=r"another bundle is installed as me/personaplex \(pico, recipe 8bit, 26 files linked\)"
+    ):
+        uninstall(mine, ME)
+    assert there.is_dir()
+    assert uninstall(ME).left == []
+    assert not there.parent.exists()
+
+
+def test_the_folder_of_a_user_stays_while_another_model_is_in_it(mine, there):
+    install(mine, ME)
+    install(mine, "me/other")
+    uninstall(mine, ME)
+    assert [path.name for path in there.parent.iterdir()] == ["other"]
+
+
+def test_what_was_installed_of_a_damaged_bundle_is_removed(mine, there):
+    install(mine, ME)
+    (mine / "manifest.json").unlink()  # which is linked
+    (mine / "manifest.json").write_text("{")
+    assert uninstall(mine, ME).left == []
+    assert not there.exists()
 
 
 def test_copies_are_files_of_their_own(mine, there):
@@ -288,7 +313,7 @@ def test_a_killed_installation_is_removed(mine, there):
     assert done.returncode == -signal.SIGKILL
     assert not there.exists()
     assert uninstall(mine, ME).removed == [".personaplex.ppx-partial"]
-    assert list(there.parent.iterdir()) == []
+    assert not there.parent.exists()
 
 
 def test_two_installations_wait_for_each_other(mine, there):

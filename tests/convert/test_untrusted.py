@@ -111,7 +111,7 @@ def test_an_adapter_of_somebody_unknown_is_no_file() -> None:
 def test_a_name_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="not the name of a file"):
         open_regular(Path("a\0b"))
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="No such file or directory: check the path"):
         open_regular(tmp_path / "nothing")
 
 

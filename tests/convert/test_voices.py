@@ -133,7 +133,7 @@ def test_a_pickle_that_wants_code_gets_none(tmp_path, architecture):
         (voice(embeddings=torch.full((6, 1, 1, 256), torch.nan, dtype=torch.bfloat16)), "not finite"),
         (voice(embeddings="x"), "embeddings is str"),
         (voice(cache=torch.zeros(1, 16, 4, dtype=torch.int64)), r"cache has shape \[1, 16, 4\]"),
-        (voice(cache=torch.full((1, 17, 4), 1 << 40)), "no tokens of this model"),
+        (voice(cache=torch.full((1, 17, 4), 1 << 40)), "tokens that this model does not have"),
         (voice(cache=torch.zeros(1, 17, 0, dtype=torch.int64)), r"cache has shape \[1, 17, 0\]"),
         (voice(cache=torch.zeros(1, 17, 1, dtype=torch.int64).expand(1, 17, 10**9)), "claims 136000000000 bytes"),
         (voice(embeddings=torch.zeros(1, 1, 1, 256).expand(10**8, 1, 1, 256)), "claims 102400000000 bytes"),

@@ -132,5 +132,5 @@ def test_a_dry_run_says_how_long_a_conversion_takes(pico, tmp_path, monkeypatch)
 def test_a_size_takes_tokens_and_refinement_only_with_gptq(pico, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ("convert", pico, "--target-size", "1KB", "--refine", "3")
-    assert "are for the method gptq" in run(*common).stderr
+    assert "only the method gptq takes --refine: leave --refine out" in run(*common).stderr
     assert "the smallest bundle for mlx is larger" in run(*common, "--method", "gptq").stderr

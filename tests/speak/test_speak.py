@@ -485,7 +485,7 @@ def test_a_strangers_bundle_is_looked_at_before_it_speaks(demos, tmp_path):
     nan = voice["embeddings"].copy()
     nan[2] = np.nan
     broken = {
-        "no tokens of this model": {"cache": token},
+        "cache holds tokens that this model does not have": {"cache": token},
         "not finite": {"embeddings": nan},
         "embeddings have shape": {"embeddings": voice["embeddings"][..., :9]},
         "cache has shape": {"cache": voice["cache"][:, :9]},

@@ -1,5 +1,6 @@
 """The model card of a bundle, ``README.md``, and its ``NOTICE``: rendered from the manifest and the report alone."""
 
+import re
 import shlex
 import string
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ...convert.source.source import HUB_ID, is_hub_id
 from ...convert.source.tensors import roles
 from ...model.kernel_test import workarounds
 from ...model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED
+from ...quant.affine import method_name
 from .. import headline
 from .. import report as reports
 from ..records import Report
@@ -47,7 +49,7 @@ def files(
     data, target = metadata(manifest, source_license, bases), TARGETS.get(manifest.target)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)  # noqa: S701  (Markdown)
     environment.filters |= {"size": size, "count": count, "short": reports.short}
-    environment.filters |= {"plain": _plain, "code": _code, "literal": _literal}
+    environment.filters |= {"plain": _plain, "code": _code, "literal": _literal, "methods": _methods}
     text = environment.from_string((resources(__package__) / "templates" / "card.md").read_text("utf-8")).render(
         manifest=manifest,
         report=report,
@@ -198,6 +200,11 @@ def _plain(text: object) -> str:
 def _literal(text: str) -> str:
     """Return untrusted words so that Markdown shows every character as it is."""
     return "".join(f"\\{one}" if one in string.punctuation else one for one in text if one.isprintable())
+
+
+def _methods(recipe: str) -> str:
+    """Return a stored recipe with its methods as people call them, which a recipe file may."""
+    return re.sub(r"\blsq(_unweighted)?\b", lambda found: method_name(found[0]), recipe)
 
 
 def _code(text: str) -> str:

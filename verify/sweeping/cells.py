@@ -11,7 +11,7 @@ from ...convert.bundle.manifest import TOOLKIT
 from ...convert.bundle.recipe import Recipe
 from ...convert.bundle.recipe_file import to_toml
 from ...convert.errors import UserError
-from ...quant.affine import DATA_DRIVEN, stored_method
+from ...quant.affine import DATA_DRIVEN, method_name, stored_method
 from .settings import NO_DATA, CalibrationSet, Evaluation, Pattern, Sweep, SweepRecipe, SweepSource
 
 _LIBRARIES = ("ml_dtypes", "mlx", "numba", "numpy", "safetensors", "torch")
@@ -41,16 +41,21 @@ class Cell:
 
     @property
     def methods(self) -> str:
-        """The methods of its rules, such as ``gptq``."""
+        """The methods of its rules as they are stored, such as ``gptq``."""
         if self.request:
             return self.request.method
         used = {rule.quantization.method for rule in self.quantized.rules if rule.quantization}
         return "+".join(sorted(used)) or "float"
 
     @property
+    def method_names(self) -> str:
+        """The methods of its rules as people call them."""
+        return "+".join(map(method_name, self.methods.split("+")))
+
+    @property
     def name(self) -> str:
         """``SOURCE/RECIPE-METHOD-CALIBRATION``, which names its folder."""
-        parts = [self.recipe.name, self.method, self.calibration.name if self.calibration else ""]
+        parts = [self.recipe.name, method_name(self.method), self.calibration.name if self.calibration else ""]
         return f"{self.source.name}/{'-'.join(part for part in parts if part)}"
 
     @property

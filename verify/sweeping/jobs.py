@@ -102,7 +102,7 @@ def jobs_of(sweep: Sweep, cells: Sequence[Cell], place: Place, keep: str) -> lis
                 shared.setdefault(measured.work.key, measured)
         stands_for = identity(cell, mark, tokens.identity if tokens else None, evaluated)
         names = {"name": cell.name, "identity": stands_for, "source": cell.source.name, "recipe": cell.recipe.name}
-        names |= {"method": cell.methods, "calibration": cell.calibration.name if cell.calibration else ""}
+        names |= {"method": cell.method_names, "calibration": cell.calibration.name if cell.calibration else ""}
         work = CellWork(
             key=folder_of(cell.name, stands_for),
             source=source,

@@ -42,7 +42,7 @@ def plan_json(made: Sequence[Estimate]) -> dict[str, Any]:
                 "name": one.cell.name,
                 "source": one.cell.source.name,
                 "recipe": one.cell.recipe.name,
-                "method": one.cell.methods,
+                "method": one.cell.method_names,
                 "calibration": one.cell.calibration and one.cell.calibration.name,
                 "bytes": one.nbytes,
                 "at_most": one.at_most,
