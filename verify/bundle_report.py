@@ -52,6 +52,7 @@ def verify(
     adapter: str | None = None,
     options: VerifyOptions | None = None,
     same_source: bool = False,
+    keep: bool = False,
     quiet: bool = True,
 ) -> Report:
     """Compare a bundle with its checkpoint; write the report and the card into it, and return the report.
@@ -63,12 +64,15 @@ def verify(
 
     reference: a Hub id, a folder, ``demo``, or an open source; the checkpoint it was made from if that can be found.
     adapter: the LoRA that was merged, if it cannot be found. options: what to read. same_source: whether an open source
-    is known to be the one that the bundle was made from, which is checked otherwise. Raises UserError for what cannot
+    is known to be the one that the bundle was made from, which is checked otherwise. keep: whether a report of this
+    bundle stays that calls it intact on tokens or audio that somebody chose. Raises UserError for what cannot
     be compared; a bundle that does not pass is in the report's verdict.
     """
     folder, options = Path(bundle), options or VerifyOptions()
     manifest = manifest_of(folder)
     made_from, steps = manifest.source, manifest.architecture.steps
+    if keep and (kept := _chosen_report_of(folder)):
+        return kept
     if isinstance(reference, Source):
         command = command_of(folder, reference.location.identity, adapter, options)
         report = _leave_report(trimmed(reference, steps), folder, options, command, same_source, quiet)
@@ -107,11 +111,8 @@ def report_of(bundle: Path) -> Report | None:
     return report if report.is_about(manifest) else None
 
 
-def chosen_report_of(bundle: Path) -> Report | None:
-    """Return a bundle's report if it is intact by it, on tokens or audio that somebody chose; None for any other.
-
-    It tells more than the verification of the system prompt that a conversion ends with.
-    """
+def _chosen_report_of(bundle: Path) -> Report | None:
+    """Return a bundle's report if it is intact by it, on tokens or audio that somebody chose; None for any other."""
     with suppress(UserError):  # a report that cannot be read proves nothing
         report = report_of(bundle)
         if report and report.verdict.passed and report.tokens.kind != SYSTEM_PROMPT:
@@ -192,7 +193,9 @@ def text(report: Report, bundle: Path) -> str:
     lines = [headline.headline(report)]
     lines.append(f"{name} is {verdict}: {sequences} of {tokens.frames} frames, {tokens.kind}")
     if tokens.kind == SYSTEM_PROMPT:
-        lines.append("limits are wide for a system prompt: ppx-verify --tokens of recorded conversations is sharper")
+        lines.append(
+            "limits are wide for a system prompt: recorded conversations give a sharper verdict"
+        )
     lines.append(f"{'':<41}{'bundle':>8}  {'plain':>8}  {'limit':>8}  {'noise floor':>11}")
     for row in reports.figures(report):
         bound = f"{row.sign} {reports.short(row.bound)}"

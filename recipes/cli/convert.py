@@ -96,9 +96,8 @@ def convert(
         done = opened.write(chosen, by_data if needs_data else None, jobs, added(opened.source))
         console.show(describe.finished(done.folder, done.manifest, done.files_written)) if not as_json else None
         console.advise("--method", None if as_json else forecast.advice(opened.source, chosen))
-        same: dict[str, Any] = {"adapter": adapter, "same_source": True, "quiet": quiet}
-        kept = bundle_report.chosen_report_of(done.folder) if verify and not done.files_written else None
-        report = kept or (bundle_report.verify(done.folder, opened.source, **same) if verify else None)
+        same: dict[str, Any] = {"adapter": adapter, "same_source": True, "keep": not done.files_written, "quiet": quiet}
+        report = bundle_report.verify(done.folder, opened.source, **same) if verify else None
     verdict = {"verdict": typed_json.to_json(report.verdict)} if report else {}
     console.show_json(done.to_json() | verdict) if as_json else None
     if report is None:  # a verification writes the card itself

@@ -180,7 +180,7 @@ def test_the_commands_of_the_sweeps_page_are_commands(monkeypatch, tmp_path):
     monkeypatch.setattr(sweeps, "dry_run", planned)
     monkeypatch.setattr(sweeps, "sweep", lambda file, output, **options: calls.append((file, output, options)))
     monkeypatch.setattr(sweeps, "fail_if_failed", lambda _: None)
-    summary = SimpleNamespace(plan_text=lambda *_: "", result_text=lambda _: "")
+    summary = SimpleNamespace(plan_text=lambda *_, **__: "", result_text=lambda _: "")
     monkeypatch.setattr(program_of_sweeps, "summary", summary)
     for command in commands_of(PAGES["sweeps.md"]):
         name, *arguments = shlex.split(command)
