@@ -193,9 +193,7 @@ def text(report: Report, bundle: Path) -> str:
     lines = [headline.headline(report)]
     lines.append(f"{name} is {verdict}: {sequences} of {tokens.frames} frames, {tokens.kind}")
     if tokens.kind == SYSTEM_PROMPT:
-        lines.append(
-            "limits are wide for a system prompt: recorded conversations give a sharper verdict"
-        )
+        lines.append("limits are wide for a system prompt: recorded conversations give a sharper verdict")
     lines.append(f"{'':<41}{'bundle':>8}  {'plain':>8}  {'limit':>8}  {'noise floor':>11}")
     for row in reports.figures(report):
         bound = f"{row.sign} {reports.short(row.bound)}"
