@@ -255,7 +255,8 @@ def test_the_command_makes_the_same_bundle_again(made, program, pico, tmp_path):
     manifest, report = made
     text = card.files(Manifest.from_json(manifest), report)["README.md"]
     (tmp_path / "recipe.toml").write_text(re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0])
-    (tmp_path / manifest["source"]["id"]).symlink_to(pico)
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / manifest["source"]["id"]).symlink_to(pico)
     command = re.findall(r"```sh\n(ppx-convert .*)\n```", text)[0].split()
     program(*command, cwd=tmp_path)
     again = json.loads((tmp_path / "bundle" / "manifest.json").read_text())

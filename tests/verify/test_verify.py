@@ -81,7 +81,7 @@ def test_what_is_left_in_the_bundle(mine, program, pico, tmp_path):
     assert not list(folder.glob(".parity*"))
     report = left(folder)
     assert f"report: {folder / 'parity' / 'report.html'}" in done.stdout
-    assert report["command"] == f"ppx-verify mine --reference {pico.name} --sequences 1 --frames 40 --rollout 5"
+    assert report["command"] == f"ppx-verify mine --reference path/to/{pico.name} --sequences 1 --frames 40 --rollout 5"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert report["bundle"]["files"] == manifest["files"]
     tensors = {name for entry in manifest["tensors"] for name in entry.get("outputs", ())[:1]}
@@ -115,7 +115,8 @@ def test_reports_of_the_same_input_are_the_same_but_for_times(verified, mine, pr
     for folder in folders:
         report = left(folder)
         assert report.pop("times").keys() == {"began", "seconds"}
-        assert report.pop("command") == f"ppx-verify {folder.name} --reference {pico.name} --sequences 1 --frames 40"
+        given = f"--reference path/to/{pico.name} --sequences 1 --frames 40"
+        assert report.pop("command") == f"ppx-verify {folder.name} {given}"
         found.append(json.dumps(report))
     assert found[0] == found[1]
     pictures = [
