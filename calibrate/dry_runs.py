@@ -46,7 +46,7 @@ class DryRun:
             lines.append(f"download: {describe.size(self.download)} from the Hub, about {at}")
             both = describe.size(self.download + self.plan.free_disk)
             lines.append(f"download and bundle take {both} of disk together")
-        threads = f"{self.workers} thread{'s' if self.workers > 1 else ''}"
+        threads = describe.counted(self.workers, "thread")
         lines.append(
             f"conversion: about {duration(self.seconds)} on this machine with {threads} and a disk of 1 GB/s; "
             "comparing it with the source at the end is not in that"

@@ -65,13 +65,13 @@ def adam_in_backward(matrices: Mapping[MatrixKey, LowMemoryMatrix]) -> AdamInBac
         optimizer = make(groups, betas=BETAS, eps=_EPSILON, weight_decay=0, bf16_stochastic_round=True)
         adam.optimizers[key] = optimizer
         skip = partial(adam.skipped.append, key)
-        update = partial(_update, optimizer, skip)
-        for parameter, hook in (
-            (matrix.scales, update),
-            (matrix.biases, update),
-            (matrix.offsets, partial(_update_offsets, update, matrix)),
-        ):
-            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        for parameter in (matrix.scales, matrix.biases, matrix.offsets):
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(_update, optimizer, skip)
+            )
+        matrix.offsets.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            partial(_carry, matrix)  # behind the update: hooks run in the order in which they are registered
+        )
     return adam
 
 
@@ -99,8 +99,7 @@ def _update(optimizer: Optimizer, skip: Callable[[], object], parameter: Tensor)
     parameter.grad = None
 
 
-def _update_offsets(update: Callable[[Tensor], object], matrix: LowMemoryMatrix, parameter: Tensor) -> None:
-    update(parameter)
+def _carry(matrix: LowMemoryMatrix, _: Tensor) -> None:
     matrix.carry()
 
 

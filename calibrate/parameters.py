@@ -91,8 +91,8 @@ class LowMemoryMatrix:
     def carry(self) -> None:
         """Add the whole part of the offsets to the codes, so that a decay of offsets takes them to the nearest code."""
         top = (1 << self.quantization.bits) - 1
-        whole = self.offsets.round()
-        whole = whole.clamp_(-self.codes.to(whole.dtype), top - self.codes.to(whole.dtype))
+        codes = self.codes.to(self.offsets.dtype)
+        whole = self.offsets.round().clamp_(-codes, top - codes)
         self.codes.add_(whole.to(torch.int8).view(torch.uint8))  # modulo 256
         self.offsets.sub_(whole)
 

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from ..convert.bundle.describe import counted
 from ..convert.bundle.plan import Plan
 from ..convert.bundle.quantized_store import LayerwiseQuantizer
 from ..convert.conversion import OpenConversion, QuantizerOf
@@ -29,7 +30,7 @@ def check_needed(by_data: bool, tokens: str | Path | None, fine_tune: int, gpus:
 def check_gpus(count: int) -> None:
     """Raise UserError for more GPUs than this machine has; one is always allowed, as the processor takes its place."""
     if count > 1 and count > (there := gpus_here()):
-        has = f"{there} GPU{'s' if there > 1 else ''}" if there else "no GPU of CUDA"
+        has = counted(there, "GPU") if there else "no GPU of CUDA"
         raise UserError(f"{count} GPUs are asked for, and this machine has {has}", Hint.FEWER_GPUS)
 
 

@@ -76,8 +76,11 @@ class TensorFile:
     Not memory-mapped: mapped pages would count as this process's memory, and a truncated file would kill it.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open a file; raises UserError if it is not there or not a whole safetensors file."""
+    def __init__(self, path: Path, otherwise: Hint = Hint.DOWNLOAD_AGAIN) -> None:
+        """Open a file; raises UserError if it is not there or not a whole safetensors file.
+
+        otherwise: what to do about one that is not.
+        """
         self.path = path
         self._descriptor = -1
         self._descriptor = open_regular(path)
@@ -97,7 +100,7 @@ class TensorFile:
         except (OSError, SafetensorError) as error:
             self.close()
             raise UserError(
-                Problem(str(path), f"not a complete safetensors file ({reason(error)})", Hint.DOWNLOAD_AGAIN)
+                Problem(str(path), f"not a complete safetensors file ({reason(error)})", otherwise)
             ) from None
         names: list[str] = []  # of every object in the header, the tensors' among them
 

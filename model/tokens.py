@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -134,12 +134,7 @@ def read_token_file(path: Path, architecture: Architecture) -> Tokens:
     """Return ``tokens`` ``[N, streams, T]`` of a safetensors file, not delayed; raises UserError for unusable ones."""
     if path.is_file() and path.stat().st_size > _LARGEST:
         raise UserError(f"{path}: over 1 GiB: not a token file")
-    try:
-        file = TensorFile(path)
-    except UserError as error:
-        found = error.problems  # of a file that was made, not downloaded, or of another kind
-        again = [replace(one, hint=Hint.MAKE_TOKENS) if one.hint is Hint.DOWNLOAD_AGAIN else one for one in found]
-        raise UserError(again) from None
+    file = TensorFile(path, Hint.MAKE_TOKENS)
     try:
         spec = file.specs.get("tokens")
         streams = 1 + architecture.n_q

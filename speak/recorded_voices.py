@@ -137,7 +137,9 @@ def voice_for_bundle(bundle: Bundle, path: Path, consent: str | None, codec: Cod
     check_voice_path(path, consent)
     a, rows = bundle.architecture, bundle_rows(bundle)
     if path.suffix != SUFFIX:
-        return make_voice(path.stem, _tokens(path, codec, a), a, rows)
+        codes = _tokens(path, codec, a)
+        codec.reset()  # the conversation begins without what the voice left in it
+        return make_voice(path.stem, codes, a, rows)
     stored = read_voice_file(path, a)
     voice = make_voice(stored.voice.name, stored.origin.codes, a, rows)
     expected = stored.voice.embeddings.astype(np.float32)
@@ -199,7 +201,6 @@ def _tokens(path: Path, codec: Codec, architecture: Architecture) -> NDArray[np.
     samples = np.pad(normalized(samples, path), (0, count * FRAME - len(samples)))
     codec.reset()
     codes = np.stack([codec.encode(frame) for frame in samples.reshape(count, FRAME)], 1)
-    codec.reset()  # for whoever uses it next
     if codes.max() >= architecture.card:
         raise UserError(
             f"{codec.path}: returns tokens outside the vocabulary of this model: it is the codec of another one"

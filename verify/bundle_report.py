@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from ..convert.bundle.describe import counted
 from ..convert.bundle.location import published_as
 from ..convert.bundle.manifest import manifest_of, read_manifest
 from ..convert.bundle.workspace import write_durably
@@ -187,7 +188,7 @@ def text(report: Report, bundle: Path) -> str:
     verdict, tokens = headline.verdict(report).lower(), report.tokens
     page, published = report_home(bundle) / reports.FOLDER / reports.HTML, published_as(bundle)
     name = published[0] if published else bundle
-    sequences = f"{tokens.sequences} sequence{'s' if tokens.sequences > 1 else ''}"
+    sequences = counted(tokens.sequences, "sequence")
     if not report.predictions:
         return f"{name} is {verdict}: nothing was computed, it could not be read\nreport: {page}"
     lines = [headline.headline(report)]

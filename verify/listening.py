@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..convert.bundle.describe import counted
 from ..convert.bundle.destination import check_new_file
 from ..convert.bundle.location import published_as
 from ..convert.bundle.manifest import manifest_of
@@ -100,7 +101,7 @@ def listen(
         raise UserError("no recording to answer: give at least one")
     files = [Path(question) for question in questions]
     if len(files) > options.pairs:
-        wanted = f"{options.pairs} pair{'' if options.pairs == 1 else 's'}"
+        wanted = counted(options.pairs, "pair")
         raise UserError(f"{len(files)} recordings for {wanted}: give at least as many pairs as recordings")
     side_a, side_b = (_side(folder) for folder in folders)
     asked = [_question(file) for file in files]

@@ -10,7 +10,7 @@ from ..convert.errors import UserError, printable
 from ..convert.hints import Hint
 from ..convert.source import adapter as adapters
 from ..convert.source import demo
-from ..convert.source.source import Source, is_hub_id
+from ..convert.source.source import Source, anywhere, is_hub_id
 from ..model.mlx_device import ARITHMETICS
 from .options import VerifyOptions
 
@@ -55,9 +55,7 @@ def command_of(bundle: Path, reference: str | None, adapter: str | None, options
     published = published_as(bundle)
     words = ["ppx-verify", published[0] if published else bundle.resolve().name]
     words += ["--revision", published[1]] if published else []
-    if reference:
-        local = reference not in demo.SIZES and not is_hub_id(reference)
-        words += ["--reference", f"path/to/{Path(reference).name}" if local else reference]
+    words += ["--reference", anywhere(reference)] if reference else []
     if adapter:
         words += ["--adapter", adapters.named(adapter)]
     for option, path in (("--tokens", options.tokens), ("--audio", options.audio)):

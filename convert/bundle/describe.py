@@ -124,8 +124,7 @@ def text(plan: Plan, workers: int) -> str:
     if not plan.inventory.voices:
         lines.append(f"no voices, as the source has none: {plan.target.without_voices}")
     if voices:
-        presets = f"{len(voices)} preset{'' if len(voices) == 1 else 's'}"
-        lines.append(f"voices/ ({size(sum(file.nbytes for file in voices))}): {presets}")
+        lines.append(f"voices/ ({size(sum(file.nbytes for file in voices))}): {counted(len(voices), 'preset')}")
     lines += [
         f"{file.name} ({size(file.nbytes)}): {f'copy of {file.copy}' if file.copy else 'written from the plan'}"
         for file in plan.files
@@ -156,6 +155,11 @@ def _copies(copied_steps: Mapping[str, str]) -> str:
     zeros = [name for name, origin in copied_steps.items() if origin == ZEROS]
     line = f"depformer steps 0-7 are copied to 8-15, in {len(copied_steps) - len(zeros)} tensors"
     return f"{line}; {', '.join(zeros)}, which has no counterpart, is filled with zeros" if zeros else line
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things, such as ``1 file`` or ``2 files``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def size(nbytes: float) -> str:

@@ -16,7 +16,7 @@ from ..source.tensors import roles, stored_as
 from ..source.voices import read_voices
 from ..tensorfile import DTYPES, TensorFile
 from ..typed_json import Key
-from .describe import size
+from .describe import counted, size
 from .location import locate_bundle
 from .manifest import Manifest, files_of, read_manifest
 from .speech_swift import CODEC as SWIFT_CODEC
@@ -205,7 +205,7 @@ def text(contents: Contents, every_tensor: bool = False) -> str:
         bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}"
         counts = f"{row.tensors:>8}{row.parameters:>16,}{size(row.nbytes):>11}{bits:>13}"
         lines.append(f"{row.component:<12}{counts}  {', '.join(row.dtypes)}")
-    named = f"{len(contents.voices)} voice{'' if len(contents.voices) == 1 else 's'}: {', '.join(contents.voices)}"
+    named = f"{counted(len(contents.voices), 'voice')}: {', '.join(contents.voices)}"
     lines += ["", named if contents.voices else "no voices"]
     if every_tensor:
         lines.append("")

@@ -174,6 +174,11 @@ def _required(source: str) -> tuple[str, ...]:
     return (VOICES, CONFIG) if source == DEFAULT else ()
 
 
+def anywhere(source: str) -> str:
+    """Return a source as a command for any machine names it: ``path/to/NAME`` for what is local."""
+    return source if source in demo.SIZES or is_hub_id(source) else f"path/to/{Path(source).name}"
+
+
 def is_hub_id(source: str) -> bool:
     """Tell whether a source is looked for on the Hub: it is no demo and nothing on this machine, and has its form."""
     local = source in demo.SIZES or source.startswith((".", os.sep, "~")) or Path(source).exists()

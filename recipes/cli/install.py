@@ -7,7 +7,7 @@ import typer
 
 from ...convert import typed_json
 from ...convert.bundle import install
-from ...convert.bundle.describe import size
+from ...convert.bundle.describe import counted, size
 from ...convert.errors import UserError
 from . import bundle_argument, console, endings, options
 
@@ -84,8 +84,7 @@ def _show_removal(done: install.Removal, dry_run: bool, as_json: bool) -> None:
         console.show_json(typed_json.to_json(done) | {"folder": str(done.folder), "dry_run": dry_run})
         return
     verb = "would be removed" if dry_run else "removed"
-    files = f"{len(done.removed)} file{'' if len(done.removed) == 1 else 's'}"
-    console.show(f"{done.folder}: {files} {verb} ({done.description})")
+    console.show(f"{done.folder}: {counted(len(done.removed), 'file')} {verb} ({done.description})")
     for name in done.left:
         console.show(f"{name}: was not installed, or changed since: it stays")
 

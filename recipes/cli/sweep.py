@@ -60,8 +60,10 @@ def sweep(
     """
     if dry_run:
         settings, made = sweeps.dry_run(file)
-        text = summary.plan_text(settings, made, on_ray=ray is not None)
-        console.show_json(summary.plan_json(made)) if as_json else console.show(text)
+        if as_json:
+            console.show_json(summary.plan_json(made))
+        else:
+            console.show(summary.plan_text(settings, made, on_ray=ray is not None))
         return
     if output is None:
         raise UserError("no folder for the results is given: use --output, or --dry-run")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...convert.bundle.describe import size
+from ...convert.bundle.describe import counted, size
 from ...convert.bundle.location import locate_bundle
 from ...convert.errors import UserError
 from ...model.prompt import VOICE
@@ -93,14 +93,13 @@ def _listen(bundles: tuple[Path, Path], names: tuple[str, str], asked: Listening
     options = asked.options
     if not as_json:
         recordings = ", ".join(file.name for file in asked.questions)
-        pairs = f"{options.pairs} pair{'' if options.pairs == 1 else 's'}"
+        pairs = counted(options.pairs, "pair")
         console.say(f"{pairs} of answers to {recordings}, by {names[0]} (A) and {names[1]} (B)")
     page = listen(*bundles, asked.questions, asked.output, options, quiet=as_json)
     if as_json:
         console.show_json(asdict(page) | {"output": str(page.output)})
         return
-    pairs = f"{page.pairs} pair{'' if page.pairs == 1 else 's'}"
-    console.show(f"{page.output}: {pairs} of {page.seconds:.1f} s, {size(page.nbytes)}, one file")
+    console.show(f"{page.output}: {counted(page.pairs, 'pair')} of {page.seconds:.1f} s, {size(page.nbytes)}, one file")
     if page.equal:
         console.show(f"{page.equal} of the pairs have the same sound by both bundles, sample for sample")
     console.show(f"the key is sealed until the last pair is answered (sha256 {page.seal})")

@@ -18,7 +18,7 @@ from ...convert.bundle.targets import TARGETS
 from ...convert.errors import UserError
 from ...convert.source import demo
 from ...convert.source.license import UNKNOWN, License
-from ...convert.source.source import HUB_ID, is_hub_id
+from ...convert.source.source import HUB_ID, anywhere, is_hub_id
 from ...convert.source.tensors import roles
 from ...model.kernel_test import workarounds
 from ...model.tokens import CALIBRATION_FRAMES, CALIBRATION_SESSIONS, SELF_GENERATED
@@ -152,12 +152,7 @@ def command(manifest: Manifest) -> str:
     ``path/to`` stands for the folders above a source that is not on the Hub.
     """
     source, adapter, calibration = manifest.source, manifest.source.adapter, manifest.calibration
-    local = not source.revision and source.id not in demo.SIZES
-    words = [
-        TOOLKIT,
-        f"path/to/{source.id}" if local else source.id,
-        *(["--revision", source.revision] if source.revision else []),
-    ]
+    words = [TOOLKIT, *([source.id, "--revision", source.revision] if source.revision else [anywhere(source.id)])]
     words += ["--adapter", "@".join(filter(None, (adapter.id, adapter.revision)))] if adapter else []
     words += ["--fill-depformer-steps"] if source.copied_steps else []
     for voice in manifest.recorded_voices:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...convert import typed_json
-from ...convert.bundle.describe import size
+from ...convert.bundle.describe import counted, size
 from ...convert.parallel import cores
 from ...convert.progress import duration
 from .estimate import Estimate
@@ -30,7 +30,7 @@ def plan_text(sweep: Sweep, made: Sequence[Estimate], on_ray: bool) -> str:
         line += f", about {duration(total_time)} on this machine, {order}"
     data = {(one.cell.source.name, one.cell.calibration.name) for one in made if one.cell.calibration}
     if data:
-        line += f"; without {len(data)} calibration set{'s' if len(data) > 1 else ''} (and sensitivities) made once"
+        line += f"; without {counted(len(data), 'calibration set')} (and sensitivities) made once"
     return "\n".join([*lines, line])
 
 
