@@ -35,7 +35,6 @@ from ppx.convert.source.source import Source, locate, open_source
 from ppx.model import torch_device
 from ppx.model.blocks import Block
 from ppx.model.tokens import read_tokens
-from ppx.model.walk import run_block
 from ppx.quant.affine import QuantizationConfig
 from processes import own_memory, run
 
@@ -86,7 +85,9 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
     @contextmanager
     def timed(run: layerwise.LayerwiseRun, block: Block, streams: layerwise.Streams) -> Iterator[layerwise.Streams]:
         start, used = time.perf_counter(), time.process_time()
-        run_block(run.models["original"], block, streams["original"])
+        stream = streams["original"]
+        for rows in block.batches(stream.shape):
+            run.models["original"].added(block, stream[rows])
         alone = time.perf_counter() - start
         extra["processors"] += time.process_time() - used
         start, used = time.perf_counter(), time.process_time()

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..convert.bundle.quantized_store import MatrixKey
 from ..model.blocks import POSITIONS, Block
-from ..model.forward import Floats
 from ..model.reference import TorchModel
 from .parameters import TrainableMatrix, adam_for, set_learning_rate, take_step, trainable_weights
 
@@ -20,7 +20,7 @@ def tune_block(
     models: Mapping[str, TorchModel],
     block: Block,
     matrices: Mapping[MatrixKey, TrainableMatrix],
-    streams: Mapping[str, Floats],
+    streams: Mapping[str, Tensor],
     steps: int,
 ) -> None:
     """Train a block's matrices for some steps; streams: the inputs of the block, by model as in ``models``."""
@@ -32,8 +32,8 @@ def tune_block(
     random = np.random.default_rng(0)
     for step in range(steps):
         set_learning_rate(adam, step, steps)
-        rows = random.choice(count, height, replace=False)
-        inputs = {name: torch.from_numpy(x[rows]).to(original.device) for name, x in streams.items()}
+        rows = torch.from_numpy(random.choice(count, height, replace=False)).to(original.device)
+        inputs = {name: x[rows] for name, x in streams.items()}
         with torch.no_grad():
             target = inputs["original"] + original.added(block, inputs["original"])
         with torch.enable_grad():

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,10 +23,9 @@ from ..convert.progress import Progress, bar, keeping
 from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.blocks import Block
-from ..model.forward import Floats
 from ..model.reference import TorchModel, kept_by, reference_of, source_weights
 from ..model.tokens import TokenSet
-from ..model.walk import step_inputs, walk
+from ..model.walk import walk
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig
 from ..quant.gptq import Inputs, Moments
 from .block_tuning import tune_block
@@ -41,8 +39,9 @@ from .work import TensorWork, Work, gradients_work, inputs_are_kept, operations,
 from .workers import Workers
 
 FINE_TUNED = "refined.safetensors"  # in a quantized-weight store: the matrices that were fine-tuned together
+_ROOM = 16 << 30  # bytes of a GPU: GPTQ takes 4 GB of them at 7B, and the weights of a block, twice, 1.1 GB
 _ALONE = Workers()
-Streams = dict[str, Floats]  # of the models called original and quantized
+Streams = dict[str, Tensor]  # of the models called original and quantized, on their device
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,19 @@ class LayerwiseRun:
         """How many matrices are quantized by their inputs, in all."""
         return _count(self.quantizations)
 
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether a block's weights stay on the device while its matrices are quantized: on GPUs with enough memory."""
+        return self.models["original"].device == "cuda" and devices.memory() >= _ROOM
+
     def release_weights(self) -> None:
         """Drop the weights that are kept."""
         for weights in self.kept.values():
             weights.clear()
+
+    def advance(self, name: str, block: Block, x: Tensor) -> None:
+        """Take a model's stream through a block, in place."""
+        self.models[name].advance(block, x)
 
     @contextmanager
     def at_block(self, block: Block, streams: Streams) -> Iterator[Streams]:
@@ -156,9 +164,8 @@ class LayerwiseRun:
             for rows in block.batches(stream.shape):  # as ``walk`` takes them: a resumed run comes to the same bytes
                 for step, (key, x) in enumerate(inputs[name].items()):
                     some = x.reshape(len(stream), -1, x.shape[-1])[rows]
-                    added = model.product(key[0], key[1], some).cpu().numpy()
                     part = stream[rows] if block.component == "temporal" else stream[rows, step : step + 1]
-                    part += added
+                    part += model.product(key[0], key[1], some)
         return streams
 
     def fine_tune(self, block: Block, keys: list[MatrixKey], streams: Streams) -> None:
@@ -180,8 +187,11 @@ class LayerwiseRun:
 
         Each worker quantizes some of them, or some of their rows; the one that leads writes them all.
         """
-        self.release_weights()  # GPTQ needs the memory; reading a block again takes little of its time
-        rounding = Rounding(source_weights(self.source.checkpoint), self.quantizations, moments, self.gradients)
+        read = self.models["original"].weights
+        if not self.keeps_weights:
+            self.release_weights()  # GPTQ needs the memory; reading a block again takes little of its time
+            read = source_weights(self.source.checkpoint)
+        rounding = Rounding(read, self.quantizations, moments, self.gradients)
         heights = {key: self._height(key[0]) for key in moments}
         weights = {key: self.weigh(self.works[key[0]].matrices[key[1]]) for key in moments}
         parts = parts_of(heights, self.workers)
@@ -205,14 +215,13 @@ class LayerwiseRun:
         self.workers.wait()
         if not self.workers.leads:
             self.store.refresh()
+        for key in moments:
+            self.kept["quantized"].pop(key, None)
 
     def quantize_readers(self, label: str, names: Sequence[str], inputs: Streams) -> None:
         """Quantize matrices that all read the same inputs."""
         if keys := self.missing(names):
-            original, quantized = (
-                torch.from_numpy(np.ascontiguousarray(inputs[name])).flatten(0, -2)
-                for name in ("original", "quantized")
-            )
+            original, quantized = (inputs[name].contiguous().flatten(0, -2) for name in ("original", "quantized"))
             of_all = moments_of(original, quantized, self.models["original"].device, workers=self.workers)
             self.quantize(label, dict.fromkeys(keys, of_all))
         self.count_forward(names, 1)
@@ -256,7 +265,7 @@ def quantize_model(
     quantizations = quantizations_of(outputs)
     kept: dict[str, dict[MatrixKey, Tensor]] = {"original": {}, "quantized": {}}
     model = reference_of(source.checkpoint, device=device)
-    weights = kept_by(kept["quantized"], quantized_weights(source, quantizations, store), device)
+    weights = kept_by(kept["quantized"], quantized_weights(source, quantizations, store, device), device)
     models = {
         "original": replace(model, weights=kept_by(kept["original"], model.weights, device)),
         "quantized": replace(model, weights=weights, rows=quantized_rows(source, quantizations)),
@@ -290,9 +299,9 @@ def _count(quantizations: Mapping[MatrixKey, tuple[QuantizationConfig, str]]) ->
 def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
     """Quantize the temporal transformer; return its normalized outputs ``[sequences, frames, dim]`` of this worker."""
     own = run.workers.share(len(token_set.tokens))
-    streams = {name: model.embed(token_set.tokens[own]) for name, model in run.models.items()}
-    walk(run.source.architecture, "temporal", streams, run.models.__getitem__, run.at_block)
-    outputs = {name: model.out_norm(streams[name]) for name, model in run.models.items()}
+    streams = {name: model.embedded(token_set.tokens[own]) for name, model in run.models.items()}
+    walk(run.source.architecture, "temporal", streams, run.advance, run.at_block)
+    outputs = {name: model.hidden_states(streams.pop(name)) for name, model in run.models.items()}
     run.quantize_readers("text_linear", ["text_linear.weight"], outputs)
     return outputs
 
@@ -301,10 +310,11 @@ def _audio(run: LayerwiseRun, token_set: TokenSet, hidden: Streams) -> None:
     """Quantize the depformer."""
     arch = run.source.architecture
     states, targets = depformer_rows(token_set, hidden, arch, run.workers)
+    hidden.clear()
     run.quantize_readers("depformer_in", [f"depformer_in.{step}.weight" for step in range(arch.steps)], states)
-    streams = {name: step_inputs(model, states[name], targets, arch.steps) for name, model in run.models.items()}
+    streams = {name: model.step_inputs(states.pop(name), targets, arch.steps) for name, model in run.models.items()}
     run.release_weights()
-    walk(arch, "depformer", streams, run.models.__getitem__, run.at_block)
+    walk(arch, "depformer", streams, run.advance, run.at_block)
     for step in range(arch.steps):
-        outputs = {name: array[:, step] for name, array in streams.items()}
+        outputs = {name: stream[:, step] for name, stream in streams.items()}
         run.quantize_readers(f"linears.{step}", [f"linears.{step}.weight"], outputs)

@@ -131,7 +131,14 @@ def _temporal(run: Pass) -> Streams:
         streams = {
             variant: run.altered(variant).embed(token_set.tokens) for variant in (None, *run.variants(*READ_FIRST))
         }
-        walk(arch, "temporal", streams, lambda _: run.model, run.at_block, partial(run.count_block, "temporal"))
+        walk(
+            arch,
+            "temporal",
+            streams,
+            lambda _, block, x: advance(run.model, block, x),
+            run.at_block,
+            partial(run.count_block, "temporal"),
+        )
         for variant, x in streams.items():
             streams[variant] = run.model.out_norm(x)
         run.known[None] = streams[None].copy()
@@ -226,7 +233,7 @@ def _steps(
         arch,
         "depformer",
         streams,
-        lambda variant: run.altered(inner[variant]),
+        lambda variant, block, x: advance(run.altered(inner[variant]), block, x),
         run.at_block,
         partial(run.count_block, "depformer"),
     )

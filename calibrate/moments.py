@@ -9,7 +9,6 @@ from torch import Tensor
 from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.source.tensors import roles
 from ..model.blocks import POSITIONS, Block
-from ..model.forward import Floats
 from ..model.reference import TorchModel
 from ..quant.gptq import Inputs, Moments, add_symmetric_product, mirror
 from .work import LAST, are_few
@@ -17,7 +16,7 @@ from .workers import Workers
 
 _ALONE = Workers()
 _LAST = tuple(f"{module}.weight" for module in LAST)
-StreamPair = tuple[Floats, Floats]  # in front of a block, of the original and the quantized model: ``[frames, rows]``
+StreamPair = tuple[Tensor, Tensor]  # in front of a block, of the original and the quantized model: ``[frames, rows]``
 MatrixInputs = dict[MatrixKey, Tensor]  # ``[frames, columns]`` each
 
 
@@ -38,7 +37,7 @@ class _Sums:
 
     def add(self, original: Tensor, quantized: Tensor, streams: StreamPair | None) -> None:
         original, quantized = (x.to(self.device, torch.float32) for x in (original, quantized))
-        lacking = None if streams is None else torch.from_numpy(streams[0] - streams[1]).to(self.device)
+        lacking = None if streams is None else (streams[0] - streams[1]).to(self.device)
         self.frames += len(quantized)
         if self.kept is not None:
             self.kept.append((original, quantized) if lacking is None else (original, quantized, lacking))
@@ -83,7 +82,7 @@ def block_moments(
     models: dict[str, TorchModel],
     block: Block,
     keys: list[MatrixKey],
-    streams: dict[str, Floats],
+    streams: dict[str, Tensor],
     workers: Workers = _ALONE,
 ) -> dict[MatrixKey, Moments | Inputs]:
     """Return the moments of the inputs of a block's matrices; streams: the inputs of the block, by model.
@@ -104,7 +103,7 @@ def block_moments(
     return {key: of_inputs.moments(workers) for key, of_inputs in sums.items()}
 
 
-def added_to(block: Block, key: MatrixKey, streams: dict[str, Floats]) -> StreamPair | None:
+def added_to(block: Block, key: MatrixKey, streams: dict[str, Tensor]) -> StreamPair | None:
     """Return the parts of the streams in front of a block that a matrix's output is added to, None if it is not."""
     if not key[0].endswith(_LAST):
         return None
@@ -116,7 +115,7 @@ def added_to(block: Block, key: MatrixKey, streams: dict[str, Floats]) -> Stream
     return original.reshape(-1, original.shape[-1]), quantized.reshape(-1, quantized.shape[-1])
 
 
-def block_inputs(model: TorchModel, block: Block, keys: list[MatrixKey], stream: Floats) -> MatrixInputs:
+def block_inputs(model: TorchModel, block: Block, keys: list[MatrixKey], stream: Tensor) -> MatrixInputs:
     """Return the inputs ``[frames, columns]`` of a block's matrices for a whole stream."""
     whole: MatrixInputs = {}
     done = 0
@@ -130,7 +129,7 @@ def block_inputs(model: TorchModel, block: Block, keys: list[MatrixKey], stream:
     return whole
 
 
-def _captured(model: TorchModel, block: Block, keys: list[MatrixKey], x: Floats) -> MatrixInputs:
+def _captured(model: TorchModel, block: Block, keys: list[MatrixKey], x: Tensor) -> MatrixInputs:
     """Return the inputs ``[rows, columns]`` of matrices, from computing the block as far as it takes.
 
     Of depformer steps each has its own: products that no wanted input depends on are not computed.
@@ -151,5 +150,5 @@ def _captured(model: TorchModel, block: Block, keys: list[MatrixKey], x: Floats)
         return matrix_input.new_zeros(()).expand(*matrix_input.shape[:-1], height)
 
     with suppress(_AllCapturedError):
-        replace(model, input_hook=capture).block(block, x)
+        replace(model, input_hook=capture).added(block, x)
     return captured

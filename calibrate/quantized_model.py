@@ -1,5 +1,6 @@
 """What the quantized model reads while layer-wise GPTQ is at work: what is quantized so far, and the source's rest."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -8,33 +9,51 @@ from ..convert.source.source import Source
 from ..convert.tensorfile import DTYPES
 from ..model.forward import Tokens
 from ..model.reference import Rows, Weights, source_rows, source_weights
-from ..quant.affine import DATA_DRIVEN, QuantizationConfig, dequantize
+from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized, unpack
 from . import weight_only
 
 
 def quantized_weights(
-    source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]], store: QuantizedStore
+    source: Source,
+    quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]],
+    store: QuantizedStore,
+    device: str = "cpu",
 ) -> Weights:
     """Return a way to read the quantized model's matrices.
 
     Those of data-driven methods come from the store (from the source, as long as they are not in it), others are
-    quantized by their method, and those without a quantization are the source's.
+    quantized by their method, and those without a quantization are the source's. device: where those of the store are
+    dequantized.
     """
     original = source_weights(source.checkpoint)
 
     def read(name: str, step: int | None) -> Tensor:
-        key, weight = (name, step or 0), original(name, step)
+        key = (name, step or 0)
         if key not in quantizations:
-            return weight
+            return original(name, step)
         quantization, dtype = quantizations[key]
         if quantization.method not in DATA_DRIVEN:
             importance = source.checkpoint.importance(name)
-            return weight_only.dequantized(name, weight, quantization, DTYPES[dtype], importance)
+            return weight_only.dequantized(name, original(name, step), quantization, DTYPES[dtype], importance)
         if key not in store.files:
-            return weight
-        return torch.from_numpy(dequantize(store.read(key, 0, len(weight), DTYPES[dtype]), quantization))
+            return original(name, step)
+        return dequantized_on(device, store.read(key, 0, store.rows(key), DTYPES[dtype]), quantization)
 
     return read
+
+
+def dequantized_on(device: str, quantized: Quantized, quantization: QuantizationConfig) -> Tensor:
+    """Return the float32 weights ``[rows, columns]`` of a quantized matrix: what ``dequantize`` returns, on a device.
+
+    What travels to the device is codes, scales and biases.
+    """
+    scales, biases = (
+        torch.from_numpy(values.astype(np.float32)).to(device)[..., None]
+        for values in (quantized.scales, quantized.biases)
+    )
+    codes = torch.from_numpy(unpack(quantized.weight, quantization.bits)).to(device)
+    grouped = codes.float().reshape(*scales.shape[:2], quantization.group_size)
+    return grouped.mul_(scales).add_(biases).flatten(1)
 
 
 def quantized_rows(source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]]) -> Rows:

@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..convert.source.architecture import Architecture
-from ..model.forward import Floats, Tokens
+from ..model.forward import Tokens
 from ..model.tokens import TokenSet, evenly_spaced
 from .work import STREAM_BYTES
 from .workers import Workers
@@ -23,8 +24,8 @@ def most_workers(token_set: TokenSet, a: Architecture) -> int:
 
 
 def depformer_rows(
-    fitting: TokenSet, hidden: dict[str, Floats], a: Architecture, workers: Workers
-) -> tuple[dict[str, Floats], Tokens]:
+    fitting: TokenSet, hidden: dict[str, Tensor], a: Architecture, workers: Workers
+) -> tuple[dict[str, Tensor], Tokens]:
     """Return the hidden states ``[rows, dim]`` and tokens ``[rows, streams]`` that a worker's depformer reads.
 
     hidden: ``[sequences, frames, dim]`` by model, of the worker's own sequences. Frames in which audio is known are
@@ -36,8 +37,10 @@ def depformer_rows(
     own = workers.share(len(fitting.tokens))
     here = rows[(rows >= own.start * frames) & (rows < own.stop * frames)] - own.start * frames
     share = workers.share(len(rows))
-    states = {name: x.reshape(-1, x.shape[-1])[here] for name, x in hidden.items()}
-    states = {name: workers.concatenated(torch.from_numpy(x))[0].numpy()[share] for name, x in states.items()}
+    states = {}
+    for name, x in hidden.items():
+        chosen = x.flatten(0, 1)[torch.from_numpy(here).to(x.device)]
+        states[name] = workers.concatenated(chosen)[0][share]
     return states, fitting.targets.transpose(0, 2, 1).reshape(-1, streams)[rows[share]]
 
 

@@ -3,7 +3,8 @@
 A stream is what a model has computed so far: ``[sequences, frames, dim]`` in the temporal transformer, ``[rows, steps,
 depformer_dim]`` in the depformer. Comparison, sensitivity measurement and layer-wise GPTQ take several streams through
 the same blocks (``walk``) and say what happens at each of them; sessions take one, with a KV cache
-(``forward_blocks``); the reference's differentiable forward pass takes a tensor (``each_block``).
+(``forward_blocks``); the reference's differentiable forward pass takes a tensor (``each_block``). Streams are arrays,
+or tensors that stay on their device.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ X = TypeVar("X")
 Key = TypeVar("Key")
 # Entered in front of a block with all streams, left behind it. Gives the streams that it computed itself: those replace
 # what goes through the block, or begin behind it.
-AtBlock = Callable[[Block, dict[Key, Floats]], AbstractContextManager[Mapping[Key, Floats]]]
+AtBlock = Callable[[Block, dict[Key, X]], AbstractContextManager[Mapping[Key, X]]]
 
 
 def each_block(architecture: Architecture, component: str, x: X, compute: Callable[[Block, X], X]) -> X:
@@ -40,22 +41,22 @@ def forward_blocks(
 def walk(
     architecture: Architecture,
     component: str,
-    streams: dict[Key, Floats],
-    model_of: Callable[[Key], Model],
-    at_block: AtBlock[Key],
+    streams: dict[Key, X],
+    through: Callable[[Key, Block, X], object],
+    at_block: AtBlock[Key, X],
     progress: Callable[[int], Any] = lambda _: None,
-) -> dict[Key, Floats]:
-    """Take several streams through a component side by side, each by its model; return them, changed in place.
+) -> dict[Key, X]:
+    """Take several streams through a component side by side; return them, changed in place by ``through``.
 
     Holds the streams, what a model needs for a batch of rows, and what ``at_block`` holds: models read the weights of a
     block when it is computed. progress: called with 1 after each stream and block that is computed here.
     """
 
-    def compute(block: Block, streams: dict[Key, Floats]) -> dict[Key, Floats]:
+    def compute(block: Block, streams: dict[Key, X]) -> dict[Key, X]:
         with at_block(block, streams) as computed:
             for key, x in streams.items():
                 if key not in computed:
-                    advance(model_of(key), block, x)
+                    through(key, block, x)
                     progress(1)
             streams |= computed
         return streams

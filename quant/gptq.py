@@ -198,7 +198,7 @@ def gptq_prepared(
         lacking = wide @ left if residual is None else torch.addmm(residual, wide, left)
         right = prepared.right
         goal = _solved(lacking, factor).add_(wide) if right is None else torch.addmm(wide, lacking, right)
-    feedback = None if gradients is None else row_feedback(gradients).to(factor.dtype)
+    feedback = None if gradients is None else row_feedback(gradients, factor.device).to(factor.dtype)
     return round_columns(goal.contiguous(), wide, factor, quantization, storage, feedback)
 
 

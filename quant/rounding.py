@@ -30,17 +30,18 @@ GpuRounder = Callable[..., None]  # ``gpu_rounding.round_group``
 _log = logging.getLogger(__name__)
 
 
-def row_feedback(gradients: Tensor) -> Tensor:
-    """Return by how much the error of a row counts for each later one of its block, ``[blocks, 64, 64]``, on the CPU.
+def row_feedback(gradients: Tensor, device: torch.device) -> Tensor:
+    """Return by how much the error of a row counts for each later one of its block, ``[blocks, 64, 64]``, in float64.
 
-    gradients: as for ``gptq``. With F = U Uᵀ, U upper triangular, and E the outputs' errors, the loss grows by |Uᵀ E|²:
-    row i of it is Uᵢᵢ times Eᵢ plus the sum of Uⱼᵢ / Uᵢᵢ times Eⱼ over the rows j before. Zeros for a block that no
-    gradient reaches, or whose gradients are not finite.
+    gradients: as for ``gptq``. device: computes it if it is a CUDA GPU, else the CPU does. With F = U Uᵀ, U upper
+    triangular, and E the outputs' errors, the loss grows by |Uᵀ E|²: row i of it is Uᵢᵢ times Eᵢ plus the sum of
+    Uⱼᵢ / Uᵢᵢ times Eⱼ over the rows j before. Zeros for a block that no gradient reaches, or whose gradients are not
+    finite.
     """
-    sums = _double(gradients).cpu()
+    sums = gradients.to(device if device.type == "cuda" else "cpu").double()
     mean = sums.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     usable = torch.isfinite(sums).all(2, keepdim=True).all(1, keepdim=True) & (mean > 0)
-    eye = torch.eye(sums.shape[1], dtype=sums.dtype)
+    eye = torch.eye(sums.shape[1], dtype=sums.dtype, device=sums.device)
     relative = torch.where(usable, sums / mean, eye) + _OUTPUT_DAMPING * eye
     upper = torch.linalg.cholesky(relative.flip(1, 2)).flip(1, 2)
     ratios: Tensor = (upper / upper.diagonal(dim1=1, dim2=2)[:, None]).triu(1)
@@ -85,7 +86,7 @@ def _on_processor(
     lost = goal  # of the columns that are rounded: goal - rounded
     local, weights = goal.cpu().numpy(), exact.cpu().numpy()
     trials = np.array(GRIDS, np.float32)
-    counts = None if feedback is None else feedback.numpy()
+    counts = None if feedback is None else feedback.cpu().numpy()
     blocks = -(-rows // ROWS)
     each = -(-blocks // cores())  # as many at once as there are processors: threads wait for each other between calls
     parts = [slice(first, first + each) for first in range(0, blocks, each)]

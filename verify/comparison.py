@@ -22,7 +22,7 @@ from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import MlxModel, model_of
 from ..model.reference import TorchModel, kept_by, reference_of
 from ..model.tokens import TokenSet
-from ..model.walk import run_block, step_inputs, walk
+from ..model.walk import advance, run_block, step_inputs, walk
 from . import weights
 from .control import control_of
 from .figures import BUNDLE, CONTROL, NOISE, ActivationRow, HiddenFigures, StreamFigures, WeightRow
@@ -87,7 +87,11 @@ class Comparison:
 
     def walk(self, component: str, streams: dict[str, Floats]) -> dict[str, Floats]:
         """Take the models' streams through a component's blocks."""
-        return walk(self.source.architecture, component, streams, self.models.__getitem__, self._at_block)
+
+        def through(name: str, block: Block, x: Floats) -> None:
+            advance(self.models[name], block, x)
+
+        return walk(self.source.architecture, component, streams, through, self._at_block)
 
     @contextmanager
     def _at_block(self, block: Block, streams: dict[str, Floats]) -> Iterator[dict[str, Floats]]:

@@ -169,6 +169,17 @@ def test_every_part_is_solved_once(opened, few, solved, tmp_path, store_at):
     assert store_at(tmp_path / "solution", "another").files == {}
 
 
+@pytest.mark.slow
+def test_weights_that_stay_on_a_gpu_change_no_byte(opened, few, solved, tmp_path, store_at, monkeypatch):
+    monkeypatch.setattr(layerwise.LayerwiseRun, "keeps_weights", True)  # as on a GPU with enough memory
+    source, plan = opened
+    store = store_at(tmp_path / "kept", "mark")
+    layerwise.quantize_model(source, plan.outputs, read_tokens(few, source.architecture, None, None), store, quiet=True)
+    names = {path.name for path in solved.iterdir()}
+    assert {path.name for path in store.folder.iterdir()} == names
+    assert all((store.folder / name).read_bytes() == (solved / name).read_bytes() for name in names)
+
+
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, tmp_path):
     for name in ("whole", "broken"):
         (tmp_path / name).mkdir()

@@ -32,7 +32,9 @@ def test_the_last_matrices_of_a_block_are_given_what_the_quantized_stream_lacks(
         a = source.architecture
         shape = (count, 60, a.dim) if component == "temporal" else (60 * count, a.steps, a.depformer_dim)
         random = np.random.default_rng(0)
-        streams = {which: random.standard_normal(shape, np.float32) for which in ("original", "quantized")}
+        streams = {
+            which: torch.from_numpy(random.standard_normal(shape, np.float32)) for which in ("original", "quantized")
+        }
         model, seen = reference_of(source.checkpoint), list[torch.Tensor]()
         found = block_moments({"original": model, "quantized": model}, block, [key], streams)[key]
 
@@ -41,14 +43,14 @@ def test_the_last_matrices_of_a_block_are_given_what_the_quantized_stream_lacks(
                 seen.append(x.flatten(0, -2))
 
         with torch.inference_mode():
-            replace(model, input_hook=keep).block(block, streams["quantized"])
+            replace(model, input_hook=keep).added(block, streams["quantized"])
     assert len(seen[0]) == 60 * count
     if where is None:
         assert added_to(block, key, streams) is None
         assert found.residual is None
         return
     lacking = streams["original"] - streams["quantized"]
-    expected = torch.from_numpy(lacking if component == "temporal" else lacking[:, where]).reshape(60 * count, -1)
+    expected = (lacking if component == "temporal" else lacking[:, where]).reshape(60 * count, -1)
     assert found.residual is not None
     if isinstance(found, Inputs):
         assert count == 2

@@ -35,7 +35,6 @@ from ppx.convert.source.source import Source, locate, open_source
 from ppx.model.blocks import Block
 from ppx.model.reference import reference_of
 from ppx.model.tokens import TokenSet, from_tokens
-from ppx.model.walk import step_inputs
 from ppx.quant.affine import QuantizationConfig, dequantize, unpack
 from ppx.quant.gptq import Inputs, Moments
 from safetensors.numpy import load_file, save_file
@@ -89,9 +88,9 @@ def moments_in(pico: Path, source: Source, frames: int, workers: Workers) -> dic
     models = {"original": model, "quantized": replace(model, weights=lambda *key: 1.02 * model.weights(*key))}
     fitting = fitting_sequences(tokens_of(pico, source, 3, frames), a)
     own = workers.share(len(fitting.tokens))
-    streams = {"temporal": {name: one.embed(fitting.tokens[own]) for name, one in models.items()}}
+    streams = {"temporal": {name: one.embedded(fitting.tokens[own]) for name, one in models.items()}}
     states, targets = depformer_rows(fitting, streams["temporal"], a, workers)
-    streams["depformer"] = {name: step_inputs(model, states[name], targets, a.steps) for name, model in models.items()}
+    streams["depformer"] = {name: model.step_inputs(states[name], targets, a.steps) for name, model in models.items()}
     found: dict[tuple[str, ...], torch.Tensor] = {}
     for block, name in BLOCKS.items():
         keys = [(name, step) for step in range(3 if block.component == "depformer" else 1)]

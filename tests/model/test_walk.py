@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ppx.convert.source.architecture import Architecture
 from ppx.model.blocks import SUBLAYERS, Block
-from ppx.model.walk import forward_blocks, run_block, step_inputs, walk
+from ppx.model.walk import advance, forward_blocks, run_block, step_inputs, walk
 
 ARCHITECTURE = Architecture(num_layers=2, depformer_num_layers=1)
 BLOCKS = [Block("temporal", layer, sublayer) for layer in (0, 1) for sublayer in SUBLAYERS]
@@ -33,6 +33,11 @@ def doubling() -> Any:  # which has what blocks need of a Model
     return Doubling()
 
 
+def by(*models):
+    """What takes a stream through a block: the models of the streams called a, b, ..."""
+    return lambda name, block, x: advance(models["ab".find(name)], block, x)
+
+
 def through(x, blocks):
     for block in blocks:
         x = 2 * x + BLOCKS.index(block)
@@ -51,7 +56,7 @@ def nothing(_block, _streams):
 def test_streams_go_through_all_blocks_in_order_and_in_place():
     streams, model = streams_of("a", "b"), doubling()
     held, called = dict(streams), list[int]()
-    walk(ARCHITECTURE, "temporal", streams, lambda _: model, nothing, called.append)
+    walk(ARCHITECTURE, "temporal", streams, by(model, model), nothing, called.append)
     for index, name in enumerate("ab", 1):
         assert streams[name] is held[name]  # nothing the size of a stream is kept beside it
         assert (streams[name] == through(index, BLOCKS)).all()
@@ -68,7 +73,7 @@ def test_a_stream_that_begins_at_a_block_goes_through_those_behind_it():
         yield {"new": 5 * before} if block == BLOCKS[1] else {}
         seen.append((block, float(streams["a"].flat[0]), float(before.flat[0])))
 
-    walk(ARCHITECTURE, "temporal", streams, lambda _: model, at_block)
+    walk(ARCHITECTURE, "temporal", streams, by(model), at_block)
     assert (streams["new"] == through(5 * through(1, BLOCKS[:1]), BLOCKS[2:])).all()
     expected = [through(1, BLOCKS[:count]) for count in range(len(BLOCKS) + 1)]
     assert seen == [(block, expected[count + 1], expected[count]) for count, block in enumerate(BLOCKS)]
@@ -81,7 +86,7 @@ def test_a_stream_that_is_computed_at_a_block_is_not_computed_again():
     def at_block(block, streams):
         yield {"a": run_block(model, block, streams["a"])[1]}
 
-    walk(ARCHITECTURE, "temporal", streams, lambda name: {"b": model}[name], at_block)
+    walk(ARCHITECTURE, "temporal", streams, by(None, model), at_block)
     assert (streams["a"] == through(1, BLOCKS)).all()
     assert (streams["b"] == through(2, BLOCKS)).all()
 
@@ -93,7 +98,7 @@ def test_an_error_at_a_block_is_raised():
         raise OverflowError
 
     with pytest.raises(OverflowError):
-        walk(ARCHITECTURE, "temporal", streams_of("a"), lambda _: doubling(), at_block)
+        walk(ARCHITECTURE, "temporal", streams_of("a"), by(doubling()), at_block)
 
 
 def test_one_stream_at_once_and_a_block_in_batches():
