@@ -2,7 +2,7 @@
 
     python benchmarks/depformer.py [--frames 20] [--rounds 5] [--folder DIR]
 
-Makes a source with PersonaPlex's depformer and one layer of its temporal transformer (made-up weights), converts it
+Makes a source with PersonaPlex's depformer and one layer of its temporal transformer (random weights), converts it
 with the recipe ``moshi-q4`` twice, and lets moshi_mlx speak frames with both. Needs ``moshi_mlx`` and 3 GB of disk.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gptq.py [--frames 2048] [--sequence 256] [--refine STEPS] [--folder DIR]
 
-Makes a source with PersonaPlex's widths and one layer of each transformer (made-up weights, random tokens), and
+Makes a source with PersonaPlex's widths and one layer of each transformer (random weights, random tokens), and
 quantizes it as a conversion does: every matrix of a layer by what its inputs are. Beside each block's seconds stands
 how many times as long that is as one pass of the original through it, in the same run. The whole model's time is the
 sum of what it has of each. The forecast, made before, stands beside what it took: by the clock, and in processors'

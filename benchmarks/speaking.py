@@ -2,7 +2,7 @@
 
     python benchmarks/speaking.py [SOURCE] [--layers 2] [--frames 30] [--rounds 3] [--device gpu] [--folder DIR]
 
-Without a source it makes one of PersonaPlex's widths with few layers (made-up weights). It is converted with the recipe
+Without a source it makes one of PersonaPlex's widths with few layers (random weights). It is converted with the recipe
 ``moshi-q4``, with all 16 depformer steps and with the agent's 8. moshi_mlx reads the columns that were read here, and
 must say the same greedy tokens; it computes once in bfloat16, as its programs do, and once in float32, as we do on
 processors (on a GPU we compute in bfloat16). Printed are medians over frames, and how many times as long moshi_mlx

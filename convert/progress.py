@@ -16,7 +16,7 @@ from tqdm import tqdm
 ANNOUNCED_AFTER = 5.0  # seconds of a step that is not watched
 _BETWEEN = 60.0  # seconds between two lines on such a step
 _TICK = 1.0  # seconds between two looks at a step that does not move
-_BARS = 10  # columns at least: a shorter bar says nothing
+_BARS = 10  # columns at least: a shorter bar shows too little
 
 
 def duration(seconds: float) -> str:
@@ -163,7 +163,7 @@ class Progress(tqdm):  # type: ignore[type-arg]
         return f"{count:.2f} GB"
 
     def _tick(self) -> None:
-        """Redraw, or say that it goes on, also where no work ends for long."""
+        """Redraw, or print that work continues, also where none ends for long."""
         while not self._closed.wait(_TICK):
             if not self.lines:
                 self.refresh()

@@ -16,7 +16,7 @@ KVCache = dict[Block, Any]  # keys and values of what came before, by attention 
 class Model(Protocol):
     """A forward pass in pieces, so that two models can go through their layers side by side.
 
-    A model holds no weights: it reads what a piece needs when it is called. Arrays in and out are float32, which holds
+    A model reads the weights of a piece when it is called, and keeps none. Arrays in and out are float32, which holds
     every value of a model that computes in 16 bit.
     """
 

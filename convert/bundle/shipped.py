@@ -29,7 +29,7 @@ def load(name_or_file: str, target: str | None = None) -> Recipe:
     try:
         path = Path(name_or_file).expanduser()
         exists = path.exists()
-    except (OSError, RuntimeError, ValueError):  # of a name that is none, and ~somebody
+    except (OSError, RuntimeError, ValueError):  # of an invalid name, and ~somebody
         raise UserError(f"{name_or_file}: not a text file that can be read: give a recipe in TOML") from None
     if not exists:
         near = get_close_matches(name_or_file, names(), 1)

@@ -155,7 +155,7 @@ def clear_leftovers(output: Path) -> None:
 
 
 def _journal(folder: Path) -> Journal | None:
-    """Return a workspace's journal, None if there is none that can be used."""
+    """Return a workspace's journal, None if none can be used."""
     try:
         return Journal.from_json(json.loads((folder / JOURNAL).read_text("utf-8")))
     except (OSError, ValueError, RecursionError):

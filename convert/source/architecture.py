@@ -112,7 +112,7 @@ def sizes_of(config: dict[str, Any]) -> Architecture:
     """Read the architecture out of a parsed config.json, looking at each key alone.
 
     One without ``dim`` means PersonaPlex-7B. Raises UserError with every key that is missing, of the wrong type, or
-    asks for a model that is none of PersonaPlex's kind.
+    asks for another kind of model than PersonaPlex.
     """
     if "dim" not in config:
         return Architecture()

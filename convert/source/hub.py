@@ -165,7 +165,7 @@ def _listed(api: HfApi, repository: str, commit: str, below: bool = False) -> di
 
 
 def _remote(repository: str, entry: RepoFile) -> Remote:
-    """Return a file that is asked for; raises UserError if its hash is none, which would name a file here."""
+    """Return a file that is asked for; raises UserError if its hash is not one: it would name a file here."""
     file = Remote(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id or "")
     if not _HASH.fullmatch(file.hash):
         named = f"{file.name} {file.hash[:40]!r}"

@@ -191,7 +191,7 @@ def _local(source: str, quiet: bool) -> Location:
         return Location(source, folder)
     try:
         folder = Path(source).expanduser()
-    except RuntimeError:  # ~stranger
+    except RuntimeError:  # ~user who does not exist
         folder = Path(source)
     if folder.is_dir():
         if _is_bundle(folder):

@@ -84,7 +84,7 @@ def is_voice_file(name: PurePath) -> bool:
 
 
 def check(voice: Voice, architecture: Architecture) -> None:
-    """Raise ValueError for a voice that is none of this model's."""
+    """Raise ValueError for a voice that does not fit this model."""
     embeddings, cache, streams = voice.embeddings, voice.cache, 1 + architecture.n_q
     if embeddings.ndim != 4 or embeddings.shape[1:] != (1, 1, architecture.dim) or not len(embeddings):
         shape = f"{list(embeddings.shape)}, not [frames, 1, 1, {architecture.dim}]"

@@ -141,7 +141,7 @@ def shown(url: str) -> str:
 
 @contextmanager
 def _translated(url: str) -> Iterator[None]:
-    """Turn what file systems raise into one line that holds no secrets."""
+    """Turn what file systems raise into one line without secrets."""
     try:
         yield
     except OSError as error:

@@ -23,7 +23,7 @@ VERSION = 1
 class CellResult:
     """A bundle's size, and how its predictions diverge from its source's, in nats/token.
 
-    intact: the verdict of its verification. bytes: of all files but the manifest, whose length says nothing of the
+    intact: the verdict of its verification. bytes: of all files but the manifest, whose length does not matter for the
     model. rounding_kl: of plain rounding at the same bits. times: the only field that another run may change.
     """
 
