@@ -33,7 +33,8 @@ from .gradients import output_gradients
 from .matrix_parts import Rounding, adjustment_of, joined_outcomes, parts_of, warning_of
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
-from .quantized_model import quantized_rows, quantized_weights
+from .quantized_model import dequantized_on, quantized_rows, quantized_weights
+from .store_writer import StoreWriter
 from .stream_rows import depformer_rows, fitting_sequences
 from .work import TensorWork, Work, gradients_work, inputs_are_kept, operations, tensor_works
 from .workers import Workers
@@ -56,15 +57,16 @@ class BlockTuning:
 class LayerwiseRun:
     """The original and the quantized model, and the matrices to quantize.
 
-    quantizations: of each matrix, with the dtype of its scales. models: ``original`` and ``quantized``. kept: the
-    weights of a block that each of them has read. tuning: of each block, after its matrices are quantized. works: of
-    each source tensor, which the bar counts, in whatever ``weigh`` makes of them. gradients: at the outputs of
-    matrices, see ``gradients.output_gradients``.
+    quantizations: of each matrix, with the dtype of its scales. writer: to the store, which only the worker that leads
+    uses. models: ``original`` and ``quantized``. kept: the weights of a block that each of them has read. tuning: of
+    each block, after its matrices are quantized. works: of each source tensor, which the bar counts, in whatever
+    ``weigh`` makes of them. gradients: at the outputs of matrices, see ``gradients.output_gradients``.
     """
 
     source: Source
     quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]]
     store: QuantizedStore
+    writer: StoreWriter
     models: dict[str, TorchModel]
     kept: dict[str, dict[MatrixKey, Tensor]]
     tuning: BlockTuning
@@ -171,7 +173,10 @@ class LayerwiseRun:
     def fine_tune(self, block: Block, keys: list[MatrixKey], streams: Streams) -> None:
         """Fine-tune a block's quantized matrices, and store them."""
         label = f"{block.prefix}.{block.sublayer}.tuned"
-        if not (self.tuning.steps and keys) or self.store.files[keys[0]] in (f"{label}.safetensors", FINE_TUNED):
+        if not (self.tuning.steps and keys):
+            return
+        self.finish_writing()
+        if self.store.files[keys[0]] in (f"{label}.safetensors", FINE_TUNED):
             return
         if self.tuning.on_block:
             self.tuning.on_block(block)
@@ -204,19 +209,29 @@ class LayerwiseRun:
             self.bar.set_postfix_str(f"{done} of {self.count} matrices", refresh=False)
         if not parts:
             self.bar.update(total)
-        if (gathered := self.workers.gathered(made)) is not None:
-            outcomes = joined_outcomes(gathered, rounding)
+        outcomes = joined_outcomes(self.workers.gathered(made), rounding)
+        if self.workers.leads:
             for (name, step), outcome in outcomes.items():
                 if outcome.reason:
                     which = f" step {step}" if self.source.checkpoint.tensors[name].role.stacked > 1 else ""
                     self.bar.write(f"{name}{which}: {warning_of(outcome)}", file=sys.stderr)
             adjusted = {key: adjustment_of(outcome) for key, outcome in outcomes.items() if outcome.reason}
-            self.store.add(label, {key: outcome.quantized for key, outcome in outcomes.items()}, adjusted)
+            self.writer.add(label, {key: outcome.quantized for key, outcome in outcomes.items()}, adjusted)
+        if self.keeps_weights:
+            for key, outcome in outcomes.items():
+                quantized = dequantized_on(
+                    self.models["quantized"].device, outcome.quantized, self.quantizations[key][0]
+                )
+                self.kept["quantized"][key] = quantized
+        else:
+            self.finish_writing()
+
+    def finish_writing(self) -> None:
+        """Return when all quantized matrices are in the store, for all workers."""
+        self.writer.finish()
         self.workers.wait()
         if not self.workers.leads:
             self.store.refresh()
-        for key in moments:
-            self.kept["quantized"].pop(key, None)
 
     def quantize_readers(self, label: str, names: Sequence[str], inputs: Streams) -> None:
         """Quantize matrices that all read the same inputs."""
@@ -275,15 +290,16 @@ def quantize_model(
     works = tensor_works(source.architecture, outputs, sequences, frames, store.files)
     passes = gradients_work(source.architecture, works, sequences, frames)
     total = weigh(passes) + sum(weigh(work) for one in works.values() for work in (one.forward, *one.matrices.values()))
-    with bar("layer-wise GPTQ", total, "", quiet) as progress, torch.no_grad():
+    with bar("layer-wise GPTQ", total, "", quiet) as progress, StoreWriter(store) as writer, torch.no_grad():
         tuned = tuning or BlockTuning()
-        run = LayerwiseRun(source, quantizations, store, models, kept, tuned, progress, works, weigh, workers)
+        run = LayerwiseRun(source, quantizations, store, writer, models, kept, tuned, progress, works, weigh, workers)
         with keeping(lambda: kept_text(store, outputs)):
             if passes != Work():
                 run.gradients.update(
                     output_gradients(model, token_set, lambda share: progress.update(share * weigh(passes)), workers)
                 )
             _audio(run, fitting, _temporal(run, fitting))
+            run.finish_writing()
 
 
 def kept_text(store: QuantizedStore, outputs: list[Output]) -> str:

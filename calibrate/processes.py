@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -44,10 +45,11 @@ class _Task(Generic[Result]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a process ended: an error whose message people read, or a traceback."""
+    """Why a process ended: an error whose message people read, or a traceback. moment: by the clock, in seconds."""
 
     error: Exception | None
     traceback: str
+    moment: float
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,10 @@ def _results(endings: "Sequence[Future[_Ending]]") -> list[Result]:
 
 
 def _fail(ended: Sequence[_Ending], size: int) -> None:
-    """Raise why processes failed: some have only lost another one."""
-    failures = [one.answer for one in ended if isinstance(one.answer, _Failure)]
+    """Raise why processes failed: the first of them; others may only have lost that one."""
+    failures = sorted(
+        (one.answer for one in ended if isinstance(one.answer, _Failure)), key=lambda failure: failure.moment
+    )
     for failure in failures:
         if failure.error:
             raise failure.error
@@ -177,9 +181,9 @@ def _answer(task: _Task[object]) -> "tuple[object] | _Failure":
         with joined(task.rank, task.size, task.meeting) as workers:
             return (task.function(workers),)
     except _FOR_PEOPLE as error:
-        return _Failure(error, traceback.format_exc())
+        return _Failure(error, traceback.format_exc(), time.monotonic())
     except Exception:
-        return _Failure(None, traceback.format_exc())
+        return _Failure(None, traceback.format_exc(), time.monotonic())
 
 
 def _end_with(stream: BinaryIO) -> None:

@@ -84,14 +84,14 @@ class Workers:
         whole = torch.cat([each[:count] for each, count in zip(parts, counts, strict=True)])
         return whole, slice(first, first + len(part))
 
-    def gathered(self, value: Value) -> list[Value] | None:
-        """Return the values of all processes, by rank, on the one that leads; None on the others."""
+    def gathered(self, value: Value) -> list[Value]:
+        """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]
         from torch import distributed
 
-        values: list[Value] | None = [value] * self.size if self.leads else None
-        distributed.gather_object(value, values)
+        values = [value] * self.size
+        distributed.all_gather_object(values, value)
         return values
 
 

@@ -150,6 +150,28 @@ def test_two_processes_quantize_as_one_does(opened, stores):
         assert errors[1] == pytest.approx(errors[0], rel=0.1), name
 
 
+def quantize_as_on_gpus(pico: Path, folder: Path, workers: Workers) -> bool:
+    """Take part in quantizing; the leading process writes matrices while both compute the next ones."""
+    layerwise.LayerwiseRun.keeps_weights = True  # type: ignore[method-assign, assignment]
+    with open_source(locate(str(pico))) as whole, QuantizedStore(folder, "mark") as store:
+        source, plan = preparation.planned(whole, RECIPE)
+        tokens = tokens_of(pico, source, 3, 40)
+        layerwise.quantize_model(source, plan.outputs, tokens, store, quiet=True, workers=workers)
+        return store.files.keys() == quantizations_of(plan.outputs).keys()
+
+
+def test_two_gpus_leave_the_same_bytes_as_two_that_wait_for_files(pico, stores, tmp_path):
+    QuantizedStore(tmp_path / "store", "mark").close()
+    assert compute_together(partial(quantize_as_on_gpus, pico, tmp_path / "store"), 2) == [True, True]
+    names = {path.name for path in stores[2].folder.iterdir()}
+    assert {path.name for path in (tmp_path / "store").iterdir()} == names
+    assert [
+        name
+        for name in sorted(names)
+        if (tmp_path / "store" / name).read_bytes() != (stores[2].folder / name).read_bytes()
+    ] == []
+
+
 def test_rows_of_a_matrix_are_quantized_as_in_the_whole(opened):
     """From the same moments: only what is computed in another order can differ."""
     source, plan = opened
