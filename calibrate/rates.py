@@ -13,8 +13,9 @@ from ..convert.source.tensors import roles
 from ..model import torch_device as devices
 from ..model.blocks import blocks_of
 from ..model.reference import TorchModel
-from ..quant.affine import QuantizationConfig, dequantize, quantize
+from ..quant.affine import QuantizationConfig, quantize
 from ..quant.rounding import round_columns
+from .quantized_model import dequantized_on
 from .work import Work
 
 _WIDEST = 4096  # columns and rows of what is timed: above it, rates change little
@@ -89,7 +90,7 @@ def measure(a: Architecture, device: str | None = None, clock: Callable[[], floa
         groups=few / _GROUPS,
         streamed=_streaming(timer, min(_BLOCK, a.dim), _FRAMES, _SEQUENCE, product),
         stepped=_streaming(timer, min(_BLOCK, a.depformer_dim), _FRAMES, a.steps, product),
-        blocks=_streaming(timer, 64, 16, 16, product) * 2 * 4 * 16 * 64,
+        blocks=_streaming(timer, 64, 16, 16, product, copied=True) * 2 * 4 * 16 * 64,
         thin=timer.seconds(lambda: thin @ half) / half.numel(),
         unread=_DISK,
     )
@@ -107,23 +108,30 @@ def _reading(timer: _Timer, values: Tensor) -> float:
     """Return the seconds of making a weight float32 on the device: the mean from bfloat16 and from codes."""
     quantization = QuantizationConfig(4, 64, "rtn")
     stored, narrow = quantize(values.numpy(), quantization), values.bfloat16()
-    codes = timer.seconds(lambda: torch.from_numpy(dequantize(stored, quantization)).to(timer.device))
+    codes = timer.seconds(lambda: dequantized_on(timer.device, stored, quantization))
     return (codes + timer.seconds(lambda: narrow.to(timer.device, torch.float32))) / 2 / values.numel()
 
 
-def _streaming(timer: _Timer, dim: int, frames: int, length: int, product: float) -> float:
-    """Return the seconds of a block for each byte that goes into it or comes out, without those of its products."""
+def _streaming(timer: _Timer, dim: int, frames: int, length: int, product: float, copied: bool = False) -> float:
+    """Return the seconds of a block for each byte that goes into it or comes out, without those of its products.
+
+    copied: whether that is copied to the device and back, as where tokens are generated.
+    """
     heads = max(1, dim // 64)
     a = Architecture(dim, heads, 1, text_card=32, card=32, depformer_dim=32, depformer_num_heads=1)
     known = {name: torch.ones(role.shape, device=timer.device) / dim for name, role in roles(a).items()}
     model = TorchModel(
         a, lambda name, _: known[name], lambda name, _: known[name], torch.float32, a.context, 16, timer.device
     )
-    x = np.ones((frames // length, length, dim), np.float32)
+    array = np.ones((frames // length, length, dim), np.float32)
+    x = torch.from_numpy(array).to(timer.device)
 
     def compute() -> None:
         for block in blocks_of(a, "temporal"):
-            model.block(block, x)
+            if copied:
+                model.block(block, array)
+            else:
+                model.advance(block, x)
 
     weights = sum(known[name].numel() for name, role in roles(a).items() if role.component == "temporal")
     operations = 2 * frames * weights + 4 * frames * length * dim
