@@ -7,7 +7,7 @@ memory at once (PyTorch's recipe "optimizer step in backward").
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,13 +33,18 @@ MISSING = "fine-tuning at this size needs one more package: pip install 'ppx-con
 class AdamInBackward:
     """The optimizers of all matrices.
 
-    scale: what losses are multiplied by. skipped: the matrix of each update that was left out, as its gradient was not
-    finite.
+    scale: what losses are multiplied by. not_finite: how many gradients of each matrix were not finite, on the device:
+    to look at one while others are computed would keep a GPU waiting.
     """
 
     scale: float
     optimizers: dict[MatrixKey, Optimizer]
-    skipped: list[MatrixKey] = field(default_factory=list)
+    not_finite: dict[MatrixKey, Tensor] = field(default_factory=dict)
+
+    def skipped(self) -> dict[MatrixKey, int]:
+        """Return how many gradients were not finite, of matrices that had such."""
+        counts = torch.stack(list(self.not_finite.values())).tolist()
+        return {key: count for key, count in zip(self.not_finite, counts, strict=True) if count}
 
 
 def torchao_optimizer() -> Any:
@@ -64,10 +69,10 @@ def adam_in_backward(matrices: Mapping[MatrixKey, LowMemoryMatrix]) -> AdamInBac
         groups[1]["weight_decay"] = DAMPING
         optimizer = make(groups, betas=BETAS, eps=_EPSILON, weight_decay=0, bf16_stochastic_round=True)
         adam.optimizers[key] = optimizer
-        skip = partial(adam.skipped.append, key)
+        adam.not_finite[key] = torch.zeros((), dtype=torch.int64, device=matrix.offsets.device)
         for parameter in (matrix.scales, matrix.biases, matrix.offsets):
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                partial(_update, optimizer, skip)
+                partial(_update, optimizer, adam.not_finite[key])
             )
         matrix.offsets.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
             partial(_carry, matrix)  # behind the update: hooks run in the order in which they are registered
@@ -86,17 +91,18 @@ def take_step_in_backward(adam: AdamInBackward, loss: Tensor) -> bool:
     return True
 
 
-def _update(optimizer: Optimizer, skip: Callable[[], object], parameter: Tensor) -> None:
-    """Change a parameter that has its gradient.
+def _update(optimizer: Optimizer, not_finite: Tensor, parameter: Tensor) -> None:
+    """Change a parameter that has its gradient; one that is not finite is counted, and taken for zero.
 
     ``take_step`` leaves all parameters as they are where any gradient is not finite. Here those whose gradients came
-    before are changed already: only the ones whose own gradients are not finite are left.
+    before are changed already.
     """
-    if parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()):
+    if parameter.grad is not None:
+        broken = ~torch.isfinite(parameter.grad).all()
+        not_finite.add_(broken)
+        parameter.grad.masked_fill_(broken, 0)
         optimizer.step()  # of those that have a gradient: this one
-    else:
-        skip()
-    parameter.grad = None
+        parameter.grad = None
 
 
 def _carry(matrix: LowMemoryMatrix, _: Tensor) -> None:

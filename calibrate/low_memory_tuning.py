@@ -155,10 +155,9 @@ def _train(
             schedule.on_step(step, value)
     if skipped:
         progress.write(f"fine-tuning: {skipped} of {taken} steps were skipped: predictions are not finite", sys.stderr)
-    if adam.skipped:
-        names = len(set(adam.skipped))
+    if broken := adam.skipped():
         progress.write(
-            f"fine-tuning: {len(adam.skipped)} updates of {names} matrices were skipped: gradients are not finite",
+            f"fine-tuning: {sum(broken.values())} gradients of {len(broken)} matrices are not finite: taken for zero",
             sys.stderr,
         )
 
