@@ -10,7 +10,7 @@ or rows of them. What they decide by is the same on all.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -34,7 +34,7 @@ from .matrix_parts import Rounding, adjustment_of, joined_outcomes, parts_of, wa
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
 from .quantized_model import dequantized_on, quantized_rows, quantized_weights
-from .store_writer import StoreWriter
+from .store_writer import StoreWriter, data_driven_count, kept_text
 from .stream_rows import depformer_rows, fitting_sequences
 from .work import TensorWork, Work, gradients_work, inputs_are_kept, operations, tensor_works
 from .workers import Workers
@@ -87,7 +87,7 @@ class LayerwiseRun:
     @property
     def count(self) -> int:
         """How many matrices are quantized by their inputs, in all."""
-        return _count(self.quantizations)
+        return data_driven_count(self.quantizations)
 
     @property
     def keeps_weights(self) -> bool:
@@ -109,7 +109,7 @@ class LayerwiseRun:
 
         Those that read the block's input come before those that read what these make of it.
         """
-        first, second = _matrices(block, self.source.architecture.steps)
+        first, second = block.matrices(self.source.architecture.steps)
         if keys := self.missing(first):
             moments = block_moments(self.models, block, keys, streams, self.workers)
             self.count_forward(first, 0.5)
@@ -247,16 +247,6 @@ def _label(names: Sequence[str]) -> str:
     return names[0].removesuffix("weight").rstrip("._")
 
 
-def _matrices(block: Block, steps: int) -> tuple[list[str], list[str]]:
-    """Return the names of a block's matrices: those that read its input, and those that read what these make of it."""
-    if block.sublayer == "attention":
-        stems, first, second = [f"{block.prefix}.self_attn"], "in_proj_weight", "out_proj.weight"
-    else:
-        gates = [f".{step}" for step in range(steps)] if block.component == "depformer" else [""]
-        stems, first, second = [f"{block.prefix}.gating{s}" for s in gates], "linear_in.weight", "linear_out.weight"
-    return [f"{stem}.{first}" for stem in stems], [f"{stem}.{second}" for stem in stems]
-
-
 def quantize_model(
     source: Source,
     outputs: list[Output],
@@ -300,16 +290,6 @@ def quantize_model(
                 )
             _audio(run, fitting, _temporal(run, fitting))
             run.finish_writing()
-
-
-def kept_text(store: QuantizedStore, outputs: list[Output]) -> str:
-    """Return how much of a plan's outputs a store holds, as an interrupted program says it; empty for nothing."""
-    return f"{len(store.files)} of {_count(quantizations_of(outputs))} matrices are kept" if store.files else ""
-
-
-def _count(quantizations: Mapping[MatrixKey, tuple[QuantizationConfig, str]]) -> int:
-    """Return how many matrices are quantized by their inputs."""
-    return sum(quantization.method in DATA_DRIVEN for quantization, _ in quantizations.values())
 
 
 def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:

@@ -12,8 +12,9 @@ from ..convert.preparation import Reopening, reopening
 from ..convert.progress import keeping, watched
 from ..convert.source.source import Source
 from ..model.tokens import TokenSet
-from .layerwise import kept_text, quantize_model
+from .layerwise import quantize_model
 from .processes import compute_together
+from .store_writer import kept_text
 from .stream_rows import most_workers
 from .work import Work
 from .workers import Workers

@@ -1,12 +1,13 @@
-"""Writing quantized matrices to their store while the next ones are computed."""
+"""The store of quantized matrices as layer-wise GPTQ fills it: written while the next ones are computed."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
-from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
+from ..convert.bundle.output_tensor import Output
+from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore, quantizations_of
 from ..convert.bundle.records import Adjustment
-from ..quant.affine import Quantized
+from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized
 
 
 class StoreWriter:
@@ -36,3 +37,15 @@ class StoreWriter:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
+
+
+def kept_text(store: QuantizedStore, outputs: list[Output]) -> str:
+    """Return how much of a plan's outputs a store holds, as an interrupted program says it; empty for nothing."""
+    return (
+        f"{len(store.files)} of {data_driven_count(quantizations_of(outputs))} matrices are kept" if store.files else ""
+    )
+
+
+def data_driven_count(quantizations: Mapping[MatrixKey, tuple[QuantizationConfig, str]]) -> int:
+    """Return how many matrices are quantized by their inputs."""
+    return sum(quantization.method in DATA_DRIVEN for quantization, _ in quantizations.values())

@@ -23,6 +23,18 @@ class Block:
         """What its tensors' names begin with in the checkpoint."""
         return f"{'transformer' if self.component == 'temporal' else 'depformer'}.layers.{self.layer}"
 
+    def matrices(self, steps: int) -> tuple[list[str], list[str]]:
+        """Return the names of its matrices: those that read its input, and those that read what these make of it.
+
+        steps: of the depformer, each of which has an MLP of its own.
+        """
+        if self.sublayer == "attention":
+            stems, first, second = [f"{self.prefix}.self_attn"], "in_proj_weight", "out_proj.weight"
+        else:
+            gates = [f".{step}" for step in range(steps)] if self.component == "depformer" else [""]
+            stems, first, second = [f"{self.prefix}.gating{s}" for s in gates], "linear_in.weight", "linear_out.weight"
+        return [f"{stem}.{first}" for stem in stems], [f"{stem}.{second}" for stem in stems]
+
     def batches(self, shape: Sequence[int]) -> list[slice]:
         """Return rows that go through the block together: so few that what it holds meanwhile is small.
 
