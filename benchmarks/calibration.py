@@ -1,11 +1,12 @@
 """What data buys: the divergence that rounding by data leaves, by method, and by the number of calibration frames.
 
-    python benchmarks/calibration.py SOURCE --calibration TOKENS --heldout TOKENS [--rows NAME ...] [--refine STEPS]
-        [--frames-per-column N ...] [--folder DIR] [--picture FILE.svg]
+    python benchmarks/calibration.py SOURCE --calibration TOKENS ... --heldout TOKENS [--rows NAME ...]
+        [--refine STEPS] [--frames-per-column N ...] [--folder DIR] [--picture FILE.svg]
 
 All in PyTorch, on a GPU if there is one: no bundle is written. Divergence from the float32 reference in nats/token, on
-held-out sequences. Frames per column are of the widest matrix (the second of the MLP). What was measured stays in the
-folder; a row that is there is not measured again. The picture shows the curves of all models in the folder.
+held-out sequences. Sequences of several calibration files are cut to the length of the shortest. Frames per column are
+of the widest matrix (the second of the MLP). What was measured stays in the folder; a row that is there is not measured
+again. The picture shows the curves of all models in the folder.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,9 +82,11 @@ def measure(
     return {**found, "seconds": seconds, "frames": calibration.tokens.shape[0] * calibration.tokens.shape[2]}
 
 
-def some_frames(source: Source, path: Path, frames: int | None) -> TokenSet:
+def some_frames(source: Source, paths: Sequence[Path], frames: int | None) -> TokenSet:
     """Return about so many calibration frames: parts of as few sequences as hold them, evenly spaced; None for all."""
-    tokens = read_token_file(path, source.architecture)
+    files = [read_token_file(path, source.architecture) for path in paths]
+    shortest = min(one.shape[2] for one in files)
+    tokens = np.concatenate([one[:, :, :shortest] for one in files])
     if frames is not None:
         count = min(len(tokens), -(-frames // tokens.shape[2]))
         tokens = tokens[evenly_spaced(len(tokens), count), :, : max(frames // count, 4)]
@@ -135,7 +138,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
-    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
     parser.add_argument("--heldout", type=Path, required=True)
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=[], help="[default: none]")
     parser.add_argument("--refine", type=int, default=400, help="steps of the rows that are refined")
