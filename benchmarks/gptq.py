@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from ppx.calibrate import layerwise, rates
 from ppx.calibrate.dataset import write
 from ppx.calibrate.work import gptq_work
@@ -88,8 +89,11 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
         stream = streams["original"]
         for rows in block.batches(stream.shape):
             run.models["original"].added(block, stream[rows])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         alone = time.perf_counter() - start
         extra["processors"] += time.process_time() - used
+        run.release_weights()
         start, used = time.perf_counter(), time.process_time()
         with at_block(run, block, streams) as computed:
             yield computed

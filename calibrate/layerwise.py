@@ -34,7 +34,7 @@ from .matrix_parts import Rounding, adjustment_of, joined_outcomes, parts_of, wa
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
 from .quantized_model import dequantized_on, quantized_rows, quantized_weights
-from .store_writer import StoreWriter, data_driven_count, kept_text
+from .store_writer import StoreWriter, data_driven_count, kept_text, label_of
 from .stream_rows import depformer_rows, fitting_sequences
 from .work import TensorWork, Work, gradients_work, inputs_are_kept, operations, tensor_works
 from .workers import Workers
@@ -113,16 +113,16 @@ class LayerwiseRun:
         if keys := self.missing(first):
             moments = block_moments(self.models, block, keys, streams, self.workers)
             self.count_forward(first, 0.5)
-            self.quantize(_label(first), moments)
+            self.quantize(label_of(first), moments)
         else:
             self.count_forward(first, 0.5)
         self.count_forward(second, 0.5)
         computed: Streams = {}
         if keys := self.missing(second):
             if not self.tuning.steps and self.can_keep_inputs(block, keys, streams):
-                computed = self.quantize_last(_label(second), block, keys, streams)
+                computed = self.quantize_last(label_of(second), block, keys, streams)
             else:
-                self.quantize(_label(second), block_moments(self.models, block, keys, streams, self.workers))
+                self.quantize(label_of(second), block_moments(self.models, block, keys, streams, self.workers))
         self.fine_tune(block, self.data_driven([*first, *second]), streams)
         yield computed
         self.release_weights()
@@ -182,10 +182,10 @@ class LayerwiseRun:
             self.tuning.on_block(block)
         device, read = self.models["original"].device, source_weights(self.source.checkpoint)
         matrices = {key: trainable_matrix(key, *self.quantizations[key], self.store, device) for key in keys}
-        tune_block(self.models, block, matrices, streams, self.tuning.steps)
-        self.store.add(label, {key: matrix.quantized(read(*key)) for key, matrix in matrices.items()})
         for key in keys:
             self.kept["quantized"].pop(key, None)
+        tune_block(self.models, block, matrices, streams, self.tuning.steps)
+        self.store.add(label, {key: matrix.quantized(read(*key)) for key, matrix in matrices.items()})
 
     def quantize(self, label: str, moments: dict[MatrixKey, Moments | Inputs]) -> None:
         """Quantize matrices by the moments of their inputs, and store them.
@@ -242,11 +242,6 @@ class LayerwiseRun:
         self.count_forward(names, 1)
 
 
-def _label(names: Sequence[str]) -> str:
-    """Return what the file of matrices is called in a store, without its ending."""
-    return names[0].removesuffix("weight").rstrip("._")
-
-
 def quantize_model(
     source: Source,
     outputs: list[Output],
@@ -280,16 +275,20 @@ def quantize_model(
     works = tensor_works(source.architecture, outputs, sequences, frames, store.files)
     passes = gradients_work(source.architecture, works, sequences, frames)
     total = weigh(passes) + sum(weigh(work) for one in works.values() for work in (one.forward, *one.matrices.values()))
-    with bar("layer-wise GPTQ", total, "", quiet) as progress, StoreWriter(store) as writer, torch.no_grad():
+    with (
+        bar("layer-wise GPTQ", total, "", quiet) as progress,
+        keeping(lambda: kept_text(store, outputs)),
+        StoreWriter(store) as writer,
+        torch.no_grad(),
+    ):
         tuned = tuning or BlockTuning()
         run = LayerwiseRun(source, quantizations, store, writer, models, kept, tuned, progress, works, weigh, workers)
-        with keeping(lambda: kept_text(store, outputs)):
-            if passes != Work():
-                run.gradients.update(
-                    output_gradients(model, token_set, lambda share: progress.update(share * weigh(passes)), workers)
-                )
-            _audio(run, fitting, _temporal(run, fitting))
-            run.finish_writing()
+        if passes != Work():
+            run.gradients.update(
+                output_gradients(model, token_set, lambda share: progress.update(share * weigh(passes)), workers)
+            )
+        _audio(run, fitting, _temporal(run, fitting))
+        run.finish_writing()
 
 
 def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
@@ -299,6 +298,7 @@ def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
     walk(run.source.architecture, "temporal", streams, run.advance, run.at_block)
     outputs = {name: model.hidden_states(streams.pop(name)) for name, model in run.models.items()}
     run.quantize_readers("text_linear", ["text_linear.weight"], outputs)
+    run.release_weights()
     return outputs
 
 

@@ -1,6 +1,6 @@
 """The store of quantized matrices as layer-wise GPTQ fills it: written while the next ones are computed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
@@ -49,3 +49,8 @@ def kept_text(store: QuantizedStore, outputs: list[Output]) -> str:
 def data_driven_count(quantizations: Mapping[MatrixKey, tuple[QuantizationConfig, str]]) -> int:
     """Return how many matrices are quantized by their inputs."""
     return sum(quantization.method in DATA_DRIVEN for quantization, _ in quantizations.values())
+
+
+def label_of(names: Sequence[str]) -> str:
+    """Return what the file of matrices is called in a store, without its ending."""
+    return names[0].removesuffix("weight").rstrip("._")
