@@ -52,12 +52,17 @@ def test_calibration_frames_are_as_many_as_were_asked_for(pico):
 
     path = pico / "calibration_tokens.safetensors"
     with open_source(locate(str(pico))) as source:
-        whole = some_frames(source, path, None).tokens
+        whole = some_frames(source, [path], None).tokens
         for frames, shape in {100: (1, 100), 500: (2, 250), 700: (3, 233)}.items():
-            few = some_frames(source, path, frames).tokens
+            few = some_frames(source, [path], frames).tokens
             assert few.shape == (shape[0], whole.shape[1], shape[1])
             step = len(whole) // shape[0]
             assert (few == whole[::step][: shape[0], :, : shape[1]]).all()
+        both = some_frames(source, [path, pico / "heldout_tokens.safetensors"], None).tokens
+    length = both.shape[2]  # of the shorter ones
+    assert length < whole.shape[2]
+    assert (both[: len(whole)] == whole[:, :, :length]).all()
+    assert len(both) > len(whole)
 
 
 def test_the_curve_of_calibration_frames_is_drawn_for_every_model(tmp_path):
