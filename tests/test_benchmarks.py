@@ -46,9 +46,11 @@ def test_no_column_of_the_conversions_table_is_empty():
     assert rows[1].split() == ["rtn", "4.0", "2.00", "0.47", "GiB"]
 
 
-def test_calibration_frames_are_as_many_as_were_asked_for(pico):
+def test_calibration_frames_are_as_many_as_were_asked_for(pico, tmp_path):
     from calibration import some_frames
     from ppx.convert.source.source import locate, open_source
+    from ppx.model.tokens import read_token_file
+    from safetensors.numpy import save_file
 
     path = pico / "calibration_tokens.safetensors"
     with open_source(locate(str(pico))) as source:
@@ -58,11 +60,11 @@ def test_calibration_frames_are_as_many_as_were_asked_for(pico):
             assert few.shape == (shape[0], whole.shape[1], shape[1])
             step = len(whole) // shape[0]
             assert (few == whole[::step][: shape[0], :, : shape[1]]).all()
-        both = some_frames(source, [path, pico / "heldout_tokens.safetensors"], None).tokens
-    length = both.shape[2]  # of the shorter ones
-    assert length < whole.shape[2]
-    assert (both[: len(whole)] == whole[:, :, :length]).all()
-    assert len(both) > len(whole)
+        short = tmp_path / "short.safetensors"
+        save_file({"tokens": read_token_file(path, source.architecture)[:2, :, :50].copy()}, short)
+        both = some_frames(source, [path, short], None)
+    assert both.undelayed is not None
+    assert both.undelayed.shape == (len(whole) + 2, whole.shape[1], 50)
 
 
 def test_the_curve_of_calibration_frames_is_drawn_for_every_model(tmp_path):
