@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.errors import UserError
 from ..model.torch_device import compiles
-from .parameters import BETAS, LowMemoryMatrix, damping, learning_rate_share, parameter_groups
+from .parameters import BETAS, DAMPING, LowMemoryMatrix, learning_rate_share, parameter_groups
 
 # Gradients are those of the loss times about the number of weights. One weight's share of the loss is so small (1e-7 to
 # 1e-6 in a model of 4.6 million parameters) that torchao's 8-bit second moments, whose scales are 1e-12 at least, could
@@ -66,7 +66,7 @@ def adam_in_backward(matrices: Mapping[MatrixKey, LowMemoryMatrix]) -> AdamInBac
     make, adam = torchao_optimizer(), AdamInBackward(2.0 ** round(math.log2(weights)), {})
     for key, matrix in matrices.items():
         groups = parameter_groups([matrix.scales, matrix.biases], [matrix.offsets])
-        groups[1]["weight_decay"] = torch.tensor(groups[1].pop("damping"))  # of what is added to codes
+        groups[1]["weight_decay"] = DAMPING
         optimizer = make(groups, betas=BETAS, eps=_EPSILON, weight_decay=0, bf16_stochastic_round=True)
         adam.optimizers[key] = optimizer
         adam.not_finite[key] = torch.zeros((), dtype=torch.int64, device=matrix.offsets.device)
@@ -110,11 +110,8 @@ def _carry(matrix: LowMemoryMatrix, _: Tensor) -> None:
 
 
 def set_learning_rates(adam: AdamInBackward, step: int, steps: int, warm_up: int) -> None:
-    """Set the learning rates of a step, and its damping; see ``learning_rate_share`` and ``damping``."""
-    share, decay = learning_rate_share(step, steps, warm_up), torch.tensor(damping(step, steps))
+    """Set the learning rates of a step; see ``learning_rate_share``."""
+    share = learning_rate_share(step, steps, warm_up)
     for optimizer in adam.optimizers.values():
         for group in optimizer.param_groups:
             group["lr"].fill_(share * group["usual"])
-        optimizer.param_groups[1]["weight_decay"] = (
-            decay  # a tensor, as the learning rate: compiled code takes it as it is
-        )

@@ -18,11 +18,10 @@ from ..quant.rounding import assemble
 
 BETAS = (0.9, 0.99)  # of Adam
 CODES_RATE, SCALES_RATE = 1e-2, 1e-3  # learning rates: in codes; relative to a scale, of scales and biases
-# Each step takes codes back to the nearest whole number by a share of the learning rate: of the first step, and that
-# of the last. Without it codes whose best value is between two whole numbers gather at the border and cross it in every
-# other step, which costs more than training gains in long runs (oscillation dampening as in arXiv:2203.11086, there
-# rising too; here as a decay that is not part of the loss).
-DAMPING = (0.1, 0.6)
+# Each step takes codes back to the nearest whole number by this share of the learning rate. Without it codes whose best
+# value lies between two whole numbers gather at the border and cross it in every other step, which costs more than
+# training gains in long runs (oscillation dampening as in arXiv:2203.11086, as a decay that is not part of the loss).
+DAMPING = 0.3
 
 
 @dataclass(frozen=True)
@@ -134,15 +133,14 @@ def low_memory_matrix(
 
 
 def adam_for(matrices: Mapping[MatrixKey, TrainableMatrix]) -> torch.optim.Adam:
-    """Return the optimizer of their parameters: scales and biases, then codes, which are damped (``damping``)."""
+    """Return the optimizer of their parameters: scales and biases, then codes; see ``DAMPING``."""
     scales = [parameter for matrix in matrices.values() for parameter in (matrix.scales, matrix.biases)]
     codes = [matrix.codes for matrix in matrices.values()]
     adam = torch.optim.Adam(parameter_groups(scales, codes), betas=BETAS)
 
     @torch.no_grad()
     def dampen(*_: object) -> None:
-        of_codes = adam.param_groups[1]
-        share = of_codes["damping"] * of_codes["lr"]
+        share = DAMPING * adam.param_groups[1]["lr"]
         for matrix in matrices.values():
             matrix.codes.lerp_(matrix.rounded_codes(), share)
 
@@ -154,21 +152,14 @@ def parameter_groups(scales_and_biases: list[Tensor], codes: list[Tensor]) -> li
     """Return what optimizers take, each kind with its learning rate; ``usual`` is the one before any schedule."""
     return [
         {"params": scales_and_biases, "lr": SCALES_RATE, "usual": SCALES_RATE},
-        {"params": codes, "lr": CODES_RATE, "usual": CODES_RATE, "damping": DAMPING[0]},
+        {"params": codes, "lr": CODES_RATE, "usual": CODES_RATE},
     ]
 
 
 def set_learning_rate(adam: torch.optim.Adam, step: int, steps: int, warm_up: int = 1) -> None:
-    """Set the learning rates of a step, and its damping; see ``learning_rate_share`` and ``damping``."""
+    """Set the learning rates of a step; see ``learning_rate_share``."""
     for group in adam.param_groups:
         group["lr"] = learning_rate_share(step, steps, warm_up) * group["usual"]
-    adam.param_groups[1]["damping"] = damping(step, steps)
-
-
-def damping(step: int, steps: int) -> float:
-    """Return by which share of the learning rate a step takes codes back to the nearest whole number."""
-    first, last = DAMPING
-    return first + (last - first) * step / steps
 
 
 def learning_rate_share(step: int, steps: int, warm_up: int) -> float:
