@@ -85,10 +85,9 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
 
     @contextmanager
     def timed(run: layerwise.LayerwiseRun, block: Block, streams: layerwise.Streams) -> Iterator[layerwise.Streams]:
+        stream = streams["original"].clone()
         start, used = time.perf_counter(), time.process_time()
-        stream = streams["original"]
-        for rows in block.batches(stream.shape):
-            run.models["original"].added(block, stream[rows])
+        run.models["original"].advance(block, stream)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         alone = time.perf_counter() - start

@@ -306,7 +306,7 @@ def _audio(run: LayerwiseRun, token_set: TokenSet, hidden: Streams) -> None:
     """Quantize the depformer."""
     arch = run.source.architecture
     states, targets = depformer_rows(token_set, hidden, arch, run.workers)
-    hidden.clear()
+    hidden.clear()  # memory of the device: what the depformer reads of it is in states
     run.quantize_readers("depformer_in", [f"depformer_in.{step}.weight" for step in range(arch.steps)], states)
     streams = {name: model.step_inputs(states.pop(name), targets, arch.steps) for name, model in run.models.items()}
     run.release_weights()

@@ -36,6 +36,7 @@ class _Sums:
             self.cross = torch.zeros((columns, columns), device=device)
 
     def add(self, original: Tensor, quantized: Tensor, streams: StreamPair | None) -> None:
+        """Add the inputs ``[frames, columns]`` of some frames; streams: see ``moments_of``."""
         original, quantized = (x.to(self.device, torch.float32) for x in (original, quantized))
         lacking = None if streams is None else (streams[0] - streams[1]).to(self.device)
         self.frames += len(quantized)

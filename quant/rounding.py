@@ -33,12 +33,12 @@ _log = logging.getLogger(__name__)
 def row_feedback(gradients: Tensor, device: torch.device) -> Tensor:
     """Return by how much the error of a row counts for each later one of its block, ``[blocks, 64, 64]``, in float64.
 
-    gradients: as for ``gptq``. device: computes it if it is a CUDA GPU, else the CPU does. With F = U Uᵀ, U upper
+    gradients: as for ``gptq``. device: computes it, or the CPU if it has no float64. With F = U Uᵀ, U upper
     triangular, and E the outputs' errors, the loss grows by |Uᵀ E|²: row i of it is Uᵢᵢ times Eᵢ plus the sum of
     Uⱼᵢ / Uᵢᵢ times Eⱼ over the rows j before. Zeros for a block that no gradient reaches, or whose gradients are not
     finite.
     """
-    sums = gradients.to(device if device.type == "cuda" else "cpu").double()
+    sums = _double(gradients.to(device))
     mean = sums.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     usable = torch.isfinite(sums).all(2, keepdim=True).all(1, keepdim=True) & (mean > 0)
     eye = torch.eye(sums.shape[1], dtype=sums.dtype, device=sums.device)

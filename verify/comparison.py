@@ -87,11 +87,13 @@ class Comparison:
 
     def walk(self, component: str, streams: dict[str, Floats]) -> dict[str, Floats]:
         """Take the models' streams through a component's blocks."""
-
-        def through(name: str, block: Block, x: Floats) -> None:
-            advance(self.models[name], block, x)
-
-        return walk(self.source.architecture, component, streams, through, self._at_block)
+        return walk(
+            self.source.architecture,
+            component,
+            streams,
+            lambda name, block, x: advance(self.models[name], block, x),
+            self._at_block,
+        )
 
     @contextmanager
     def _at_block(self, block: Block, streams: dict[str, Floats]) -> Iterator[dict[str, Floats]]:
