@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ppx.calibrate import layerwise, rates
+from ppx.calibrate.block_tuning import BlockTuning
 from ppx.calibrate.dataset import write
 from ppx.calibrate.work import gptq_work
 from ppx.convert import preparation
@@ -104,7 +105,7 @@ def solve_source(source: Source, one: Architecture, options: argparse.Namespace,
 
     layerwise.LayerwiseRun.at_block = timed  # type: ignore[method-assign, assignment]
     start, used = time.perf_counter(), time.process_time()
-    tuning = layerwise.BlockTuning(options.refine)
+    tuning = BlockTuning(options.refine)
     with QuantizedStore(options.folder / "solution", "x") as store:
         layerwise.quantize_model(source, plan.outputs, token_set, store, tuning)
     total = time.perf_counter() - start - extra["original"]

@@ -3,8 +3,8 @@
 For models of which only one block fits into memory with everything that training needs.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,14 @@ from ..convert.bundle.quantized_store import MatrixKey
 from ..model.blocks import POSITIONS, Block
 from ..model.reference import TorchModel
 from .parameters import TrainableMatrix, adam_for, set_learning_rate, take_step, trainable_weights
+
+
+@dataclass(frozen=True)
+class BlockTuning:
+    """Steps of fine-tuning for each block. on_block: called with a block before it is fine-tuned."""
+
+    steps: int = 0
+    on_block: Callable[[Block], None] | None = None
 
 
 def tune_block(

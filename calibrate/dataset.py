@@ -17,9 +17,10 @@ from ..convert.source.source import Source
 from ..convert.tensorfile import Spec, TensorWriter
 from ..model.forward import Tokens
 from ..model.tokens import TokenSet, read_token_file, read_tokens
+from .block_tuning import BlockTuning
 from .eight_bit_adam import torchao_optimizer
 from .forecast import forecast, seconds_of
-from .layerwise import BlockTuning, quantize_model
+from .layerwise import quantize_model
 from .layerwise_processes import quantize_together
 from .low_memory_tuning import fine_tune_in_low_memory
 from .tuning import Schedule, fine_tune, trainable_scope

@@ -22,6 +22,7 @@ from ..model.reference import TorchModel, kept_by
 from ..model.tokens import TokenSet, evenly_spaced
 from ..model.walk import run_block, step_inputs
 from ..quant.column_rounding import ROWS
+from .read_ahead import ReadAhead
 from .work import gradient_sequences
 from .workers import Workers
 
@@ -42,13 +43,16 @@ class _Pass:
     kept: dict[MatrixKey, Tensor]
     progress: Callable[[float], object]
     workers: Workers
+    ahead: ReadAhead
     idle: bool
     sums: Sums = field(default_factory=dict)
 
     def forward(self, component: str, x: Floats) -> tuple[list[tuple[Block, Floats]], Floats]:
         """Return what goes into each block, and what comes out of the last."""
-        before = []
-        for block in blocks_of(self.model.architecture, component):
+        before, blocks = [], blocks_of(self.model.architecture, component)
+        self.ahead.follow(blocks, self.model.architecture.n_q // 2)
+        for block in blocks:
+            self.ahead.at(block)
             before.append((block, x))
             x = run_block(self.model, block, x)[1]
             self._done(component, 1)
@@ -56,7 +60,9 @@ class _Pass:
 
     def backward(self, before: Sequence[tuple[Block, Floats]], gradient: Floats) -> Floats:
         """Take the gradient behind the last block to what is in front of the first."""
+        self.ahead.follow([block for block, _ in reversed(before)], self.model.architecture.n_q // 2)
         for block, x in reversed(before):
+            self.ahead.at(block)
             for rows in block.batches(x.shape):
                 gradient[rows] += self._through(block, x[rows], gradient[rows])
             self._done(block.component, 2)
@@ -126,13 +132,15 @@ def output_gradients(
     token_set: TokenSet,
     progress: Callable[[float], object] = lambda _: None,
     workers: Workers = _ALONE,
+    ahead: ReadAhead | None = None,
 ) -> Sums:
     """Return second moments ``[blocks, 64, 64]``, on the CPU, of the gradients at the outputs of blocks' matrices.
 
     They are of blocks of 64 rows, the last one filled up with zeros. model: the original. Some sequences are used,
     evenly spaced. The loss is that of fine-tuning: the text's divergence plus the mean of the agent's codebooks.
     Matrices that neither depends on, those of the user's depformer steps, have none. progress: called with the share of
-    the work that is done, each time. workers: all give the same tokens, and get the same sums.
+    the work that is done, each time. workers: all give the same tokens, and get the same sums. ahead: what the
+    model reads its weights with, if anything is read ahead.
     """
     a = model.architecture
     which = evenly_spaced(len(token_set.tokens), gradient_sequences(token_set.tokens.shape[2]))
@@ -144,7 +152,8 @@ def output_gradients(
     kept: dict[MatrixKey, Tensor] = {}
     random = torch.Generator(model.device).manual_seed(0)
     read = replace(model, weights=kept_by(kept, model.weights, model.device))
-    run = _Pass(read, random, kept, progress, workers, not len(own))
+    ahead = ahead or ReadAhead(model.weights, a, active=False)
+    run = _Pass(read, random, kept, progress, workers, ahead, not len(own))
     with torch.no_grad():
         before, x = run.forward("temporal", run.model.embed(chosen.tokens))
         hidden = run.model.out_norm(x)

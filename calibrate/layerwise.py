@@ -22,18 +22,19 @@ from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore, quantiza
 from ..convert.progress import Progress, bar, keeping
 from ..convert.source.source import Source
 from ..model import torch_device as devices
-from ..model.blocks import Block
+from ..model.blocks import Block, blocks_of
 from ..model.reference import TorchModel, kept_by, reference_of, source_weights
 from ..model.tokens import TokenSet
 from ..model.walk import walk
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig
 from ..quant.gptq import Inputs, Moments
-from .block_tuning import tune_block
+from .block_tuning import BlockTuning, tune_block
 from .gradients import output_gradients
 from .matrix_parts import Rounding, adjustment_of, joined_outcomes, parts_of, warning_of
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
 from .quantized_model import dequantized_on, quantized_rows, quantized_weights
+from .read_ahead import ReadAhead
 from .store_writer import StoreWriter, data_driven_count, kept_text, label_of
 from .stream_rows import depformer_rows, fitting_sequences
 from .work import TensorWork, Work, gradients_work, inputs_are_kept, operations, tensor_works
@@ -46,19 +47,12 @@ Streams = dict[str, Tensor]  # of the models called original and quantized, on t
 
 
 @dataclass(frozen=True)
-class BlockTuning:
-    """Steps of fine-tuning for each block. on_block: called with a block before it is fine-tuned."""
-
-    steps: int = 0
-    on_block: Callable[[Block], None] | None = None
-
-
-@dataclass(frozen=True)
 class LayerwiseRun:
     """The original and the quantized model, and the matrices to quantize.
 
     quantizations: of each matrix, with the dtype of its scales. writer: to the store, which only the worker that leads
-    uses. models: ``original`` and ``quantized``. kept: the weights of a block that each of them has read. tuning: of
+    uses. ahead: what the original reads its weights with. models: ``original`` and ``quantized``. kept: the weights of
+    a block that each of them has read. tuning: of
     each block, after its matrices are quantized. works: of each source tensor, which the bar counts, in whatever
     ``weigh`` makes of them. gradients: at the outputs of matrices, see ``gradients.output_gradients``.
     """
@@ -67,6 +61,7 @@ class LayerwiseRun:
     quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]]
     store: QuantizedStore
     writer: StoreWriter
+    ahead: ReadAhead
     models: dict[str, TorchModel]
     kept: dict[str, dict[MatrixKey, Tensor]]
     tuning: BlockTuning
@@ -109,6 +104,7 @@ class LayerwiseRun:
 
         Those that read the block's input come before those that read what these make of it.
         """
+        self.ahead.at(block)
         first, second = block.matrices(self.source.architecture.steps)
         if keys := self.missing(first):
             moments = block_moments(self.models, block, keys, streams, self.workers)
@@ -265,6 +261,8 @@ def quantize_model(
     quantizations = quantizations_of(outputs)
     kept: dict[str, dict[MatrixKey, Tensor]] = {"original": {}, "quantized": {}}
     model = reference_of(source.checkpoint, device=device)
+    ahead = ReadAhead(model.weights, source.architecture, active=device == "cuda")  # where reading leaves a GPU idle
+    model = replace(model, weights=ahead.weights)
     weights = kept_by(kept["quantized"], quantized_weights(source, quantizations, store, device), device)
     models = {
         "original": replace(model, weights=kept_by(kept["original"], model.weights, device)),
@@ -278,14 +276,18 @@ def quantize_model(
     with (
         bar("layer-wise GPTQ", total, "", quiet) as progress,
         keeping(lambda: kept_text(store, outputs)),
+        ahead,
         StoreWriter(store) as writer,
         torch.no_grad(),
     ):
         tuned = tuning or BlockTuning()
-        run = LayerwiseRun(source, quantizations, store, writer, models, kept, tuned, progress, works, weigh, workers)
+        run = LayerwiseRun(
+            source, quantizations, store, writer, ahead, models, kept, tuned, progress, works, weigh, workers
+        )
         if passes != Work():
+            passed = weigh(passes)
             run.gradients.update(
-                output_gradients(model, token_set, lambda share: progress.update(share * weigh(passes)), workers)
+                output_gradients(model, token_set, lambda share: progress.update(share * passed), workers, ahead)
             )
         _audio(run, fitting, _temporal(run, fitting))
         run.finish_writing()
@@ -294,6 +296,7 @@ def quantize_model(
 def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
     """Quantize the temporal transformer; return its normalized outputs ``[sequences, frames, dim]`` of this worker."""
     own = run.workers.share(len(token_set.tokens))
+    run.ahead.follow(blocks_of(run.source.architecture, "temporal"))
     streams = {name: model.embedded(token_set.tokens[own]) for name, model in run.models.items()}
     walk(run.source.architecture, "temporal", streams, run.advance, run.at_block)
     outputs = {name: model.hidden_states(streams.pop(name)) for name, model in run.models.items()}
@@ -305,6 +308,7 @@ def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
 def _audio(run: LayerwiseRun, token_set: TokenSet, hidden: Streams) -> None:
     """Quantize the depformer."""
     arch = run.source.architecture
+    run.ahead.follow(blocks_of(arch, "depformer"))
     states, targets = depformer_rows(token_set, hidden, arch, run.workers)
     hidden.clear()  # memory of the device: what the depformer reads of it is in states
     run.quantize_readers("depformer_in", [f"depformer_in.{step}.weight" for step in range(arch.steps)], states)

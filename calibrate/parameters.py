@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint
 
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
@@ -178,7 +179,7 @@ def take_step(adam: torch.optim.Adam, loss: Tensor) -> bool:
     adam.zero_grad()
     torch.autograd.backward(loss)
     gradients = [one.grad for group in adam.param_groups for one in group["params"] if one.grad is not None]
-    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+    if not bool(torch.isfinite(get_total_norm(gradients, math.inf))):
         return False
     adam.step()
     return True

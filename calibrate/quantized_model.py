@@ -9,7 +9,8 @@ from ..convert.source.source import Source
 from ..convert.tensorfile import DTYPES
 from ..model.forward import Tokens
 from ..model.reference import Rows, Weights, source_rows, source_weights
-from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized, unpack
+from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized
+from ..quant.tensor_packing import unpacked
 from . import weight_only
 
 
@@ -51,7 +52,7 @@ def dequantized_on(device: str, quantized: Quantized, quantization: Quantization
         torch.from_numpy(values.astype(np.float32)).to(device)[..., None]
         for values in (quantized.scales, quantized.biases)
     )
-    codes = torch.from_numpy(unpack(quantized.weight, quantization.bits)).to(device)
+    codes = unpacked(quantized.weight, quantization.bits, device)
     grouped = codes.float().reshape(*scales.shape[:2], quantization.group_size)
     return grouped.mul_(scales).add_(biases).flatten(1)
 

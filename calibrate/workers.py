@@ -5,6 +5,7 @@ other by a file and talk over its loopback interface (GPUs over their own links)
 """
 
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ _ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": _LOOPBACK,
     "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink: some hosts cannot, and nothing here is large enough to need it
 }
+_ALIGNMENT = 64  # bytes, of arrays that are exchanged
 _PATIENCE = timedelta(days=7)  # others may compute for hours; who started the processes sees when one ends
 
 
@@ -33,6 +36,7 @@ class Workers:
 
     rank: int = 0
     size: int = 1
+    device: str = "cpu"  # on which what is exchanged is faster there: a GPU of its own for each process
 
     @property
     def leads(self) -> bool:
@@ -67,7 +71,10 @@ class Workers:
             from torch import distributed
 
             for tensor in tensors:
-                distributed.all_reduce(tensor)
+                summed = tensor.to(self.device) if tensor.device.type == "cpu" else tensor
+                distributed.all_reduce(summed)
+                if summed is not tensor:
+                    tensor.copy_(summed)
 
     def concatenated(self, part: Tensor) -> tuple[Tensor, slice]:
         """Return the parts ``[rows, ...]`` of all processes one after another, and where in them this one's is."""
@@ -90,8 +97,20 @@ class Workers:
             return [value]
         from torch import distributed
 
-        values = [value] * self.size
-        distributed.all_gather_object(values, value)
+        arrays: list[pickle.PickleBuffer] = []  # those in the value: they are exchanged as they are
+        head = memoryview(pickle.dumps(value, 5, buffer_callback=arrays.append))
+        parts = [np.asarray(part) for part in (head, *(array.raw() for array in arrays))]
+        flat = np.concatenate([np.pad(part, (0, -len(part) % _ALIGNMENT)) for part in parts])
+        whole = self.concatenated(torch.from_numpy(flat).to(self.device))[0].cpu().numpy()
+        lengths = [[0]] * self.size
+        distributed.all_gather_object(lengths, [len(part) for part in parts])
+        values, first = [], 0
+        for each in lengths:
+            pieces = []
+            for length in each:
+                pieces.append(whole[first : first + length])
+                first += length + -length % _ALIGNMENT
+            values.append(pickle.loads(pieces[0].data, buffers=pieces[1:]))  # noqa: S301  (of this program's own processes)
         return values
 
 
@@ -107,9 +126,10 @@ def joined(rank: int, size: int, meeting: Path) -> Iterator[Workers]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:
         torch.cuda.set_device(rank % gpus)
-    backend = "cpu:gloo,cuda:nccl" if gpus >= size else "gloo"  # NCCL refuses processes that share a GPU
+    apart = gpus >= size  # NCCL refuses processes that share a GPU
+    backend = "cpu:gloo,cuda:nccl" if apart else "gloo"
     distributed.init_process_group(
         backend, init_method=meeting.absolute().as_uri(), rank=rank, world_size=size, timeout=_PATIENCE
     )
-    yield Workers(rank, size)
+    yield Workers(rank, size, "cuda" if apart else "cpu")
     distributed.destroy_process_group()

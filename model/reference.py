@@ -292,7 +292,8 @@ def source_rows(checkpoint: Checkpoint) -> Rows:
 
     def read(name: str, tokens: Tokens) -> Tensor:
         ids, inverse = np.unique(tokens, return_inverse=True)
-        table = to_torch(np.concatenate([checkpoint.read(name, int(row), int(row) + 1) for row in ids]))
+        runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)  # rows that are neighbours are read at once
+        table = to_torch(np.concatenate([checkpoint.read(name, int(run[0]), int(run[-1]) + 1) for run in runs]))
         return table[torch.from_numpy(inverse.reshape(tokens.shape))]
 
     return read

@@ -131,15 +131,18 @@ def fit_groups(
 def round_blocks(
     adjusted, goal, columns, first, inverse, grids, feedback, lost, scales, biases, codes, rows,
     top: tl.constexpr, storage: tl.constexpr, has_feedback: tl.constexpr,
-    size: tl.constexpr, trials: tl.constexpr, height: tl.constexpr,
+    size: tl.constexpr, trials: tl.constexpr, height: tl.constexpr, panel: tl.constexpr,
 ):  # fmt: skip
     """Round one group of columns of one block of rows; see ``round_group``.
 
     inverse: transposed, so that what a column gets from those before it is one row. lost: ``[rows, size]``, scratch.
+    panel: columns that are rounded one after another; what earlier panels lost reaches a panel at once. Loops over
+    panels are unrolled and a program is one warp, a thread of it for each grid: losses stay in registers.
     """
     block = tl.program_id(0)
     start = block * height
     index, trial, before = tl.arange(0, size), tl.arange(0, trials), tl.arange(0, height)
+    inner, shifts = tl.arange(0, panel), 8 * tl.arange(0, panel)[:, None]
     share, shift = tl.load(grids + 2 * trial), tl.load(grids + 2 * trial + 1)
     middle = top / 2.0 * (1.0 - share) + shift
     for row in range(height):
@@ -148,8 +151,7 @@ def round_blocks(
             whole, low = tl.load(scales + line), tl.load(biases + line)
             scale = _stored(whole * share, storage)
             bias = _stored(low + whole * middle, storage)
-            losses = tl.zeros((size, trials), tl.float32)
-            chosen = tl.zeros((size, trials), tl.float32)
+            steps = tl.where(scale != 0.0, 1.0 / scale, 0.0)
             sums = tl.zeros((trials,), tl.float32)
             if has_feedback:
                 ratios = tl.load(feedback + (block * height + before) * height + row)
@@ -157,32 +159,44 @@ def round_blocks(
                 errors = tl.load(lost + earlier, mask=(before < row)[:, None], other=0.0)
                 tl.store(lost + line * size + index, tl.sum(ratios[:, None] * errors, 0))
                 tl.debug_barrier()
-            for column in range(size):
-                reached = tl.load(inverse + column * size + index)
-                diagonal = tl.load(inverse + column * size + column)
-                now = tl.load(adjusted + line * size + column) - tl.sum(reached[:, None] * losses, 0)
-                passed = 0.0
-                if has_feedback:
-                    passed = tl.load(lost + line * size + column)
-                nearest = ((now + diagonal * passed - bias) / scale + _MAGIC) - _MAGIC
-                nearest = tl.minimum(tl.maximum(nearest, 0.0), top)
-                nearest = tl.where(scale != 0.0, nearest, 0.0)
-                loss = (now - (nearest * scale + bias)) / diagonal
-                total = loss + passed
-                sums += total * total
-                here = (index == column)[:, None]
-                losses = tl.where(here, loss[None, :], losses)
-                chosen = tl.where(here, nearest[None, :], chosen)
-            best = tl.argmin(sums, 0)
-            taken = trial == best
-            scale_taken = tl.sum(tl.where(taken, scale, 0.0), 0)
-            bias_taken = tl.sum(tl.where(taken, bias, 0.0), 0)
-            code = tl.sum(tl.where(taken[None, :], chosen, 0.0), 1)
+            done, packed = (), ()  # of each panel: losses ``[panel, trials]``, and codes as the bytes of an integer
+            for part in tl.static_range(size // panel):
+                values = tl.load(adjusted + line * size + part * panel + inner)
+                base = tl.zeros((panel, trials), tl.float32) + values[:, None]
+                for other in tl.static_range(part):
+                    place = (part * panel + inner)[:, None] * size + (other * panel + inner)[None, :]
+                    base -= tl.sum(tl.load(inverse + place)[:, :, None] * done[other][None, :, :], 1)
+                losses = tl.zeros((panel, trials), tl.float32)
+                chosen = tl.zeros((trials,), tl.int64)
+                for within in range(panel):
+                    column = part * panel + within
+                    here = (inner == within)[:, None]
+                    reached = tl.load(inverse + column * size + part * panel + inner)
+                    diagonal = tl.load(inverse + column * size + column)
+                    now = tl.sum(tl.where(here, base, 0.0) - reached[:, None] * losses, 0)
+                    passed = 0.0
+                    if has_feedback:
+                        passed = tl.load(lost + line * size + column)
+                    nearest = ((now + diagonal * passed - bias) * steps + _MAGIC) - _MAGIC
+                    nearest = tl.minimum(tl.maximum(nearest, 0.0), top)
+                    loss = (now - (nearest * scale + bias)) * (1.0 / diagonal)
+                    total = loss + passed
+                    sums += total * total
+                    losses = tl.where(here, loss[None, :], losses)
+                    chosen = chosen | (nearest.to(tl.int32).to(tl.int64) << (8 * within))
+                done += (losses,)  # type: ignore[assignment]
+                packed += (chosen,)  # type: ignore[assignment]
+            taken = trial == tl.argmin(sums, 0)
             tl.debug_barrier()
-            tl.store(lost + line * size + index, tl.sum(tl.where(taken[None, :], losses, 0.0), 1))
-            tl.store(scales + line, scale_taken)
-            tl.store(biases + line, bias_taken)
-            place = line * columns + first + index
-            tl.store(goal + place, tl.load(goal + place) - (code * scale_taken + bias_taken))
-            tl.store(codes + place, code.to(tl.uint8))
+            for part in tl.static_range(size // panel):  # the thread of the grid that is taken writes what it has
+                place = (part * panel + inner)[:, None] + 0 * trial[None, :]
+                tl.store(lost + line * size + place, done[part], mask=taken[None, :])
+                code = ((packed[part][None, :] >> shifts) & 255).to(tl.int32)
+                rounded = code.to(tl.float32) * scale[None, :] + bias[None, :]
+                place += line * columns + first
+                exact = tl.load(goal + place, mask=taken[None, :])
+                tl.store(goal + place, exact - rounded, mask=taken[None, :])
+                tl.store(codes + place, code.to(tl.uint8), mask=taken[None, :])
+            tl.store(scales + line + 0 * trial, scale, mask=taken)
+            tl.store(biases + line + 0 * trial, bias, mask=taken)
             tl.debug_barrier()

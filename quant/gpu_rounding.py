@@ -10,7 +10,7 @@ from .gpu_kernels import fit_groups, round_blocks
 from .kernels import clip_step
 
 _FITTED = 16  # rows of a program that fits grids
-_COLUMNS = 32  # of a group for each warp of a program that rounds: two were twice as fast as one for groups of 64
+_PANEL = 8  # columns that a program which rounds takes at once; their codes are the bytes of one integer
 
 
 def round_group(
@@ -42,5 +42,5 @@ def round_group(
         adjusted, goal, goal.shape[1], first, inverse.T.contiguous(), grids,
         adjusted if feedback is None else feedback, lost, scales, biases, codes, rows,
         top=top, storage=kind, has_feedback=feedback is not None,
-        size=size, trials=len(grids), height=ROWS, num_warps=size // _COLUMNS,
+        size=size, trials=len(grids), height=ROWS, panel=_PANEL, num_warps=1,
     )  # fmt: skip

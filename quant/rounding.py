@@ -4,7 +4,6 @@ The steps of GPTQ (``gptq``) after its moments are factored.
 """
 
 import logging
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -18,6 +17,7 @@ from torch import Tensor
 from .affine import NOT_QUANTIZABLE, STORAGE, QuantizationConfig, Quantized, dequantize, pack, quantize
 from .column_rounding import ROWS, round_group
 from .processors import cores
+from .tensor_packing import packed
 
 # Grids that each group tries: factors of the least-squares scale, and shifts of the bias in scales. That one is in it.
 _FACTORS, _SHIFTS = (0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.03, 1.07), (-0.25, 0, 0.25, 0.5)
@@ -176,7 +176,7 @@ def _works(round_group: GpuRounder, device: str) -> bool:
     there = goal.to(device, copy=True)
     try:
         found = loss(_on_gpu(round_group, there, goal, factor.to(device), quantization, storage, feedback))
-    except (RuntimeError, ValueError, OSError, subprocess.SubprocessError) as error:
+    except Exception as error:
         reason = str(error).partition("\n")[0]
     else:
         if found < _WITHIN * expected:
@@ -192,6 +192,9 @@ def _groups(lost: Tensor, factor: Tensor, size: int) -> Iterator[tuple[int, Tens
     Its first column; what is added, ``[rows, size]``; and its part of the inverse of the factor, ``[size, size]``.
     lost: ``[rows, columns]``, goal - rounded in the columns that are rounded.
     """
+    squares = factor.unfold(0, size, size).unfold(1, size, size).diagonal().permute(2, 0, 1)
+    identity = torch.eye(size, dtype=factor.dtype, device=factor.device).expand_as(squares)
+    inverses = on_either(partial(torch.linalg.solve_triangular, upper=True), squares, identity)
     for first in range(0, lost.shape[1], size):
         last, start = first + size, first - first % _COLUMNS
         if first == start:
@@ -199,9 +202,7 @@ def _groups(lost: Tensor, factor: Tensor, size: int) -> Iterator[tuple[int, Tens
         part = passed[:, first - start : last - start]
         if first > start:
             part = torch.addmm(part, lost[:, start:first], factor[start:first, first:last])
-        square = factor[first:last, first:last]
-        identity = torch.eye(size, dtype=square.dtype, device=square.device)
-        inverse = on_either(partial(torch.linalg.solve_triangular, upper=True), square, identity)
+        inverse = inverses[first // size]
         yield first, part @ inverse, inverse
 
 
@@ -238,7 +239,7 @@ def assemble(
     difference = weight.to(dequantized.device) - dequantized.flatten(1)
     error, norm = (float(_double(values).square().sum()) for values in (difference, weight))
     scale, bias = (values.float().cpu().numpy().astype(storage) for values in (scales, biases))
-    return Quantized(pack(codes.cpu().numpy(), quantization.bits), scale, bias, error, norm, 0, 0)
+    return Quantized(packed(codes, quantization.bits), scale, bias, error, norm, 0, 0)
 
 
 def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:

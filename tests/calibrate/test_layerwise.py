@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from ppx.calibrate import layerwise, tuning
+from ppx.calibrate.block_tuning import BlockTuning
 from ppx.calibrate.dataset import quantizer_of
 from ppx.calibrate.gradients import output_gradients
-from ppx.calibrate.layerwise import BlockTuning
 from ppx.calibrate.quantized_model import quantized_weights
+from ppx.calibrate.read_ahead import ReadAhead
 from ppx.calibrate.tuning import Schedule
 from ppx.convert import preparation
 from ppx.convert.bundle.plan import Plan, make_plan
@@ -172,6 +173,7 @@ def test_every_part_is_solved_once(opened, few, solved, tmp_path, store_at):
 @pytest.mark.slow
 def test_weights_that_stay_on_a_gpu_change_no_byte(opened, few, solved, tmp_path, store_at, monkeypatch):
     monkeypatch.setattr(layerwise.LayerwiseRun, "keeps_weights", True)  # as on a GPU with enough memory
+    monkeypatch.setattr(layerwise, "ReadAhead", lambda *read, active: ReadAhead(*read, active=not active))
     source, plan = opened
     store = store_at(tmp_path / "kept", "mark")
     layerwise.quantize_model(source, plan.outputs, read_tokens(few, source.architecture, None, None), store, quiet=True)

@@ -22,6 +22,7 @@ from ppx.calibrate.layerwise_processes import quantize_together
 from ppx.calibrate.matrix_parts import MatrixPart, Rounding, joined_outcomes, parts_of
 from ppx.calibrate.moments import block_moments, moments_of
 from ppx.calibrate.processes import compute_together
+from ppx.calibrate.read_ahead import ReadAhead
 from ppx.calibrate.stream_rows import depformer_rows, fitting_sequences, most_workers
 from ppx.calibrate.work import operations
 from ppx.calibrate.workers import Workers
@@ -153,6 +154,7 @@ def test_two_processes_quantize_as_one_does(opened, stores):
 def quantize_as_on_gpus(pico: Path, folder: Path, workers: Workers) -> bool:
     """Take part in quantizing; the leading process writes matrices while both compute the next ones."""
     layerwise.LayerwiseRun.keeps_weights = True  # type: ignore[method-assign, assignment]
+    layerwise.ReadAhead = lambda *read, active: ReadAhead(*read, active=not active)  # type: ignore[attr-defined, assignment]
     with open_source(locate(str(pico))) as whole, QuantizedStore(folder, "mark") as store:
         source, plan = preparation.planned(whole, RECIPE)
         tokens = tokens_of(pico, source, 3, 40)
@@ -209,6 +211,22 @@ def test_a_matrix_some_of_whose_rows_need_another_method_is_quantized_whole(open
     assert joined.damping is None
     assert joined.reason == alone.reason != ""
     assert (joined.quantized.weight == alone.quantized.weight).all()
+
+
+def exchanged(workers: Workers) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """What workers gather of arrays of other sizes on each; read-only where they came from another."""
+    value = (f"of {workers.rank}", np.full((3, 5 + workers.rank), workers.rank, "<u4"), np.arange(2.0 * workers.rank))
+    return workers.gathered(value)
+
+
+def test_arrays_are_gathered_by_rank():
+    for found in compute_together(exchanged, 2):
+        assert [name for name, *_ in found] == ["of 0", "of 1"]
+        for rank, (_, words, numbers) in enumerate(found):
+            assert words.dtype == np.uint32
+            assert words.flags.aligned
+            assert words.tolist() == [[rank] * (5 + rank)] * 3
+            assert numbers.tolist() == [0.0, 1.0][: 2 * rank]
 
 
 @pytest.mark.parametrize("size", range(1, 8))
