@@ -3,10 +3,10 @@
     python benchmarks/gptq_gpus.py [SOURCE] [--processes 1 2] [--frames 32000] [--sequence 250] [--folder DIR]
 
 Quantizes all matrices of a source (demo:7b, which is made if it is not there) on random tokens, as a conversion does;
-for each number of processes in a fresh Python. Prints the seconds of quantizing, with those of starting the processes
-apart, how many times as fast it is as with the first number, and the largest memory: PyTorch's on the GPU of each
-process, and resident in each. On a machine without GPUs the processes divide the processors. Needs 6 GB of disk for
-demo:7b, beside the 17 GB of the demo itself.
+for each number of processes in a fresh Python. GPUs quantize the small demo before, so that their kernels are
+compiled. Prints the seconds of quantizing, with those of starting the processes apart, how many times as fast it is as
+with the first number, and the largest memory: PyTorch's on the GPU of each process, and resident in each. On a machine
+without GPUs the processes divide the processors. Needs 6 GB of disk for demo:7b, beside the 17 GB of the demo itself.
 """
 
 import argparse
@@ -56,6 +56,9 @@ def main() -> None:
     locate(options.source)  # makes the demo
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     print(f"{platform.machine()}, {cores()} cores, {device}, {options.source}, {options.frames} frames", flush=True)
+    if torch.cuda.is_available():  # kernels are compiled once
+        small = ["demo", "--folder", str(options.folder), "--frames", "500", "--sequence", "100"]
+        run([sys.executable, __file__, *small, "--one", "1"])
     first = 0.0
     for count in options.processes:
         done = run([sys.executable, __file__, *sys.argv[1:], "--one", str(count)])

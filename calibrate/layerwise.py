@@ -263,9 +263,10 @@ def quantize_model(
     model = reference_of(source.checkpoint, device=device)
     ahead = ReadAhead(model.weights, source.architecture, active=device == "cuda")  # where reading leaves a GPU idle
     model = replace(model, weights=ahead.weights)
-    weights = kept_by(kept["quantized"], quantized_weights(source, quantizations, store, device), device)
+    of_source = kept_by(kept["original"], model.weights, device)
+    weights = kept_by(kept["quantized"], quantized_weights(source, quantizations, store, device, of_source), device)
     models = {
-        "original": replace(model, weights=kept_by(kept["original"], model.weights, device)),
+        "original": replace(model, weights=of_source),
         "quantized": replace(model, weights=weights, rows=quantized_rows(source, quantizations)),
     }
     fitting = fitting_sequences(token_set, source.architecture)

@@ -19,25 +19,27 @@ def quantized_weights(
     quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]],
     store: QuantizedStore,
     device: str = "cpu",
+    unquantized: Weights | None = None,
 ) -> Weights:
     """Return a way to read the quantized model's matrices.
 
     Those of data-driven methods come from the store (from the source, as long as they are not in it), others are
     quantized by their method, and those without a quantization are the source's. device: where those of the store are
-    dequantized.
+    dequantized. unquantized: what reads the source's, if something does already.
     """
     original = source_weights(source.checkpoint)
+    of_source = unquantized or original
 
     def read(name: str, step: int | None) -> Tensor:
         key = (name, step or 0)
         if key not in quantizations:
-            return original(name, step)
+            return of_source(name, step)
         quantization, dtype = quantizations[key]
         if quantization.method not in DATA_DRIVEN:
             importance = source.checkpoint.importance(name)
             return weight_only.dequantized(name, original(name, step), quantization, DTYPES[dtype], importance)
         if key not in store.files:
-            return original(name, step)
+            return of_source(name, step)
         return dequantized_on(device, store.read(key, 0, store.rows(key), DTYPES[dtype]), quantization)
 
     return read

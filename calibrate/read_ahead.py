@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from ..convert.bundle.quantized_store import MatrixKey
@@ -12,8 +13,17 @@ from ..model.blocks import Block
 from ..model.reference import Weights
 
 
+def keys_of(block: Block, steps: int) -> list[MatrixKey]:
+    """Return a block's norm and matrices, as a model reads them; steps: of the depformer, the first ones."""
+    norm = f"{block.prefix}.{'norm1' if block.sublayer == 'attention' else 'norm2'}.alpha"
+    names = [name for stage in block.matrices(steps) for name in stage]
+    each = steps if block.component == "depformer" else 1
+    stacked = each if block.sublayer == "attention" else 1
+    return [(norm, step) for step in range(each)] + [(name, step) for name in names for step in range(stacked)]
+
+
 class ReadAhead:
-    """Reads matrices as ``read`` does, and those of the next block before they are asked for; a context manager.
+    """Reads weights as ``read`` does, and those of the next block before they are asked for; a context manager.
 
     Holds what was read ahead until it is asked for, in the dtype of the file. active: whether anything is read ahead.
     """
@@ -27,9 +37,9 @@ class ReadAhead:
         self._ahead: dict[MatrixKey, Future[Tensor]] = {}
 
     def follow(self, blocks: Sequence[Block], steps: int | None = None) -> None:
-        """Begin with the first of some blocks; all their matrices will be asked for, in this order.
+        """Begin with the first of some blocks; all their weights will be asked for, in this order.
 
-        steps: of the depformer, the first ones, whose matrices are; by default all.
+        steps: of the depformer, the first ones, whose weights are; by default all.
         """
         self._blocks, self._steps = list(blocks), steps or self._architecture.steps
         self._begin(0)
@@ -40,13 +50,15 @@ class ReadAhead:
 
     def _begin(self, index: int) -> None:
         for block in self._blocks[index : index + 1] if self._active else ():
-            names = [name for stage in block.matrices(self._steps) for name in stage]
-            stacked = block.component == "depformer" and block.sublayer == "attention"
-            for key in [(name, step) for name in names for step in range(self._steps if stacked else 1)]:
-                self._ahead[key] = self._thread.submit(self._read, *key)
+            for key in keys_of(block, self._steps):
+                self._ahead[key] = self._thread.submit(self._staged, *key)
+
+    def _staged(self, name: str, step: int) -> Tensor:
+        values = self._read(name, step)
+        return values.pin_memory() if torch.cuda.is_available() else values  # copied without waiting for the GPU
 
     def weights(self, name: str, step: int | None) -> Tensor:
-        """Return a matrix, from the disk if it was not read ahead."""
+        """Return values, from the disk if they were not read ahead."""
         ahead = self._ahead.pop((name, step or 0), None)
         return ahead.result() if ahead else self._read(name, step)
 

@@ -80,16 +80,18 @@ class Workers:
         """Return the parts ``[rows, ...]`` of all processes one after another, and where in them this one's is."""
         if self.size == 1:
             return part, slice(0, len(part))
+        counts = self.counts(len(part))
+        first = sum(counts[: self.rank])
+        return self._joined(part, counts), slice(first, first + len(part))
+
+    def _joined(self, part: Tensor, counts: list[int]) -> Tensor:
         from torch import distributed
 
-        counts = self.counts(len(part))
         padded = part.new_zeros((max(counts), *part.shape[1:]))  # what is exchanged has one shape
         padded[: len(part)] = part
         parts = [torch.empty_like(padded) for _ in counts]
         distributed.all_gather(parts, padded)
-        first = sum(counts[: self.rank])
-        whole = torch.cat([each[:count] for each, count in zip(parts, counts, strict=True)])
-        return whole, slice(first, first + len(part))
+        return torch.cat([each[:count] for each, count in zip(parts, counts, strict=True)])
 
     def gathered(self, value: Value) -> list[Value]:
         """Return the values of all processes, by rank."""
@@ -100,18 +102,23 @@ class Workers:
         arrays: list[pickle.PickleBuffer] = []  # those in the value: they are exchanged as they are
         head = memoryview(pickle.dumps(value, 5, buffer_callback=arrays.append))
         parts = [np.asarray(part) for part in (head, *(array.raw() for array in arrays))]
-        flat = np.concatenate([np.pad(part, (0, -len(part) % _ALIGNMENT)) for part in parts])
-        whole = self.concatenated(torch.from_numpy(flat).to(self.device))[0].cpu().numpy()
+        flat = torch.from_numpy(np.concatenate([np.pad(part, (0, _padding(len(part)))) for part in parts]))
         lengths = [[0]] * self.size
         distributed.all_gather_object(lengths, [len(part) for part in parts])
+        counts = [sum(length + _padding(length) for length in each) for each in lengths]
+        whole = self._joined(flat.to(self.device), counts).cpu().numpy()
         values, first = [], 0
         for each in lengths:
             pieces = []
             for length in each:
                 pieces.append(whole[first : first + length])
-                first += length + -length % _ALIGNMENT
+                first += length + _padding(length)
             values.append(pickle.loads(pieces[0].data, buffers=pieces[1:]))  # noqa: S301  (of this program's own processes)
         return values
+
+
+def _padding(length: int) -> int:
+    return -length % _ALIGNMENT
 
 
 @contextmanager

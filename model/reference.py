@@ -269,7 +269,8 @@ def kept_by(
     def read_once(name: str, step: int | None) -> Tensor:
         key = (name, step or 0)
         if key not in kept:
-            values = read(name, step).to(device)  # what travels to a device is narrow
+            there = read(name, step)  # what travels to a device is narrow
+            values = there.to(device, non_blocking=there.is_pinned())
             kept[key] = values if dtype is None else values.to(dtype)
         return kept[key]
 

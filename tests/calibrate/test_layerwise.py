@@ -173,7 +173,7 @@ def test_every_part_is_solved_once(opened, few, solved, tmp_path, store_at):
 @pytest.mark.slow
 def test_weights_that_stay_on_a_gpu_change_no_byte(opened, few, solved, tmp_path, store_at, monkeypatch):
     monkeypatch.setattr(layerwise.LayerwiseRun, "keeps_weights", True)  # as on a GPU with enough memory
-    monkeypatch.setattr(layerwise, "ReadAhead", lambda *read, active: ReadAhead(*read, active=not active))
+    monkeypatch.setattr(layerwise, "ReadAhead", lambda read, architecture, **_: ReadAhead(read, architecture))
     source, plan = opened
     store = store_at(tmp_path / "kept", "mark")
     layerwise.quantize_model(source, plan.outputs, read_tokens(few, source.architecture, None, None), store, quiet=True)

@@ -1,69 +1,64 @@
 """Weights that are read while others are computed with."""
 
 import threading
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from ppx.calibrate.read_ahead import ReadAhead
-from ppx.convert.source.architecture import Architecture
-from ppx.convert.source.source import locate, open_source
-from ppx.model.blocks import Block, blocks_of
+from ppx.convert.source.source import Source, locate, open_source
+from ppx.model.blocks import blocks_of
+from ppx.model.reference import kept_by, reference_of
+
+Read = list[tuple[str, int, bool]]  # name, step, and whether the main thread did
 
 
-class Disk:
-    """Reads matrices that hold their step; remembers which, and in which thread."""
-
-    def __init__(self) -> None:
-        self.read: list[tuple[str, int, bool]] = []
-
-    def weights(self, name: str, step: int | None) -> torch.Tensor:
-        self.read.append((name, step or 0, threading.current_thread() is threading.main_thread()))
-        return torch.tensor(float(step or 0))
-
-
-@pytest.fixture(scope="module")
-def architecture(pico) -> Architecture:
+@pytest.fixture
+def source(pico) -> Iterator[Source]:
     with open_source(locate(str(pico))) as source:
-        return source.architecture
+        yield source
 
 
-def ask(ahead: ReadAhead, blocks: list[Block], steps: int) -> None:
-    """Ask for all matrices of some blocks, as a model does."""
-    for block in blocks:
-        ahead.at(block)
-        for name in [name for stage in block.matrices(steps) for name in stage]:
-            stacked = block.component == "depformer" and block.sublayer == "attention"
-            for step in range(steps) if stacked else [None]:
-                assert ahead.weights(name, step) == (step or 0)
+def compute(source: Source, component: str, backward: bool, active: bool) -> Read:
+    """Take a stream through a component's blocks with a model that reads ahead; return what was read."""
+    model, read, a = reference_of(source.checkpoint), [], source.architecture
+
+    def weights(name: str, step: int | None) -> torch.Tensor:
+        read.append((name, step or 0, threading.current_thread() is threading.main_thread()))
+        return model.weights(name, step)
+
+    blocks = blocks_of(a, component)[:: -1 if backward else 1]
+    x = torch.zeros(2, 3, a.dim if component == "temporal" else a.depformer_dim)  # of three frames or steps
+    with ReadAhead(weights, a, active=active) as ahead:
+        ahead.follow(blocks, 3)
+        for block in blocks:
+            ahead.at(block)
+            replace(model, weights=kept_by({}, ahead.weights, "cpu")).added(block, x)
+        ahead.weights("out_norm.alpha", None)
+    return read
 
 
 @pytest.mark.parametrize("component", ["temporal", "depformer"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_matrix_is_read_once_and_ahead(architecture, component, backward):
-    disk, blocks = Disk(), blocks_of(architecture, component)
-    blocks = blocks[::-1] if backward else blocks
-    with ReadAhead(disk.weights, architecture) as ahead:
-        ahead.follow(blocks, 3)
-        ask(ahead, blocks, 3)
-        assert ahead.weights("out_norm.alpha", None) == 0
-    assert len(disk.read) == len({key[:2] for key in disk.read})
-    assert [name for name, _, in_main in disk.read if in_main] == ["out_norm.alpha"]
+def test_all_that_blocks_read_is_read_once_and_ahead(source, component, backward):
+    read = compute(source, component, backward, active=True)
+    assert len(read) == len({key[:2] for key in read})
+    assert [name for name, _, in_main in read if in_main] == ["out_norm.alpha"]
 
 
-def test_nothing_is_read_ahead_unless_it_is_active(architecture):
-    disk, blocks = Disk(), blocks_of(architecture, "temporal")
-    with ReadAhead(disk.weights, architecture, active=False) as ahead:
-        ahead.follow(blocks)
-        ask(ahead, blocks, architecture.steps)
-    assert all(in_main for *_, in_main in disk.read)
+def test_nothing_is_read_ahead_unless_it_is_active(source):
+    read = compute(source, "temporal", backward=False, active=False)
+    assert read
+    assert all(in_main for *_, in_main in read)
 
 
-def test_an_error_of_reading_is_raised_where_the_matrix_is_asked_for(architecture):
+def test_an_error_of_reading_is_raised_where_the_matrix_is_asked_for(source):
     def broken(name: str, step: int | None) -> torch.Tensor:
         raise OSError(f"{name} {step}")
 
-    blocks = blocks_of(architecture, "temporal")
-    with ReadAhead(broken, architecture) as ahead:
+    blocks = blocks_of(source.architecture, "temporal")
+    with ReadAhead(broken, source.architecture) as ahead:
         ahead.follow(blocks)
         with pytest.raises(OSError, match="in_proj"):
             ahead.weights(blocks[0].matrices(1)[0][0], None)
