@@ -34,14 +34,13 @@ from .matrix_parts import Rounding, adjustment_of, joined_outcomes, parts_of, wa
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
 from .quantized_model import dequantized_on, quantized_rows, quantized_weights
-from .read_ahead import ReadAhead
+from .read_ahead import ROOM, ReadAhead, reading_ahead
 from .store_writer import StoreWriter, data_driven_count, kept_text, label_of
 from .stream_rows import depformer_rows, fitting_sequences
 from .work import TensorWork, Work, gradients_work, inputs_are_kept, operations, tensor_works
 from .workers import Workers
 
 FINE_TUNED = "refined.safetensors"  # in a quantized-weight store: the matrices that were fine-tuned together
-_ROOM = 16 << 30  # bytes of a GPU: GPTQ takes 4 GB of them at 7B, and the weights of a block, twice, 1.1 GB
 _ALONE = Workers()
 Streams = dict[str, Tensor]  # of the models called original and quantized, on their device
 
@@ -87,7 +86,7 @@ class LayerwiseRun:
     @property
     def keeps_weights(self) -> bool:
         """Whether a block's weights stay on the device while its matrices are quantized: on GPUs with enough memory."""
-        return self.models["original"].device == "cuda" and devices.memory() >= _ROOM
+        return self.models["original"].device == "cuda" and devices.memory() >= ROOM
 
     def release_weights(self) -> None:
         """Drop the weights that are kept."""
@@ -261,7 +260,7 @@ def quantize_model(
     quantizations = quantizations_of(outputs)
     kept: dict[str, dict[MatrixKey, Tensor]] = {"original": {}, "quantized": {}}
     model = reference_of(source.checkpoint, device=device)
-    ahead = ReadAhead(model.weights, source.architecture, active=device == "cuda")  # where reading leaves a GPU idle
+    ahead = reading_ahead(source, model.weights, workers)
     model = replace(model, weights=ahead.weights)
     of_source = kept_by(kept["original"], model.weights, device)
     weights = kept_by(kept["quantized"], quantized_weights(source, quantizations, store, device, of_source), device)

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.source.architecture import Architecture
+from ..convert.source.source import Source
+from ..model import torch_device as devices
 from ..model.blocks import Block
-from ..model.reference import Weights
+from ..model.reference import Weights, on_device
+from .workers import Workers
+
+ROOM = 16 << 30  # bytes of a GPU: GPTQ takes 4 GB of them at 7B, and the weights of a block, twice, 1.1 GB
+_SHARE = 0.8  # of a GPU's memory, for that and a whole source
 
 
 def keys_of(block: Block, steps: int) -> list[MatrixKey]:
@@ -26,11 +32,16 @@ class ReadAhead:
     """Reads weights as ``read`` does, and those of the next block before they are asked for; a context manager.
 
     Holds what was read ahead until it is asked for, in the dtype of the file. active: whether anything is read ahead.
+    kept_on: a device that keeps all that was read, in the dtype of the file, so that nothing is read twice; None for
+    no device.
     """
 
-    def __init__(self, read: Weights, architecture: Architecture, active: bool = True) -> None:
+    def __init__(
+        self, read: Weights, architecture: Architecture, active: bool = True, kept_on: str | None = None
+    ) -> None:
         """Read nothing yet."""
-        self._read, self._architecture, self._active = read, architecture, active
+        self._read, self._architecture, self._active, self._kept_on = read, architecture, active, kept_on
+        self._kept: dict[MatrixKey, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ppx-read")
         self._blocks: list[Block] = []
         self._steps = architecture.steps
@@ -51,7 +62,8 @@ class ReadAhead:
     def _begin(self, index: int) -> None:
         for block in self._blocks[index : index + 1] if self._active else ():
             for key in keys_of(block, self._steps):
-                self._ahead[key] = self._thread.submit(self._staged, *key)
+                if key not in self._kept:
+                    self._ahead[key] = self._thread.submit(self._staged, *key)
 
     def _staged(self, name: str, step: int) -> Tensor:
         values = self._read(name, step)
@@ -59,11 +71,28 @@ class ReadAhead:
 
     def weights(self, name: str, step: int | None) -> Tensor:
         """Return values, from the disk if they were not read ahead."""
-        ahead = self._ahead.pop((name, step or 0), None)
-        return ahead.result() if ahead else self._read(name, step)
+        key = (name, step or 0)
+        if key in self._kept:
+            return self._kept[key]
+        ahead = self._ahead.pop(key, None)
+        values = ahead.result() if ahead else self._read(name, step)
+        if self._kept_on:
+            values = self._kept[key] = on_device(values, self._kept_on)
+        return values
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
+
+
+def reading_ahead(source: Source, read: Weights, workers: Workers) -> ReadAhead:
+    """Return what reads a source's weights for computing: ahead for a CUDA GPU, which else would wait.
+
+    Where the GPU is this worker's alone and holds the whole source beside what GPTQ takes, all of it stays there.
+    """
+    device = devices.device()
+    alone = device == "cuda" and (workers.size == 1 or workers.device == device)
+    fits = alone and source.checkpoint.file.nbytes + ROOM < _SHARE * devices.memory()
+    return ReadAhead(read, source.architecture, active=device == "cuda", kept_on=device if fits else None)

@@ -20,13 +20,14 @@ from ppx.calibrate.gradients import output_gradients
 from ppx.calibrate.quantized_model import quantized_weights
 from ppx.calibrate.read_ahead import ReadAhead
 from ppx.calibrate.tuning import Schedule
+from ppx.calibrate.workers import Workers
 from ppx.convert import preparation
 from ppx.convert.bundle.plan import Plan, make_plan
 from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ppx.convert.bundle.recipe import uniform
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model.blocks import blocks_of
-from ppx.model.reference import reference_of, source_weights
+from ppx.model.reference import Weights, reference_of, source_weights
 from ppx.model.tokens import TokenSet, read_tokens
 from ppx.quant.affine import QuantizationConfig, dequantize, unpack
 from ppx.quant.gptq import Inputs, Moments, gptq
@@ -173,13 +174,23 @@ def test_every_part_is_solved_once(opened, few, solved, tmp_path, store_at):
 @pytest.mark.slow
 def test_weights_that_stay_on_a_gpu_change_no_byte(opened, few, solved, tmp_path, store_at, monkeypatch):
     monkeypatch.setattr(layerwise.LayerwiseRun, "keeps_weights", True)  # as on a GPU with enough memory
-    monkeypatch.setattr(layerwise, "ReadAhead", lambda read, architecture, **_: ReadAhead(read, architecture))
     source, plan = opened
+    read: list[tuple[str, int | None]] = []
+
+    def ahead(source: Source, weights: Weights, _: Workers) -> ReadAhead:
+        def counted(name: str, step: int | None) -> torch.Tensor:
+            read.append((name, step))
+            return weights(name, step)
+
+        return ReadAhead(counted, source.architecture, kept_on="cpu")
+
+    monkeypatch.setattr(layerwise, "reading_ahead", ahead)
     store = store_at(tmp_path / "kept", "mark")
     layerwise.quantize_model(source, plan.outputs, read_tokens(few, source.architecture, None, None), store, quiet=True)
     names = {path.name for path in solved.iterdir()}
     assert {path.name for path in store.folder.iterdir()} == names
     assert all((store.folder / name).read_bytes() == (solved / name).read_bytes() for name in names)
+    assert len(read) == len(set(read))
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(program, pico, few, tmp_path):

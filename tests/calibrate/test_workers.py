@@ -154,7 +154,7 @@ def test_two_processes_quantize_as_one_does(opened, stores):
 def quantize_as_on_gpus(pico: Path, folder: Path, workers: Workers) -> bool:
     """Take part in quantizing; the leading process writes matrices while both compute the next ones."""
     layerwise.LayerwiseRun.keeps_weights = True  # type: ignore[method-assign, assignment]
-    layerwise.ReadAhead = lambda read, architecture, **_: ReadAhead(read, architecture)  # type: ignore
+    layerwise.reading_ahead = lambda source, read, _: ReadAhead(read, source.architecture)  # type: ignore
     with open_source(locate(str(pico))) as whole, QuantizedStore(folder, "mark") as store:
         source, plan = preparation.planned(whole, RECIPE)
         tokens = tokens_of(pico, source, 3, 40)
