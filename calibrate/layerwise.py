@@ -51,9 +51,9 @@ class LayerwiseRun:
 
     quantizations: of each matrix, with the dtype of its scales. writer: to the store, which only the worker that leads
     uses. ahead: what the original reads its weights with. models: ``original`` and ``quantized``. kept: the weights of
-    a block that each of them has read. tuning: of
-    each block, after its matrices are quantized. works: of each source tensor, which the bar counts, in whatever
-    ``weigh`` makes of them. gradients: at the outputs of matrices, see ``gradients.output_gradients``.
+    a block that each of them has read. tuning: of each block, after its matrices are quantized. works: of each source
+    tensor, which the bar counts, in whatever ``weigh`` makes of them. gradients: at the outputs of matrices, see
+    ``gradients.output_gradients``.
     """
 
     source: Source

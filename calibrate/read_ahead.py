@@ -32,8 +32,7 @@ class ReadAhead:
     """Reads weights as ``read`` does, and those of the next block before they are asked for; a context manager.
 
     Holds what was read ahead until it is asked for, in the dtype of the file. active: whether anything is read ahead.
-    kept_on: a device that keeps all that was read, in the dtype of the file, so that nothing is read twice; None for
-    no device.
+    kept_on: a device that keeps all that was read, in the dtype of the file; None for no device.
     """
 
     def __init__(
@@ -67,7 +66,10 @@ class ReadAhead:
 
     def _staged(self, name: str, step: int) -> Tensor:
         values = self._read(name, step)
-        return values.pin_memory() if torch.cuda.is_available() else values  # copied without waiting for the GPU
+        try:
+            return values.pin_memory() if torch.cuda.is_available() else values  # copied without waiting for the GPU
+        except RuntimeError:  # not as much memory may be pinned: it is copied like others
+            return values
 
     def weights(self, name: str, step: int | None) -> Tensor:
         """Return values, from the disk if they were not read ahead."""
@@ -85,14 +87,17 @@ class ReadAhead:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
+        self._kept.clear()
+        self._ahead.clear()
 
 
 def reading_ahead(source: Source, read: Weights, workers: Workers) -> ReadAhead:
     """Return what reads a source's weights for computing: ahead for a CUDA GPU, which else would wait.
 
-    Where the GPU is this worker's alone and holds the whole source beside what GPTQ takes, all of it stays there.
+    Where the GPU is this worker's alone and has free what the whole source takes beside GPTQ, all of it stays there.
     """
     device = devices.device()
     alone = device == "cuda" and (workers.size == 1 or workers.device == device)
-    fits = alone and source.checkpoint.file.nbytes + ROOM < _SHARE * devices.memory()
+    size = sum(tensor.spec.nbytes for tensor in source.checkpoint.tensors.values())
+    fits = alone and size + ROOM < _SHARE * min(devices.memory(), torch.cuda.mem_get_info()[0])
     return ReadAhead(read, source.architecture, active=device == "cuda", kept_on=device if fits else None)

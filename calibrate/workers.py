@@ -36,7 +36,7 @@ class Workers:
 
     rank: int = 0
     size: int = 1
-    device: str = "cpu"  # on which what is exchanged is faster there: a GPU of its own for each process
+    device: str = "cpu"  # where what is exchanged travels from: cuda if each process has a GPU of its own
 
     @property
     def leads(self) -> bool:

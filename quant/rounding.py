@@ -176,7 +176,7 @@ def _works(round_group: GpuRounder, device: str) -> bool:
     there = goal.to(device, copy=True)
     try:
         found = loss(_on_gpu(round_group, there, goal, factor.to(device), quantization, storage, feedback))
-    except Exception as error:
+    except Exception as error:  # errors of Triton and of its compilers share no class
         reason = str(error).partition("\n")[0]
     else:
         if found < _WITHIN * expected:

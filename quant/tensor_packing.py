@@ -1,4 +1,4 @@
-"""Packing of codes that are on a GPU, where they are: less travels, and the processor is free."""
+"""Packing of codes that are on a CUDA GPU, where they are: less travels, and the processor is free."""
 
 import numpy as np
 import torch
@@ -7,20 +7,20 @@ from torch import Tensor
 
 from .affine import pack, unpack
 
-_WORDS = 1 << 21  # of eight codes, that are packed or unpacked at a time: 16 MB for each 64-bit copy of them
+_WORDS = 1 << 20  # of eight codes, that are packed or unpacked at a time: 64 MB for each 64-bit copy of the codes
 
 
 def packed(codes: Tensor, bits: int) -> NDArray[np.uint32]:
     """Return codes, uint8 ``[rows, columns]``, as packed words ``[rows, columns * bits / 32]``."""
-    if codes.device.type == "cpu":
-        return pack(codes.numpy(), bits)
+    if codes.device.type != "cuda":  # others lack, or err in, some of the operations
+        return pack(codes.cpu().numpy(), bits)
     return packed_bytes(codes, bits).cpu().numpy().view("<u4")
 
 
 def unpacked(weight: NDArray[np.uint32], bits: int, device: str) -> Tensor:
     """Return the codes ``[rows, columns]`` of packed words, on a device."""
-    if device == "cpu":
-        return torch.from_numpy(unpack(weight, bits))
+    if device != "cuda":
+        return torch.from_numpy(unpack(weight, bits)).to(device)
     return unpacked_bytes(torch.from_numpy(np.ascontiguousarray(weight).view(np.uint8)).to(device), bits)
 
 

@@ -214,7 +214,7 @@ def test_a_matrix_some_of_whose_rows_need_another_method_is_quantized_whole(open
 
 
 def exchanged(workers: Workers) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """What workers gather of arrays of other sizes on each; read-only where they came from another."""
+    """What workers gather of arrays, whose sizes differ between them."""
     value = (f"of {workers.rank}", np.full((3, 5 + workers.rank), workers.rank, "<u4"), np.arange(2.0 * workers.rank))
     return workers.gathered(value)
 
