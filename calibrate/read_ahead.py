@@ -12,7 +12,7 @@ from ..convert.source.architecture import Architecture
 from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.blocks import Block
-from ..model.reference import Weights, on_device
+from ..model.reference import Weights, kept_by
 from .workers import Workers
 
 ROOM = 16 << 30  # bytes of a GPU: GPTQ takes 4 GB of them at 7B, and the weights of a block, twice, 1.1 GB
@@ -31,16 +31,18 @@ def keys_of(block: Block, steps: int) -> list[MatrixKey]:
 class ReadAhead:
     """Reads weights as ``read`` does, and those of the next block before they are asked for; a context manager.
 
-    Holds what was read ahead until it is asked for, in the dtype of the file. active: whether anything is read ahead.
-    kept_on: a device that keeps all that was read, in the dtype of the file; None for no device.
+    weights: gives what was read ahead, else reads. Holds what was read ahead until it is asked for. active: whether
+    anything is read ahead. kept_on: a device that keeps all that was read, in the dtype of the file; None for no
+    device.
     """
 
     def __init__(
         self, read: Weights, architecture: Architecture, active: bool = True, kept_on: str | None = None
     ) -> None:
         """Read nothing yet."""
-        self._read, self._architecture, self._active, self._kept_on = read, architecture, active, kept_on
+        self._read, self._architecture, self._active = read, architecture, active
         self._kept: dict[MatrixKey, Tensor] = {}
+        self.weights: Weights = kept_by(self._kept, self._taken, kept_on, None) if kept_on else self._taken
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ppx-read")
         self._blocks: list[Block] = []
         self._steps = architecture.steps
@@ -71,16 +73,9 @@ class ReadAhead:
         except RuntimeError:  # not as much memory may be pinned: it is copied like others
             return values
 
-    def weights(self, name: str, step: int | None) -> Tensor:
-        """Return values, from the disk if they were not read ahead."""
-        key = (name, step or 0)
-        if key in self._kept:
-            return self._kept[key]
-        ahead = self._ahead.pop(key, None)
-        values = ahead.result() if ahead else self._read(name, step)
-        if self._kept_on:
-            values = self._kept[key] = on_device(values, self._kept_on)
-        return values
+    def _taken(self, name: str, step: int | None) -> Tensor:
+        ahead = self._ahead.pop((name, step or 0), None)
+        return ahead.result() if ahead else self._read(name, step)
 
     def __enter__(self) -> Self:
         return self

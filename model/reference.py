@@ -269,16 +269,12 @@ def kept_by(
     def read_once(name: str, step: int | None) -> Tensor:
         key = (name, step or 0)
         if key not in kept:
-            values = on_device(read(name, step), device)  # what travels to a device is narrow
+            there = read(name, step)
+            values = there.to(device, non_blocking=there.is_pinned())  # narrow on its way; pinned, nothing waits for it
             kept[key] = values if dtype is None else values.to(dtype)
         return kept[key]
 
     return read_once
-
-
-def on_device(values: Tensor, device: str) -> Tensor:
-    """Return values on a device; what is in pinned memory travels without waiting for the device."""
-    return values.to(device, non_blocking=values.is_pinned())
 
 
 def kept_whole(model: TorchModel) -> TorchModel:
