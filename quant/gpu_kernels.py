@@ -1,8 +1,8 @@
 """The inner loops of GPTQ on a GPU: what ``kernels`` and ``column_rounding`` do on a processor, as Triton kernels.
 
-Triton comes with PyTorch's builds for GPUs. A program of the rounding kernel takes one block of rows; the grids that a
-row tries stand side by side in its threads. Sums are taken in another order than on a processor, so codes may differ
-where two are as good.
+Triton comes with PyTorch's builds for GPUs. A program of the rounding kernel takes a strip of a block of rows; the
+grids that a row tries stand side by side in its threads. Sums are taken in another order than on a processor, so codes
+may differ where two are as good.
 """
 
 import triton
@@ -127,42 +127,48 @@ def fit_groups(
     tl.store(biases + line, bias, mask=inside)
 
 
-@triton.jit
-def round_blocks(
-    adjusted, goal, columns, first, inverse, grids, feedback, lost, scales, biases, codes, rows,
+@triton.jit(do_not_specialize=["wave", "groups", "blocks"])  # compiled once, whatever these are
+def round_strips(
+    values, goal, columns, wave, inverses, groups, grids, feedback, lost, fitted, taken, codes, blocks,
     top: tl.constexpr, storage: tl.constexpr, has_feedback: tl.constexpr,
-    size: tl.constexpr, trials: tl.constexpr, height: tl.constexpr, panel: tl.constexpr,
+    size: tl.constexpr, trials: tl.constexpr, strips: tl.constexpr, height: tl.constexpr, panel: tl.constexpr,
 ):  # fmt: skip
-    """Round one group of columns of one block of rows; see ``round_group``.
+    """Round one strip of a block of rows, in the group of columns that it comes to in this wave; see ``round_wave``.
 
-    inverse: transposed, so that what a column gets from those before it is one row. lost: ``[rows, size]``, scratch.
-    panel: columns that are rounded one after another; what earlier panels lost reaches a panel at once. Loops over
-    panels are unrolled and a program is one warp, a thread of it for each grid: losses stay in registers.
+    fitted: ``[2, lines]``, the grids to begin with. panel: columns that are rounded one after another; what earlier
+    panels lost reaches a panel at once. Loops over panels are unrolled and a program is one warp, a thread of it for
+    each grid: losses stay in registers.
     """
-    block = tl.program_id(0)
-    start = block * height
-    index, trial, before = tl.arange(0, size), tl.arange(0, trials), tl.arange(0, height)
-    inner, shifts = tl.arange(0, panel), 8 * tl.arange(0, panel)[:, None]
-    share, shift = tl.load(grids + 2 * trial), tl.load(grids + 2 * trial + 1)
-    middle = top / 2.0 * (1.0 - share) + shift
-    for row in range(height):
-        if start + row < rows:
-            line = (start + row).to(tl.int64)
-            whole, low = tl.load(scales + line), tl.load(biases + line)
+    block, strip = tl.program_id(0), tl.program_id(1)
+    group = wave - strip
+    if (group >= 0) & (group < groups):
+        lines = strips * blocks * height
+        index, trial, before = tl.arange(0, size), tl.arange(0, trials), tl.arange(0, strips * height)
+        inner, shifts = tl.arange(0, panel), 8 * tl.arange(0, panel)[:, None]
+        share, shift = tl.load(grids + 2 * trial), tl.load(grids + 2 * trial + 1)
+        middle = top / 2.0 * (1.0 - share) + shift
+        inverse = inverses + group * size * size
+        of_block = lost + (group % strips * blocks + block).to(tl.int64) * strips * height * size
+        first = group * size
+        for row in range(height):
+            line = ((strip * blocks + block) * height + row).to(tl.int64)
+            place_in_block = strip * height + row
+            own = of_block + place_in_block * size
+            whole, low = tl.load(fitted + line), tl.load(fitted + lines + line)
             scale = _stored(whole * share, storage)
             bias = _stored(low + whole * middle, storage)
             steps = tl.where(scale != 0.0, 1.0 / scale, 0.0)
             sums = tl.zeros((trials,), tl.float32)
             if has_feedback:
-                ratios = tl.load(feedback + (block * height + before) * height + row)
-                earlier = (start + before).to(tl.int64)[:, None] * size + index[None, :]
-                errors = tl.load(lost + earlier, mask=(before < row)[:, None], other=0.0)
-                tl.store(lost + line * size + index, tl.sum(ratios[:, None] * errors, 0))
+                ratios = tl.load(feedback + (block * strips * height + before) * strips * height + place_in_block)
+                earlier = of_block + before[:, None] * size + index[None, :]
+                errors = tl.load(earlier, mask=(before < place_in_block)[:, None], other=0.0)
+                tl.store(own + index, tl.sum(ratios[:, None] * errors, 0))
                 tl.debug_barrier()
             done, packed = (), ()  # of each panel: losses ``[panel, trials]``, and codes as the bytes of an integer
             for part in tl.static_range(size // panel):
-                values = tl.load(adjusted + line * size + part * panel + inner)
-                base = tl.zeros((panel, trials), tl.float32) + values[:, None]
+                adjusted = tl.load(values + line * size + part * panel + inner)
+                base = tl.zeros((panel, trials), tl.float32) + adjusted[:, None]
                 for other in tl.static_range(part):
                     place = (part * panel + inner)[:, None] * size + (other * panel + inner)[None, :]
                     base -= tl.sum(tl.load(inverse + place)[:, :, None] * done[other][None, :, :], 1)
@@ -176,7 +182,7 @@ def round_blocks(
                     now = tl.sum(tl.where(here, base, 0.0) - reached[:, None] * losses, 0)
                     passed = 0.0
                     if has_feedback:
-                        passed = tl.load(lost + line * size + column)
+                        passed = tl.load(own + column)
                     nearest = ((now + diagonal * passed - bias) * steps + _MAGIC) - _MAGIC
                     nearest = tl.minimum(tl.maximum(nearest, 0.0), top)
                     loss = (now - (nearest * scale + bias)) * (1.0 / diagonal)
@@ -186,17 +192,18 @@ def round_blocks(
                     chosen = chosen | (nearest.to(tl.int32).to(tl.int64) << (8 * within))
                 done += (losses,)  # type: ignore[assignment]
                 packed += (chosen,)  # type: ignore[assignment]
-            taken = trial == tl.argmin(sums, 0)
+            best = trial == tl.argmin(sums, 0)
             tl.debug_barrier()
             for part in tl.static_range(size // panel):  # the thread of the grid that is taken writes what it has
                 place = (part * panel + inner)[:, None] + 0 * trial[None, :]
-                tl.store(lost + line * size + place, done[part], mask=taken[None, :])
+                tl.store(own + place, done[part], mask=best[None, :])
                 code = ((packed[part][None, :] >> shifts) & 255).to(tl.int32)
                 rounded = code.to(tl.float32) * scale[None, :] + bias[None, :]
                 place += line * columns + first
-                exact = tl.load(goal + place, mask=taken[None, :])
-                tl.store(goal + place, exact - rounded, mask=taken[None, :])
-                tl.store(codes + place, code.to(tl.uint8), mask=taken[None, :])
-            tl.store(scales + line + 0 * trial, scale, mask=taken)
-            tl.store(biases + line + 0 * trial, bias, mask=taken)
+                exact = tl.load(goal + place, mask=best[None, :])
+                tl.store(goal + place, exact - rounded, mask=best[None, :])
+                tl.store(codes + place, code.to(tl.uint8), mask=best[None, :])
+            written = taken + group * lines + line + 0 * trial
+            tl.store(written, scale, mask=best)
+            tl.store(written + groups * lines, bias, mask=best)
             tl.debug_barrier()

@@ -6,13 +6,14 @@ The steps of GPTQ (``gptq``) after its moments are factored.
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .affine import NOT_QUANTIZABLE, STORAGE, QuantizationConfig, Quantized, dequantize, pack, quantize
 from .column_rounding import ROWS, round_group
@@ -25,8 +26,9 @@ GRIDS = tuple((factor, shift) for factor in _FACTORS for shift in _SHIFTS)
 _OUTPUT_DAMPING = 0.3  # of the mean second moment of a block's gradients, added to each
 _WITHIN = 1.02  # times the processor's loss: a GPU's may be, where other grids and codes are as good
 _COLUMNS = 512  # whose errors are passed on to the columns behind them in one product
+_STRIPS = 4  # that a block's rows are cut into on a GPU: they round groups side by side, each one group behind the last
 _OfGroup = tuple[NDArray[Any], NDArray[Any]]
-GpuRounder = Callable[..., None]  # ``gpu_rounding.round_group``
+GpuRounder = Callable[..., None]  # ``gpu_rounding.round_wave``
 _log = logging.getLogger(__name__)
 
 
@@ -79,10 +81,9 @@ def _on_processor(
     feedback: Tensor | None,
 ) -> Quantized:
     """Round column by column with all threads of the processor, as ``round_columns``."""
-    rows, columns = goal.shape
-    size, top = quantization.group_size, (1 << quantization.bits) - 1
-    codes = np.empty((rows, columns), np.uint8)
-    grids = np.empty((2, rows, columns // size), np.float32)
+    rows, size, top = len(goal), quantization.group_size, (1 << quantization.bits) - 1
+    codes = np.empty(goal.shape, np.uint8)
+    grids = np.empty((2, rows, goal.shape[1] // size), np.float32)
     lost = goal  # of the columns that are rounded: goal - rounded
     local, weights = goal.cpu().numpy(), exact.cpu().numpy()
     trials = np.array(GRIDS, np.float32)
@@ -90,16 +91,17 @@ def _on_processor(
     blocks = -(-rows // ROWS)
     each = -(-blocks // cores())  # as many at once as there are processors: threads wait for each other between calls
     parts = [slice(first, first + each) for first in range(0, blocks, each)]
-    statistics = np.zeros((columns // size, blocks, 2))
+    statistics = np.zeros((grids.shape[2], blocks, 2))
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round") as pool:
-        for first, passed, inverse in _groups(lost, factor, size):
-            last, group = first + size, first // size
-            moved, triangle = passed.cpu().numpy(), np.ascontiguousarray(inverse.cpu().numpy())
+        passing = _Passing(factor, size)
+        for group, changed in enumerate(passing.groups(lost)):
+            moved, triangle = changed.cpu().numpy(), np.ascontiguousarray(passing.inverses[group].cpu().numpy())
+            columns = slice(group * size, (group + 1) * size)
 
             def rounded(part: slice, group: int = group, of: _OfGroup = (moved, triangle)) -> None:
                 moved, triangle = of
                 rows = slice(part.start * ROWS, part.stop * ROWS)
-                values = moved[rows] + local[rows, group * size : (group + 1) * size]
+                values = moved[rows]
                 scale, bias = grid(values, quantization, storage)
                 round_group(
                     values,
@@ -120,14 +122,14 @@ def _on_processor(
 
             list(pool.map(rounded, parts))
             if lost.device.type != "cpu":
-                lost[:, first:last] = torch.from_numpy(local[:, first:last]).to(lost.device)
+                lost[:, columns] = torch.from_numpy(local[:, columns]).to(lost.device)
     error, norm = statistics.sum((0, 1))
     scales, biases = (values.astype(storage) for values in grids)
     return Quantized(pack(codes, quantization.bits), scales, biases, float(error), float(norm), 0, 0)
 
 
 def _on_gpu(
-    round_group: GpuRounder,
+    round_wave: GpuRounder,
     goal: Tensor,
     exact: Tensor,
     factor: Tensor,
@@ -135,33 +137,51 @@ def _on_gpu(
     storage: np.dtype[np.generic],
     feedback: Tensor | None,
 ) -> Quantized:
-    """Round column by column on a GPU, as ``round_columns``."""
-    size, device = quantization.group_size, goal.device
-    codes = torch.empty(goal.shape, dtype=torch.uint8, device=device)
-    grids = torch.empty((2, goal.shape[1] // size, len(goal)), device=device)
+    """Round column by column on a GPU, as ``round_columns``.
+
+    A row of a block waits for those before it, a group of columns for those before it: so the strips of a block are at
+    work at once, each in the group that the one before it has just left.
+    """
+    rows, size, device = len(goal), quantization.group_size, goal.device
+    blocks = -(-rows // ROWS)
+    lost = pad(goal, (0, 0, 0, blocks * ROWS - rows)).reshape(blocks, _STRIPS, -1, goal.shape[1])
+    lost = lost.transpose(0, 1).flatten(1, 2)  # ``[strips, lines, columns]``
+    passing = _Passing(factor, size)
+    inverses = passing.inverses.transpose(1, 2).contiguous()
+    values = lost.new_zeros((*lost.shape[:2], size))
+    each = [passing.groups(strip, out) for strip, out in zip(lost, values, strict=True)]
+    codes = torch.empty(lost.shape, dtype=torch.uint8, device=device)
+    grids = lost.new_empty((2, len(inverses), blocks * ROWS))
     trials = torch.tensor(GRIDS, dtype=torch.float32, device=device)
     counts = None if feedback is None else feedback.to(device).contiguous()
-    for first, passed, inverse in _groups(goal, factor, size):
-        values = passed.add_(goal[:, first : first + size])
-        of_group = grids[:, first // size]
-        round_group(values, goal, first, inverse, trials, storage, quantization.bits, counts, *of_group, codes)
-    if not bool(torch.isfinite(grids).all()):
+    of_blocks = lost.new_empty((_STRIPS, blocks, ROWS, size))
+    for wave in range(len(inverses) + _STRIPS - 1):
+        for groups in each[max(0, wave + 1 - len(inverses)) : wave + 1]:
+            next(groups)
+        round_wave(values, lost, wave, inverses, trials, storage, quantization.bits, counts, of_blocks, grids, codes)
+    scales, biases = (_in_order(side, blocks, rows) for side in grids.transpose(1, 2))
+    if not bool(torch.isfinite(scales).all() & torch.isfinite(biases).all()):
         raise ValueError(f"groups {NOT_QUANTIZABLE}")
-    scales, biases = grids.transpose(1, 2)
-    return assemble(exact.to(device), codes, scales, biases, quantization, storage)
+    return assemble(exact.to(device), _in_order(codes, blocks, rows), scales, biases, quantization, storage)
+
+
+def _in_order(strips: Tensor, blocks: int, rows: int) -> Tensor:
+    """Return the rows ``[rows, ...]`` of strips, which hold as many of each block."""
+    each = strips.reshape(_STRIPS, blocks, ROWS // _STRIPS, -1).transpose(0, 1)
+    return each.reshape(blocks * ROWS, -1)[:rows]
 
 
 @cache
 def _gpu_rounder() -> GpuRounder | None:
     """Return what rounds on the GPU; None where PyTorch comes without Triton, or ``_works`` says that it does not."""
     try:
-        from .gpu_rounding import round_group
+        from .gpu_rounding import round_wave
     except ImportError:
         return None
-    return round_group if _works(round_group, "cuda") else None
+    return round_wave if _works(round_wave, "cuda") else None
 
 
-def _works(round_group: GpuRounder, device: str) -> bool:
+def _works(round_wave: GpuRounder, device: str) -> bool:
     """Round a small matrix there, and tell whether that comes to what it does on the processor; warn if not."""
     random = torch.Generator().manual_seed(1)
     goal = torch.randn(ROWS + 8, 256, generator=random)
@@ -175,7 +195,7 @@ def _works(round_group: GpuRounder, device: str) -> bool:
     expected = loss(_on_processor(goal.clone(), goal, factor, quantization, storage, feedback))
     there = goal.to(device, copy=True)
     try:
-        found = loss(_on_gpu(round_group, there, goal, factor.to(device), quantization, storage, feedback))
+        found = loss(_on_gpu(round_wave, there, goal, factor.to(device), quantization, storage, feedback))
     except Exception as error:  # errors of Triton and of its compilers share no class
         reason = str(error).partition("\n")[0]
     else:
@@ -186,24 +206,40 @@ def _works(round_group: GpuRounder, device: str) -> bool:
     return False
 
 
-def _groups(lost: Tensor, factor: Tensor, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Give for each group of columns what those before it add to it; round it before the next is asked for.
+class _Passing:
+    """How errors of rounded columns are passed on to those behind them; see ``round_columns``.
 
-    Its first column; what is added, ``[rows, size]``; and its part of the inverse of the factor, ``[size, size]``.
-    lost: ``[rows, columns]``, goal - rounded in the columns that are rounded.
+    inverses: of the factor's squares on the diagonal, ``[groups, size, size]``.
     """
-    squares = factor.unfold(0, size, size).unfold(1, size, size).diagonal().permute(2, 0, 1)
-    identity = torch.eye(size, dtype=factor.dtype, device=factor.device).expand_as(squares)
-    inverses = on_either(partial(torch.linalg.solve_triangular, upper=True), squares, identity)
-    for first in range(0, lost.shape[1], size):
-        last, start = first + size, first - first % _COLUMNS
-        if first == start:
-            passed = lost[:, :start] @ factor[:start, start : start + _COLUMNS]
-        part = passed[:, first - start : last - start]
-        if first > start:
-            part = torch.addmm(part, lost[:, start:first], factor[start:first, first:last])
-        inverse = inverses[first // size]
-        yield first, part @ inverse, inverse
+
+    def __init__(self, factor: Tensor, size: int) -> None:
+        """factor: ``[columns, columns]``, upper triangular. size: of a group."""
+        squares = factor.unfold(0, size, size).unfold(1, size, size).diagonal().permute(2, 0, 1)
+        identity = torch.eye(size, dtype=factor.dtype, device=factor.device).expand_as(squares)
+        self._factor, self._size = factor, size
+        self.inverses = on_either(partial(torch.linalg.solve_triangular, upper=True), squares, identity)
+        self._window = lru_cache(2)(self._of_window)  # strips come to a window soon after each other
+
+    def groups(self, lost: Tensor, out: Tensor | None = None) -> Iterator[Tensor]:
+        """Give each group ``[rows, size]`` as the groups before it have changed it; round it before the next.
+
+        lost: ``[rows, columns]``, goal - rounded in the columns that are rounded, and the goal in the others. out:
+        where each group is written.
+        """
+        for first in range(0, lost.shape[1], self._size):
+            last, start = first + self._size, first - first % _COLUMNS
+            window = self._window(start)
+            if first == start:
+                ahead = torch.addmm(lost[:, start : start + _COLUMNS], lost[:, :start], window[:start])
+            inside = slice(first - start, last - start)
+            yield torch.addmm(ahead[:, inside], lost[:, start:first], window[start:first, inside], out=out)
+
+    def _of_window(self, start: int) -> Tensor:
+        """Return what each loss adds to the columns from ``start`` on: the factor, times the inverse of each group."""
+        factor = self._factor[: start + _COLUMNS, start : start + _COLUMNS]
+        of_groups = factor.unflatten(1, (-1, self._size)).transpose(0, 1)
+        inverses = self.inverses[start // self._size :][: len(of_groups)]
+        return (of_groups @ inverses).transpose(0, 1).flatten(1)
 
 
 def grid(

@@ -8,25 +8,46 @@ import numpy as np
 import pytest
 import torch
 from ppx.quant import rounding
-from ppx.quant.affine import STORAGE, QuantizationConfig, Quantized, dequantize
-from ppx.quant.column_rounding import round_group
+from ppx.quant.affine import QuantizationConfig, Quantized, dequantize, unpack
 from torch import Tensor
 
 FLOAT16 = np.dtype(np.float16)
 
 
-def on_processor(adjusted, goal, first, inverse, grids, storage, bits, feedback, scales, biases, codes):
-    """Round a group as the kernels do, with what rounds on the processor."""
-    quantization = QuantizationConfig(bits, adjusted.shape[1], "gptq")
-    scale, bias = rounding.grid(adjusted.numpy(), quantization, storage)
-    statistics = np.zeros((-(-len(adjusted) // 64), 2))
-    counts = None if feedback is None else feedback.numpy()
-    round_group(
-        adjusted.numpy(), goal.numpy(), goal.numpy().copy(), first, np.ascontiguousarray(inverse.numpy()),
-        grids.numpy(), STORAGE[storage], (1 << bits) - 1, counts, scale, bias, codes.numpy(), statistics,
-    )  # fmt: skip
-    scales.copy_(torch.from_numpy(scale))
-    biases.copy_(torch.from_numpy(bias))
+def with_numpy(values, goal, wave, inverses, trials, storage, bits, feedback, lost, grids, codes):
+    """Round a wave of strips as the kernels do."""
+    strips, lines, size = values.shape
+    blocks, top = lost.shape[1], np.float32((1 << bits) - 1)
+    shares, shifts = trials.numpy().T
+    for strip in range(max(0, wave + 1 - len(inverses)), min(strips, wave + 1)):
+        group = wave - strip
+        columns, own = slice(group * size, (group + 1) * size), lost[group % strips].numpy()
+        inverse = inverses[group].numpy().T
+        fitted = rounding.grid(values[strip].numpy(), QuantizationConfig(bits, size, "gptq"), storage)
+        for row in range(lines // blocks):
+            which, place = np.arange(blocks) * (lines // blocks) + row, strip * (lines // blocks) + row
+            whole, low = (side[which, None].astype(np.float32) for side in fitted)
+            scale = (whole * shares).astype(storage).astype(np.float32)
+            bias = (low + whole * (top / 2 * (1 - shares) + shifts)).astype(storage).astype(np.float32)
+            passed = np.zeros((blocks, size), np.float32)
+            if feedback is not None:
+                passed = np.einsum("bo,boc->bc", feedback.numpy()[:, :place, place], own[:, :place])
+            now = np.repeat(values[strip].numpy()[which][..., None], len(shares), 2)
+            losses, chosen = np.empty_like(now), np.empty_like(now)
+            for column in range(size):
+                diagonal = inverse[column, column]
+                moved = now[:, column] + diagonal * passed[:, column, None]
+                chosen[:, column] = np.clip(np.rint((moved - bias) / np.where(scale, scale, 1)), 0, top)
+                losses[:, column] = (now[:, column] - (chosen[:, column] * scale + bias)) / diagonal
+                now[:, column + 1 :] -= inverse[column, column + 1 :, None] * losses[:, column, None]
+            best = ((losses + passed[..., None]) ** 2).sum(1).argmin(1)
+            taken = np.arange(blocks), best
+            own[:, place] = np.take_along_axis(losses, best[:, None, None], 2)[..., 0]
+            code = np.take_along_axis(chosen, best[:, None, None], 2)[..., 0]
+            codes[strip].numpy()[which, columns] = code
+            goal[strip].numpy()[which, columns] -= code * scale[taken][:, None] + bias[taken][:, None]
+            for side, values_of_side in zip(grids.numpy(), (scale, bias), strict=True):
+                side[group, strip * lines + which] = values_of_side[taken]
 
 
 def problem(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,26 +59,36 @@ def problem(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("with_feedback", [True, False])
-def test_a_matrix_on_a_gpu_goes_through_the_steps_of_the_processor(with_feedback):
-    goal, factor, feedback = problem(100, 640)
+@pytest.mark.parametrize(("rows", "columns"), [(100, 640), (64, 128), (10, 64), (130, 1152)])
+def test_a_matrix_on_a_gpu_goes_through_the_steps_of_the_processor(rows, columns, with_feedback):
+    goal, factor, feedback = problem(rows, columns)
     quantization = QuantizationConfig(4, 64, "gptq")
     rest = (quantization, FLOAT16, feedback if with_feedback else None)
     expected = rounding._on_processor(goal.clone(), goal, factor, *rest)
-    found = rounding._on_gpu(on_processor, goal.clone(), goal, factor, *rest)
-    assert (found.weight == expected.weight).all()
-    assert (found.scales == expected.scales).all()
-    assert (found.biases == expected.biases).all()
-    assert found.squared_error == pytest.approx(expected.squared_error)
+    found = rounding._on_gpu(with_numpy, goal.clone(), goal, factor, *rest)
+    assert (unpack(found.weight, 4) == unpack(expected.weight, 4)).mean() > 0.98  # sums differ by their order
+    assert (found.scales == expected.scales).mean() > 0.95
+    assert (found.biases == expected.biases).mean() > 0.95
+    assert found.squared_error == pytest.approx(expected.squared_error, rel=0.01)
+    assert loss_of(found, goal, factor, quantization) == pytest.approx(
+        loss_of(expected, goal, factor, quantization), rel=0.01
+    )
+
+
+def loss_of(rounded: Quantized, goal: Tensor, factor: Tensor, quantization: QuantizationConfig) -> float:
+    """The error of a rounded matrix's output."""
+    back = torch.from_numpy(dequantize(rounded, quantization))
+    return float(((goal - back) @ factor).square().sum())
 
 
 def test_values_that_are_not_finite_are_an_error_as_on_the_processor():
     goal, factor, feedback = problem(64, 128)
     goal[3, 70] = torch.inf
 
-    def kernel(adjusted, *rest):
-        if torch.isfinite(adjusted).all():
-            return on_processor(adjusted, *rest)
-        rest[-3][3] = torch.nan  # the scale, as the kernel computes it
+    def kernel(values, *rest):
+        if torch.isfinite(values).all():
+            return with_numpy(values, *rest)
+        rest[-2][0, :, 3] = torch.nan  # the scale, as the kernel computes it
         return None
 
     for round_on in (rounding._on_processor, lambda *rest: rounding._on_gpu(kernel, *rest)):
@@ -66,14 +97,14 @@ def test_values_that_are_not_finite_are_an_error_as_on_the_processor():
 
 
 def test_a_kernel_that_works_is_used(caplog):
-    assert rounding._works(on_processor, "cpu")
+    assert rounding._works(with_numpy, "cpu")
     assert not caplog.text
 
 
 def test_a_kernel_with_another_result_is_not_used(caplog):
     def broken(*arguments):
-        on_processor(*arguments)
-        arguments[-1][:, arguments[2] : arguments[2] + 8] ^= 3
+        with_numpy(*arguments)
+        arguments[-1][..., :8] ^= 3
 
     assert not rounding._works(broken, "cpu")
     assert "its loss is" in caplog.text
@@ -109,7 +140,7 @@ for bits, size, storage in ((4, 32, np.float16), (3, 64, np.float32)):
     goal, factor, feedback = problem(66, 2 * size)
     rest = (QuantizationConfig(bits, size, "gptq"), np.dtype(storage), feedback)
     expected = rounding._on_processor(goal.clone(), goal, factor, *rest)
-    found = rounding._on_gpu(gpu_rounding.round_group, goal.clone(), goal, factor, *rest)
+    found = rounding._on_gpu(gpu_rounding.round_wave, goal.clone(), goal, factor, *rest)
     assert np.mean(unpack(found.weight, bits) == unpack(expected.weight, bits)) > 0.9
     assert np.allclose(found.squared_error, expected.squared_error, rtol=0.02)
 """
@@ -133,8 +164,4 @@ def test_a_gpu_comes_to_what_the_processor_does(bits, size):
     found = rounding.round_columns(goal.cuda(), goal, factor.cuda(), *rest)
     assert rounding._gpu_rounder() is not None
 
-    def loss(rounded: Quantized) -> float:
-        back = torch.from_numpy(dequantize(rounded, rest[0]))
-        return float(((goal - back) @ factor).square().sum())
-
-    assert loss(found) == pytest.approx(loss(expected), rel=0.01)
+    assert loss_of(found, goal, factor, rest[0]) == pytest.approx(loss_of(expected, goal, factor, rest[0]), rel=0.01)
