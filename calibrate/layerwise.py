@@ -33,9 +33,9 @@ from .gradients import output_gradients
 from .matrix_parts import Rounding, adjustment_of, joined_outcomes, parts_of, warning_of
 from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
-from .quantized_model import dequantized_on, quantized_rows, quantized_weights
+from .quantized_model import quantized_rows, quantized_weights
 from .read_ahead import ROOM, ReadAhead, reading_ahead
-from .store_writer import StoreWriter, data_driven_count, kept_text, label_of
+from .store_writer import StoreWriter, add_packed, data_driven_count, kept_text, label_of
 from .stream_rows import depformer_rows, fitting_sequences
 from .work import TensorWork, Work, gradients_work, inputs_are_kept, operations, tensor_works
 from .workers import Workers
@@ -175,12 +175,12 @@ class LayerwiseRun:
             return
         if self.tuning.on_block:
             self.tuning.on_block(block)
-        device, read = self.models["original"].device, source_weights(self.source.checkpoint)
+        device = self.models["original"].device
         matrices = {key: trainable_matrix(key, *self.quantizations[key], self.store, device) for key in keys}
         for key in keys:
             self.kept["quantized"].pop(key, None)
         tune_block(self.models, block, matrices, streams, self.tuning.steps)
-        self.store.add(label, {key: matrix.quantized(read(*key)) for key, matrix in matrices.items()})
+        add_packed(self.store, label, {key: matrix.packed() for key, matrix in matrices.items()})
 
     def quantize(self, label: str, moments: dict[MatrixKey, Moments | Inputs]) -> None:
         """Quantize matrices by the moments of their inputs, and store them.
@@ -211,13 +211,11 @@ class LayerwiseRun:
                     which = f" step {step}" if self.source.checkpoint.tensors[name].role.stacked > 1 else ""
                     self.bar.write(f"{name}{which}: {warning_of(outcome)}", file=sys.stderr)
             adjusted = {key: adjustment_of(outcome) for key, outcome in outcomes.items() if outcome.reason}
-            self.writer.add(label, {key: outcome.quantized for key, outcome in outcomes.items()}, adjusted)
+            self.writer.add(label, {key: outcome.matrix for key, outcome in outcomes.items()}, adjusted)
         if self.keeps_weights:
             for key, outcome in outcomes.items():
-                quantized = dequantized_on(
-                    self.models["quantized"].device, outcome.quantized, self.quantizations[key][0]
-                )
-                self.kept["quantized"][key] = quantized
+                quantization, device = self.quantizations[key][0], self.models["quantized"].device
+                self.kept["quantized"][key] = outcome.matrix.dequantized(quantization, device)
         else:
             self.finish_writing()
 

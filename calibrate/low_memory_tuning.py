@@ -27,13 +27,14 @@ from ..convert.source.architecture import Architecture
 from ..convert.source.source import Source
 from ..convert.source.tensors import Role
 from ..model import torch_device as devices
-from ..model.reference import TorchModel, kept_by, reference_of, rows_of, source_weights
+from ..model.reference import TorchModel, kept_by, reference_of, rows_of
 from ..model.tokens import TokenSet
 from ..quant.affine import DATA_DRIVEN
 from .eight_bit_adam import AdamInBackward, adam_in_backward, set_learning_rates, take_step_in_backward
 from .layerwise import FINE_TUNED
 from .parameters import LowMemoryMatrix, low_memory_matrix, trainable_weights
 from .quantized_model import quantized_weights
+from .store_writer import add_packed
 from .teacher import FILE, batches
 from .tuning import BATCH, WARM_UP, Batch, Predictions, Schedule, divergence_of, write_state
 
@@ -57,7 +58,7 @@ def fine_tune_in_low_memory(
     """
     if any(file == FINE_TUNED for file in store.files.values()):
         return
-    device, read = devices.device(), source_weights(source.checkpoint)
+    device = devices.device()
     original = reference_of(source.checkpoint, device=device)
     a, (sequences, _, frames) = source.architecture, token_set.tokens.shape
     height = min(BATCH, sequences, _fitting(a, frames))
@@ -73,8 +74,8 @@ def fine_tune_in_low_memory(
         with closing(batches(original, token_set, store.folder, height, steps, note)) as pairs:
             _train(quantized, zip(steps, pairs, strict=True), matrices, adam, schedule, state, progress)
     with torch.inference_mode():
-        made = {key: matrix.wide().quantized(read(*key)) for key, matrix in matrices.items()}
-    store.add(FINE_TUNED.removesuffix(".safetensors"), made)
+        made = {key: matrix.wide().packed() for key, matrix in matrices.items()}
+    add_packed(store, FINE_TUNED.removesuffix(".safetensors"), made)
     for name in (FILE, _STATE):  # which take more room than the bundle
         (store.folder / name).unlink(missing_ok=True)
 

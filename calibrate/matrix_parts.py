@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from ..convert.bundle.quantized_store import MatrixKey
@@ -11,9 +11,10 @@ from ..convert.bundle.records import Adjustment
 from ..convert.errors import UserError
 from ..convert.tensorfile import DTYPES
 from ..model.reference import Weights
-from ..quant.affine import QuantizationConfig, Quantized
+from ..quant.affine import QuantizationConfig
 from ..quant.column_rounding import ROWS
 from ..quant.gptq import FALLBACK, Inputs, Moments, Outcome, Prepared, gptq_with_retries
+from ..quant.packed_matrix import PackedMatrix
 from .workers import Workers
 
 
@@ -98,22 +99,19 @@ def joined_outcomes(
     for key, parts in by_key.items():
         first = parts[0][1]
         if all((outcome.damping, outcome.reason) == (first.damping, first.reason) for _, outcome in parts):
-            outcomes[key] = replace(first, quantized=_joined([outcome.quantized for _, outcome in parts]))
+            outcomes[key] = replace(first, matrix=_joined([outcome.matrix for _, outcome in parts]))
         else:
             outcomes[key] = rounding.outcome(MatrixPart(key, 0, parts[-1][0].last))
     return outcomes
 
 
-def _joined(parts: Sequence[Quantized]) -> Quantized:
+def _joined(parts: Sequence[PackedMatrix]) -> PackedMatrix:
     """Return a matrix of its rows."""
     if len(parts) == 1:
         return parts[0]
-    weight, scales, biases = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("weight", "scales", "biases")
+    return PackedMatrix(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "scales", "biases"))
     )
-    names = ("squared_error", "squared_norm", "overflowed", "flushed")
-    error, norm, overflowed, flushed = (sum(getattr(part, name) for part in parts) for name in names)
-    return Quantized(weight, scales, biases, error, norm, overflowed, flushed)
 
 
 def adjustment_of(outcome: Outcome) -> Adjustment:

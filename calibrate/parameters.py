@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
 from ..convert.tensorfile import DTYPES
 from ..model.reference import Weights
-from ..quant.affine import QuantizationConfig, Quantized, unpack
-from ..quant.rounding import assemble
+from ..quant.affine import QuantizationConfig, unpack
+from ..quant.packed_matrix import PackedMatrix, packed
 
 BETAS = (0.9, 0.99)  # of Adam
 CODES_RATE, SCALES_RATE = 1e-2, 1e-3  # learning rates: in codes; relative to a scale, of scales and biases
@@ -59,12 +59,11 @@ class TrainableMatrix:
         scales, biases = self.scales_and_biases()
         return (self.rounded_codes() * scales[..., None] + biases[..., None]).flatten(1)
 
-    def quantized(self, weight: Tensor) -> Quantized:
-        """Return it as it will be stored; weight: the original, from which its error is computed."""
+    def packed(self) -> PackedMatrix:
+        """Return it as it will be stored."""
         scales, biases = self.scales_and_biases()
         codes = self.rounded_codes().flatten(1).to(torch.uint8)
-        wide = weight.to(scales.device, torch.float32)
-        return assemble(wide, codes, scales, biases, self.quantization, DTYPES[self.dtype])
+        return PackedMatrix(packed(codes, self.quantization.bits), scales, biases)
 
 
 @dataclass(frozen=True)

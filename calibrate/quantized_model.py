@@ -1,7 +1,5 @@
 """What the quantized model reads while layer-wise GPTQ is at work: what is quantized so far, and the source's rest."""
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
@@ -9,8 +7,8 @@ from ..convert.source.source import Source
 from ..convert.tensorfile import DTYPES
 from ..model.forward import Tokens
 from ..model.reference import Rows, Weights, source_rows, source_weights
-from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized
-from ..quant.tensor_packing import unpacked
+from ..quant.affine import DATA_DRIVEN, QuantizationConfig
+from ..quant.packed_matrix import packed_matrix
 from . import weight_only
 
 
@@ -40,23 +38,10 @@ def quantized_weights(
             return weight_only.dequantized(name, original(name, step), quantization, DTYPES[dtype], importance)
         if key not in store.files:
             return of_source(name, step)
-        return dequantized_on(device, store.read(key, 0, store.rows(key), DTYPES[dtype]), quantization)
+        stored = store.read(key, 0, store.rows(key), DTYPES[dtype])
+        return packed_matrix(stored).dequantized(quantization, device)
 
     return read
-
-
-def dequantized_on(device: str, quantized: Quantized, quantization: QuantizationConfig) -> Tensor:
-    """Return the float32 weights ``[rows, columns]`` of a quantized matrix: what ``dequantize`` returns, on a device.
-
-    What travels to the device is codes, scales and biases.
-    """
-    scales, biases = (
-        torch.from_numpy(values.astype(np.float32)).to(device)[..., None]
-        for values in (quantized.scales, quantized.biases)
-    )
-    codes = unpacked(quantized.weight, quantization.bits, device)
-    grouped = codes.float().reshape(*scales.shape[:2], quantization.group_size)
-    return grouped.mul_(scales).add_(biases).flatten(1)
 
 
 def quantized_rows(source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]]) -> Rows:

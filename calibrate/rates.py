@@ -14,8 +14,8 @@ from ..model import torch_device as devices
 from ..model.blocks import blocks_of
 from ..model.reference import TorchModel
 from ..quant.affine import QuantizationConfig, quantize
+from ..quant.packed_matrix import packed_matrix
 from ..quant.rounding import round_columns
-from .quantized_model import dequantized_on
 from .work import Work
 
 _WIDEST = 4096  # columns and rows of what is timed: above it, rates change little
@@ -101,14 +101,14 @@ def _rounding(timer: _Timer, values: Tensor) -> float:
     columns = _GROUPS * 64
     goal, factor = values[:, :columns].contiguous(), torch.eye(columns, device=timer.device)
     quantization, storage = QuantizationConfig(4, 64), np.dtype(np.float16)
-    return timer.seconds(lambda: round_columns(goal.clone().to(timer.device), goal, factor, quantization, storage))
+    return timer.seconds(lambda: round_columns(goal.clone().to(timer.device), factor, quantization, storage))
 
 
 def _reading(timer: _Timer, values: Tensor) -> float:
     """Return the seconds of making a weight float32 on the device: the mean from bfloat16 and from codes."""
     quantization = QuantizationConfig(4, 64, "rtn")
-    stored, narrow = quantize(values.numpy(), quantization), values.bfloat16()
-    codes = timer.seconds(lambda: dequantized_on(timer.device, stored, quantization))
+    stored, narrow = packed_matrix(quantize(values.numpy(), quantization)), values.bfloat16()
+    codes = timer.seconds(lambda: stored.dequantized(quantization, timer.device))
     return (codes + timer.seconds(lambda: narrow.to(timer.device, torch.float32))) / 2 / values.numel()
 
 

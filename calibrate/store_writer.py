@@ -7,7 +7,8 @@ from typing import Self
 from ..convert.bundle.output_tensor import Output
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore, quantizations_of
 from ..convert.bundle.records import Adjustment
-from ..quant.affine import DATA_DRIVEN, QuantizationConfig, Quantized
+from ..quant.affine import DATA_DRIVEN, FLOAT32, QuantizationConfig
+from ..quant.packed_matrix import PackedMatrix
 
 
 class StoreWriter:
@@ -20,11 +21,14 @@ class StoreWriter:
         self._pending: Future[None] | None = None
 
     def add(
-        self, block: str, matrices: Mapping[MatrixKey, Quantized], adjusted: Mapping[MatrixKey, Adjustment]
+        self, block: str, matrices: Mapping[MatrixKey, PackedMatrix], adjusted: Mapping[MatrixKey, Adjustment]
     ) -> None:
-        """Have matrices added, as ``QuantizedStore.add`` does, after those before; raises what writing those raised."""
+        """Have matrices added to the store, after those before; raises what writing those raised.
+
+        The thread also brings them from the device, which none that computes there waits for.
+        """
         self.finish()
-        self._pending = self._thread.submit(self._store.add, block, matrices, adjusted)
+        self._pending = self._thread.submit(add_packed, self._store, block, matrices, adjusted)
 
     def finish(self) -> None:
         """Return when all are in the store; raises what writing them raised."""
@@ -37,6 +41,16 @@ class StoreWriter:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
+
+
+def add_packed(
+    store: QuantizedStore,
+    block: str,
+    matrices: Mapping[MatrixKey, PackedMatrix],
+    adjusted: Mapping[MatrixKey, Adjustment] | None = None,
+) -> None:
+    """Write the matrices of one block to a store, as ``QuantizedStore.add`` does."""
+    store.add(block, {key: matrix.quantized(FLOAT32) for key, matrix in matrices.items()}, adjusted)
 
 
 def kept_text(store: QuantizedStore, outputs: list[Output]) -> str:

@@ -28,13 +28,14 @@ from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.divergence import kl_divergence
 from ..model.forward import Tokens
-from ..model.reference import TorchModel, kept_by, kept_whole, reference_of, rows_of, source_weights
+from ..model.reference import TorchModel, kept_by, kept_whole, reference_of, rows_of
 from ..model.tokens import TokenSet
 from ..quant.affine import DATA_DRIVEN
 from .gradients import sample_tokens
 from .layerwise import FINE_TUNED
 from .parameters import adam_for, set_learning_rate, take_step, trainable_matrix, trainable_weights
 from .quantized_model import quantized_weights
+from .store_writer import add_packed
 
 BATCH = 16  # sequences of a step
 _RESAMPLED = 0.3  # of the frames, whose tokens are sampled
@@ -70,7 +71,7 @@ def fine_tune(
     """Fine-tune the data-driven matrices of a store, in it; resumes from the last state that a killed run wrote."""
     if any(file == FINE_TUNED for file in store.files.values()):
         return
-    device, read = devices.device(), source_weights(source.checkpoint)
+    device = devices.device()
     matrices = {
         key: trainable_matrix(key, quantization, dtype, store, device)
         for key, (quantization, dtype) in quantizations_of(outputs).items()
@@ -82,10 +83,8 @@ def fine_tune(
     with bar("fine-tuning", schedule.steps, "step", quiet) as progress:
         _train(quantized, original, adam_for(matrices), token_set, schedule, store.folder / _STATE, progress)
     with torch.inference_mode():
-        store.add(
-            FINE_TUNED.removesuffix(".safetensors"),
-            {key: matrix.quantized(read(*key)) for key, matrix in matrices.items()},
-        )
+        made = {key: matrix.packed() for key, matrix in matrices.items()}
+    add_packed(store, FINE_TUNED.removesuffix(".safetensors"), made)
 
 
 def trainable_scope(outputs: list[Output], memory: int | None = None) -> str | None:

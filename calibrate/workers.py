@@ -4,6 +4,7 @@ With one process nothing is exchanged, and nothing is computed in another way. T
 other by a file and talk over its loopback interface (GPUs over their own links): nothing listens outside the host.
 """
 
+import io
 import os
 import pickle
 import sys
@@ -12,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Value = TypeVar("Value")
 
@@ -26,7 +27,7 @@ _ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": _LOOPBACK,
     "NCCL_NVLS_ENABLE": "0",  # multicast over NVLink: some hosts cannot, and nothing here is large enough to need it
 }
-_ALIGNMENT = 64  # bytes, of arrays that are exchanged
+_ALIGNMENT = 64  # bytes, of tensors that are exchanged
 _PATIENCE = timedelta(days=7)  # others may compute for hours; who started the processes sees when one ends
 
 
@@ -94,27 +95,57 @@ class Workers:
         return torch.cat([each[:count] for each, count in zip(parts, counts, strict=True)])
 
     def gathered(self, value: Value) -> list[Value]:
-        """Return the values of all processes, by rank."""
+        """Return the values of all processes, by rank; the tensors in them on the device of the exchange."""
         if self.size == 1:
             return [value]
         from torch import distributed
 
-        arrays: list[pickle.PickleBuffer] = []  # those in the value: they are exchanged as they are
-        head = memoryview(pickle.dumps(value, 5, buffer_callback=arrays.append))
-        parts = [np.asarray(part) for part in (head, *(array.raw() for array in arrays))]
-        flat = torch.from_numpy(np.concatenate([np.pad(part, (0, _padding(len(part)))) for part in parts]))
-        lengths = [[0]] * self.size
-        distributed.all_gather_object(lengths, [len(part) for part in parts])
-        counts = [sum(length + _padding(length) for length in each) for each in lengths]
-        whole = self._joined(flat.to(self.device), counts).cpu().numpy()
+        head = io.BytesIO()
+        pickler = _Pickler(head)
+        pickler.dump(value)
+        own = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in pickler.tensors]
+        heads: list[Any] = [None] * self.size
+        distributed.all_gather_object(heads, (head.getvalue(), own))
+        parts = [tensor.to(self.device).contiguous().view(-1).view(torch.uint8) for tensor in pickler.tensors]
+        flat = torch.cat([pad(part, (0, _padding(len(part)))) for part in parts] or [torch.empty(0, dtype=torch.uint8)])
+        whole = self._joined(
+            flat.to(self.device), [sum(size + _padding(size) for *_, size in described) for _, described in heads]
+        )
         values, first = [], 0
-        for each in lengths:
-            pieces = []
-            for length in each:
-                pieces.append(whole[first : first + length])
-                first += length + _padding(length)
-            values.append(pickle.loads(pieces[0].data, buffers=pieces[1:]))  # noqa: S301  (of this program's own processes)
+        for pickled, described in heads:
+            tensors = []
+            for dtype, shape, size in described:
+                tensors.append(whole[first : first + size].view(dtype).view(shape))
+                first += size + _padding(size)
+            values.append(_Unpickler(pickled, tensors).load())
         return values
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles everything but tensors, which it keeps."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: object) -> int | None:
+        """Return the number of a tensor."""
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads what ``_Pickler`` wrote, in a process of this program."""
+
+    def __init__(self, pickled: bytes, tensors: list[Tensor]) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._tensors = tensors
+
+    def persistent_load(self, number: int) -> Tensor:
+        """Return the tensor of a number."""
+        return self._tensors[number]
 
 
 def _padding(length: int) -> int:

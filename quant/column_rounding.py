@@ -13,28 +13,24 @@ ROWS = 64  # of a block: they may make up for each other's errors
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def round_group(
-    adjusted, goal, weight, first, inverse, grids, storage, top, feedback, scales, biases, codes, statistics
-):
+def round_group(adjusted, goal, first, inverse, grids, storage, top, feedback, scales, biases, codes):
     """Round one group of columns; the columns that follow in the group make up for the error of each.
 
     Every row takes the one of some grids that leaves the least squared error of its output.
 
     adjusted: ``[rows, group_size]``, the goal as the groups before have changed it. goal: ``[rows, columns]``, of which
-    the group from column ``first`` on becomes its difference from the rounded values. weight: ``[rows, columns]``, from
-    which errors are computed. inverse: ``[group_size, group_size]``, the group's part of the upper Cholesky factor of
-    the inverse moments. grids: float32 ``[trials, 2]``: factors of the scale, and shifts of the bias in scales, beside
-    a change that keeps the middle of the range. storage: of scales and biases, as in ``group``. feedback: None, or
-    ``[blocks, 64, 64]`` of the goal's dtype, each upper triangular: by how much the error of one row of a block counts
-    for a later one. scales, biases: ``[rows]``, the grid to begin with, and in the end the one taken. codes: uint8
-    ``[rows, columns]``, written. statistics: float64 ``[blocks, 2]``: squared error and squared norm are added to it.
+    the group from column ``first`` on becomes its difference from the rounded values. inverse: ``[group_size,
+    group_size]``, the group's part of the upper Cholesky factor of the inverse moments. grids: float32 ``[trials, 2]``:
+    factors of the scale, and shifts of the bias in scales, beside a change that keeps the middle of the range. storage:
+    of scales and biases, as in ``group``. feedback: None, or ``[blocks, 64, 64]`` of the goal's dtype, each upper
+    triangular: by how much the error of one row of a block counts for a later one. scales, biases: ``[rows]``, the grid
+    to begin with, and in the end the one taken. codes: uint8 ``[rows, columns]``, written.
     """
-    for number in range(statistics.shape[0]):
+    for number in range(-(-len(adjusted) // ROWS)):
         start, end = number * ROWS, min(len(adjusted), (number + 1) * ROWS)
         _round_block(
             adjusted[start:end],
             goal[start:end],
-            weight[start:end],
             first,
             inverse,
             grids,
@@ -44,14 +40,11 @@ def round_group(
             scales[start:end],
             biases[start:end],
             codes[start:end],
-            statistics[number],
         )
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _round_block(
-    adjusted, goal, weight, first, inverse, grids, storage, top, feedback, scales, biases, codes, statistics
-):
+def _round_block(adjusted, goal, first, inverse, grids, storage, top, feedback, scales, biases, codes):
     """Round one block of rows; all as in ``round_group``."""
     rows, size = adjusted.shape
     trials = grids.shape[0]
@@ -101,16 +94,9 @@ def _round_block(
             if sums[trial] < sums[best]:
                 best = trial
         scales[row], biases[row] = scale[best], bias[best]
-        error, norm = 0.0, 0.0
         for column in range(size):
             index = first + column
             rounded = chosen[column, best] * scale[best] + bias[best]
             lost[row, column] = losses[column, best]
-            exact = np.float64(weight[row, index])
-            difference = exact - np.float64(rounded)
-            error += difference * difference
-            norm += exact * exact
             goal[row, index] -= rounded
             codes[row, index] = np.uint8(chosen[column, best])
-        statistics[0] += error
-        statistics[1] += norm

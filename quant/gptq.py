@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .affine import QuantizationConfig, Quantized, quantize
+from .packed_matrix import PackedMatrix, packed_matrix
 from .rounding import on_either, round_columns, row_feedback
 
 DAMPING = 0.01  # of the mean second moment, added to each: with as many frames as anyone may want
@@ -70,13 +71,13 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A quantized matrix, and how it was quantized.
+    """A matrix as it was quantized, where the moments are, and how.
 
     damping: of the mean second moment, None where the matrix was quantized by its weights alone (``FALLBACK``). reason:
     why it is not the usual one, else empty.
     """
 
-    quantized: Quantized
+    matrix: PackedMatrix
     damping: float | None = DAMPING
     reason: str = ""
 
@@ -99,15 +100,16 @@ def gptq_with_retries(
         try:
             if damping not in known:
                 known[damping] = prepare(moments, damping)
-            quantized = gptq_prepared(weight, known[damping], quantization, storage, gradients)
-            return Outcome(quantized, damping, reason)
+            matrix = gptq_prepared(weight, known[damping], quantization, storage, gradients)
+            return Outcome(matrix, damping, reason)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             reason = "the second moments are not positive definite"
         except ValueError as error:
             reason = str(error)
             break
     array = np.ascontiguousarray(weight.float().cpu().numpy())
-    return Outcome(quantize(array, replace(quantization, method=FALLBACK), storage), None, reason)
+    plain = quantize(array, replace(quantization, method=FALLBACK), storage)
+    return Outcome(packed_matrix(plain), None, reason)
 
 
 def gptq(
@@ -126,7 +128,10 @@ def gptq(
     moments. Errors and norms in the result are those of the weights. Raises ValueError for moments that are not finite
     or so large that the result is not, and LinAlgError where they are not positive definite.
     """
-    return gptq_prepared(weight, prepare(moments, damping), quantization, storage, gradients)
+    matrix = gptq_prepared(weight, prepare(moments, damping), quantization, storage, gradients)
+    difference = weight.to("cpu", torch.float64) - matrix.dequantized(quantization, "cpu")
+    error, norm = (float(values.double().square().sum()) for values in (difference, weight.cpu()))
+    return replace(matrix.quantized(storage), squared_error=error, squared_norm=norm)
 
 
 def usual_damping(moments: Moments | Inputs) -> float:
@@ -188,8 +193,8 @@ def gptq_prepared(
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
     gradients: Tensor | None = None,
-) -> Quantized:
-    """Quantize a matrix as ``gptq`` does, with moments that are prepared."""
+) -> PackedMatrix:
+    """Quantize a matrix as ``gptq`` does, with moments that are prepared; the result is where they are."""
     factor, left, residual = prepared.factor, prepared.left, prepared.residual
     wide = weight.to(factor.device, factor.dtype)
     if prepared.right is None and residual is None and len(wide) > len(factor):  # solving for the smaller one first
@@ -199,7 +204,7 @@ def gptq_prepared(
         right = prepared.right
         goal = _solved(lacking, factor).add_(wide) if right is None else torch.addmm(wide, lacking, right)
     feedback = None if gradients is None else row_feedback(gradients, factor.device).to(factor.dtype)
-    return round_columns(goal.contiguous(), wide, factor, quantization, storage, feedback)
+    return round_columns(goal.contiguous(), factor, quantization, storage, feedback)
 
 
 def _solved(values: Tensor, factor: Tensor) -> Tensor:

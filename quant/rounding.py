@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .affine import NOT_QUANTIZABLE, STORAGE, QuantizationConfig, Quantized, dequantize, pack, quantize
+from .affine import NOT_QUANTIZABLE, STORAGE, QuantizationConfig, quantize
 from .column_rounding import ROWS, round_group
+from .packed_matrix import PackedMatrix, packed
 from .processors import cores
-from .tensor_packing import packed
 
 # Grids that each group tries: factors of the least-squares scale, and shifts of the bias in scales. That one is in it.
 _FACTORS, _SHIFTS = (0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.03, 1.07), (-0.25, 0, 0.25, 0.5)
@@ -52,46 +52,43 @@ def row_feedback(gradients: Tensor, device: torch.device) -> Tensor:
 
 def round_columns(
     goal: Tensor,
-    exact: Tensor,
     factor: Tensor,
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
     feedback: Tensor | None = None,
-) -> Quantized:
+) -> PackedMatrix:
     """Round column by column.
 
-    goal: ``[rows, columns]``, overwritten. exact: the weights, the same shape, on any device. feedback: see
-    ``row_feedback``, in the dtype of the goal; None where rows do not make up for each other. Each group's scales and
-    biases are, or are near, the least-squares ones of its weights as they are when its first column is rounded: the
-    values that make ``(goal - rounded) @ factor`` zero in the columns of the group. Of ``GRIDS`` around those, each row
-    takes the one that leaves least of it. On a GPU where PyTorch comes with Triton, a kernel rounds there.
+    goal: ``[rows, columns]``, overwritten. feedback: see ``row_feedback``, in the dtype of the goal; None where rows do
+    not make up for each other. Each group's scales and biases are, or are near, the least-squares ones of its weights
+    as they are when its first column is rounded: the values that make ``(goal - rounded) @ factor`` zero in the columns
+    of the group. Of ``GRIDS`` around those, each row takes the one that leaves least of it. On a GPU where PyTorch
+    comes with Triton, a kernel rounds there, and the result is there.
     """
     on_gpu = _gpu_rounder() if goal.device.type == "cuda" and goal.dtype == torch.float32 else None
     if on_gpu:
-        return _on_gpu(on_gpu, goal, exact, factor, quantization, storage, feedback)
-    return _on_processor(goal, exact, factor, quantization, storage, feedback)
+        return _on_gpu(on_gpu, goal, factor, quantization, storage, feedback)
+    return _on_processor(goal, factor, quantization, storage, feedback)
 
 
 def _on_processor(
     goal: Tensor,
-    exact: Tensor,
     factor: Tensor,
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
     feedback: Tensor | None,
-) -> Quantized:
+) -> PackedMatrix:
     """Round column by column with all threads of the processor, as ``round_columns``."""
     rows, size, top = len(goal), quantization.group_size, (1 << quantization.bits) - 1
     codes = np.empty(goal.shape, np.uint8)
     grids = np.empty((2, rows, goal.shape[1] // size), np.float32)
     lost = goal  # of the columns that are rounded: goal - rounded
-    local, weights = goal.cpu().numpy(), exact.cpu().numpy()
+    local = goal.cpu().numpy()
     trials = np.array(GRIDS, np.float32)
     counts = None if feedback is None else feedback.cpu().numpy()
     blocks = -(-rows // ROWS)
     each = -(-blocks // cores())  # as many at once as there are processors: threads wait for each other between calls
     parts = [slice(first, first + each) for first in range(0, blocks, each)]
-    statistics = np.zeros((grids.shape[2], blocks, 2))
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round") as pool:
         passing = _Passing(factor, size)
         for group, changed in enumerate(passing.groups(lost)):
@@ -106,7 +103,6 @@ def _on_processor(
                 round_group(
                     values,
                     local[rows],
-                    weights[rows],
                     group * size,
                     triangle,
                     trials,
@@ -116,27 +112,24 @@ def _on_processor(
                     scale,
                     bias,
                     codes[rows],
-                    statistics[group, part],
                 )
                 grids[0, rows, group], grids[1, rows, group] = scale, bias
 
             list(pool.map(rounded, parts))
             if lost.device.type != "cpu":
                 lost[:, columns] = torch.from_numpy(local[:, columns]).to(lost.device)
-    error, norm = statistics.sum((0, 1))
-    scales, biases = (values.astype(storage) for values in grids)
-    return Quantized(pack(codes, quantization.bits), scales, biases, float(error), float(norm), 0, 0)
+    scales, biases = torch.from_numpy(grids)
+    return PackedMatrix(packed(torch.from_numpy(codes), quantization.bits), scales, biases)
 
 
 def _on_gpu(
     round_wave: GpuRounder,
     goal: Tensor,
-    exact: Tensor,
     factor: Tensor,
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
     feedback: Tensor | None,
-) -> Quantized:
+) -> PackedMatrix:
     """Round column by column on a GPU, as ``round_columns``.
 
     A row of a block waits for those before it, a group of columns for those before it: so the strips of a block are at
@@ -162,7 +155,7 @@ def _on_gpu(
     scales, biases = (_in_order(side, blocks, rows) for side in grids.transpose(1, 2))
     if not bool(torch.isfinite(scales).all() & torch.isfinite(biases).all()):
         raise ValueError(f"groups {NOT_QUANTIZABLE}")
-    return assemble(exact.to(device), _in_order(codes, blocks, rows), scales, biases, quantization, storage)
+    return PackedMatrix(packed(_in_order(codes, blocks, rows), quantization.bits), scales, biases)
 
 
 def _in_order(strips: Tensor, blocks: int, rows: int) -> Tensor:
@@ -189,13 +182,13 @@ def _works(round_wave: GpuRounder, device: str) -> bool:
     feedback = torch.randn(2, ROWS, ROWS, generator=random).triu(1) / ROWS
     quantization, storage = QuantizationConfig(4, 64, "gptq"), np.dtype(np.float16)
 
-    def loss(rounded: Quantized) -> float:
-        return float(((goal - torch.from_numpy(dequantize(rounded, quantization))) @ factor).square().sum())
+    def loss(rounded: PackedMatrix) -> float:
+        return float(((goal - rounded.dequantized(quantization, "cpu")) @ factor).square().sum())
 
-    expected = loss(_on_processor(goal.clone(), goal, factor, quantization, storage, feedback))
+    expected = loss(_on_processor(goal.clone(), factor, quantization, storage, feedback))
     there = goal.to(device, copy=True)
     try:
-        found = loss(_on_gpu(round_wave, there, goal, factor.to(device), quantization, storage, feedback))
+        found = loss(_on_gpu(round_wave, there, factor.to(device), quantization, storage, feedback))
     except Exception as error:  # errors of Triton and of its compilers share no class
         reason = str(error).partition("\n")[0]
     else:
@@ -237,7 +230,7 @@ class _Passing:
     def _of_window(self, start: int) -> Tensor:
         """Return what each loss adds to the columns from ``start`` on: the factor, times the inverse of each group."""
         factor = self._factor[: start + _COLUMNS, start : start + _COLUMNS]
-        of_groups = factor.unflatten(1, (-1, self._size)).transpose(0, 1)
+        of_groups = factor.reshape(len(factor), -1, self._size).transpose(0, 1)
         inverses = self.inverses[start // self._size :][: len(of_groups)]
         return (of_groups @ inverses).transpose(0, 1).flatten(1)
 
@@ -257,25 +250,6 @@ def grid(
 
 def _double(values: Tensor) -> Tensor:
     return (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
-
-
-def assemble(
-    weight: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    biases: Tensor,
-    quantization: QuantizationConfig,
-    storage: np.dtype[np.generic],
-) -> Quantized:
-    """Return codes, scales and biases ``[rows, ...]`` as a quantized matrix, with its error against ``weight``.
-
-    Scales and biases must be values that their storage dtype holds.
-    """
-    dequantized = codes.reshape(*scales.shape, -1) * scales[..., None] + biases[..., None]
-    difference = weight.to(dequantized.device) - dequantized.flatten(1)
-    error, norm = (float(_double(values).square().sum()) for values in (difference, weight))
-    scale, bias = (values.float().cpu().numpy().astype(storage) for values in (scales, biases))
-    return Quantized(packed(codes, quantization.bits), scale, bias, error, norm, 0, 0)
 
 
 def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ def compile_kernels() -> None:
         round_group(
             row,
             row.copy(),
-            row,
             0,
             square,
             grids,
@@ -30,7 +29,6 @@ def compile_kernels() -> None:
             one.copy(),
             one.copy(),
             codes,
-            np.zeros((1, 2)),
         )
 
 

@@ -38,7 +38,9 @@ from ppx.model.reference import reference_of
 from ppx.model.tokens import TokenSet, from_tokens
 from ppx.quant.affine import QuantizationConfig, dequantize, unpack
 from ppx.quant.gptq import Inputs, Moments
+from ppx.quant.packed_matrix import unpacked
 from safetensors.numpy import load_file, save_file
+from torch import Tensor
 
 FORM = QuantizationConfig(4, 64, "gptq")
 RECIPE = replace(uniform(FORM, "mlx", "float16", ("temporal", "depformer")), depformer_steps=8)  # half the work
@@ -190,9 +192,9 @@ def test_rows_of_a_matrix_are_quantized_as_in_the_whole(opened):
     parts = [[(part, rounding.outcome(part)) for part in parts_of({key: height}, Workers(r, 5))] for r in range(5)]
     joined = joined_outcomes(parts, rounding)[key]
     assert (joined.damping, joined.reason) == (whole.damping, whole.reason)
-    assert joined.quantized.squared_norm == pytest.approx(whole.quantized.squared_norm)
-    differ = unpack(joined.quantized.weight, 4) != unpack(whole.quantized.weight, 4)
-    assert differ.mean() < 0.02
+    assert joined.matrix.scales.shape == whole.matrix.scales.shape
+    differ = unpacked(joined.matrix.weight, 4) != unpacked(whole.matrix.weight, 4)
+    assert differ.float().mean() < 0.02
 
 
 def test_a_matrix_some_of_whose_rows_need_another_method_is_quantized_whole(opened):
@@ -201,7 +203,7 @@ def test_a_matrix_some_of_whose_rows_need_another_method_is_quantized_whole(open
     wide = reference_of(source.checkpoint).weights(*key).float().clone()
     wide[-1, :64] = torch.tensor([1e38, -1e38]).repeat(32)  # plain rounding can, what makes up for errors cannot
     inputs = torch.randn(2 * a.dim, a.dim, generator=torch.Generator().manual_seed(0))
-    moments = {key: moments_of(inputs, 3 * inputs, "cpu")}
+    moments = {key: moments_of(10 * inputs, inputs, "cpu")}
     rounding = Rounding(lambda *_: wide, quantizations_of(plan.outputs), moments, {})
     parts = [[(part, rounding.outcome(part)) for part in parts_of({key: len(wide)}, Workers(r, 2))] for r in range(2)]
     dampings = [outcome.damping for made in parts for _, outcome in made]
@@ -210,23 +212,33 @@ def test_a_matrix_some_of_whose_rows_need_another_method_is_quantized_whole(open
     joined, alone = joined_outcomes(parts, rounding)[key], rounding.outcome(MatrixPart(key, 0, len(wide)))
     assert joined.damping is None
     assert joined.reason == alone.reason != ""
-    assert (joined.quantized.weight == alone.quantized.weight).all()
+    assert torch.equal(joined.matrix.weight, alone.matrix.weight)
 
 
-def exchanged(workers: Workers) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """What workers gather of arrays, whose sizes differ between them."""
-    value = (f"of {workers.rank}", np.full((3, 5 + workers.rank), workers.rank, "<u4"), np.arange(2.0 * workers.rank))
-    return workers.gathered(value)
+def exchanged(workers: Workers) -> list[tuple[str, list[Tensor], Tensor]]:
+    """What workers gather of tensors, whose sizes differ between them."""
+    words = torch.full((3, 5 + workers.rank), workers.rank, dtype=torch.uint8)
+    numbers = torch.arange(2.0 * workers.rank)
+    return workers.gathered((f"of {workers.rank}", [words, words.T], numbers))
 
 
-def test_arrays_are_gathered_by_rank():
+def test_tensors_are_gathered_by_rank():
     for found in compute_together(exchanged, 2):
         assert [name for name, *_ in found] == ["of 0", "of 1"]
-        for rank, (_, words, numbers) in enumerate(found):
-            assert words.dtype == np.uint32
-            assert words.flags.aligned
+        for rank, (_, (words, turned), numbers) in enumerate(found):
+            assert words.dtype == torch.uint8
             assert words.tolist() == [[rank] * (5 + rank)] * 3
+            assert turned.tolist() == [[rank] * 3] * (5 + rank)
             assert numbers.tolist() == [0.0, 1.0][: 2 * rank]
+
+
+def nothing_exchanged(workers: Workers) -> list[str]:
+    """What workers gather where there is no tensor."""
+    return workers.gathered(f"of {workers.rank}")
+
+
+def test_values_without_tensors_are_gathered():
+    assert compute_together(nothing_exchanged, 2) == [["of 0", "of 1"]] * 2
 
 
 @pytest.mark.parametrize("size", range(1, 8))

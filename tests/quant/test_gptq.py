@@ -199,7 +199,7 @@ def test_what_is_prepared_serves_every_matrix_that_reads_the_same():
     parts = [gptq_with_retries(part, Inputs(x, seen), quantization, STORAGE, prepared) for part in weight.split(16)]
     assert list(prepared) == [gptq.usual_damping(Inputs(x, seen))]
     whole = gptq.gptq(weight, Inputs(x, seen), quantization, STORAGE)
-    together = np.concatenate([unpack(part.quantized.weight, 4) for part in parts])
+    together = np.concatenate([unpack(part.matrix.quantized(STORAGE).weight, 4) for part in parts])
     assert (together == unpack(whole.weight, 4)).mean() > 0.999
 
 
@@ -310,9 +310,8 @@ def test_damping_is_raised_until_the_moments_can_be_factored():
     found = gptq_with_retries(weight, Moments(second, second), quantization, STORAGE)
     assert found.damping == 1.0
     assert found.reason == "the second moments are not positive definite"
-    assert (
-        found.quantized.weight == gptq.gptq(weight, Moments(second, second), quantization, STORAGE, 1.0).weight
-    ).all()
+    damped = gptq.gptq(weight, Moments(second, second), quantization, STORAGE, 1.0)
+    assert (found.matrix.quantized(STORAGE).weight == damped.weight).all()
     sound = gptq_with_retries(weight, Moments(second.abs(), second.abs()), quantization, STORAGE)
     assert (sound.damping, sound.reason) == (gptq.DAMPING, "")
 
@@ -334,9 +333,10 @@ def test_what_cannot_be_solved_is_quantized_by_its_weights(second, cross, reason
     assert found.damping is None
     assert reason in found.reason
     plain = quantize(weight.numpy(), QuantizationConfig(4, 32, "lsq"), STORAGE)
-    assert (found.quantized.weight == plain.weight).all()
-    assert (found.quantized.scales == plain.scales).all()
-    assert found.quantized.relative_rmse == plain.relative_rmse
+    made = found.matrix.quantized(STORAGE)
+    assert (made.weight == plain.weight).all()
+    assert (made.scales == plain.scales).all()
+    assert (made.biases == plain.biases).all()
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "float16"])
