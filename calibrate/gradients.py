@@ -17,10 +17,9 @@ from torch.nn.functional import log_softmax, pad
 
 from ..convert.bundle.quantized_store import MatrixKey
 from ..model.blocks import Block, blocks_of
-from ..model.forward import Floats, Tokens
+from ..model.forward import Tokens
 from ..model.reference import TorchModel, kept_by
 from ..model.tokens import TokenSet, evenly_spaced
-from ..model.walk import run_block, step_inputs
 from ..quant.column_rounding import ROWS
 from .read_ahead import ReadAhead
 from .work import gradient_sequences
@@ -47,19 +46,20 @@ class _Pass:
     idle: bool
     sums: Sums = field(default_factory=dict)
 
-    def forward(self, component: str, x: Floats) -> tuple[list[tuple[Block, Floats]], Floats]:
+    def forward(self, component: str, x: Tensor) -> tuple[list[tuple[Block, Tensor]], Tensor]:
         """Return what goes into each block, and what comes out of the last."""
         before, blocks = [], blocks_of(self.model.architecture, component)
         self.ahead.follow(blocks, self.model.architecture.n_q // 2)
         for block in blocks:
             self.ahead.at(block)
             before.append((block, x))
-            x = run_block(self.model, block, x)[1]
+            x = x.clone()
+            self.model.advance(block, x)
             self._done(component, 1)
         return before, x
 
-    def backward(self, before: Sequence[tuple[Block, Floats]], gradient: Floats) -> Floats:
-        """Take the gradient behind the last block to what is in front of the first."""
+    def backward(self, before: Sequence[tuple[Block, Tensor]], gradient: Tensor) -> Tensor:
+        """Take the gradient behind the last block to what is in front of the first, in place."""
         self.ahead.follow([block for block, _ in reversed(before)], self.model.architecture.n_q // 2)
         for block, x in reversed(before):
             self.ahead.at(block)
@@ -80,7 +80,7 @@ class _Pass:
         whole = 3 * sum(len(blocks_of(a, name)) * each for name, each in size.items())
         self.progress(passes * size[component] / whole)
 
-    def _through(self, block: Block, x: Floats, gradient: Floats) -> Floats:
+    def _through(self, block: Block, x: Tensor, gradient: Tensor) -> Tensor:
         """Return the gradient of what a block computes at its input; add those at its matrices' outputs."""
         outputs: dict[MatrixKey, Tensor] = {}
 
@@ -90,41 +90,38 @@ class _Pass:
             return product
 
         with torch.enable_grad():
-            start = torch.from_numpy(x).to(self.model.device).requires_grad_()
+            start = x.clone().requires_grad_()
             added = replace(self.model, input_hook=capture).added(block, start)
-        behind = torch.from_numpy(gradient).to(self.model.device)
-        first, *others = torch.autograd.grad(added, [start, *outputs.values()], behind)
+        first, *others = torch.autograd.grad(added, [start, *outputs.values()], gradient)
         for key, each in zip(outputs, others, strict=True):
             self.add(key, each)
-        result: Floats = first.cpu().numpy()
-        return result
+        return first
 
     def add(self, key: MatrixKey, gradient: Tensor) -> None:
         """Add gradients ``[..., rows]`` at the outputs of a matrix."""
         flat = gradient.flatten(0, -2)
         blocks = pad(flat, (0, -flat.shape[1] % ROWS)).reshape(len(flat), -1, ROWS).permute(1, 2, 0)
-        total = torch.bmm(blocks, blocks.transpose(1, 2)).cpu()
+        total = torch.bmm(blocks, blocks.transpose(1, 2))
         self.sums[key] = self.sums[key] + total if key in self.sums else total
 
-    def head(self, name: str, x: Floats, counted: Tensor, weight: float) -> Floats:
+    def head(self, name: str, x: Tensor, counted: Tensor, weight: float) -> Tensor:
         """Return the gradient at a head's input ``[rows, frames, dim]``, of the log likelihood of drawn tokens.
 
         Zeros where predictions are not finite.
         """
         with torch.enable_grad():
-            start = torch.from_numpy(x).to(self.model.device).requires_grad_()
+            start = x.clone().requires_grad_()
             predicted = log_softmax(self.model.product(name, None, start), -1)
             whole, own = self.workers.concatenated(predicted.detach()[: 0 if self.idle else None])
             if not bool(torch.isfinite(whole).all()):
-                return np.zeros_like(x)
+                return torch.zeros_like(x)
             tokens = sample_tokens(whole, self.random)[own]
             if self.idle:
-                return np.zeros_like(x)
+                return torch.zeros_like(x)
             drawn = torch.from_numpy(tokens).long().to(predicted.device)
             chosen = predicted.gather(-1, drawn[..., None])[..., 0]
             (gradient,) = torch.autograd.grad((chosen * counted.to(chosen.device)).sum() * weight, start)
-        result: Floats = gradient.cpu().numpy()
-        return result
+        return gradient
 
 
 def output_gradients(
@@ -134,7 +131,7 @@ def output_gradients(
     workers: Workers = _ALONE,
     ahead: ReadAhead | None = None,
 ) -> Sums:
-    """Return second moments ``[blocks, 64, 64]``, on the CPU, of the gradients at the outputs of blocks' matrices.
+    """Return second moments ``[blocks, 64, 64]`` of gradients at the outputs of matrices, on the model's device.
 
     They are of blocks of 64 rows, the last one filled up with zeros. model: the original. Some sequences are used,
     evenly spaced. The loss is that of fine-tuning: the text's divergence plus the mean of the agent's codebooks.
@@ -155,43 +152,43 @@ def output_gradients(
     ahead = ahead or ReadAhead(model.weights, a, active=False)
     run = _Pass(read, random, kept, progress, workers, ahead, not len(own))
     with torch.no_grad():
-        before, x = run.forward("temporal", run.model.embed(chosen.tokens))
-        hidden = run.model.out_norm(x)
+        before, x = run.forward("temporal", run.model.embedded(chosen.tokens))
+        hidden = run.model.hidden_states(x)
         counted = torch.from_numpy(chosen.counted)
         gradient = run.head("text_linear.weight", hidden, counted[:, 0], 1.0)
-        known = chosen.counted[:, 1 : steps + 1].any(1)
-        of_steps = counted[:, 1 : steps + 1].permute(0, 2, 1)[torch.from_numpy(known)]
-        gradient[known] += _depformer(run, hidden[known], chosen.targets.transpose(0, 2, 1)[known], of_steps)
+        of_audio = chosen.counted[:, 1 : steps + 1].any(1)
+        known = torch.from_numpy(of_audio)
+        of_steps, targets = counted[:, 1 : steps + 1].permute(0, 2, 1)[known], chosen.targets.transpose(0, 2, 1)
+        known = known.to(hidden.device)
+        gradient[known] += _depformer(run, hidden[known], targets[of_audio], of_steps)
         kept.clear()
         with torch.enable_grad():
-            start = torch.from_numpy(x).to(model.device).requires_grad_()
+            start = x.clone().requires_grad_()
             outputs = run.model.hidden_states(start)
-        (behind,) = torch.autograd.grad(outputs, start, torch.from_numpy(gradient).to(model.device))
-        run.backward(before, behind.cpu().numpy())
+        (behind,) = torch.autograd.grad(outputs, start, gradient)
+        run.backward(before, behind)
     if run.idle:
         run.sums.update({key: torch.zeros_like(total) for key, total in run.sums.items()})
     workers.add_up(*run.sums.values())
     return run.sums
 
 
-def _depformer(run: _Pass, hidden: Floats, targets: Tokens, counted: Tensor) -> Floats:
+def _depformer(run: _Pass, hidden: Tensor, targets: Tokens, counted: Tensor) -> Tensor:
     """Return the gradient of the agent's codebooks at the hidden states ``[rows, dim]`` that the depformer reads."""
     steps = counted.shape[1]
-    before, x = run.forward("depformer", step_inputs(run.model, hidden, targets, steps))
-    gradient = np.empty_like(x)
+    before, x = run.forward("depformer", run.model.step_inputs(hidden, targets, steps))
+    gradient = torch.empty_like(x)
     for step in range(steps):
         name, of_step = f"linears.{step}.weight", slice(step, step + 1)
         gradient[:, of_step] = run.head(name, x[:, of_step], counted[:, of_step], steps**-0.5)
     run.kept.clear()
     gradient = run.backward(before, gradient)
-    total = torch.zeros(hidden.shape, device=run.model.device)
+    total = torch.zeros_like(hidden)
     for step in range(steps):
         name = f"depformer_in.{step}.weight"
-        behind = torch.from_numpy(gradient[:, step]).to(total.device)
-        run.add((name, 0), behind)
-        total += behind @ run.model.weights(name, None).to(total)
-    result: Floats = total.cpu().numpy()
-    return result
+        run.add((name, 0), gradient[:, step])
+        total += gradient[:, step] @ run.model.weights(name, None).to(total)
+    return total
 
 
 def sample_tokens(logits: Tensor, generator: torch.Generator) -> Tokens:

@@ -16,6 +16,8 @@ from ..model.reference import Weights, kept_by
 from .workers import Workers
 
 ROOM = 16 << 30  # bytes of a GPU: GPTQ takes 4 GB of them at 7B, and the weights of a block, twice, 1.1 GB
+_BLOCKS = 2  # that are read ahead: an attention and an MLP, whose matrices are of many sizes
+_THREADS = 4  # that read them: a GPU may take the weights in faster than one copies them from the page cache
 _SHARE = 0.8  # of a GPU's memory, for that and a whole source
 
 
@@ -29,7 +31,7 @@ def keys_of(block: Block, steps: int) -> list[MatrixKey]:
 
 
 class ReadAhead:
-    """Reads weights as ``read`` does, and those of the next block before they are asked for; a context manager.
+    """Reads weights as ``read`` does, and those of the next blocks before they are asked for; a context manager.
 
     weights: gives what was read ahead, else reads. Holds what was read ahead until it is asked for. active: whether
     anything is read ahead. kept_on: a device that keeps all that was read, in the dtype of the file; None for no
@@ -43,28 +45,29 @@ class ReadAhead:
         self._read, self._architecture, self._active = read, architecture, active
         self._kept: dict[MatrixKey, Tensor] = {}
         self.weights: Weights = kept_by(self._kept, self._taken, kept_on, None) if kept_on else self._taken
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ppx-read")
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ppx-read")
         self._blocks: list[Block] = []
         self._steps = architecture.steps
         self._ahead: dict[MatrixKey, Future[Tensor]] = {}
 
     def follow(self, blocks: Sequence[Block], steps: int | None = None) -> None:
-        """Begin with the first of some blocks; all their weights will be asked for, in this order.
+        """Begin with the first of some blocks; the weights of all will be asked for, in this order.
 
         steps: of the depformer, the first ones, whose weights are; by default all.
         """
         self._blocks, self._steps = list(blocks), steps or self._architecture.steps
-        self._begin(0)
+        for index in range(_BLOCKS):
+            self._begin(index)
 
     def at(self, block: Block) -> None:
-        """Begin to read the block behind this one, as this one is about to be computed."""
-        self._begin(self._blocks.index(block) + 1)
+        """Begin to read a block behind this one, as this one is about to be computed."""
+        self._begin(self._blocks.index(block) + _BLOCKS)
 
     def _begin(self, index: int) -> None:
         for block in self._blocks[index : index + 1] if self._active else ():
             for key in keys_of(block, self._steps):
                 if key not in self._kept:
-                    self._ahead[key] = self._thread.submit(self._staged, *key)
+                    self._ahead[key] = self._threads.submit(self._staged, *key)
 
     def _staged(self, name: str, step: int) -> Tensor:
         values = self._read(name, step)
@@ -81,7 +84,7 @@ class ReadAhead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
         self._kept.clear()
         self._ahead.clear()
 
