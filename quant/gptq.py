@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .affine import QuantizationConfig, Quantized, quantize
+from .error_passing import on_either
 from .packed_matrix import PackedMatrix, packed_matrix
-from .rounding import on_either, round_columns, row_feedback
+from .rounding import round_columns, row_feedback
 
 DAMPING = 0.01  # of the mean second moment, added to each: with as many frames as anyone may want
 _MOST_DAMPING = 1.0  # with few: columns / frames, at most this

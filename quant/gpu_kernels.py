@@ -65,15 +65,21 @@ def _clipped(
     return best, fitted, mean, tl.where(better, a, left), tl.where(better, b, right)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base", "groups", "strips", "lines"])  # compiled once, whatever these are
 def fit_groups(
-    values, scales, biases, rows, step,
+    ahead, width, base, groups, grids, strips, lines, step,
     top: tl.constexpr, storage: tl.constexpr, size: tl.constexpr, height: tl.constexpr,
 ):  # fmt: skip
-    """Find the least-squares grid of each row of a group ``[rows, size]``; see ``kernels._search`` and ``_improve``."""
+    """Find the least-squares grid of each line of a strip in its group; see ``kernels._search`` and ``_improve``."""
+    strip = tl.program_id(1)
+    group = base + strip
+    if (group < 0) | (group >= groups):
+        return
     line = tl.program_id(0) * height + tl.arange(0, height)
-    inside = line < rows
-    v = tl.load(values + line[:, None] * size + tl.arange(0, size)[None, :], mask=inside[:, None], other=0.0)
+    inside = line < lines
+    line += strip * lines
+    place = line.to(tl.int64)[:, None] * width + group * size + tl.arange(0, size)[None, :]
+    v = tl.load(ahead + place, mask=inside[:, None], other=0.0)
     low, high = tl.min(v, 1), tl.max(v, 1)
     negative = tl.abs(low) > tl.abs(high)
     widest = tl.maximum((high - low) / top, _EPSILON)
@@ -123,55 +129,56 @@ def fit_groups(
         covariance, variance, mean = _moments(centered, codes, size)
         going = going & (variance > 0.0)
         fitted = covariance / variance
-    tl.store(scales + line, scale, mask=inside)
-    tl.store(biases + line, bias, mask=inside)
+    tl.store(grids + line, scale, mask=inside)
+    tl.store(grids + strips * lines + line, bias, mask=inside)
 
 
-@triton.jit(do_not_specialize=["wave", "groups", "blocks"])  # compiled once, whatever these are
+@triton.jit(do_not_specialize=["base", "groups", "blocks", "strips"])
 def round_strips(
-    values, goal, columns, wave, inverses, groups, grids, feedback, lost, fitted, taken, codes, blocks,
-    top: tl.constexpr, storage: tl.constexpr, has_feedback: tl.constexpr,
-    size: tl.constexpr, trials: tl.constexpr, strips: tl.constexpr, height: tl.constexpr, panel: tl.constexpr,
+    ahead, lost, width, base, inverses, groups, grids, feedback, errors, fitted, taken, codes, blocks, strips,
+    top: tl.constexpr, storage: tl.constexpr,
+    size: tl.constexpr, trials: tl.constexpr, rows: tl.constexpr, panel: tl.constexpr,
 ):  # fmt: skip
     """Round one strip of a block of rows, in the group of columns that it comes to in this wave; see ``round_wave``.
 
-    fitted: ``[2, lines]``, the grids to begin with. panel: columns that are rounded one after another; what earlier
-    panels lost reaches a panel at once. Loops over panels are unrolled and a program is one warp, a thread of it for
-    each grid: losses stay in registers.
+    fitted: ``[2, lines]``, the grids to begin with. rows: of a block. panel: columns that are rounded one after
+    another; what earlier panels lost reaches a panel at once. Loops over panels are unrolled and a program is one warp,
+    a thread of it for each grid: losses stay in registers.
     """
     block, strip = tl.program_id(0), tl.program_id(1)
-    group = wave - strip
+    group = base + strip
     if (group >= 0) & (group < groups):
-        lines = strips * blocks * height
-        index, trial, before = tl.arange(0, size), tl.arange(0, trials), tl.arange(0, strips * height)
+        height = rows // strips
+        lines = blocks * rows
+        index, trial, before = tl.arange(0, size), tl.arange(0, trials), tl.arange(0, rows)
         inner, shifts = tl.arange(0, panel), 8 * tl.arange(0, panel)[:, None]
         share, shift = tl.load(grids + 2 * trial), tl.load(grids + 2 * trial + 1)
         middle = top / 2.0 * (1.0 - share) + shift
         inverse = inverses + group * size * size
-        of_block = lost + (group % strips * blocks + block).to(tl.int64) * strips * height * size
+        of_block = errors + (group % strips * blocks + block).to(tl.int64) * rows * size
         first = group * size
-        for row in range(height):
+        row = 0
+        while row < height:  # for Triton's interpreter, whose ranges must be known
             line = ((strip * blocks + block) * height + row).to(tl.int64)
-            place_in_block = strip * height + row
+            place_in_block = (strips - 1 - strip) * height + row
             own = of_block + place_in_block * size
             whole, low = tl.load(fitted + line), tl.load(fitted + lines + line)
             scale = _stored(whole * share, storage)
             bias = _stored(low + whole * middle, storage)
             steps = tl.where(scale != 0.0, 1.0 / scale, 0.0)
             sums = tl.zeros((trials,), tl.float32)
-            if has_feedback:
-                ratios = tl.load(feedback + (block * strips * height + before) * strips * height + place_in_block)
-                earlier = of_block + before[:, None] * size + index[None, :]
-                errors = tl.load(earlier, mask=(before < place_in_block)[:, None], other=0.0)
-                tl.store(own + index, tl.sum(ratios[:, None] * errors, 0))
-                tl.debug_barrier()
+            ratios = tl.load(feedback + (block * rows + before) * rows + place_in_block)
+            earlier = of_block + before[:, None] * size + index[None, :]
+            made = tl.load(earlier, mask=(before < place_in_block)[:, None], other=0.0)
+            tl.store(own + index, tl.sum(ratios[:, None] * made, 0))
+            tl.debug_barrier()
             done, packed = (), ()  # of each panel: losses ``[panel, trials]``, and codes as the bytes of an integer
             for part in tl.static_range(size // panel):
-                adjusted = tl.load(values + line * size + part * panel + inner)
-                base = tl.zeros((panel, trials), tl.float32) + adjusted[:, None]
+                adjusted = tl.load(ahead + line * width + first + part * panel + inner)
+                begun = tl.zeros((panel, trials), tl.float32) + adjusted[:, None]
                 for other in tl.static_range(part):
                     place = (part * panel + inner)[:, None] * size + (other * panel + inner)[None, :]
-                    base -= tl.sum(tl.load(inverse + place)[:, :, None] * done[other][None, :, :], 1)
+                    begun -= tl.sum(tl.load(inverse + place)[:, :, None] * done[other][None, :, :], 1)
                 losses = tl.zeros((panel, trials), tl.float32)
                 chosen = tl.zeros((trials,), tl.int64)
                 for within in range(panel):
@@ -179,10 +186,8 @@ def round_strips(
                     here = (inner == within)[:, None]
                     reached = tl.load(inverse + column * size + part * panel + inner)
                     diagonal = tl.load(inverse + column * size + column)
-                    now = tl.sum(tl.where(here, base, 0.0) - reached[:, None] * losses, 0)
-                    passed = 0.0
-                    if has_feedback:
-                        passed = tl.load(own + column)
+                    now = tl.sum(tl.where(here, begun, 0.0) - reached[:, None] * losses, 0)
+                    passed = tl.load(own + column)
                     nearest = ((now + diagonal * passed - bias) * steps + _MAGIC) - _MAGIC
                     nearest = tl.minimum(tl.maximum(nearest, 0.0), top)
                     loss = (now - (nearest * scale + bias)) * (1.0 / diagonal)
@@ -199,11 +204,12 @@ def round_strips(
                 tl.store(own + place, done[part], mask=best[None, :])
                 code = ((packed[part][None, :] >> shifts) & 255).to(tl.int32)
                 rounded = code.to(tl.float32) * scale[None, :] + bias[None, :]
-                place += line * columns + first
-                exact = tl.load(goal + place, mask=best[None, :])
-                tl.store(goal + place, exact - rounded, mask=best[None, :])
+                place += line * width + first
+                exact = tl.load(lost + place, mask=best[None, :])
+                tl.store(lost + place, exact - rounded, mask=best[None, :])
                 tl.store(codes + place, code.to(tl.uint8), mask=best[None, :])
             written = taken + group * lines + line + 0 * trial
             tl.store(written, scale, mask=best)
             tl.store(written + groups * lines, bias, mask=best)
             tl.debug_barrier()
+            row += 1

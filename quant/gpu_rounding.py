@@ -4,6 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from .affine import STORAGE
+from .column_rounding import ROWS
 from .gpu_kernels import fit_groups, round_strips
 from .kernels import clip_step
 
@@ -12,38 +13,36 @@ _PANEL = 8  # columns that a program which rounds takes at once; their codes are
 
 
 def round_wave(
-    values: Tensor,
-    goal: Tensor,
-    wave: int,
+    ahead: Tensor,
+    lost: Tensor,
+    base: int,
     inverses: Tensor,
     trials: Tensor,
     storage: np.dtype[np.generic],
     bits: int,
-    feedback: Tensor | None,
-    lost: Tensor,
+    feedback: Tensor,
+    errors: Tensor,
     grids: Tensor,
     codes: Tensor,
 ) -> None:
-    """Round one group of columns of each strip, the group ``wave`` of the first, one before it for each later strip.
+    """Round one group of columns of each strip: strip n in group ``base + n``, nothing where there is no such group.
 
-    As ``column_rounding.round_group``, all tensors float32 and on the GPU. values: ``[strips, lines, group_size]``, of
-    each strip and its group: the goal as the groups before have changed it; line n of a strip is of block ``n //
-    height``, where strips have ``height`` rows of a block. goal: ``[strips, lines, columns]``, of which the groups
-    become their difference from the rounded values. inverses: ``[groups, group_size, group_size]``, transposed, so that
-    what a column gets from those before it is one row. lost: ``[strips, blocks, block's rows, group_size]``, what
-    earlier waves lost and later ones make up for. grids: ``[2, groups, strips * lines]``, where the scales and biases
-    that are taken are written. codes: uint8, as ``goal``, written.
+    As ``column_rounding.round_group``, all tensors float32 and on the GPU. ahead: ``[strips, lines, width]``, the goal
+    as what is lost so far has changed it; lines of a strip are of one block after another. lost: the same shape, of
+    which the groups become their difference from the rounded values. inverses: ``[groups, group_size, group_size]``,
+    transposed, so that what a column gets from those before it is one row. feedback: ``[blocks, 64, 64]``. errors:
+    ``[strips, blocks, 64, group_size]``, of each block in the groups that its strips are in: what later strips make up
+    for. grids: ``[2, groups, strips * lines]``, where the scales and biases that are taken are written. codes: uint8,
+    as ``lost``, written. The last strip of each block is the first.
     """
-    strips, lines, size = values.shape
-    blocks = lost.shape[1]
+    (strips, lines, width), (groups, size, _) = ahead.shape, inverses.shape
     top, kind = float((1 << bits) - 1), STORAGE[storage]
-    fitted = values.new_empty((2, strips * lines))
-    fit_groups[(-(-strips * lines // _FITTED),)](
-        values, *fitted, strips * lines, clip_step(bits), top=top, storage=kind, size=size, height=_FITTED
-    )
-    round_strips[blocks, strips](
-        values, goal, goal.shape[2], wave, inverses, len(inverses), trials,
-        values if feedback is None else feedback, lost, fitted, grids, codes, blocks,
-        top=top, storage=kind, has_feedback=feedback is not None,
-        size=size, trials=len(trials), strips=strips, height=lines // blocks, panel=_PANEL, num_warps=1,
+    fitted = ahead.new_empty((2, strips * lines))
+    fit_groups[-(-lines // _FITTED), strips](
+        ahead, width, base, groups, fitted, strips, lines, clip_step(bits),
+        top=top, storage=kind, size=size, height=_FITTED,
+    )  # fmt: skip
+    round_strips[errors.shape[1], strips](
+        ahead, lost, width, base, inverses, groups, trials, feedback, errors, fitted, grids, codes, errors.shape[1],
+        strips, top=top, storage=kind, size=size, trials=len(trials), rows=ROWS, panel=_PANEL, num_warps=1,
     )  # fmt: skip

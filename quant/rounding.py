@@ -4,31 +4,28 @@ The steps of GPTQ (``gptq``) after its moments are factored.
 """
 
 import logging
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .affine import NOT_QUANTIZABLE, STORAGE, QuantizationConfig, quantize
+from .affine import STORAGE, QuantizationConfig, quantize
 from .column_rounding import ROWS, round_group
+from .error_passing import Passing
 from .packed_matrix import PackedMatrix, packed
 from .processors import cores
+from .strips import RoundWave, round_in_strips
 
 # Grids that each group tries: factors of the least-squares scale, and shifts of the bias in scales. That one is in it.
 _FACTORS, _SHIFTS = (0.82, 0.86, 0.9, 0.94, 0.97, 1.0, 1.03, 1.07), (-0.25, 0, 0.25, 0.5)
 GRIDS = tuple((factor, shift) for factor in _FACTORS for shift in _SHIFTS)
 _OUTPUT_DAMPING = 0.3  # of the mean second moment of a block's gradients, added to each
 _WITHIN = 1.02  # times the processor's loss: a GPU's may be, where other grids and codes are as good
-_COLUMNS = 512  # whose errors are passed on to the columns behind them in one product
-_STRIPS = 4  # that a block's rows are cut into on a GPU: they round groups side by side, each one group behind the last
 _OfGroup = tuple[NDArray[Any], NDArray[Any]]
-GpuRounder = Callable[..., None]  # ``gpu_rounding.round_wave``
 _log = logging.getLogger(__name__)
 
 
@@ -90,7 +87,7 @@ def _on_processor(
     each = -(-blocks // cores())  # as many at once as there are processors: threads wait for each other between calls
     parts = [slice(first, first + each) for first in range(0, blocks, each)]
     with ThreadPoolExecutor(cores(), thread_name_prefix="ppx-round") as pool:
-        passing = _Passing(factor, size)
+        passing = Passing(factor, size)
         for group, changed in enumerate(passing.groups(lost)):
             moved, triangle = changed.cpu().numpy(), np.ascontiguousarray(passing.inverses[group].cpu().numpy())
             columns = slice(group * size, (group + 1) * size)
@@ -123,49 +120,20 @@ def _on_processor(
 
 
 def _on_gpu(
-    round_wave: GpuRounder,
+    round_wave: RoundWave,
     goal: Tensor,
     factor: Tensor,
     quantization: QuantizationConfig,
     storage: np.dtype[np.generic],
     feedback: Tensor | None,
 ) -> PackedMatrix:
-    """Round column by column on a GPU, as ``round_columns``.
-
-    A row of a block waits for those before it, a group of columns for those before it: so the strips of a block are at
-    work at once, each in the group that the one before it has just left.
-    """
-    rows, size, device = len(goal), quantization.group_size, goal.device
-    blocks = -(-rows // ROWS)
-    lost = pad(goal, (0, 0, 0, blocks * ROWS - rows)).reshape(blocks, _STRIPS, -1, goal.shape[1])
-    lost = lost.transpose(0, 1).flatten(1, 2)  # ``[strips, lines, columns]``
-    passing = _Passing(factor, size)
-    inverses = passing.inverses.transpose(1, 2).contiguous()
-    values = lost.new_zeros((*lost.shape[:2], size))
-    each = [passing.groups(strip, out) for strip, out in zip(lost, values, strict=True)]
-    codes = torch.empty(lost.shape, dtype=torch.uint8, device=device)
-    grids = lost.new_empty((2, len(inverses), blocks * ROWS))
-    trials = torch.tensor(GRIDS, dtype=torch.float32, device=device)
-    counts = None if feedback is None else feedback.to(device).contiguous()
-    of_blocks = lost.new_empty((_STRIPS, blocks, ROWS, size))
-    for wave in range(len(inverses) + _STRIPS - 1):
-        for groups in each[max(0, wave + 1 - len(inverses)) : wave + 1]:
-            next(groups)
-        round_wave(values, lost, wave, inverses, trials, storage, quantization.bits, counts, of_blocks, grids, codes)
-    scales, biases = (_in_order(side, blocks, rows) for side in grids.transpose(1, 2))
-    if not bool(torch.isfinite(scales).all() & torch.isfinite(biases).all()):
-        raise ValueError(f"groups {NOT_QUANTIZABLE}")
-    return PackedMatrix(packed(_in_order(codes, blocks, rows), quantization.bits), scales, biases)
-
-
-def _in_order(strips: Tensor, blocks: int, rows: int) -> Tensor:
-    """Return the rows ``[rows, ...]`` of strips, which hold as many of each block."""
-    each = strips.reshape(_STRIPS, blocks, ROWS // _STRIPS, -1).transpose(0, 1)
-    return each.reshape(blocks * ROWS, -1)[:rows]
+    """Round column by column on a GPU, as ``round_columns``."""
+    trials = torch.tensor(GRIDS, dtype=torch.float32, device=goal.device)
+    return round_in_strips(round_wave, goal, factor, quantization, storage, trials, feedback)
 
 
 @cache
-def _gpu_rounder() -> GpuRounder | None:
+def _gpu_rounder() -> RoundWave | None:
     """Return what rounds on the GPU; None where PyTorch comes without Triton, or ``_works`` says that it does not."""
     try:
         from .gpu_rounding import round_wave
@@ -174,7 +142,7 @@ def _gpu_rounder() -> GpuRounder | None:
     return round_wave if _works(round_wave, "cuda") else None
 
 
-def _works(round_wave: GpuRounder, device: str) -> bool:
+def _works(round_wave: RoundWave, device: str) -> bool:
     """Round a small matrix there, and tell whether that comes to what it does on the processor; warn if not."""
     random = torch.Generator().manual_seed(1)
     goal = torch.randn(ROWS + 8, 256, generator=random)
@@ -199,42 +167,6 @@ def _works(round_wave: GpuRounder, device: str) -> bool:
     return False
 
 
-class _Passing:
-    """How errors of rounded columns are passed on to those behind them; see ``round_columns``.
-
-    inverses: of the factor's squares on the diagonal, ``[groups, size, size]``.
-    """
-
-    def __init__(self, factor: Tensor, size: int) -> None:
-        """factor: ``[columns, columns]``, upper triangular. size: of a group."""
-        squares = factor.unfold(0, size, size).unfold(1, size, size).diagonal().permute(2, 0, 1)
-        identity = torch.eye(size, dtype=factor.dtype, device=factor.device).expand_as(squares)
-        self._factor, self._size = factor, size
-        self.inverses = on_either(partial(torch.linalg.solve_triangular, upper=True), squares, identity)
-        self._window = lru_cache(2)(self._of_window)  # strips come to a window soon after each other
-
-    def groups(self, lost: Tensor, out: Tensor | None = None) -> Iterator[Tensor]:
-        """Give each group ``[rows, size]`` as the groups before it have changed it; round it before the next.
-
-        lost: ``[rows, columns]``, goal - rounded in the columns that are rounded, and the goal in the others. out:
-        where each group is written.
-        """
-        for first in range(0, lost.shape[1], self._size):
-            last, start = first + self._size, first - first % _COLUMNS
-            window = self._window(start)
-            if first == start:
-                ahead = torch.addmm(lost[:, start : start + _COLUMNS], lost[:, :start], window[:start])
-            inside = slice(first - start, last - start)
-            yield torch.addmm(ahead[:, inside], lost[:, start:first], window[start:first, inside], out=out)
-
-    def _of_window(self, start: int) -> Tensor:
-        """Return what each loss adds to the columns from ``start`` on: the factor, times the inverse of each group."""
-        factor = self._factor[: start + _COLUMNS, start : start + _COLUMNS]
-        of_groups = factor.reshape(len(factor), -1, self._size).transpose(0, 1)
-        inverses = self.inverses[start // self._size :][: len(of_groups)]
-        return (of_groups @ inverses).transpose(0, 1).flatten(1)
-
-
 def grid(
     group: NDArray[Any], quantization: QuantizationConfig, storage: np.dtype[np.generic]
 ) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -250,11 +182,3 @@ def grid(
 
 def _double(values: Tensor) -> Tensor:
     return (values.cpu() if values.device.type == "mps" else values).double()  # which has no float64
-
-
-def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    """Compute on the values' device, or on the CPU where that lacks the operation; the result is where they are."""
-    try:
-        return function(*values)
-    except NotImplementedError:
-        return function(*(value.cpu() for value in values)).to(values[0].device)

@@ -15,25 +15,24 @@ from torch import Tensor
 FLOAT16 = np.dtype(np.float16)
 
 
-def with_numpy(values, goal, wave, inverses, trials, storage, bits, feedback, lost, grids, codes):
+def with_numpy(ahead, lost, base, inverses, trials, storage, bits, feedback, errors, grids, codes):
     """Round a wave of strips as the kernels do."""
-    strips, lines, size = values.shape
-    blocks, top = lost.shape[1], np.float32((1 << bits) - 1)
+    strips, lines, _ = ahead.shape
+    blocks, size, top = errors.shape[1], inverses.shape[1], np.float32((1 << bits) - 1)
     shares, shifts = trials.numpy().T
-    for strip in range(max(0, wave + 1 - len(inverses)), min(strips, wave + 1)):
-        group = wave - strip
-        columns, own = slice(group * size, (group + 1) * size), lost[group % strips].numpy()
-        inverse = inverses[group].numpy().T
-        fitted = rounding.grid(values[strip].numpy(), QuantizationConfig(bits, size, "gptq"), storage)
-        for row in range(lines // blocks):
-            which, place = np.arange(blocks) * (lines // blocks) + row, strip * (lines // blocks) + row
+    for strip in range(max(0, -base), min(strips, len(inverses) - base)):
+        group = base + strip
+        columns, own = slice(group * size, (group + 1) * size), errors[group % strips].numpy()
+        inverse, values = inverses[group].numpy().T, ahead[strip, :, columns].numpy()
+        fitted = rounding.grid(values, QuantizationConfig(bits, size, "gptq"), storage)
+        height = lines // blocks
+        for row in range(height):
+            which, place = np.arange(blocks) * height + row, (strips - 1 - strip) * height + row
             whole, low = (side[which, None].astype(np.float32) for side in fitted)
-            scale = (whole * shares).astype(storage).astype(np.float32)
-            bias = (low + whole * (top / 2 * (1 - shares) + shifts)).astype(storage).astype(np.float32)
-            passed = np.zeros((blocks, size), np.float32)
-            if feedback is not None:
-                passed = np.einsum("bo,boc->bc", feedback.numpy()[:, :place, place], own[:, :place])
-            now = np.repeat(values[strip].numpy()[which][..., None], len(shares), 2)
+            scale = (whole * shares).astype(storage).astype(values.dtype)
+            bias = (low + whole * (top / 2 * (1 - shares) + shifts)).astype(storage).astype(values.dtype)
+            passed = np.einsum("bo,boc->bc", feedback.numpy()[:, :place, place], own[:, :place])
+            now = np.repeat(values[which][..., None], len(shares), 2)
             losses, chosen = np.empty_like(now), np.empty_like(now)
             for column in range(size):
                 diagonal = inverse[column, column]
@@ -46,9 +45,9 @@ def with_numpy(values, goal, wave, inverses, trials, storage, bits, feedback, lo
             own[:, place] = np.take_along_axis(losses, best[:, None, None], 2)[..., 0]
             code = np.take_along_axis(chosen, best[:, None, None], 2)[..., 0]
             codes[strip].numpy()[which, columns] = code
-            goal[strip].numpy()[which, columns] -= code * scale[taken][:, None] + bias[taken][:, None]
-            for side, values_of_side in zip(grids.numpy(), (scale, bias), strict=True):
-                side[group, strip * lines + which] = values_of_side[taken]
+            lost[strip].numpy()[which, columns] -= code * scale[taken][:, None] + bias[taken][:, None]
+            for side, of_side in zip(grids.numpy(), (scale, bias), strict=True):
+                side[group, strip * lines + which] = of_side[taken]
 
 
 def problem(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,21 +59,18 @@ def problem(rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("with_feedback", [True, False])
-@pytest.mark.parametrize(("rows", "columns"), [(100, 640), (64, 128), (10, 64), (130, 1152)])
+@pytest.mark.parametrize(("rows", "columns"), [(100, 640), (64, 128), (10, 64), (130, 1792)])
 def test_a_matrix_on_a_gpu_goes_through_the_steps_of_the_processor(rows, columns, with_feedback):
-    goal, factor, feedback = problem(rows, columns)
+    goal, factor, feedback = (values.double() for values in problem(rows, columns))  # in float32 many are as good
     quantization = QuantizationConfig(4, 64, "gptq")
     rest = (quantization, FLOAT16, feedback if with_feedback else None)
     expected = rounding._on_processor(goal.clone(), factor, *rest)
     found = rounding._on_gpu(with_numpy, goal.clone(), factor, *rest)
-    assert (
-        unpacked(found.weight, 4) == unpacked(expected.weight, 4)
-    ).float().mean() > 0.98  # sums differ by their order
-    assert (found.scales == expected.scales).float().mean() > 0.95
-    assert (found.biases == expected.biases).float().mean() > 0.95
-    assert loss_of(found, goal, factor, quantization) == pytest.approx(
-        loss_of(expected, goal, factor, quantization), rel=0.01
-    )
+    assert (unpacked(found.weight, 4) == unpacked(expected.weight, 4)).float().mean() > 0.999
+    for name in ("scales", "biases"):
+        assert (getattr(found, name) == getattr(expected, name)).float().mean() > 0.999
+    losses = [loss_of(one, goal, factor, quantization) for one in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def loss_of(rounded: PackedMatrix, goal: Tensor, factor: Tensor, quantization: QuantizationConfig) -> float:
@@ -86,9 +82,9 @@ def test_values_that_are_not_finite_are_an_error_as_on_the_processor():
     goal, factor, feedback = problem(64, 128)
     goal[3, 70] = torch.inf
 
-    def kernel(values, *rest):
-        if torch.isfinite(values).all():
-            return with_numpy(values, *rest)
+    def kernel(ahead, *rest):
+        if torch.isfinite(ahead).all():
+            return with_numpy(ahead, *rest)
         rest[-2][0, :, 3] = torch.nan  # the scale, as the kernel computes it
         return None
 
