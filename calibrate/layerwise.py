@@ -264,7 +264,7 @@ def quantize_model(
     weights = kept_by(kept["quantized"], quantized_weights(source, quantizations, store, device, of_source), device)
     models = {
         "original": replace(model, weights=of_source),
-        "quantized": replace(model, weights=weights, rows=quantized_rows(source, quantizations)),
+        "quantized": replace(model, weights=weights, rows=quantized_rows(source, quantizations, device)),
     }
     fitting = fitting_sequences(token_set, source.architecture)
     sequences, _, frames = token_set.tokens.shape

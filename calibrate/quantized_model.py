@@ -6,7 +6,7 @@ from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
 from ..convert.source.source import Source
 from ..convert.tensorfile import DTYPES
 from ..model.forward import Tokens
-from ..model.reference import Rows, Weights, source_rows, source_weights
+from ..model.reference import Rows, Weights, each_once, source_rows, source_weights
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig
 from ..quant.packed_matrix import packed_matrix
 from . import weight_only
@@ -44,15 +44,17 @@ def quantized_weights(
     return read
 
 
-def quantized_rows(source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]]) -> Rows:
-    """Return a way to read rows of the quantized model's embedding tables."""
+def quantized_rows(
+    source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]], device: str = "cpu"
+) -> Rows:
+    """Return a way to read rows of the quantized model's embedding tables, onto a device."""
     original = source_rows(source.checkpoint)
 
-    def read(name: str, tokens: Tokens) -> Tensor:
-        rows = original(name, tokens)
+    def read(name: str, ids: Tokens) -> Tensor:
+        rows = original(name, ids)
         if (name, 0) not in quantizations:
             return rows
         quantization, dtype = quantizations[name, 0]
         return weight_only.dequantized(name, rows, quantization, DTYPES[dtype])
 
-    return read
+    return each_once(read, device)

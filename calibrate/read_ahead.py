@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..convert.bundle.quantized_store import MatrixKey
+from ..convert.parallel import cores
 from ..convert.source.architecture import Architecture
 from ..convert.source.source import Source
 from ..model import torch_device as devices
@@ -16,8 +17,8 @@ from ..model.reference import Weights, kept_by
 from .workers import Workers
 
 ROOM = 16 << 30  # bytes of a GPU: GPTQ takes 4 GB of them at 7B, and the weights of a block, twice, 1.1 GB
-_BLOCKS = 2  # that are read ahead: an attention and an MLP, whose matrices are of many sizes
-_THREADS = 4  # that read them: a GPU may take the weights in faster than one copies them from the page cache
+_BLOCKS = 4  # that are read ahead: two layers
+_THREADS = 8  # that read them: a GPU takes weights in faster than a few copy them from the page cache
 _SHARE = 0.8  # of a GPU's memory, for that and a whole source
 
 
@@ -45,7 +46,7 @@ class ReadAhead:
         self._read, self._architecture, self._active = read, architecture, active
         self._kept: dict[MatrixKey, Tensor] = {}
         self.weights: Weights = kept_by(self._kept, self._taken, kept_on, None) if kept_on else self._taken
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="ppx-read")
+        self._threads = ThreadPoolExecutor(min(_THREADS, cores()), thread_name_prefix="ppx-read")
         self._blocks: list[Block] = []
         self._steps = architecture.steps
         self._ahead: dict[MatrixKey, Future[Tensor]] = {}

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
+import torch
+
 from ..convert.bundle.output_tensor import Output
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore, quantizations_of
 from ..convert.bundle.records import Adjustment
@@ -25,10 +27,25 @@ class StoreWriter:
     ) -> None:
         """Have matrices added to the store, after those before; raises what writing those raised.
 
-        The thread also brings them from the device, which none that computes there waits for.
+        The thread also copies them from a GPU, which computes on meanwhile.
         """
         self.finish()
-        self._pending = self._thread.submit(add_packed, self._store, block, matrices, adjusted)
+        self._pending = self._thread.submit(self._add, block, matrices, adjusted, _computed(matrices))
+
+    def _add(
+        self,
+        block: str,
+        matrices: Mapping[MatrixKey, PackedMatrix],
+        adjusted: Mapping[MatrixKey, Adjustment],
+        computed: torch.cuda.Event | None,
+    ) -> None:
+        if computed is None:
+            add_packed(self._store, block, matrices, adjusted)
+            return
+        apart = torch.cuda.Stream(computed.device)  # type: ignore[no-untyped-call]
+        apart.wait_event(computed)
+        with torch.cuda.stream(apart):
+            add_packed(self._store, block, matrices, adjusted)
 
     def finish(self) -> None:
         """Return when all are in the store; raises what writing them raised."""
@@ -41,6 +58,15 @@ class StoreWriter:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
+
+
+def _computed(matrices: Mapping[MatrixKey, PackedMatrix]) -> torch.cuda.Event | None:
+    """Return what is reached when a CUDA GPU has computed matrices that are there."""
+    devices = [matrix.weight.device for matrix in matrices.values() if matrix.weight.device.type == "cuda"]
+    if not devices:
+        return None
+    event: torch.cuda.Event = torch.cuda.current_stream(devices[0]).record_event()
+    return event
 
 
 def add_packed(

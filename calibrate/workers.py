@@ -169,5 +169,7 @@ def joined(rank: int, size: int, meeting: Path) -> Iterator[Workers]:
     distributed.init_process_group(
         backend, init_method=meeting.absolute().as_uri(), rank=rank, world_size=size, timeout=_PATIENCE
     )
-    yield Workers(rank, size, "cuda" if apart else "cpu")
+    workers = Workers(rank, size, "cuda" if apart else "cpu")
+    workers.add_up(torch.zeros(1))  # GPUs find each other now: what fails fails before anything is computed
+    yield workers
     distributed.destroy_process_group()
