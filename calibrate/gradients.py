@@ -92,7 +92,8 @@ class _Pass:
         with torch.enable_grad():
             start = x.clone().requires_grad_()
             added = replace(self.model, input_hook=capture).added(block, start)
-        first, *others = torch.autograd.grad(added, [start, *outputs.values()], gradient)
+            total = (added * gradient).sum()  # of a single number: for others PyTorch loads sympy, a second's work
+        first, *others = torch.autograd.grad(total, [start, *outputs.values()])
         for key, each in zip(outputs, others, strict=True):
             self.add(key, each)
         return first
@@ -164,8 +165,8 @@ def output_gradients(
         kept.clear()
         with torch.enable_grad():
             start = x.clone().requires_grad_()
-            outputs = run.model.hidden_states(start)
-        (behind,) = torch.autograd.grad(outputs, start, gradient)
+            total = (run.model.hidden_states(start) * gradient).sum()
+        (behind,) = torch.autograd.grad(total, start)
         run.backward(before, behind)
     if run.idle:
         run.sums.update({key: torch.zeros_like(total) for key, total in run.sums.items()})

@@ -45,7 +45,12 @@ class StoreWriter:
         apart = torch.cuda.Stream(computed.device)  # type: ignore[no-untyped-call]
         apart.wait_event(computed)
         with torch.cuda.stream(apart):
-            add_packed(self._store, block, matrices, adjusted)
+            there = {
+                key: PackedMatrix(*(_on_host(part) for part in (matrix.weight, matrix.scales, matrix.biases)))
+                for key, matrix in matrices.items()
+            }
+        apart.synchronize()
+        add_packed(self._store, block, there, adjusted)
 
     def finish(self) -> None:
         """Return when all are in the store; raises what writing them raised."""
@@ -67,6 +72,14 @@ def _computed(matrices: Mapping[MatrixKey, PackedMatrix]) -> torch.cuda.Event | 
         return None
     event: torch.cuda.Event = torch.cuda.current_stream(devices[0]).record_event()
     return event
+
+
+def _on_host(values: torch.Tensor) -> torch.Tensor:
+    """Return a copy in the memory of the processor; in pinned memory, where nothing else on the GPU waits for it."""
+    try:
+        return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+    except RuntimeError:  # not as much memory may be pinned
+        return values.cpu()
 
 
 def add_packed(
