@@ -28,6 +28,7 @@ from ..model.tokens import TokenSet
 from ..model.walk import walk
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig
 from ..quant.gptq import Inputs, Moments
+from ..quant.rounding import get_ready
 from .block_tuning import BlockTuning, tune_block
 from .gradients import output_gradients
 from .matrix_parts import Rounding, adjustment_of, joined_outcomes, parts_of, warning_of
@@ -255,6 +256,7 @@ def quantize_model(
     if tuning and tuning.steps and workers.size > 1:
         raise ValueError("blocks are fine-tuned by one process")
     device = devices.device()
+    get_ready(device)
     quantizations = quantizations_of(outputs)
     kept: dict[str, dict[MatrixKey, Tensor]] = {"original": {}, "quantized": {}}
     model = reference_of(source.checkpoint, device=device)

@@ -6,6 +6,7 @@ The steps of GPTQ (``gptq``) after its moments are factored.
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ GRIDS = tuple((factor, shift) for factor in _FACTORS for shift in _SHIFTS)
 _OUTPUT_DAMPING = 0.3  # of the mean second moment of a block's gradients, added to each
 _WITHIN = 1.02  # times the processor's loss: a GPU's may be, where other grids and codes are as good
 _OfGroup = tuple[NDArray[Any], NDArray[Any]]
+_one_at_a_time = Lock()
 _log = logging.getLogger(__name__)
 
 
@@ -132,8 +134,24 @@ def _on_gpu(
     return round_in_strips(round_wave, goal, factor, quantization, storage, trials, feedback)
 
 
-@cache
+def get_ready(device: str) -> None:
+    """Compile and check what rounds on a CUDA GPU, in a thread: ``round_columns`` waits for it."""
+    if device == "cuda":  # the one of this thread, which others do not know
+        Thread(target=_get_ready_on, args=(torch.cuda.current_device(),), name="ppx-compile", daemon=True).start()
+
+
+def _get_ready_on(index: int) -> None:
+    torch.cuda.set_device(index)
+    _gpu_rounder()
+
+
 def _gpu_rounder() -> RoundWave | None:
+    with _one_at_a_time:
+        return _checked_rounder()
+
+
+@cache
+def _checked_rounder() -> RoundWave | None:
     """Return what rounds on the GPU; None where PyTorch comes without Triton, or ``_works`` says that it does not."""
     try:
         from .gpu_rounding import round_wave

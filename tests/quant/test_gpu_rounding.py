@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 
 import numpy as np
@@ -116,14 +117,14 @@ def test_a_kernel_that_does_not_compile_is_not_used(caplog):
 
 
 def test_without_triton_the_processor_rounds(monkeypatch, caplog):
-    rounding._gpu_rounder.cache_clear()
+    rounding._checked_rounder.cache_clear()
     monkeypatch.delitem(sys.modules, "ppx.quant.gpu_rounding", raising=False)
     monkeypatch.delitem(sys.modules, "ppx.quant.gpu_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     try:
         assert rounding._gpu_rounder() is None
     finally:
-        rounding._gpu_rounder.cache_clear()
+        rounding._checked_rounder.cache_clear()
     assert not caplog.text
 
 
@@ -163,3 +164,17 @@ def test_a_gpu_comes_to_what_the_processor_does(bits, size):
     assert rounding._gpu_rounder() is not None
 
     assert loss_of(found, goal, factor, rest[0]) == pytest.approx(loss_of(expected, goal, factor, rest[0]), rel=0.01)
+
+
+def test_a_thread_gets_ready_on_the_gpu_of_its_process(monkeypatch):
+    where = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", where.append)
+    monkeypatch.setattr(rounding, "_checked_rounder", lambda: where.append(threading.current_thread().name))
+    rounding.get_ready("cpu")
+    assert not where
+    rounding.get_ready("cuda")
+    for thread in threading.enumerate():
+        if thread.name == "ppx-compile":
+            thread.join()
+    assert where == [1, "ppx-compile"]
