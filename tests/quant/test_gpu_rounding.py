@@ -167,7 +167,7 @@ def test_a_gpu_comes_to_what_the_processor_does(bits, size):
 
 
 def test_a_thread_gets_ready_on_the_gpu_of_its_process(monkeypatch):
-    where = []
+    where: list[int | str] = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", where.append)
     monkeypatch.setattr(rounding, "_checked_rounder", lambda: where.append(threading.current_thread().name))
