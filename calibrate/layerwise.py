@@ -28,7 +28,7 @@ from ..model.tokens import TokenSet
 from ..model.walk import walk
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig
 from ..quant.gptq import Inputs, Moments
-from ..quant.rounding import get_ready
+from ..quant.rounding import compiling
 from .block_tuning import BlockTuning, tune_block
 from .gradients import output_gradients
 from .matrix_parts import Rounding, adjustment_of, joined_outcomes, parts_of, warning_of
@@ -36,7 +36,7 @@ from .moments import added_to, block_inputs, block_moments, moments_of
 from .parameters import trainable_matrix
 from .quantized_model import quantized_rows, quantized_weights
 from .read_ahead import ROOM, ReadAhead, reading_ahead
-from .store_writer import StoreWriter, add_packed, data_driven_count, kept_text, label_of
+from .store_writer import StoreWriter, data_driven_count, kept_text, label_of
 from .stream_rows import depformer_rows, fitting_sequences
 from .work import TensorWork, Work, gradients_work, inputs_are_kept, operations, tensor_works
 from .workers import Workers
@@ -78,11 +78,6 @@ class LayerwiseRun:
             for key, (quantization, _) in self.quantizations.items()
             if key[0] in names and quantization.method in DATA_DRIVEN
         ]
-
-    @property
-    def count(self) -> int:
-        """How many matrices are quantized by their inputs, in all."""
-        return data_driven_count(self.quantizations)
 
     @property
     def keeps_weights(self) -> bool:
@@ -181,7 +176,7 @@ class LayerwiseRun:
         for key in keys:
             self.kept["quantized"].pop(key, None)
         tune_block(self.models, block, matrices, streams, self.tuning.steps)
-        add_packed(self.store, label, {key: matrix.packed() for key, matrix in matrices.items()})
+        self.store.add(label, {key: matrix.quantized() for key, matrix in matrices.items()})
 
     def quantize(self, label: str, moments: dict[MatrixKey, Moments | Inputs]) -> None:
         """Quantize matrices by the moments of their inputs, and store them.
@@ -202,10 +197,12 @@ class LayerwiseRun:
             made.append((part, rounding.outcome(part)))
             self.bar.update(weights[part.key] * part.share(heights) * total / own)  # others do theirs meanwhile
             done = len(self.store.files) + len(moments) * number // len(parts)
-            self.bar.set_postfix_str(f"{done} of {self.count} matrices", refresh=False)
+            self.bar.set_postfix_str(f"{done} of {data_driven_count(self.quantizations)} matrices", refresh=False)
         if not parts:
             self.bar.update(total)
         outcomes = joined_outcomes(self.workers.gathered(made), rounding)
+        for key in outcomes:
+            self.gradients.pop(key, None)  # memory of the device
         if self.workers.leads:
             for (name, step), outcome in outcomes.items():
                 if outcome.reason:
@@ -256,7 +253,6 @@ def quantize_model(
     if tuning and tuning.steps and workers.size > 1:
         raise ValueError("blocks are fine-tuned by one process")
     device = devices.device()
-    get_ready(device)
     quantizations = quantizations_of(outputs)
     kept: dict[str, dict[MatrixKey, Tensor]] = {"original": {}, "quantized": {}}
     model = reference_of(source.checkpoint, device=device)
@@ -277,12 +273,13 @@ def quantize_model(
         bar("layer-wise GPTQ", total, "", quiet) as progress,
         keeping(lambda: kept_text(store, outputs)),
         ahead,
+        compiling(device),
         StoreWriter(store) as writer,
         torch.no_grad(),
     ):
-        tuned = tuning or BlockTuning()
+        tuning = tuning or BlockTuning()
         run = LayerwiseRun(
-            source, quantizations, store, writer, ahead, models, kept, tuned, progress, works, weigh, workers
+            source, quantizations, store, writer, ahead, models, kept, tuning, progress, works, weigh, workers
         )
         if passes != Work():
             passed = weigh(passes)

@@ -34,7 +34,6 @@ from .eight_bit_adam import AdamInBackward, adam_in_backward, set_learning_rates
 from .layerwise import FINE_TUNED
 from .parameters import LowMemoryMatrix, low_memory_matrix, trainable_weights
 from .quantized_model import quantized_weights
-from .store_writer import add_packed
 from .teacher import FILE, batches
 from .tuning import BATCH, WARM_UP, Batch, Predictions, Schedule, divergence_of, write_state
 
@@ -74,8 +73,8 @@ def fine_tune_in_low_memory(
         with closing(batches(original, token_set, store.folder, height, steps, note)) as pairs:
             _train(quantized, zip(steps, pairs, strict=True), matrices, adam, schedule, state, progress)
     with torch.inference_mode():
-        made = {key: matrix.wide().packed() for key, matrix in matrices.items()}
-    add_packed(store, FINE_TUNED.removesuffix(".safetensors"), made)
+        made = {key: matrix.wide().quantized() for key, matrix in matrices.items()}
+    store.add(FINE_TUNED.removesuffix(".safetensors"), made)
     for name in (FILE, _STATE):  # which take more room than the bundle
         (store.folder / name).unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
 from ..convert.tensorfile import DTYPES
 from ..model.reference import Weights
-from ..quant.affine import QuantizationConfig, unpack
+from ..quant.affine import QuantizationConfig, Quantized, unpack
 from ..quant.packed_matrix import PackedMatrix, packed
 
 BETAS = (0.9, 0.99)  # of Adam
@@ -59,11 +59,11 @@ class TrainableMatrix:
         scales, biases = self.scales_and_biases()
         return (self.rounded_codes() * scales[..., None] + biases[..., None]).flatten(1)
 
-    def packed(self) -> PackedMatrix:
-        """Return it as it will be stored."""
+    def quantized(self) -> Quantized:
+        """Return it as it will be stored, in the memory of the processor; its error is not computed."""
         scales, biases = self.scales_and_biases()
         codes = self.rounded_codes().flatten(1).to(torch.uint8)
-        return PackedMatrix(packed(codes, self.quantization.bits), scales, biases)
+        return PackedMatrix(packed(codes, self.quantization.bits), scales, biases).quantized(DTYPES[self.dtype])
 
 
 @dataclass(frozen=True)

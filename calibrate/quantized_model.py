@@ -6,7 +6,7 @@ from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
 from ..convert.source.source import Source
 from ..convert.tensorfile import DTYPES
 from ..model.forward import Tokens
-from ..model.reference import Rows, Weights, each_once, source_rows, source_weights
+from ..model.reference import Rows, Weights, each_once, sorted_rows, source_weights
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig
 from ..quant.packed_matrix import packed_matrix
 from . import weight_only
@@ -48,7 +48,7 @@ def quantized_rows(
     source: Source, quantizations: dict[MatrixKey, tuple[QuantizationConfig, str]], device: str = "cpu"
 ) -> Rows:
     """Return a way to read rows of the quantized model's embedding tables, onto a device."""
-    original = source_rows(source.checkpoint)
+    original = sorted_rows(source.checkpoint)
 
     def read(name: str, ids: Tokens) -> Tensor:
         rows = original(name, ids)

@@ -23,7 +23,7 @@ _FACTORED = 3072  # columns of what is factored
 _FRAMES = 1024
 _SEQUENCE = 256  # of these frames
 _BLOCK = 512  # width of a block whose element by element operations are timed
-_GROUPS = 8
+_GROUPS, _ALL_GROUPS = 8, 64
 _THIN = 8  # rows: sessions that are generated side by side
 _DISK = 2 / 1e9  # seconds for a weight in bfloat16: assumed, 1 GB/s
 _TIMES = 2  # the shorter of which counts
@@ -79,7 +79,7 @@ def measure(a: Architecture, device: str | None = None, clock: Callable[[], floa
     moments = square[:_FACTORED, :_FACTORED] / wide  # of which the lower triangle is read
     moments.diagonal().add_(1)
     low = min(64, wide // 2)
-    few, many = (_rounding(timer, values[:rows]) for rows in (low, wide))
+    few, many = (_rounding(timer, rows, _GROUPS) for rows in (low, wide))
     half = square.bfloat16()
     thin = half[:_THIN]
     return Rates(
@@ -87,7 +87,7 @@ def measure(a: Architecture, device: str | None = None, clock: Callable[[], floa
         factors=timer.seconds(lambda: torch.linalg.cholesky(moments)) / (len(moments) ** 3 / 3),
         rounded=max(0.0, many - few) / ((wide - low) * _GROUPS * 64),
         read=_reading(timer, values[:_FRAMES]),
-        groups=few / _GROUPS,
+        groups=_rounding(timer, low, _ALL_GROUPS) / _ALL_GROUPS,  # a GPU takes longer for the first and the last few
         streamed=_streaming(timer, min(_BLOCK, a.dim), _FRAMES, _SEQUENCE, product),
         stepped=_streaming(timer, min(_BLOCK, a.depformer_dim), _FRAMES, a.steps, product),
         blocks=_streaming(timer, 64, 16, 16, product, copied=True) * 2 * 4 * 16 * 64,
@@ -96,10 +96,11 @@ def measure(a: Architecture, device: str | None = None, clock: Callable[[], floa
     )
 
 
-def _rounding(timer: _Timer, values: Tensor) -> float:
-    """Return the seconds of rounding some groups of columns of so many rows."""
-    columns = _GROUPS * 64
-    goal, factor = values[:, :columns].contiguous(), torch.eye(columns, device=timer.device)
+def _rounding(timer: _Timer, rows: int, groups: int) -> float:
+    """Return the seconds of rounding so many rows and groups of columns."""
+    columns = groups * 64
+    goal = torch.randn(rows, columns, generator=torch.Generator().manual_seed(7))
+    factor = torch.eye(columns, device=timer.device)
     quantization, storage = QuantizationConfig(4, 64), np.dtype(np.float16)
     return timer.seconds(lambda: round_columns(goal.clone().to(timer.device), factor, quantization, storage))
 

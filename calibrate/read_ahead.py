@@ -40,13 +40,18 @@ class ReadAhead:
     """
 
     def __init__(
-        self, read: Weights, architecture: Architecture, active: bool = True, kept_on: str | None = None
+        self,
+        read: Weights,
+        architecture: Architecture,
+        active: bool = True,
+        kept_on: str | None = None,
+        threads: int = _THREADS,
     ) -> None:
         """Read nothing yet."""
         self._read, self._architecture, self._active = read, architecture, active
         self._kept: dict[MatrixKey, Tensor] = {}
         self.weights: Weights = kept_by(self._kept, self._taken, kept_on, None) if kept_on else self._taken
-        self._threads = ThreadPoolExecutor(min(_THREADS, cores()), thread_name_prefix="ppx-read")
+        self._threads = ThreadPoolExecutor(min(threads, cores()), thread_name_prefix="ppx-read")
         self._blocks: list[Block] = []
         self._steps = architecture.steps
         self._ahead: dict[MatrixKey, Future[Tensor]] = {}
@@ -99,4 +104,5 @@ def reading_ahead(source: Source, read: Weights, workers: Workers) -> ReadAhead:
     alone = device == "cuda" and (workers.size == 1 or workers.device == device)
     size = sum(tensor.spec.nbytes for tensor in source.checkpoint.tensors.values())
     fits = alone and size + ROOM < _SHARE * min(devices.memory(), torch.cuda.mem_get_info()[0])
-    return ReadAhead(read, source.architecture, active=device == "cuda", kept_on=device if fits else None)
+    threads = 1 if source.checkpoint.merge else _THREADS  # merging an adapter takes 2 GB for a matrix at 7B
+    return ReadAhead(read, source.architecture, device == "cuda", device if fits else None, threads)

@@ -21,6 +21,7 @@ class StoreWriter:
         self._store = store
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ppx-store")
         self._pending: Future[None] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def add(
         self, block: str, matrices: Mapping[MatrixKey, PackedMatrix], adjusted: Mapping[MatrixKey, Adjustment]
@@ -39,18 +40,24 @@ class StoreWriter:
         adjusted: Mapping[MatrixKey, Adjustment],
         computed: torch.cuda.Event | None,
     ) -> None:
-        if computed is None:
-            add_packed(self._store, block, matrices, adjusted)
-            return
-        apart = torch.cuda.Stream(computed.device)  # type: ignore[no-untyped-call]
-        apart.wait_event(computed)
-        with torch.cuda.stream(apart):
+        if computed is not None:
+            matrices = self._copied(matrices, computed)
+        self._store.add(block, {key: matrix.quantized(FLOAT32) for key, matrix in matrices.items()}, adjusted)
+
+    def _copied(
+        self, matrices: Mapping[MatrixKey, PackedMatrix], computed: torch.cuda.Event
+    ) -> dict[MatrixKey, PackedMatrix]:
+        """Return matrices in the memory of the processor, copied by a stream of their own."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(computed.device)  # type: ignore[no-untyped-call]
+        self._stream.wait_event(computed)
+        with torch.cuda.stream(self._stream):
             there = {
                 key: PackedMatrix(*(_on_host(part) for part in (matrix.weight, matrix.scales, matrix.biases)))
                 for key, matrix in matrices.items()
             }
-        apart.synchronize()
-        add_packed(self._store, block, there, adjusted)
+        self._stream.synchronize()
+        return there
 
     def finish(self) -> None:
         """Return when all are in the store; raises what writing them raised."""
@@ -75,21 +82,11 @@ def _computed(matrices: Mapping[MatrixKey, PackedMatrix]) -> torch.cuda.Event | 
 
 
 def _on_host(values: torch.Tensor) -> torch.Tensor:
-    """Return a copy in the memory of the processor; in pinned memory, where nothing else on the GPU waits for it."""
+    """Return a copy in the memory of the processor, in pinned memory: the GPU computes on meanwhile."""
     try:
         return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
     except RuntimeError:  # not as much memory may be pinned
         return values.cpu()
-
-
-def add_packed(
-    store: QuantizedStore,
-    block: str,
-    matrices: Mapping[MatrixKey, PackedMatrix],
-    adjusted: Mapping[MatrixKey, Adjustment] | None = None,
-) -> None:
-    """Write the matrices of one block to a store, as ``QuantizedStore.add`` does."""
-    store.add(block, {key: matrix.quantized(FLOAT32) for key, matrix in matrices.items()}, adjusted)
 
 
 def kept_text(store: QuantizedStore, outputs: list[Output]) -> str:

@@ -35,7 +35,6 @@ from .gradients import sample_tokens
 from .layerwise import FINE_TUNED
 from .parameters import adam_for, set_learning_rate, take_step, trainable_matrix, trainable_weights
 from .quantized_model import quantized_weights
-from .store_writer import add_packed
 
 BATCH = 16  # sequences of a step
 _RESAMPLED = 0.3  # of the frames, whose tokens are sampled
@@ -83,8 +82,8 @@ def fine_tune(
     with bar("fine-tuning", schedule.steps, "step", quiet) as progress:
         _train(quantized, original, adam_for(matrices), token_set, schedule, store.folder / _STATE, progress)
     with torch.inference_mode():
-        made = {key: matrix.packed() for key, matrix in matrices.items()}
-    add_packed(store, FINE_TUNED.removesuffix(".safetensors"), made)
+        made = {key: matrix.quantized() for key, matrix in matrices.items()}
+    store.add(FINE_TUNED.removesuffix(".safetensors"), made)
 
 
 def trainable_scope(outputs: list[Output], memory: int | None = None) -> str | None:

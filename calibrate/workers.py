@@ -95,7 +95,7 @@ class Workers:
         return torch.cat([each[:count] for each, count in zip(parts, counts, strict=True)])
 
     def gathered(self, value: Value) -> list[Value]:
-        """Return the values of all processes, by rank; the tensors in them on the device of the exchange."""
+        """Return the values of all processes, by rank; with several, their tensors are where the exchange is."""
         if self.size == 1:
             return [value]
         from torch import distributed
@@ -164,12 +164,12 @@ def joined(rank: int, size: int, meeting: Path) -> Iterator[Workers]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:
         torch.cuda.set_device(rank % gpus)
-    apart = gpus >= size  # NCCL refuses processes that share a GPU
-    backend = "cpu:gloo,cuda:nccl" if apart else "gloo"
+    own_gpu = gpus >= size  # NCCL refuses processes that share a GPU
+    backend = "cpu:gloo,cuda:nccl" if own_gpu else "gloo"
     distributed.init_process_group(
         backend, init_method=meeting.absolute().as_uri(), rank=rank, world_size=size, timeout=_PATIENCE
     )
-    workers = Workers(rank, size, "cuda" if apart else "cpu")
+    workers = Workers(rank, size, "cuda" if own_gpu else "cpu")
     workers.add_up(torch.zeros(1))  # GPUs find each other now: what fails fails before anything is computed
     yield workers
     distributed.destroy_process_group()

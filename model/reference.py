@@ -288,18 +288,18 @@ def rows_of(weights: Weights) -> Rows:
     return lambda name, tokens: weights(name, None)[torch.from_numpy(tokens).long()]
 
 
-def source_rows(checkpoint: Checkpoint, device: str = "cpu") -> Rows:
-    """Return a way to read rows of a checkpoint's embedding tables, onto a device."""
+def sorted_rows(checkpoint: Checkpoint) -> Rows:
+    """Return a way to read rows of a checkpoint's embedding tables: ascending ones, each once."""
 
     def read(name: str, ids: Tokens) -> Tensor:
         runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)  # rows that are neighbours are read at once
         return to_torch(np.concatenate([checkpoint.read(name, int(run[0]), int(run[-1]) + 1) for run in runs]))
 
-    return each_once(read, device)
+    return read
 
 
 def each_once(read: Rows, device: str) -> Rows:
-    """Return a way to read rows that reads each of them once, sorted, and repeats it on a device."""
+    """Return a way to read any rows: ``read`` gives each of them once, ascending; they are repeated on a device."""
 
     def read_all(name: str, tokens: Tokens) -> Tensor:
         ids, inverse = np.unique(tokens, return_inverse=True)
@@ -311,4 +311,6 @@ def each_once(read: Rows, device: str) -> Rows:
 def reference_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TorchModel:
     """Return the reference over a checkpoint, as it is trained and evaluated: whole sequences, all steps visible."""
     a = checkpoint.architecture
-    return TorchModel(a, source_weights(checkpoint), source_rows(checkpoint, device), dtype, a.context, a.steps, device)
+    return TorchModel(
+        a, source_weights(checkpoint), each_once(sorted_rows(checkpoint), device), dtype, a.context, a.steps, device
+    )

@@ -1,10 +1,12 @@
 """How errors of rounded columns are passed on to the columns behind them, in GPTQ."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
+
+from .devices import on_either
 
 COLUMNS = 512  # of a window: errors of columns before it are passed on to it in one product
 NEAR = 8  # groups behind a group that its errors reach at once, on a GPU
@@ -41,8 +43,8 @@ class Passing:
     def near_and_far(self) -> tuple[Tensor, Tensor]:
         """Return what the losses of each group add to the ``NEAR`` groups behind it, and to those behind them.
 
-        ``[groups, size, NEAR * size]``, and ``[columns, columns + NEAR * size]``, zero where the first is not; behind
-        the last column zeros.
+        ``[groups, size, NEAR * size]``, and ``[columns, columns + NEAR * size]``, which is zero in each group's own
+        columns and in the ``NEAR`` groups behind it. Both are zero beyond the last column.
         """
         size, columns = self._size, len(self._factor)
         width = columns + NEAR * size
@@ -61,11 +63,3 @@ class Passing:
         of_groups = factor.reshape(len(factor), -1, self._size).transpose(0, 1)
         inverses = self.inverses[start // self._size :][: len(of_groups)]
         return (of_groups @ inverses).transpose(0, 1).flatten(1)
-
-
-def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-    """Compute on the values' device, or on the CPU where that lacks the operation; the result is where they are."""
-    try:
-        return function(*values)
-    except NotImplementedError:
-        return function(*(value.cpu() for value in values)).to(values[0].device)

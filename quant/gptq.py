@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .affine import QuantizationConfig, Quantized, quantize
-from .error_passing import on_either
+from .devices import on_either
 from .packed_matrix import PackedMatrix, packed_matrix
 from .rounding import round_columns, row_feedback
 
@@ -72,7 +72,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A matrix as it was quantized, where the moments are, and how.
+    """A matrix as it was quantized, and how: on the GPU where a kernel rounded it, else on the CPU.
 
     damping: of the mean second moment, None where the matrix was quantized by its weights alone (``FALLBACK``). reason:
     why it is not the usual one, else empty.
@@ -195,7 +195,7 @@ def gptq_prepared(
     storage: np.dtype[np.generic],
     gradients: Tensor | None = None,
 ) -> PackedMatrix:
-    """Quantize a matrix as ``gptq`` does, with moments that are prepared; the result is where they are."""
+    """Quantize a matrix as ``gptq`` does, with moments that are prepared."""
     factor, left, residual = prepared.factor, prepared.left, prepared.residual
     wide = weight.to(factor.device, factor.dtype)
     if prepared.right is None and residual is None and len(wide) > len(factor):  # solving for the smaller one first

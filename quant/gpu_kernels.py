@@ -65,21 +65,21 @@ def _clipped(
     return best, fitted, mean, tl.where(better, a, left), tl.where(better, b, right)
 
 
-@triton.jit(do_not_specialize=["base", "groups", "strips", "lines"])  # compiled once, whatever these are
+@triton.jit(do_not_specialize=["first_group", "groups", "strips", "lines"])  # compiled once, whatever these are
 def fit_groups(
-    ahead, width, base, groups, grids, strips, lines, step,
+    adjusted, width, first_group, groups, grids, strips, lines, step,
     top: tl.constexpr, storage: tl.constexpr, size: tl.constexpr, height: tl.constexpr,
 ):  # fmt: skip
     """Find the least-squares grid of each line of a strip in its group; see ``kernels._search`` and ``_improve``."""
     strip = tl.program_id(1)
-    group = base + strip
+    group = first_group + strip
     if (group < 0) | (group >= groups):
         return
     line = tl.program_id(0) * height + tl.arange(0, height)
     inside = line < lines
     line += strip * lines
     place = line.to(tl.int64)[:, None] * width + group * size + tl.arange(0, size)[None, :]
-    v = tl.load(ahead + place, mask=inside[:, None], other=0.0)
+    v = tl.load(adjusted + place, mask=inside[:, None], other=0.0)
     low, high = tl.min(v, 1), tl.max(v, 1)
     negative = tl.abs(low) > tl.abs(high)
     widest = tl.maximum((high - low) / top, _EPSILON)
@@ -133,9 +133,9 @@ def fit_groups(
     tl.store(grids + strips * lines + line, bias, mask=inside)
 
 
-@triton.jit(do_not_specialize=["base", "groups", "blocks", "strips"])
+@triton.jit(do_not_specialize=["first_group", "groups", "blocks", "strips"])
 def round_strips(
-    ahead, lost, width, base, inverses, groups, grids, feedback, errors, fitted, taken, codes, blocks, strips,
+    adjusted, lost, width, first_group, inverses, groups, grids, feedback, errors, fitted, taken, codes, blocks, strips,
     top: tl.constexpr, storage: tl.constexpr,
     size: tl.constexpr, trials: tl.constexpr, rows: tl.constexpr, panel: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +146,7 @@ def round_strips(
     a thread of it for each grid: losses stay in registers.
     """
     block, strip = tl.program_id(0), tl.program_id(1)
-    group = base + strip
+    group = first_group + strip
     if (group >= 0) & (group < groups):
         height = rows // strips
         lines = blocks * rows
@@ -174,8 +174,8 @@ def round_strips(
             tl.debug_barrier()
             done, packed = (), ()  # of each panel: losses ``[panel, trials]``, and codes as the bytes of an integer
             for part in tl.static_range(size // panel):
-                adjusted = tl.load(ahead + line * width + first + part * panel + inner)
-                begun = tl.zeros((panel, trials), tl.float32) + adjusted[:, None]
+                values = tl.load(adjusted + line * width + first + part * panel + inner)
+                begun = tl.zeros((panel, trials), tl.float32) + values[:, None]
                 for other in tl.static_range(part):
                     place = (part * panel + inner)[:, None] * size + (other * panel + inner)[None, :]
                     begun -= tl.sum(tl.load(inverse + place)[:, :, None] * done[other][None, :, :], 1)

@@ -24,7 +24,7 @@ class PackedMatrix:
     biases: Tensor
 
     def quantized(self, storage: np.dtype[np.generic]) -> Quantized:
-        """Return it in the memory of the processor, scales and biases as they are stored; with no errors."""
+        """Return it in the memory of the processor, scales and biases as they are stored; its errors are not known."""
         scales, biases = (side.float().cpu().numpy().astype(storage) for side in (self.scales, self.biases))
         return Quantized(self.weight.cpu().numpy().view("<u4"), scales, biases, 0.0, 0.0, 0, 0)
 
@@ -46,17 +46,17 @@ def packed(codes: Tensor, bits: int) -> Tensor:
     """Return codes, uint8 ``[rows, columns]``, as the bytes of packed words ``[rows, columns * bits / 8]``."""
     if codes.device.type != "cuda":  # others lack, or err in, some of the operations
         return torch.from_numpy(pack(codes.cpu().numpy(), bits).view(np.uint8))
-    return packed_there(codes, bits)
+    return packed_on_device(codes, bits)
 
 
 def unpacked(weight: Tensor, bits: int) -> Tensor:
     """Return what ``packed`` was given: on a CUDA GPU if the bytes are there, else in the processor's memory."""
     if weight.device.type != "cuda":
         return torch.from_numpy(unpack(weight.cpu().numpy().view("<u4"), bits))
-    return unpacked_there(weight, bits)
+    return unpacked_on_device(weight, bits)
 
 
-def packed_there(codes: Tensor, bits: int) -> Tensor:
+def packed_on_device(codes: Tensor, bits: int) -> Tensor:
     """Pack codes on their device, as ``packing.pack_rows`` does."""
     shifts, places = bits * torch.arange(8, device=codes.device), 8 * torch.arange(bits, device=codes.device)
     parts = torch.split(codes.reshape(-1, 8), _WORDS)
@@ -64,8 +64,8 @@ def packed_there(codes: Tensor, bits: int) -> Tensor:
     return torch.cat(done).reshape(len(codes), -1)
 
 
-def unpacked_there(weight: Tensor, bits: int) -> Tensor:
-    """Return what ``packed_there`` was given."""
+def unpacked_on_device(weight: Tensor, bits: int) -> Tensor:
+    """Return what ``packed_on_device`` was given."""
     shifts, places = bits * torch.arange(8, device=weight.device), 8 * torch.arange(bits, device=weight.device)
     parts, largest = torch.split(weight.reshape(-1, bits), _WORDS), (1 << bits) - 1
     done = [((part.long() << places).sum(1, keepdim=True) >> shifts & largest).to(torch.uint8) for part in parts]

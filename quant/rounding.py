@@ -4,7 +4,9 @@ The steps of GPTQ (``gptq``) after its moments are factored.
 """
 
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from threading import Lock, Thread
 from typing import Any
@@ -58,11 +60,11 @@ def round_columns(
 ) -> PackedMatrix:
     """Round column by column.
 
-    goal: ``[rows, columns]``, overwritten. feedback: see ``row_feedback``, in the dtype of the goal; None where rows do
-    not make up for each other. Each group's scales and biases are, or are near, the least-squares ones of its weights
-    as they are when its first column is rounded: the values that make ``(goal - rounded) @ factor`` zero in the columns
-    of the group. Of ``GRIDS`` around those, each row takes the one that leaves least of it. On a GPU where PyTorch
-    comes with Triton, a kernel rounds there, and the result is there.
+    goal: ``[rows, columns]``, may be overwritten. feedback: see ``row_feedback``, in the dtype of the goal; None where
+    rows do not make up for each other. Each group's scales and biases are, or are near, the least-squares ones of its
+    weights as they are when its first column is rounded: the values that make ``(goal - rounded) @ factor`` zero in the
+    columns of the group. Of ``GRIDS`` around those, each row takes the one that leaves least of it. On a GPU where
+    PyTorch comes with Triton, a kernel rounds there, and the result is there.
     """
     on_gpu = _gpu_rounder() if goal.device.type == "cuda" and goal.dtype == torch.float32 else None
     if on_gpu:
@@ -134,24 +136,33 @@ def _on_gpu(
     return round_in_strips(round_wave, goal, factor, quantization, storage, trials, feedback)
 
 
-def get_ready(device: str) -> None:
-    """Compile and check what rounds on a CUDA GPU, in a thread: ``round_columns`` waits for it."""
-    if device == "cuda":  # the one of this thread, which others do not know
-        Thread(target=_get_ready_on, args=(torch.cuda.current_device(),), name="ppx-compile", daemon=True).start()
+@contextmanager
+def compiling(device: str) -> Iterator[None]:
+    """Compile and check what rounds on a CUDA GPU, in a thread; ``round_columns`` waits for it, and so does the end."""
+    if device != "cuda":
+        yield
+        return
+    index = torch.cuda.current_device()  # of this thread; another has the first GPU
+    thread = Thread(target=_compile_on, args=(index,), name="ppx-compile")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
-def _get_ready_on(index: int) -> None:
+def _compile_on(index: int) -> None:
     torch.cuda.set_device(index)
     _gpu_rounder()
 
 
 def _gpu_rounder() -> RoundWave | None:
     with _one_at_a_time:
-        return _checked_rounder()
+        return _compiled_and_checked()
 
 
 @cache
-def _checked_rounder() -> RoundWave | None:
+def _compiled_and_checked() -> RoundWave | None:
     """Return what rounds on the GPU; None where PyTorch comes without Triton, or ``_works`` says that it does not."""
     try:
         from .gpu_rounding import round_wave
@@ -163,8 +174,9 @@ def _checked_rounder() -> RoundWave | None:
 def _works(round_wave: RoundWave, device: str) -> bool:
     """Round a small matrix there, and tell whether that comes to what it does on the processor; warn if not."""
     random = torch.Generator().manual_seed(1)
-    goal = torch.randn(ROWS + 8, 256, generator=random)
-    factor = torch.eye(256) + torch.randn(256, 256, generator=random).triu(1) / 16
+    columns = 12 * 64  # more groups than errors reach at once
+    goal = torch.randn(ROWS + 8, columns, generator=random)
+    factor = torch.eye(columns) + torch.randn(columns, columns, generator=random).triu(1) / columns**0.5
     feedback = torch.randn(2, ROWS, ROWS, generator=random).triu(1) / ROWS
     quantization, storage = QuantizationConfig(4, 64, "gptq"), np.dtype(np.float16)
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ppx.calibrate.read_ahead import ReadAhead
+from ppx.calibrate import read_ahead
+from ppx.calibrate.read_ahead import ReadAhead, keys_of
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model.blocks import blocks_of
 from ppx.model.reference import kept_by, reference_of
@@ -41,10 +42,23 @@ def compute(source: Source, component: str, backward: bool, active: bool) -> Rea
 
 @pytest.mark.parametrize("component", ["temporal", "depformer"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_all_that_blocks_read_is_read_once_and_ahead(source, component, backward):
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_all_that_blocks_read_is_read_once_and_ahead(blocks, source, component, backward, monkeypatch):
+    monkeypatch.setattr(read_ahead, "_BLOCKS", blocks)
     read = compute(source, component, backward, active=True)
     assert len(read) == len({key[:2] for key in read})
     assert [name for name, _, in_main in read if in_main] == ["out_norm.alpha"]
+
+
+def test_no_more_blocks_are_read_ahead_than_there_is_memory_for(source, monkeypatch):
+    monkeypatch.setattr(read_ahead, "_BLOCKS", 2)
+    blocks = blocks_of(source.architecture, "temporal")
+    expected = [keys_of(block, 16) for block in blocks]
+    with ReadAhead(reference_of(source.checkpoint).weights, source.architecture) as ahead:
+        ahead.follow(blocks)
+        assert list(ahead._ahead) == [*expected[0], *expected[1]]
+        ahead.at(blocks[0])
+        assert list(ahead._ahead) == [*expected[0], *expected[1], *expected[2]]
 
 
 def test_nothing_is_read_ahead_unless_it_is_active(source):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ppx.model import torch_device
-from ppx.quant.error_passing import on_either
+from ppx.quant.devices import on_either
 
 
 def test_a_candidate_that_agrees_is_taken():

@@ -16,15 +16,15 @@ from torch import Tensor
 FLOAT16 = np.dtype(np.float16)
 
 
-def with_numpy(ahead, lost, base, inverses, trials, storage, bits, feedback, errors, grids, codes):
+def with_numpy(adjusted, lost, first_group, inverses, trials, storage, bits, feedback, errors, grids, codes):
     """Round a wave of strips as the kernels do."""
-    strips, lines, _ = ahead.shape
+    strips, lines, _ = adjusted.shape
     blocks, size, top = errors.shape[1], inverses.shape[1], np.float32((1 << bits) - 1)
     shares, shifts = trials.numpy().T
-    for strip in range(max(0, -base), min(strips, len(inverses) - base)):
-        group = base + strip
+    for strip in range(max(0, -first_group), min(strips, len(inverses) - first_group)):
+        group = first_group + strip
         columns, own = slice(group * size, (group + 1) * size), errors[group % strips].numpy()
-        inverse, values = inverses[group].numpy().T, ahead[strip, :, columns].numpy()
+        inverse, values = inverses[group].numpy().T, adjusted[strip, :, columns].numpy()
         fitted = rounding.grid(values, QuantizationConfig(bits, size, "gptq"), storage)
         height = lines // blocks
         for row in range(height):
@@ -79,15 +79,16 @@ def loss_of(rounded: PackedMatrix, goal: Tensor, factor: Tensor, quantization: Q
     return float(((goal - rounded.dequantized(quantization, "cpu")) @ factor).square().sum())
 
 
-def test_values_that_are_not_finite_are_an_error_as_on_the_processor():
-    goal, factor, feedback = problem(64, 128)
-    goal[3, 70] = torch.inf
+UNUSABLE = {"nan": [torch.nan], "infinite": [torch.inf], "too far apart": [3e38, -3e38]}
 
-    def kernel(ahead, *rest):
-        if torch.isfinite(ahead).all():
-            return with_numpy(ahead, *rest)
-        rest[-2][0, :, 3] = torch.nan  # the scale, as the kernel computes it
-        return None
+
+@pytest.mark.parametrize("values", UNUSABLE.values(), ids=UNUSABLE)
+def test_values_that_cannot_be_rounded_are_an_error_as_on_the_processor(values):
+    goal, factor, feedback = problem(64, 128)
+    goal[3, 70 : 70 + len(values)] = torch.tensor(values)
+
+    def kernel(adjusted, *rest):  # which rounds what it can, as those of Triton do
+        with_numpy(adjusted.nan_to_num(0.0, 1.0, -1.0).clamp(-10, 10), *rest)
 
     for round_on in (rounding._on_processor, lambda *rest: rounding._on_gpu(kernel, *rest)):
         with pytest.raises(ValueError, match="NaN, infinite"):
@@ -117,14 +118,14 @@ def test_a_kernel_that_does_not_compile_is_not_used(caplog):
 
 
 def test_without_triton_the_processor_rounds(monkeypatch, caplog):
-    rounding._checked_rounder.cache_clear()
+    rounding._compiled_and_checked.cache_clear()
     monkeypatch.delitem(sys.modules, "ppx.quant.gpu_rounding", raising=False)
     monkeypatch.delitem(sys.modules, "ppx.quant.gpu_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     try:
         assert rounding._gpu_rounder() is None
     finally:
-        rounding._checked_rounder.cache_clear()
+        rounding._compiled_and_checked.cache_clear()
     assert not caplog.text
 
 
@@ -154,27 +155,41 @@ def test_the_kernels_come_to_what_the_processor_does(tmp_path):
     subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, check=True, timeout=600)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize(("bits", "size"), [(2, 32), (3, 64), (4, 64), (8, 128)])
-def test_a_gpu_comes_to_what_the_processor_does(bits, size):
-    goal, factor, feedback = problem(200, 4 * size)
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@ON_GPU
+@pytest.mark.parametrize(
+    ("bits", "size", "groups", "strips"),
+    [(2, 32, 4, 16), (3, 64, 4, 16), (4, 64, 28, 16), (4, 64, 28, 4), (8, 128, 4, 16)],
+)
+def test_a_gpu_comes_to_what_the_processor_does(bits, size, groups, strips, monkeypatch):
+    monkeypatch.setattr("ppx.quant.strips._MOST_STRIPS", strips)
+    goal, factor, feedback = problem(200, groups * size)
     rest = (QuantizationConfig(bits, size, "gptq"), FLOAT16, feedback)
     expected = rounding._on_processor(goal.clone(), factor, *rest)
     found = rounding.round_columns(goal.cuda(), factor.cuda(), *rest)
     assert rounding._gpu_rounder() is not None
-
     assert loss_of(found, goal, factor, rest[0]) == pytest.approx(loss_of(expected, goal, factor, rest[0]), rel=0.01)
 
 
-def test_a_thread_gets_ready_on_the_gpu_of_its_process(monkeypatch):
+@ON_GPU
+@pytest.mark.parametrize("values", UNUSABLE.values(), ids=UNUSABLE)
+def test_values_that_cannot_be_rounded_are_an_error_on_a_gpu(values):
+    goal, factor, feedback = problem(64, 128)
+    goal[3, 70 : 70 + len(values)] = torch.tensor(values)
+    with pytest.raises(ValueError, match="NaN, infinite"):
+        rounding.round_columns(goal.cuda(), factor.cuda(), QuantizationConfig(4, 64, "gptq"), FLOAT16, feedback)
+
+
+def test_a_thread_compiles_for_the_gpu_of_its_process(monkeypatch):
     where: list[int | str] = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", where.append)
-    monkeypatch.setattr(rounding, "_checked_rounder", lambda: where.append(threading.current_thread().name))
-    rounding.get_ready("cpu")
+    monkeypatch.setattr(rounding, "_compiled_and_checked", lambda: where.append(threading.current_thread().name))
+    with rounding.compiling("cpu"):
+        pass
     assert not where
-    rounding.get_ready("cuda")
-    for thread in threading.enumerate():
-        if thread.name == "ppx-compile":
-            thread.join()
+    with rounding.compiling("cuda"):
+        pass
     assert where == [1, "ppx-compile"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from ppx.quant import packed_matrix
 from ppx.quant.affine import BITS, QuantizationConfig, dequantize, pack, quantize
-from ppx.quant.packed_matrix import packed, packed_there, unpacked, unpacked_there
+from ppx.quant.packed_matrix import packed, packed_on_device, unpacked, unpacked_on_device
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -13,9 +13,9 @@ def test_a_gpu_packs_as_the_processor_does(bits, monkeypatch):
     monkeypatch.setattr(packed_matrix, "_WORDS", 7)  # the last part is shorter
     codes = torch.randint(0, 1 << bits, (5, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     expected = pack(codes.numpy(), bits)
-    there = packed_there(codes, bits)
+    there = packed_on_device(codes, bits)
     assert (there.numpy().view("<u4") == expected).all()
-    assert torch.equal(unpacked_there(there, bits), codes)
+    assert torch.equal(unpacked_on_device(there, bits), codes)
     assert torch.equal(packed(codes, bits), there)
     assert torch.equal(unpacked(there, bits), codes)
 
