@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
@@ -14,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
 from ..convert.tensorfile import DTYPES
 from ..model.reference import Weights
-from ..quant.affine import QuantizationConfig, Quantized, unpack
-from ..quant.packed_matrix import PackedMatrix, packed
+from ..quant.affine import FLOAT32, QuantizationConfig, Quantized
+from ..quant.packed_matrix import PackedMatrix, packed, packed_matrix, unpacked
 
 BETAS = (0.9, 0.99)  # of Adam
 CODES_RATE, SCALES_RATE = 1e-2, 1e-3  # learning rates: in codes; relative to a scale, of scales and biases
@@ -114,9 +113,9 @@ def trainable_matrix(
     key: MatrixKey, quantization: QuantizationConfig, dtype: str, store: QuantizedStore, device: str
 ) -> TrainableMatrix:
     """Return a matrix of a quantized-weight store with trainable codes, scales and biases."""
-    stored = store.read(key, 0, store.rows(key), np.dtype(np.float32))
-    codes = torch.from_numpy(unpack(stored.weight, quantization.bits)).to(device).float()  # narrow on the way
-    scale, bias = (torch.from_numpy(array.astype(np.float32)).to(device) for array in (stored.scales, stored.biases))
+    stored = packed_matrix(store.read(key, 0, store.rows(key), FLOAT32))
+    codes = unpacked(stored.weight, quantization.bits).to(device).float()  # narrow on the way
+    scale, bias = stored.scales.to(device), stored.biases.to(device)
     scales, biases = torch.zeros_like(scale, requires_grad=True), torch.zeros_like(bias, requires_grad=True)
     grouped = codes.reshape(len(codes), -1, quantization.group_size).requires_grad_()
     return TrainableMatrix(quantization, dtype, (scale, bias), grouped, scales, biases)

@@ -130,8 +130,8 @@ def gptq(
     or so large that the result is not, and LinAlgError where they are not positive definite.
     """
     matrix = gptq_prepared(weight, prepare(moments, damping), quantization, storage, gradients)
-    difference = weight.to("cpu", torch.float64) - matrix.dequantized(quantization, "cpu")
-    error, norm = (float(values.double().square().sum()) for values in (difference, weight.cpu()))
+    wide = weight.to("cpu", torch.float64)
+    error, norm = (float(values.square().sum()) for values in (wide - matrix.dequantized(quantization, "cpu"), wide))
     return replace(matrix.quantized(storage), squared_error=error, squared_norm=norm)
 
 
