@@ -48,9 +48,8 @@ class _Pass:
 
     def forward(self, component: str, x: Tensor) -> tuple[list[tuple[Block, Tensor]], Tensor]:
         """Return what goes into each block, and what comes out of the last."""
-        before, blocks = [], blocks_of(self.model.architecture, component)
-        self.ahead.follow(blocks, self.model.architecture.n_q // 2)
-        for block in blocks:
+        before = []
+        for block in blocks_of(self.model.architecture, component):
             self.ahead.at(block)
             before.append((block, x))
             x = x.clone()
@@ -153,6 +152,7 @@ def output_gradients(
     ahead = ahead or ReadAhead(model.weights, a, active=False)
     run = _Pass(read, random, kept, progress, workers, ahead, not len(own))
     with torch.no_grad():
+        ahead.follow([*blocks_of(a, "temporal"), *blocks_of(a, "depformer")], steps)
         before, x = run.forward("temporal", run.model.embedded(chosen.tokens))
         hidden = run.model.hidden_states(x)
         counted = torch.from_numpy(chosen.counted)

@@ -147,17 +147,20 @@ class LayerwiseRun:
         """
         device = self.models["original"].device
         inputs = {name: block_inputs(model, block, keys, streams[name]) for name, model in self.models.items()}
-        pairs = {key: (inputs["original"][key], inputs["quantized"][key]) for key in keys}
-        moments = {
-            key: moments_of(*pair, device, added_to(block, key, streams), self.workers) for key, pair in pairs.items()
-        }
+        own = len(streams["original"])
+        rows = self.workers.total(own)
+        moments: dict[MatrixKey, Moments | Inputs] = {}
+        for key in keys:
+            original, quantized = inputs["original"][key], inputs["quantized"][key]
+            in_front, frames = added_to(block, key, streams), len(original) // own * rows
+            moments[key] = moments_of(original, quantized, device, in_front, self.workers, frames)
         self.quantize(label, moments)
         for name, model in self.models.items():
             stream = streams[name]
-            for rows in block.batches(stream.shape):  # as ``walk`` takes them: a resumed run comes to the same bytes
+            for batch in block.batches(stream.shape):  # as ``walk`` takes them: a resumed run comes to the same bytes
                 for step, (key, x) in enumerate(inputs[name].items()):
-                    some = x.reshape(len(stream), -1, x.shape[-1])[rows]
-                    part = stream[rows] if block.component == "temporal" else stream[rows, step : step + 1]
+                    some = x.reshape(len(stream), -1, x.shape[-1])[batch]
+                    part = stream[batch] if block.component == "temporal" else stream[batch, step : step + 1]
                     part += model.product(key[0], key[1], some)
         return streams
 
@@ -293,9 +296,10 @@ def quantize_model(
 def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
     """Quantize the temporal transformer; return its normalized outputs ``[sequences, frames, dim]`` of this worker."""
     own = run.workers.share(len(token_set.tokens))
-    run.ahead.follow(blocks_of(run.source.architecture, "temporal"))
+    a = run.source.architecture
+    run.ahead.follow([*blocks_of(a, "temporal"), *blocks_of(a, "depformer")])
     streams = {name: model.embedded(token_set.tokens[own]) for name, model in run.models.items()}
-    walk(run.source.architecture, "temporal", streams, run.advance, run.at_block)
+    walk(a, "temporal", streams, run.advance, run.at_block)
     outputs = {name: model.hidden_states(streams.pop(name)) for name, model in run.models.items()}
     run.quantize_readers("text_linear", ["text_linear.weight"], outputs)
     run.release_weights()
@@ -305,7 +309,6 @@ def _temporal(run: LayerwiseRun, token_set: TokenSet) -> Streams:
 def _audio(run: LayerwiseRun, token_set: TokenSet, hidden: Streams) -> None:
     """Quantize the depformer."""
     arch = run.source.architecture
-    run.ahead.follow(blocks_of(arch, "depformer"))
     states, targets = depformer_rows(token_set, hidden, arch, run.workers)
     hidden.clear()  # memory of the device: what the depformer reads of it is in states
     run.quantize_readers("depformer_in", [f"depformer_in.{step}.weight" for step in range(arch.steps)], states)

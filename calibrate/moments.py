@@ -28,7 +28,7 @@ class _Sums:
     """Moments as they are summed up; the inputs themselves if they are few. frames: of all workers."""
 
     def __init__(self, columns: int, frames: int, device: str) -> None:
-        self.device, self.frames = device, 0
+        self.device, self.frames = device, frames
         self.kept: list[tuple[Tensor, ...]] | None = [] if are_few(frames, columns) else None
         self.residual: Tensor | None = None
         if self.kept is None:
@@ -39,7 +39,6 @@ class _Sums:
         """Add the inputs ``[frames, columns]`` of some frames; streams: see ``moments_of``."""
         original, quantized = (x.to(self.device, torch.float32) for x in (original, quantized))
         lacking = None if streams is None else (streams[0] - streams[1]).to(self.device)
-        self.frames += len(quantized)
         if self.kept is not None:
             self.kept.append((original, quantized) if lacking is None else (original, quantized, lacking))
             return
@@ -57,7 +56,7 @@ class _Sums:
             return Inputs(*(workers.concatenated(part)[0] for part in own))
         workers.add_up(self.second, self.cross, *([] if self.residual is None else [self.residual]))
         mirror(self.second)
-        return Moments(self.second, self.cross, self.residual, workers.total(self.frames))
+        return Moments(self.second, self.cross, self.residual, self.frames)
 
 
 def moments_of(
@@ -66,13 +65,14 @@ def moments_of(
     device: str,
     streams: StreamPair | None = None,
     workers: Workers = _ALONE,
+    frames: int | None = None,
 ) -> Moments | Inputs:
     """Return the moments of inputs ``[frames, columns]`` of the original and of the quantized model, on a device.
 
     streams: what the matrix's output is added to, if anything. workers: each gives its own frames, one at least, and
-    gets the moments of all.
+    gets the moments of all. frames: of all workers, None for as many as they say.
     """
-    sums = _Sums(original.shape[-1], workers.total(len(original)), device)
+    sums = _Sums(original.shape[-1], workers.total(len(original)) if frames is None else frames, device)
     for first in range(0, len(original), POSITIONS):
         rows = slice(first, first + POSITIONS)
         sums.add(original[rows], quantized[rows], streams and (streams[0][rows], streams[1][rows]))

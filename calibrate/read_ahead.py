@@ -14,6 +14,7 @@ from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.blocks import Block
 from ..model.reference import Weights, kept_by
+from .piecewise import PiecewiseReader
 from .workers import Workers
 
 ROOM = 16 << 30  # bytes of a GPU: GPTQ takes 4 GB of them at 7B, and the weights of a block, twice, 1.1 GB
@@ -35,8 +36,8 @@ class ReadAhead:
     """Reads weights as ``read`` does, and those of the next blocks before they are asked for; a context manager.
 
     weights: gives what was read ahead, else reads. Holds what was read ahead until it is asked for. active: whether
-    anything is read ahead. kept_on: a device that keeps all that was read, in the dtype of the file; None for no
-    device.
+    anything is read ahead. kept_on: a device that keeps all that was read, in the dtype of the file, so that all blocks
+    are read ahead; None for no device.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class ReadAhead:
         architecture: Architecture,
         active: bool = True,
         kept_on: str | None = None,
-        threads: int = _THREADS,
     ) -> None:
         """Read nothing yet."""
         self._read, self._architecture, self._active = read, architecture, active
         self._kept: dict[MatrixKey, Tensor] = {}
+        self._keeps = kept_on is not None
         self.weights: Weights = kept_by(self._kept, self._taken, kept_on, None) if kept_on else self._taken
-        self._threads = ThreadPoolExecutor(min(threads, cores()), thread_name_prefix="ppx-read")
+        self._threads = ThreadPoolExecutor(min(_THREADS, cores()), thread_name_prefix="ppx-read")
         self._blocks: list[Block] = []
         self._steps = architecture.steps
         self._ahead: dict[MatrixKey, Future[Tensor]] = {}
@@ -62,7 +63,7 @@ class ReadAhead:
         steps: of the depformer, the first ones, whose weights are; by default all.
         """
         self._blocks, self._steps = list(blocks), steps or self._architecture.steps
-        for index in range(_BLOCKS):
+        for index in range(len(blocks) if self._keeps else _BLOCKS):
             self._begin(index)
 
     def at(self, block: Block) -> None:
@@ -72,15 +73,8 @@ class ReadAhead:
     def _begin(self, index: int) -> None:
         for block in self._blocks[index : index + 1] if self._active else ():
             for key in keys_of(block, self._steps):
-                if key not in self._kept:
-                    self._ahead[key] = self._threads.submit(self._staged, *key)
-
-    def _staged(self, name: str, step: int) -> Tensor:
-        values = self._read(name, step)
-        try:
-            return values.pin_memory() if torch.cuda.is_available() else values  # copied without waiting for the GPU
-        except RuntimeError:  # not as much memory may be pinned: it is copied like others
-            return values
+                if key not in self._kept and key not in self._ahead:
+                    self._ahead[key] = self._threads.submit(self._read, *key)
 
     def _taken(self, name: str, step: int | None) -> Tensor:
         ahead = self._ahead.pop((name, step or 0), None)
@@ -104,5 +98,6 @@ def reading_ahead(source: Source, read: Weights, workers: Workers) -> ReadAhead:
     alone = device == "cuda" and (workers.size == 1 or workers.device == device)
     size = sum(tensor.spec.nbytes for tensor in source.checkpoint.tensors.values())
     fits = alone and size + ROOM < _SHARE * min(devices.memory(), torch.cuda.mem_get_info()[0])
-    threads = 1 if source.checkpoint.merge else _THREADS  # merging an adapter takes 2 GB for a matrix at 7B
-    return ReadAhead(read, source.architecture, device == "cuda", device if fits else None, threads)
+    if device == "cuda":
+        read = PiecewiseReader(source.checkpoint, torch.device(device, torch.cuda.current_device()) if fits else None)
+    return ReadAhead(read, source.architecture, device == "cuda", device if fits else None)

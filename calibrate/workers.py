@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -48,19 +48,19 @@ class Workers:
         """Return which of ``count`` things are this process's: those of later ranks come later."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def counts(self, count: int) -> list[int]:
-        """Return the counts of all processes, by rank."""
+    def counts(self, *own: int) -> list[list[int]]:
+        """Return some counts of all processes, by rank."""
         if self.size == 1:
-            return [count]
+            return [list(own)]
         from torch import distributed
 
-        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        distributed.all_gather(counts, torch.tensor([count]))
-        return [int(each) for each in counts]
+        counts = [torch.zeros(len(own), dtype=torch.int64) for _ in range(self.size)]
+        distributed.all_gather(counts, torch.tensor(own))
+        return [each.tolist() for each in counts]
 
     def total(self, count: int) -> int:
         """Return the sum of a count over all processes."""
-        return sum(self.counts(count))
+        return sum(each for (each,) in self.counts(count))
 
     def wait(self) -> None:
         """Return when all processes are here."""
@@ -81,7 +81,7 @@ class Workers:
         """Return the parts ``[rows, ...]`` of all processes one after another, and where in them this one's is."""
         if self.size == 1:
             return part, slice(0, len(part))
-        counts = self.counts(len(part))
+        counts = [count for (count,) in self.counts(len(part))]
         first = sum(counts[: self.rank])
         return self._joined(part, counts), slice(first, first + len(part))
 
@@ -98,54 +98,50 @@ class Workers:
         """Return the values of all processes, by rank; with several, their tensors are where the exchange is."""
         if self.size == 1:
             return [value]
-        from torch import distributed
-
-        head = io.BytesIO()
-        pickler = _Pickler(head)
+        pickled = io.BytesIO()
+        pickler = _Pickler(pickled)
         pickler.dump(value)
-        own = [(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in pickler.tensors]
-        heads: list[Any] = [None] * self.size
-        distributed.all_gather_object(heads, (head.getvalue(), own))
-        parts = [tensor.to(self.device).contiguous().view(-1).view(torch.uint8) for tensor in pickler.tensors]
-        flat = torch.cat([pad(part, (0, _padding(len(part)))) for part in parts] or [torch.empty(0, dtype=torch.uint8)])
-        whole = self._joined(
-            flat.to(self.device), [sum(size + _padding(size) for *_, size in described) for _, described in heads]
-        )
+        parts = [*pickler.parts, torch.frombuffer(pickled.getbuffer(), dtype=torch.uint8)]  # tensors, and the rest
+        flat = torch.cat([pad(part.to(self.device), (0, _padding(len(part)))) for part in parts])
+        counts = self.counts(len(flat), len(parts[-1]))
+        whole = self._joined(flat, [count for count, _ in counts])
         values, first = [], 0
-        for pickled, described in heads:
-            tensors = []
-            for dtype, shape, size in described:
-                tensors.append(whole[first : first + size].view(dtype).view(shape))
-                first += size + _padding(size)
-            values.append(_Unpickler(pickled, tensors).load())
+        for count, rest in counts:
+            last = first + count - rest - _padding(rest)
+            values.append(_Unpickler(whole[last : last + rest].cpu().numpy().tobytes(), whole[first:last]).load())
+            first += count
         return values
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles everything but tensors, which it keeps."""
+    """Pickles everything but tensors, whose bytes it keeps; of each, what it is and where these begin."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        self.tensors: list[Tensor] = []
+        self.parts: list[Tensor] = []
+        self._size = 0
 
-    def persistent_id(self, value: object) -> int | None:
-        """Return the number of a tensor."""
+    def persistent_id(self, value: object) -> tuple[torch.dtype, torch.Size, int] | None:
+        """Keep a tensor; None for anything else."""
         if not isinstance(value, Tensor):
             return None
-        self.tensors.append(value)
-        return len(self.tensors) - 1
+        self.parts.append(value.contiguous().view(-1).view(torch.uint8))
+        first = self._size
+        self._size += value.nbytes + _padding(value.nbytes)
+        return value.dtype, value.shape, first
 
 
 class _Unpickler(pickle.Unpickler):
-    """Loads what ``_Pickler`` wrote, in a process of this program."""
+    """Loads what ``_Pickler`` wrote, in a process of this program; parts: the bytes of tensors, one after another."""
 
-    def __init__(self, pickled: bytes, tensors: list[Tensor]) -> None:
+    def __init__(self, pickled: bytes, parts: Tensor) -> None:
         super().__init__(io.BytesIO(pickled))
-        self._tensors = tensors
+        self._parts = parts
 
-    def persistent_load(self, number: int) -> Tensor:
-        """Return the tensor of a number."""
-        return self._tensors[number]
+    def persistent_load(self, described: tuple[torch.dtype, torch.Size, int]) -> Tensor:
+        """Return a tensor."""
+        dtype, shape, first = described
+        return self._parts[first : first + shape.numel() * dtype.itemsize].view(dtype).view(shape)
 
 
 def _padding(length: int) -> int:

@@ -23,6 +23,7 @@ from .forward import EPSILON, Floats, KVCache, Tokens
 from .kept_frames import KeptFrames
 from .walk import each_block
 
+_NEAR, _AT_ONCE = 32, 512  # rows of an embedding table: neighbours, and the most that are read at once
 Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
 # Name and step of a matrix, and its input [..., columns]; what it returns, if anything, is taken for the product.
 InputHook = Callable[[str, int | None, Tensor], Tensor | None]
@@ -253,12 +254,18 @@ def source_weights(checkpoint: Checkpoint) -> Weights:
     """Return a way to read a checkpoint's tensors: of a stacked one the rows of a step, of others all."""
 
     def read(name: str, step: int | None) -> Tensor:
-        tensor = checkpoint.tensors[name]
-        height = tensor.spec.rows // tensor.role.stacked
-        first = (step or 0) * height if tensor.role.stacked > 1 else 0
-        return to_torch(checkpoint.read(name, first, first + height))
+        rows = rows_of_step(checkpoint, name, step)
+        return to_torch(checkpoint.read(name, rows.start, rows.stop))
 
     return read
+
+
+def rows_of_step(checkpoint: Checkpoint, name: str, step: int | None) -> slice:
+    """Return which rows of a checkpoint's tensor are a step's: of one that is not stacked, all."""
+    tensor = checkpoint.tensors[name]
+    height = tensor.spec.rows // tensor.role.stacked
+    first = (step or 0) * height if tensor.role.stacked > 1 else 0
+    return slice(first, first + height)
 
 
 def kept_by(
@@ -292,8 +299,12 @@ def sorted_rows(checkpoint: Checkpoint) -> Rows:
     """Return a way to read rows of a checkpoint's embedding tables: ascending ones, each once."""
 
     def read(name: str, ids: Tokens) -> Tensor:
-        runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)  # rows that are neighbours are read at once
-        return to_torch(np.concatenate([checkpoint.read(name, int(run[0]), int(run[-1]) + 1) for run in runs]))
+        apart = (np.diff(ids) > _NEAR) | (
+            np.diff(ids // _AT_ONCE) > 0
+        )  # those between neighbours cost less than a call
+        runs = np.split(ids, np.flatnonzero(apart) + 1)
+        parts = [checkpoint.read(name, int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs]
+        return to_torch(np.concatenate(parts))
 
     return read
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -11,3 +12,15 @@ def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
         return function(*values)
     except NotImplementedError:
         return function(*(value.cpu() for value in values)).to(values[0].device)
+
+
+def cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower Cholesky factors of matrices ``[..., n, n]``, and which of them have one, ``[...]``.
+
+    Nothing waits for the device, as ``torch.linalg.cholesky`` does to raise an error.
+    """
+    try:
+        factors, info = torch.linalg.cholesky_ex(matrices)
+    except NotImplementedError:
+        factors, info = (each.to(matrices.device) for each in torch.linalg.cholesky_ex(matrices.cpu()))
+    return factors, info == 0

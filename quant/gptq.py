@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .affine import QuantizationConfig, Quantized, quantize
-from .devices import on_either
+from .devices import cholesky, on_either
 from .packed_matrix import PackedMatrix, packed_matrix
 from .rounding import round_columns, row_feedback
 
@@ -60,14 +60,23 @@ class Prepared:
 
     factor: R, upper triangular, with R Rᵀ = H. left, right: with ``W + (W @ left + residual) @ right`` the matrix whose
     output on x̂ is nearest to that of W on x; right is None where that takes two solves with R instead. residual: None
-    for zero.
+    for zero. finite, definite: whether the moments are, single values on the device, which says so later.
     """
 
     added: Tensor
     factor: Tensor
     left: Tensor
     right: Tensor | None
-    residual: Tensor | None = None
+    residual: Tensor | None
+    finite: Tensor
+    definite: Tensor
+
+    def check(self) -> None:
+        """Wait for the device; raise ValueError for moments that are not finite, LinAlgError if not definite."""
+        if not bool(self.finite):
+            raise ValueError("moments are not finite")
+        if not bool(self.definite):
+            raise torch.linalg.LinAlgError("the second moments are not positive definite")  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -103,8 +112,8 @@ def gptq_with_retries(
                 known[damping] = prepare(moments, damping)
             matrix = gptq_prepared(weight, known[damping], quantization, storage, gradients)
             return Outcome(matrix, damping, reason)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            reason = "the second moments are not positive definite"
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            reason = str(error)
         except ValueError as error:
             reason = str(error)
             break
@@ -146,7 +155,7 @@ def usual_damping(moments: Moments | Inputs) -> float:
 
 
 def prepare(moments: Moments | Inputs, damping: float | None = None) -> Prepared:
-    """Factor damped second moments; raises as ``gptq`` does.
+    """Factor damped second moments; what ``gptq`` raises comes from ``Prepared.check``.
 
     Of inputs: (X̂ᵀX̂ + λ)⁻¹ on one side of X̂ᵀ is (X̂X̂ᵀ + λ)⁻¹ on the other, which is smaller where frames are few.
     """
@@ -158,18 +167,20 @@ def prepare(moments: Moments | Inputs, damping: float | None = None) -> Prepared
     else:
         second, checked = moments.second, moments.cross
     residual = moments.residual
-    if not all(bool(torch.isfinite(sums).all()) for sums in (second, checked, residual) if sums is not None):
-        raise ValueError("moments are not finite")
+    sums = [each for each in (second, checked, residual) if each is not None]
+    finite = torch.stack([torch.isfinite(each).all() for each in sums]).all()
     mean = second.diagonal().mean()
     added = (usual_damping(moments) if damping is None else damping) * (mean if mean > 0 else torch.ones_like(mean))
-    factor = _factor(second, added)
+    factor, definite = _factor(second, added)
     if not isinstance(moments, Inputs):
-        return Prepared(added, factor, moments.cross - second, None, residual)
+        return Prepared(added, factor, moments.cross - second, None, residual, finite, definite)
     del second
     smaller = seen @ seen.T
     smaller.diagonal().add_(added)
-    right = on_either(torch.cholesky_solve, seen, on_either(torch.linalg.cholesky, smaller))
-    return Prepared(added, factor, (moments.original - seen).T, right, None if residual is None else residual.T)
+    lower, also = cholesky(smaller)
+    right = on_either(torch.cholesky_solve, seen, lower)
+    left, residual = (moments.original - seen).T, None if residual is None else residual.T
+    return Prepared(added, factor, left, right, residual, finite, definite & also)
 
 
 def add_symmetric_product(total: Tensor, x: Tensor) -> None:
@@ -195,8 +206,14 @@ def gptq_prepared(
     storage: np.dtype[np.generic],
     gradients: Tensor | None = None,
 ) -> PackedMatrix:
-    """Quantize a matrix as ``gptq`` does, with moments that are prepared."""
+    """Quantize a matrix as ``gptq`` does, with moments that are prepared.
+
+    A GPU rounds before it is known whether the moments can be used: it would be idle while the processor waits for
+    that, and then launches what rounds.
+    """
     factor, left, residual = prepared.factor, prepared.left, prepared.residual
+    if factor.device.type != "cuda":
+        prepared.check()
     wide = weight.to(factor.device, factor.dtype)
     if prepared.right is None and residual is None and len(wide) > len(factor):  # solving for the smaller one first
         goal = torch.addmm(wide, wide, _solved(left, factor))
@@ -205,7 +222,10 @@ def gptq_prepared(
         right = prepared.right
         goal = _solved(lacking, factor).add_(wide) if right is None else torch.addmm(wide, lacking, right)
     feedback = None if gradients is None else row_feedback(gradients, factor.device).to(factor.dtype)
-    return round_columns(goal.contiguous(), factor, quantization, storage, feedback)
+    try:
+        return round_columns(goal.contiguous(), factor, quantization, storage, feedback)
+    finally:
+        prepared.check()  # says what is wrong with the moments where rounding says that groups are not finite
 
 
 def _solved(values: Tensor, factor: Tensor) -> Tensor:
@@ -214,11 +234,12 @@ def _solved(values: Tensor, factor: Tensor) -> Tensor:
     return on_either(partial(torch.linalg.solve_triangular, upper=True, left=False), factor, half)
 
 
-def _factor(second: Tensor, added: Tensor) -> Tensor:
-    """Return R, upper triangular, with R Rᵀ = second + added; reads the upper triangle of ``second``.
+def _factor(second: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """Return R, upper triangular, with R Rᵀ = second + added, and if there is one; reads the upper triangle of second.
 
     Its inverse is the upper Cholesky factor of the inverse, which GPTQ uses: with R, no matrix is inverted.
     """
     turned = second.flip(0, 1)
     turned.diagonal().add_(added)
-    return on_either(torch.linalg.cholesky, turned).flip(0, 1)
+    lower, definite = cholesky(turned)
+    return lower.flip(0, 1), definite

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .affine import STORAGE, QuantizationConfig, quantize
 from .column_rounding import ROWS, round_group
+from .devices import cholesky
 from .error_passing import Passing
 from .packed_matrix import PackedMatrix, packed
 from .processors import cores
@@ -39,16 +40,17 @@ def row_feedback(gradients: Tensor, device: torch.device) -> Tensor:
     gradients: as for ``gptq``. device: computes it, or the CPU if it has no float64. With F = U Uᵀ, U upper
     triangular, and E the outputs' errors, the loss grows by |Uᵀ E|²: row i of it is Uᵢᵢ times Eᵢ plus the sum of
     Uⱼᵢ / Uᵢᵢ times Eⱼ over the rows j before. Zeros for a block that no gradient reaches, or whose gradients are not
-    finite.
+    finite or have no factor.
     """
     sums = _double(gradients.to(device))
     mean = sums.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     usable = torch.isfinite(sums).all(2, keepdim=True).all(1, keepdim=True) & (mean > 0)
     eye = torch.eye(sums.shape[1], dtype=sums.dtype, device=sums.device)
     relative = torch.where(usable, sums / mean, eye) + _OUTPUT_DAMPING * eye
-    upper = torch.linalg.cholesky(relative.flip(1, 2)).flip(1, 2)
-    ratios: Tensor = (upper / upper.diagonal(dim1=1, dim2=2)[:, None]).triu(1)
-    return ratios
+    lower, definite = cholesky(relative.flip(1, 2))
+    upper = lower.flip(1, 2)
+    ratios = (upper / upper.diagonal(dim1=1, dim2=2)[:, None]).triu(1)
+    return torch.where(definite[:, None, None], ratios, torch.zeros_like(ratios))
 
 
 def round_columns(
@@ -132,8 +134,13 @@ def _on_gpu(
     feedback: Tensor | None,
 ) -> PackedMatrix:
     """Round column by column on a GPU, as ``round_columns``."""
-    trials = torch.tensor(GRIDS, dtype=torch.float32, device=goal.device)
-    return round_in_strips(round_wave, goal, factor, quantization, storage, trials, feedback)
+    return round_in_strips(round_wave, goal, factor, quantization, storage, _trials_on(goal.device), feedback)
+
+
+@cache
+def _trials_on(device: torch.device) -> Tensor:
+    """Return ``GRIDS`` on a device, which is waited for once."""
+    return torch.tensor(GRIDS, dtype=torch.float32, device=device)
 
 
 @contextmanager

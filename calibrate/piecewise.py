@@ -1,0 +1,68 @@
+"""Weights read for a CUDA GPU some rows at a time: memory that is new to a process costs more than reading into it."""
+
+import threading
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..convert.source.checkpoint import Checkpoint
+from ..convert.tensorfile import DTYPES
+from ..model.reference import rows_of_step, to_torch
+
+_PIECE = 8 << 20  # bytes of a file that are read at once
+
+
+class PiecewiseReader:
+    """Gives tensors as ``source_weights`` does, for a CUDA GPU; several threads may call it at once.
+
+    They are pinned, so that nothing waits while they are copied, where as much memory can be pinned; or already there.
+    device: of which they become part, None for pinned memory.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device | None) -> None:
+        """Read nothing yet; the stream at hand is the one that will compute with what is on a GPU."""
+        self._checkpoint, self._device = checkpoint, device
+        self._on_gpu = device is not None and device.type == "cuda"
+        self._computing = torch.cuda.current_stream(device) if self._on_gpu else None
+        self._own = threading.local()  # of each thread: its stream, and pinned memory for a piece
+
+    def __call__(self, name: str, step: int | None) -> Tensor:
+        """Read a tensor, of a stacked one the rows of a step; it is there when this returns."""
+        spec, rows = self._checkpoint.tensors[name].spec, rows_of_step(self._checkpoint, name, step)
+        dtype, shape = to_torch(np.empty(0, DTYPES[spec.dtype])).dtype, (rows.stop - rows.start, spec.columns)
+        height = max(1, _PIECE // (spec.columns * DTYPES[spec.dtype].itemsize))
+        stream = self._stream()
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            device = self._device
+            whole = torch.empty(shape, dtype=dtype, device=device) if device else _pinned(shape, dtype)
+            for first in range(rows.start, rows.stop, height):
+                piece = to_torch(self._checkpoint.read(name, first, min(first + height, rows.stop)))
+                place = whole[first - rows.start : first - rows.start + len(piece)]
+                place.copy_(self._staged(piece) if stream else piece, non_blocking=True)
+                if stream:
+                    stream.synchronize()  # the next piece is staged in the same place
+        if self._computing:
+            whole.record_stream(self._computing)
+        return whole
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """Return what copies for this thread, None where nothing is copied to a GPU."""
+        if self._on_gpu and not hasattr(self._own, "stream"):
+            self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        return getattr(self._own, "stream", None)
+
+    def _staged(self, piece: Tensor) -> Tensor:
+        """Return a copy of a piece, in this thread's pinned memory."""
+        if getattr(self._own, "staging", piece[:0]).nbytes < piece.nbytes:
+            self._own.staging = _pinned((max(_PIECE, piece.nbytes),), torch.uint8)
+        staged: Tensor = self._own.staging[: piece.nbytes].view(piece.dtype).view(piece.shape)
+        return staged.copy_(piece)
+
+
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=torch.cuda.is_available())
+    except RuntimeError:  # not as much memory may be pinned: it is copied like other memory
+        return torch.empty(shape, dtype=dtype)
