@@ -10,6 +10,7 @@ import pytest
 import torch
 from ppx.quant import rounding
 from ppx.quant.affine import QuantizationConfig
+from ppx.quant.gptq import Moments, gptq_with_retries
 from ppx.quant.packed_matrix import PackedMatrix, unpacked
 from torch import Tensor
 
@@ -133,6 +134,7 @@ INTERPRETED = """
 import numpy as np, torch
 from ppx.quant import gpu_rounding, rounding
 from ppx.quant.affine import QuantizationConfig
+from ppx.quant.gptq import Moments, gptq_with_retries
 from ppx.quant.packed_matrix import unpacked
 from test_gpu_rounding import loss_of, problem
 
@@ -180,6 +182,20 @@ def test_values_that_cannot_be_rounded_are_an_error_on_a_gpu(values):
     goal[3, 70 : 70 + len(values)] = torch.tensor(values)
     with pytest.raises(ValueError, match="NaN, infinite"):
         rounding.round_columns(goal.cuda(), factor.cuda(), QuantizationConfig(4, 64, "gptq"), FLOAT16, feedback)
+
+
+@ON_GPU
+def test_moments_that_cannot_be_used_are_found_on_a_gpu():
+    weight, second = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), torch.eye(128)
+    quantization = QuantizationConfig(4, 64, "gptq")
+    broken = Moments(second.cuda(), torch.full_like(second, torch.nan).cuda())
+    found = gptq_with_retries(weight, broken, quantization, FLOAT16)
+    assert (found.damping, found.reason) == (None, "moments are not finite")
+    negative = second.clone()
+    negative[5, 5] = -0.5
+    found = gptq_with_retries(weight, Moments(negative.cuda(), negative.cuda()), quantization, FLOAT16)
+    assert (found.damping, found.reason) == (1.0, "the second moments are not positive definite")
+    assert found.matrix.weight.is_cuda
 
 
 def test_a_thread_compiles_for_the_gpu_of_its_process(monkeypatch):
