@@ -1,4 +1,8 @@
-"""Weights read for a CUDA GPU some rows at a time: memory that is new to a process costs more than reading into it."""
+"""Weights that are read for a CUDA GPU in pieces.
+
+To read a whole matrix takes memory that is new to the process, and the system prepares that more slowly than it copies
+from its page cache. A piece goes through memory that was used before.
+"""
 
 import threading
 from contextlib import nullcontext
@@ -11,25 +15,25 @@ from ..convert.source.checkpoint import Checkpoint
 from ..convert.tensorfile import DTYPES
 from ..model.reference import rows_of_step, to_torch
 
-_PIECE = 8 << 20  # bytes of a file that are read at once
+_PIECE = 8 << 20  # bytes
 
 
 class PiecewiseReader:
-    """Gives tensors as ``source_weights`` does, for a CUDA GPU; several threads may call it at once.
+    """Reads tensors as ``source_weights`` does; several threads may call it at once.
 
-    They are pinned, so that nothing waits while they are copied, where as much memory can be pinned; or already there.
-    device: of which they become part, None for pinned memory.
+    device: where the tensors are put, a CUDA GPU; None for pinned memory, from which they are copied while the GPU
+    computes (ordinary memory where no more can be pinned).
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device | None) -> None:
-        """Read nothing yet; the stream at hand is the one that will compute with what is on a GPU."""
+        """Read nothing yet. The current stream is the one that computes with the tensors."""
         self._checkpoint, self._device = checkpoint, device
         self._on_gpu = device is not None and device.type == "cuda"
         self._computing = torch.cuda.current_stream(device) if self._on_gpu else None
         self._own = threading.local()  # of each thread: its stream, and pinned memory for a piece
 
     def __call__(self, name: str, step: int | None) -> Tensor:
-        """Read a tensor, of a stacked one the rows of a step; it is there when this returns."""
+        """Return a tensor, of a stacked one the rows of a step, whole and in place."""
         spec, rows = self._checkpoint.tensors[name].spec, rows_of_step(self._checkpoint, name, step)
         dtype, shape = to_torch(np.empty(0, DTYPES[spec.dtype])).dtype, (rows.stop - rows.start, spec.columns)
         height = max(1, _PIECE // (spec.columns * DTYPES[spec.dtype].itemsize))

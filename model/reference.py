@@ -23,7 +23,7 @@ from .forward import EPSILON, Floats, KVCache, Tokens
 from .kept_frames import KeptFrames
 from .walk import each_block
 
-_NEAR, _AT_ONCE = 32, 512  # rows of an embedding table: neighbours, and the most that are read at once
+_NEAR, _AT_ONCE = 32, 512  # rows of an embedding table: the farthest that are read together, and the most
 Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
 # Name and step of a matrix, and its input [..., columns]; what it returns, if anything, is taken for the product.
 InputHook = Callable[[str, int | None, Tensor], Tensor | None]
@@ -299,9 +299,8 @@ def sorted_rows(checkpoint: Checkpoint) -> Rows:
     """Return a way to read rows of a checkpoint's embedding tables: ascending ones, each once."""
 
     def read(name: str, ids: Tokens) -> Tensor:
-        apart = (np.diff(ids) > _NEAR) | (
-            np.diff(ids // _AT_ONCE) > 0
-        )  # those between neighbours cost less than a call
+        # Rows that are near each other are read at once: those between them cost less than another call.
+        apart = (np.diff(ids) > _NEAR) | (np.diff(ids // _AT_ONCE) > 0)
         runs = np.split(ids, np.flatnonzero(apart) + 1)
         parts = [checkpoint.read(name, int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs]
         return to_torch(np.concatenate(parts))

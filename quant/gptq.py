@@ -60,7 +60,8 @@ class Prepared:
 
     factor: R, upper triangular, with R Rᵀ = H. left, right: with ``W + (W @ left + residual) @ right`` the matrix whose
     output on x̂ is nearest to that of W on x; right is None where that takes two solves with R instead. residual: None
-    for zero. finite, definite: whether the moments are, single values on the device, which says so later.
+    for zero. finite: whether the moments are. definite: whether H is positive definite. Both are booleans on the
+    device: nothing waits for them before ``check``.
     """
 
     added: Tensor
@@ -72,7 +73,7 @@ class Prepared:
     definite: Tensor
 
     def check(self) -> None:
-        """Wait for the device; raise ValueError for moments that are not finite, LinAlgError if not definite."""
+        """Wait for the device; raise ValueError for moments that are not finite, LinAlgError if H has no factor."""
         if not bool(self.finite):
             raise ValueError("moments are not finite")
         if not bool(self.definite):
@@ -170,7 +171,8 @@ def prepare(moments: Moments | Inputs, damping: float | None = None) -> Prepared
     sums = [each for each in (second, checked, residual) if each is not None]
     finite = torch.stack([torch.isfinite(each).all() for each in sums]).all()
     mean = second.diagonal().mean()
-    added = (usual_damping(moments) if damping is None else damping) * (mean if mean > 0 else torch.ones_like(mean))
+    share = usual_damping(moments) if damping is None else damping
+    added = share * torch.where(mean > 0, mean, torch.ones_like(mean))
     factor, definite = _factor(second, added)
     if not isinstance(moments, Inputs):
         return Prepared(added, factor, moments.cross - second, None, residual, finite, definite)
@@ -208,8 +210,8 @@ def gptq_prepared(
 ) -> PackedMatrix:
     """Quantize a matrix as ``gptq`` does, with moments that are prepared.
 
-    A GPU rounds before it is known whether the moments can be used: it would be idle while the processor waits for
-    that, and then launches what rounds.
+    A CUDA GPU rounds before it is known whether the moments can be used: else it would be idle while the processor asks
+    for that, and then launches hundreds of kernels.
     """
     factor, left, residual = prepared.factor, prepared.left, prepared.residual
     if factor.device.type != "cuda":
@@ -225,7 +227,7 @@ def gptq_prepared(
     try:
         return round_columns(goal.contiguous(), factor, quantization, storage, feedback)
     finally:
-        prepared.check()  # says what is wrong with the moments where rounding says that groups are not finite
+        prepared.check()  # of its error and that of groups that are not finite, this one says why
 
 
 def _solved(values: Tensor, factor: Tensor) -> Tensor:
@@ -235,7 +237,9 @@ def _solved(values: Tensor, factor: Tensor) -> Tensor:
 
 
 def _factor(second: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
-    """Return R, upper triangular, with R Rᵀ = second + added, and if there is one; reads the upper triangle of second.
+    """Return R, upper triangular, with R Rᵀ = second + added, and whether there is one.
+
+    Reads the upper triangle of ``second``.
 
     Its inverse is the upper Cholesky factor of the inverse, which GPTQ uses: with R, no matrix is inverted.
     """

@@ -8,9 +8,10 @@ import pytest
 import torch
 from golden import assert_near, assert_same_session, recorded, session
 from ppx.convert.source.source import Source, locate, open_source
+from ppx.convert.tensorfile import TensorFile
 from ppx.model.blocks import blocks_of
 from ppx.model.forward import KVCache
-from ppx.model.reference import reference_of
+from ppx.model.reference import each_once, reference_of, sorted_rows, source_weights
 from safetensors.torch import load_file
 
 
@@ -73,3 +74,22 @@ def test_steps_of_the_depformer_see_all_before_them_and_none_after(source):
         other[:, changed] += 1
         differs = (model.block(block, other)[1] != before).any(axis=(0, 2))
         assert differs.tolist() == [step >= changed for step in range(a.steps)]
+
+
+@pytest.mark.parametrize("near", [1, 3, 32])
+def test_rows_of_a_table_are_those_of_the_whole_table(source, near, monkeypatch):
+    monkeypatch.setattr("ppx.model.reference._NEAR", near)
+    monkeypatch.setattr("ppx.model.reference._AT_ONCE", 16)
+    name, read = "text_emb.weight", []
+    file = source.checkpoint.file
+
+    def counted(tensor, first, last, once=False):
+        read.append(last - first)
+        return TensorFile.read(file, tensor, first, last, once)
+
+    monkeypatch.setattr(file, "read", counted)
+    tokens = np.array([[0, 5, 5, 6], [9, 40, 14, 15], [16, 47, 48, 0]])
+    rows = each_once(sorted_rows(source.checkpoint), "cpu")(name, tokens)
+    assert max(read) <= 16
+    assert sum(read) <= {1: 10, 3: 14, 32: 49}[near]
+    assert torch.equal(rows, source_weights(source.checkpoint)(name, None)[torch.from_numpy(tokens)])
