@@ -29,8 +29,9 @@ from ppx.convert.bundle.recipe import uniform
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model import torch_device
 from ppx.model.divergence import kl_divergence
-from ppx.model.reference import TorchModel, kept_by, kept_whole, reference_of
+from ppx.model.reference import TorchModel, kept_whole, reference_of
 from ppx.model.tokens import TokenSet, evenly_spaced, from_tokens, read_token_file
+from ppx.model.weights import kept_by
 from ppx.quant.affine import DATA_DRIVEN, QuantizationConfig
 from torch.nn.functional import log_softmax
 

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model.forward import Floats
-from ppx.model.reference import TorchModel, reference_of, to_numpy
+from ppx.model.reference import TorchModel, reference_of
 from ppx.model.tokens import TokenSet
 from ppx.model.walk import forward_blocks, step_inputs
+from ppx.model.weights import to_numpy
 from ppx.quant.affine import BITS, FLOAT16, QuantizationConfig, dequantize, quantize, round_into
 from ppx.verify.limits import FIGURES, NARROW, WIDE, apart, limited
 from ppx.verify.metrics import Predictions, mean_of

@@ -36,8 +36,9 @@ from ppx.convert.parallel import cores
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.convert.tensorfile import DTYPES
 from ppx.model import torch_device
-from ppx.model.reference import kept_by, kept_whole, reference_of, source_weights
+from ppx.model.reference import kept_whole, reference_of
 from ppx.model.tokens import TokenSet, from_tokens, read_token_file
+from ppx.model.weights import kept_by, source_weights
 from ppx.quant.affine import QuantizationConfig, Quantized
 from processes import own_memory
 

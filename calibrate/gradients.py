@@ -18,8 +18,9 @@ from torch.nn.functional import log_softmax, pad
 from ..convert.bundle.quantized_store import MatrixKey
 from ..model.blocks import Block, blocks_of
 from ..model.forward import Tokens
-from ..model.reference import TorchModel, kept_by
+from ..model.reference import TorchModel
 from ..model.tokens import TokenSet, evenly_spaced
+from ..model.weights import kept_by
 from ..quant.column_rounding import ROWS
 from .read_ahead import ReadAhead
 from .work import gradient_sequences

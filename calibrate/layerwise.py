@@ -23,9 +23,10 @@ from ..convert.progress import Progress, bar, keeping
 from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.blocks import Block, blocks_of
-from ..model.reference import TorchModel, kept_by, reference_of, source_weights
+from ..model.reference import TorchModel, reference_of
 from ..model.tokens import TokenSet
 from ..model.walk import walk
+from ..model.weights import kept_by, source_weights
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig
 from ..quant.gptq import Inputs, Moments
 from ..quant.rounding import compiling
@@ -147,12 +148,11 @@ class LayerwiseRun:
         """
         device = self.models["original"].device
         inputs = {name: block_inputs(model, block, keys, streams[name]) for name, model in self.models.items()}
-        own = len(streams["original"])
-        rows = self.workers.total(own)
+        share = self.workers.total(len(streams["original"])) / len(streams["original"])
         moments: dict[MatrixKey, Moments | Inputs] = {}
         for key in keys:
             original, quantized = inputs["original"][key], inputs["quantized"][key]
-            in_front, frames = added_to(block, key, streams), len(original) // own * rows
+            in_front, frames = added_to(block, key, streams), round(len(original) * share)
             moments[key] = moments_of(original, quantized, device, in_front, self.workers, frames)
         self.quantize(label, moments)
         for name, model in self.models.items():

@@ -27,8 +27,9 @@ from ..convert.source.architecture import Architecture
 from ..convert.source.source import Source
 from ..convert.source.tensors import Role
 from ..model import torch_device as devices
-from ..model.reference import TorchModel, kept_by, reference_of, rows_of
+from ..model.reference import TorchModel, reference_of
 from ..model.tokens import TokenSet
+from ..model.weights import kept_by, rows_of
 from ..quant.affine import DATA_DRIVEN
 from .eight_bit_adam import AdamInBackward, adam_in_backward, set_learning_rates, take_step_in_backward
 from .layerwise import FINE_TUNED

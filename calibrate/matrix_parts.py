@@ -10,7 +10,7 @@ from ..convert.bundle.quantized_store import MatrixKey
 from ..convert.bundle.records import Adjustment
 from ..convert.errors import UserError
 from ..convert.tensorfile import DTYPES
-from ..model.reference import Weights
+from ..model.weights import Weights
 from ..quant.affine import QuantizationConfig
 from ..quant.column_rounding import ROWS
 from ..quant.gptq import FALLBACK, Inputs, Moments, Outcome, Prepared, gptq_with_retries

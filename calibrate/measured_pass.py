@@ -19,9 +19,10 @@ from ..convert.source.source import Source
 from ..model.blocks import Block
 from ..model.divergence import kl_divergence
 from ..model.forward import Floats, Tokens
-from ..model.reference import TorchModel, kept_by
+from ..model.reference import TorchModel
 from ..model.tokens import TokenSet, evenly_spaced
 from ..model.walk import advance, step_inputs, walk
+from ..model.weights import kept_by
 from ..quant.affine import QuantizationConfig
 from .measurement_work import READ_FIRST, MeasurementWork
 from .sensitivity import STREAMS, Sensitivities, TensorGroup, settings_of, usual_group

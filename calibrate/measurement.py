@@ -21,8 +21,9 @@ from ..convert.progress import bar, keeping
 from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.forward import Floats, Tokens
-from ..model.reference import Rows, kept_by, reference_of
+from ..model.reference import reference_of
 from ..model.tokens import TokenDescription, TokenSet, evenly_spaced
+from ..model.weights import Rows, kept_by
 from ..quant.affine import BITS
 from .kept_measurement import KeptMeasurement
 from .measured_pass import MOST_FRAMES, Pass, depformer_rows, reads_temporal, run_pass

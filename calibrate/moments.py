@@ -70,7 +70,7 @@ def moments_of(
     """Return the moments of inputs ``[frames, columns]`` of the original and of the quantized model, on a device.
 
     streams: what the matrix's output is added to, if anything. workers: each gives its own frames, one at least, and
-    gets the moments of all. frames: of all workers, None for as many as they say.
+    gets the moments of all. frames: of all workers; None: they are counted.
     """
     sums = _Sums(original.shape[-1], workers.total(len(original)) if frames is None else frames, device)
     for first in range(0, len(original), POSITIONS):

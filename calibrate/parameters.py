@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
 from ..convert.tensorfile import DTYPES
-from ..model.reference import Weights
+from ..model.weights import Weights
 from ..quant.affine import FLOAT32, QuantizationConfig, Quantized
 from ..quant.packed_matrix import PackedMatrix, packed, packed_matrix, unpacked
 

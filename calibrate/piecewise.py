@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..convert.source.checkpoint import Checkpoint
 from ..convert.tensorfile import DTYPES
-from ..model.reference import rows_of_step, to_torch
+from ..model.weights import rows_of_step, to_torch
 
 _PIECE = 8 << 20  # bytes
 
@@ -28,8 +28,7 @@ class PiecewiseReader:
     def __init__(self, checkpoint: Checkpoint, device: torch.device | None) -> None:
         """Read nothing yet. The current stream is the one that computes with the tensors."""
         self._checkpoint, self._device = checkpoint, device
-        self._on_gpu = device is not None and device.type == "cuda"
-        self._computing = torch.cuda.current_stream(device) if self._on_gpu else None
+        self._computing = torch.cuda.current_stream(device) if device and device.type == "cuda" else None
         self._own = threading.local()  # of each thread: its stream, and pinned memory for a piece
 
     def __call__(self, name: str, step: int | None) -> Tensor:
@@ -53,7 +52,8 @@ class PiecewiseReader:
 
     def _stream(self) -> torch.cuda.Stream | None:
         """Return what copies for this thread, None where nothing is copied to a GPU."""
-        if self._on_gpu and not hasattr(self._own, "stream"):
+        if self._computing and not hasattr(self._own, "stream"):
+            torch.cuda.set_device(self._computing.device)  # of this thread: it would take up memory of the first GPU
             self._own.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         return getattr(self._own, "stream", None)
 

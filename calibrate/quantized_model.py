@@ -6,7 +6,7 @@ from ..convert.bundle.quantized_store import MatrixKey, QuantizedStore
 from ..convert.source.source import Source
 from ..convert.tensorfile import DTYPES
 from ..model.forward import Tokens
-from ..model.reference import Rows, Weights, each_once, sorted_rows, source_weights
+from ..model.weights import Rows, Weights, each_once, sorted_rows, source_weights
 from ..quant.affine import DATA_DRIVEN, QuantizationConfig
 from ..quant.packed_matrix import packed_matrix
 from . import weight_only

@@ -84,7 +84,7 @@ def measure(a: Architecture, device: str | None = None, clock: Callable[[], floa
     thin = half[:_THIN]
     return Rates(
         products=product,
-        factors=timer.seconds(lambda: torch.linalg.cholesky(moments)) / (len(moments) ** 3 / 3),
+        factors=timer.seconds(lambda: torch.linalg.cholesky_ex(moments)) / (len(moments) ** 3 / 3),
         rounded=max(0.0, many - few) / ((wide - low) * _GROUPS * 64),
         read=_reading(timer, values[:_FRAMES]),
         groups=_rounding(timer, low, _ALL_GROUPS) / _ALL_GROUPS,  # a GPU takes longer for the first and the last few

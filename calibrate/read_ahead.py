@@ -13,12 +13,12 @@ from ..convert.source.architecture import Architecture
 from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.blocks import Block
-from ..model.reference import Weights, kept_by
+from ..model.weights import Weights, kept_by
 from .piecewise import PiecewiseReader
 from .workers import Workers
 
 ROOM = 16 << 30  # bytes of a GPU: GPTQ takes 4 GB of them at 7B, and the weights of a block, twice, 1.1 GB
-_BLOCKS = 4  # that are read ahead: two layers
+_BLOCKS = 4  # that are read ahead where weights are not kept: two layers
 _THREADS = 8  # that read them: a GPU takes weights in faster than a few copy them from the page cache
 _SHARE = 0.8  # of a GPU's memory, for that and a whole source
 
@@ -87,6 +87,8 @@ class ReadAhead:
         self._threads.shutdown(cancel_futures=True)
         self._kept.clear()
         self._ahead.clear()
+        if self._keeps and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # memory that was allocated for streams of threads, which no other stream takes
 
 
 def reading_ahead(source: Source, read: Weights, workers: Workers) -> ReadAhead:

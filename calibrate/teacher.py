@@ -24,9 +24,10 @@ from ..convert.source.architecture import Architecture
 from ..convert.tensorfile import Spec, TensorFile, TensorWriter
 from ..model.blocks import Block
 from ..model.forward import Tokens
-from ..model.reference import TorchModel, kept_by
+from ..model.reference import TorchModel
 from ..model.tokens import TokenSet
 from ..model.walk import each_block
+from ..model.weights import kept_by
 from .gradients import sample_tokens
 from .tuning import Batch, Predictions, with_sampled
 

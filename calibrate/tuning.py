@@ -28,8 +28,9 @@ from ..convert.source.source import Source
 from ..model import torch_device as devices
 from ..model.divergence import kl_divergence
 from ..model.forward import Tokens
-from ..model.reference import TorchModel, kept_by, kept_whole, reference_of, rows_of
+from ..model.reference import TorchModel, kept_whole, reference_of
 from ..model.tokens import TokenSet
+from ..model.weights import kept_by, rows_of
 from ..quant.affine import DATA_DRIVEN
 from .gradients import sample_tokens
 from .layerwise import FINE_TUNED

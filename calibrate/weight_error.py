@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..convert.source.source import Source
-from ..model.reference import source_weights
 from ..model.tokens import evenly_spaced
+from ..model.weights import source_weights
 from ..quant.affine import QuantizationConfig, dequantize
 from .sensitivity import settings_of
 from .weight_only import quantized

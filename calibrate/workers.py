@@ -49,7 +49,7 @@ class Workers:
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def counts(self, *own: int) -> list[list[int]]:
-        """Return some counts of all processes, by rank."""
+        """Return the counts that each process gives, by rank."""
         if self.size == 1:
             return [list(own)]
         from torch import distributed
@@ -114,7 +114,10 @@ class Workers:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles everything but tensors, whose bytes it keeps; of each, what it is and where these begin."""
+    """Pickles a value without its tensors, whose bytes it keeps as ``parts``.
+
+    In place of each tensor stand its dtype, its shape, and where its bytes begin.
+    """
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)

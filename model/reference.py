@@ -10,39 +10,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ..convert.source.architecture import Architecture
 from ..convert.source.checkpoint import Checkpoint
-from ..quant.affine import BFLOAT16
 from .blocks import Block
 from .forward import EPSILON, Floats, KVCache, Tokens
 from .kept_frames import KeptFrames
 from .walk import each_block
+from .weights import Rows, Weights, each_once, kept_by, rows_of, sorted_rows, source_weights
 
-_NEAR, _AT_ONCE = 32, 512  # rows of an embedding table: the farthest that are read together, and the most
-Weights = Callable[[str, int | None], Tensor]  # name in the checkpoint and depformer step -> values
 # Name and step of a matrix, and its input [..., columns]; what it returns, if anything, is taken for the product.
 InputHook = Callable[[str, int | None, Tensor], Tensor | None]
-Rows = Callable[[str, Tokens], Tensor]  # name of an embedding table and tokens [...] -> its rows [..., dim]
-
-
-def to_torch(array: NDArray[np.generic]) -> Tensor:
-    """Return a numpy array as a tensor that shares its memory, bfloat16 too."""
-    if array.dtype == BFLOAT16:
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def to_numpy(tensor: Tensor) -> NDArray[np.generic]:
-    """Return a tensor on the CPU as a numpy array that shares its memory, bfloat16 too."""
-    if tensor.dtype == torch.bfloat16:
-        array: NDArray[np.generic] = tensor.contiguous().view(torch.uint16).numpy().view(BFLOAT16)
-        return array
-    return tensor.contiguous().numpy()
 
 
 @dataclass(frozen=True)
@@ -250,72 +231,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def source_weights(checkpoint: Checkpoint) -> Weights:
-    """Return a way to read a checkpoint's tensors: of a stacked one the rows of a step, of others all."""
-
-    def read(name: str, step: int | None) -> Tensor:
-        rows = rows_of_step(checkpoint, name, step)
-        return to_torch(checkpoint.read(name, rows.start, rows.stop))
-
-    return read
-
-
-def rows_of_step(checkpoint: Checkpoint, name: str, step: int | None) -> slice:
-    """Return which rows of a checkpoint's tensor are a step's: of one that is not stacked, all."""
-    tensor = checkpoint.tensors[name]
-    height = tensor.spec.rows // tensor.role.stacked
-    first = (step or 0) * height if tensor.role.stacked > 1 else 0
-    return slice(first, first + height)
-
-
-def kept_by(
-    kept: dict[tuple[str, int], Tensor], read: Weights, device: str, dtype: torch.dtype | None = torch.float32
-) -> Weights:
-    """Return a way to read matrices that reads each once, until ``kept`` is cleared; dtype: None for their own."""
-
-    def read_once(name: str, step: int | None) -> Tensor:
-        key = (name, step or 0)
-        if key not in kept:
-            there = read(name, step)
-            values = there.to(device, non_blocking=there.is_pinned())  # narrow on its way; pinned, nothing waits for it
-            kept[key] = values if dtype is None else values.to(dtype)
-        return kept[key]
-
-    return read_once
-
-
 def kept_whole(model: TorchModel) -> TorchModel:
     """Return a model whose weights are read once, and kept on its device in its dtype."""
     weights = kept_by({}, model.weights, model.device, model.dtype)
     return replace(model, weights=weights, rows=rows_of(weights))
-
-
-def rows_of(weights: Weights) -> Rows:
-    """Return a way to read rows of tables that are read whole."""
-    return lambda name, tokens: weights(name, None)[torch.from_numpy(tokens).long()]
-
-
-def sorted_rows(checkpoint: Checkpoint) -> Rows:
-    """Return a way to read rows of a checkpoint's embedding tables: ascending ones, each once."""
-
-    def read(name: str, ids: Tokens) -> Tensor:
-        # Rows that are near each other are read at once: those between them cost less than another call.
-        apart = (np.diff(ids) > _NEAR) | (np.diff(ids // _AT_ONCE) > 0)
-        runs = np.split(ids, np.flatnonzero(apart) + 1)
-        parts = [checkpoint.read(name, int(run[0]), int(run[-1]) + 1)[run - run[0]] for run in runs]
-        return to_torch(np.concatenate(parts))
-
-    return read
-
-
-def each_once(read: Rows, device: str) -> Rows:
-    """Return a way to read any rows: ``read`` gives each of them once, ascending; they are repeated on a device."""
-
-    def read_all(name: str, tokens: Tokens) -> Tensor:
-        ids, inverse = np.unique(tokens, return_inverse=True)
-        return read(name, ids).to(device)[torch.from_numpy(inverse.reshape(tokens.shape)).to(device)]
-
-    return read_all
 
 
 def reference_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TorchModel:

@@ -17,7 +17,7 @@ def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
 def cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Return the lower Cholesky factors of matrices ``[..., n, n]``, and which of them have one, ``[...]``.
 
-    Nothing waits for the device, as ``torch.linalg.cholesky`` does to raise an error.
+    Does not wait for a GPU, as ``torch.linalg.cholesky`` does to raise an error.
     """
     try:
         factors, info = torch.linalg.cholesky_ex(matrices)

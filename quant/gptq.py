@@ -111,10 +111,13 @@ def gptq_with_retries(
         try:
             if damping not in known:
                 known[damping] = prepare(moments, damping)
+            if reason:
+                known[damping].check()  # before anything is rounded in vain again
             matrix = gptq_prepared(weight, known[damping], quantization, storage, gradients)
             return Outcome(matrix, damping, reason)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             reason = str(error)
+            known.pop(damping)  # gigabytes
         except ValueError as error:
             reason = str(error)
             break
@@ -225,9 +228,12 @@ def gptq_prepared(
         goal = _solved(lacking, factor).add_(wide) if right is None else torch.addmm(wide, lacking, right)
     feedback = None if gradients is None else row_feedback(gradients, factor.device).to(factor.dtype)
     try:
-        return round_columns(goal.contiguous(), factor, quantization, storage, feedback)
-    finally:
-        prepared.check()  # of its error and that of groups that are not finite, this one says why
+        matrix = round_columns(goal.contiguous(), factor, quantization, storage, feedback)
+    except ValueError:  # groups are not finite: the moments may be why
+        prepared.check()
+        raise
+    prepared.check()
+    return matrix
 
 
 def _solved(values: Tensor, factor: Tensor) -> Tensor:

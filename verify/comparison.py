@@ -20,9 +20,10 @@ from ..model.blocks import Block
 from ..model.forward import Floats, Model, Tokens
 from ..model.matmul import QuantizedMatmul
 from ..model.mlx_model import MlxModel, model_of
-from ..model.reference import TorchModel, kept_by, reference_of
+from ..model.reference import TorchModel, reference_of
 from ..model.tokens import TokenSet
 from ..model.walk import advance, run_block, step_inputs, walk
+from ..model.weights import kept_by
 from . import weights
 from .control import control_of
 from .figures import BUNDLE, CONTROL, NOISE, ActivationRow, HiddenFigures, StreamFigures, WeightRow

@@ -17,7 +17,8 @@ from ..convert.errors import UserError
 from ..convert.parallel import cores
 from ..convert.tensorfile import DTYPES as NUMPY_DTYPES
 from ..model.forward import Tokens
-from ..model.reference import TorchModel, to_numpy, to_torch
+from ..model.reference import TorchModel
+from ..model.weights import to_numpy, to_torch
 from ..quant.affine import round_into
 from ..quant.casting import cast
 

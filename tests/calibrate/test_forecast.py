@@ -36,7 +36,7 @@ def test_the_work_is_what_is_computed(sequences, frames, opened, pico, tmp_path,
     source, plan = opened
     token_set = read_tokens(pico / "calibration_tokens.safetensors", source.architecture, sequences, frames)
     rounded, factored, solved = [], [], []
-    round_columns, cholesky, solve = rounding.round_columns, torch.linalg.cholesky, torch.linalg.solve_triangular
+    round_columns, cholesky, solve = rounding.round_columns, torch.linalg.cholesky_ex, torch.linalg.solve_triangular
 
     def counted(goal, *rest):
         rounded.append(goal.shape)
@@ -53,7 +53,7 @@ def test_the_work_is_what_is_computed(sequences, frames, opened, pico, tmp_path,
 
     monkeypatch.setattr(gptq, "round_columns", counted)
     monkeypatch.setattr(torch.linalg, "solve_triangular", solve_counted)
-    monkeypatch.setattr(torch.linalg, "cholesky", factor)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", factor)
 
     def in_place(_total, left, right, **_shapes):
         return 2 * left[0] * left[1] * right[1]

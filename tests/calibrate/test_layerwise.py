@@ -27,8 +27,9 @@ from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ppx.convert.bundle.recipe import uniform
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model.blocks import blocks_of
-from ppx.model.reference import Weights, reference_of, source_weights
+from ppx.model.reference import reference_of
 from ppx.model.tokens import TokenSet, read_tokens
+from ppx.model.weights import Weights, source_weights
 from ppx.quant.affine import QuantizationConfig, dequantize, unpack
 from ppx.quant.gptq import Inputs, Moments, gptq
 from safetensors.numpy import load_file, save_file

@@ -32,8 +32,9 @@ from ppx.convert.errors import UserError
 from ppx.convert.source.architecture import Architecture
 from ppx.convert.source.source import locate, open_source
 from ppx.convert.tensorfile import DTYPES
-from ppx.model.reference import kept_by, reference_of, rows_of, source_weights
+from ppx.model.reference import reference_of
 from ppx.model.tokens import from_tokens, read_token_file
+from ppx.model.weights import kept_by, rows_of, source_weights
 from ppx.quant.affine import QuantizationConfig
 
 FORM = QuantizationConfig(4, 64, "gptq")

@@ -8,7 +8,7 @@ import torch
 from ppx.calibrate import piecewise
 from ppx.calibrate.piecewise import PiecewiseReader
 from ppx.convert.source.source import locate, open_source
-from ppx.model.reference import source_weights
+from ppx.model.weights import source_weights
 
 NAMES = [
     ("text_linear.weight", None),

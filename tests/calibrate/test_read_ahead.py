@@ -10,7 +10,8 @@ from ppx.calibrate import read_ahead
 from ppx.calibrate.read_ahead import ReadAhead, keys_of
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.model.blocks import blocks_of
-from ppx.model.reference import kept_by, reference_of
+from ppx.model.reference import reference_of
+from ppx.model.weights import kept_by
 
 Read = list[tuple[str, int, bool]]  # name, step, and whether the main thread did
 

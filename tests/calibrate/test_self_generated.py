@@ -17,9 +17,10 @@ from ppx.convert.source.source import Source, locate, open_source
 from ppx.model import torch_device as devices
 from ppx.model.forward import Floats, Tokens
 from ppx.model.prompt import PROMPT
-from ppx.model.reference import TorchModel, kept_by, reference_of, rows_of
+from ppx.model.reference import TorchModel, reference_of
 from ppx.model.session import Frame, greedy, sessions, system_prompt, top1
 from ppx.model.tokens import SELF_GENERATED, from_tokens, read_tokens
+from ppx.model.weights import kept_by, rows_of
 from safetensors.numpy import load_file
 from stopping import Moment
 

@@ -19,7 +19,8 @@ from ppx.convert.bundle.quantized_store import QuantizedStore, quantizations_of
 from ppx.convert.bundle.recipe import uniform
 from ppx.convert.source.source import Source, locate, open_source
 from ppx.convert.tensorfile import DTYPES
-from ppx.model.reference import reference_of, source_weights
+from ppx.model.reference import reference_of
+from ppx.model.weights import source_weights
 from ppx.quant.affine import QuantizationConfig, dequantize, quantize
 from safetensors.numpy import load_file
 

@@ -16,7 +16,8 @@ from ppx.model.blocks import blocks_of
 from ppx.model.forward import KVCache, Tokens
 from ppx.model.mlx_model import model_of
 from ppx.model.mlx_weights import read_by_name
-from ppx.model.reference import TorchModel, to_torch
+from ppx.model.reference import TorchModel
+from ppx.model.weights import to_torch
 from safetensors.torch import load_file
 
 UNEVEN = str(Path(__file__).parent.parent / "data" / "uneven.toml")

@@ -11,7 +11,8 @@ from ppx.convert.source.source import Source, locate, open_source
 from ppx.convert.tensorfile import TensorFile
 from ppx.model.blocks import blocks_of
 from ppx.model.forward import KVCache
-from ppx.model.reference import each_once, reference_of, sorted_rows, source_weights
+from ppx.model.reference import reference_of
+from ppx.model.weights import each_once, sorted_rows, source_weights
 from safetensors.torch import load_file
 
 
@@ -78,8 +79,8 @@ def test_steps_of_the_depformer_see_all_before_them_and_none_after(source):
 
 @pytest.mark.parametrize("near", [1, 3, 32])
 def test_rows_of_a_table_are_those_of_the_whole_table(source, near, monkeypatch):
-    monkeypatch.setattr("ppx.model.reference._NEAR", near)
-    monkeypatch.setattr("ppx.model.reference._AT_ONCE", 16)
+    monkeypatch.setattr("ppx.model.weights._NEAR", near)
+    monkeypatch.setattr("ppx.model.weights._AT_ONCE", 16)
     name, read = "text_emb.weight", []
     file = source.checkpoint.file
 

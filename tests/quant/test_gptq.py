@@ -307,8 +307,10 @@ def test_damping_is_raised_until_the_moments_can_be_factored():
     second[5, 5] = -0.5  # as sums in few bits may leave it
     with pytest.raises(RuntimeError, match="not positive definite"):
         gptq.gptq(weight, Moments(second, second), quantization, STORAGE)
-    found = gptq_with_retries(weight, Moments(second, second), quantization, STORAGE)
+    prepared: dict[float, gptq.Prepared] = {}
+    found = gptq_with_retries(weight, Moments(second, second), quantization, STORAGE, prepared)
     assert found.damping == 1.0
+    assert list(prepared) == [1.0]  # what could not be used is not kept
     assert found.reason == "the second moments are not positive definite"
     damped = gptq.gptq(weight, Moments(second, second), quantization, STORAGE, 1.0)
     assert (found.matrix.quantized(STORAGE).weight == damped.weight).all()

@@ -134,7 +134,6 @@ INTERPRETED = """
 import numpy as np, torch
 from ppx.quant import gpu_rounding, rounding
 from ppx.quant.affine import QuantizationConfig
-from ppx.quant.gptq import Moments, gptq_with_retries
 from ppx.quant.packed_matrix import unpacked
 from test_gpu_rounding import loss_of, problem
 
