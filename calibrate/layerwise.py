@@ -128,11 +128,6 @@ class LayerwiseRun:
         """Return the matrices of these tensors that are still to be quantized."""
         return [key for key in self.data_driven(names) if key not in self.store.files]
 
-    def _height(self, name: str) -> int:
-        """Return how many rows each matrix of a tensor has."""
-        tensor = self.source.checkpoint.tensors[name]
-        return tensor.spec.rows // tensor.role.stacked
-
     def can_keep_inputs(self, block: Block, keys: list[MatrixKey], streams: Streams) -> bool:
         """Tell whether these are all of a block's last matrices, and their inputs are small enough to be kept."""
         a, length = self.source.architecture, streams["original"].shape[1]
@@ -148,11 +143,12 @@ class LayerwiseRun:
         """
         device = self.models["original"].device
         inputs = {name: block_inputs(model, block, keys, streams[name]) for name, model in self.models.items()}
-        share = self.workers.total(len(streams["original"])) / len(streams["original"])
+        own = len(streams["original"])
+        rows = self.workers.total(own)
         moments: dict[MatrixKey, Moments | Inputs] = {}
         for key in keys:
             original, quantized = inputs["original"][key], inputs["quantized"][key]
-            in_front, frames = added_to(block, key, streams), round(len(original) * share)
+            in_front, frames = added_to(block, key, streams), len(original) * rows // own
             moments[key] = moments_of(original, quantized, device, in_front, self.workers, frames)
         self.quantize(label, moments)
         for name, model in self.models.items():
@@ -191,7 +187,7 @@ class LayerwiseRun:
             self.release_weights()  # GPTQ needs the memory; reading a block again takes little of its time
             read = source_weights(self.source.checkpoint)
         rounding = Rounding(read, self.quantizations, moments, self.gradients)
-        heights = {key: self._height(key[0]) for key in moments}
+        heights = {key: self.source.checkpoint.tensors[key[0]].role.height for key in moments}
         weights = {key: self.weigh(self.works[key[0]].matrices[key[1]]) for key in moments}
         parts = parts_of(heights, self.workers)
         own, total = sum(weights[part.key] * part.share(heights) for part in parts), sum(weights.values())

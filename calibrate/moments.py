@@ -147,8 +147,7 @@ def _captured(model: TorchModel, block: Block, keys: list[MatrixKey], x: Tensor)
                 raise _AllCapturedError
         elif of_last and not name.endswith(_LAST):
             return None
-        height = described[name].shape[0] // described[name].stacked
-        return matrix_input.new_zeros(()).expand(*matrix_input.shape[:-1], height)
+        return matrix_input.new_zeros(()).expand(*matrix_input.shape[:-1], described[name].height)
 
     with suppress(_AllCapturedError):
         replace(model, input_hook=capture).added(block, x)

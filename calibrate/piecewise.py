@@ -35,14 +35,13 @@ class PiecewiseReader:
         """Return a tensor, of a stacked one the rows of a step, whole and in place."""
         spec, rows = self._checkpoint.tensors[name].spec, rows_of_step(self._checkpoint, name, step)
         dtype, shape = to_torch(np.empty(0, DTYPES[spec.dtype])).dtype, (rows.stop - rows.start, spec.columns)
-        height = max(1, _PIECE // (spec.columns * DTYPES[spec.dtype].itemsize))
         stream = self._stream()
         with torch.cuda.stream(stream) if stream else nullcontext():
             device = self._device
             whole = torch.empty(shape, dtype=dtype, device=device) if device else _pinned(shape, dtype)
-            for first in range(rows.start, rows.stop, height):
-                piece = to_torch(self._checkpoint.read(name, first, min(first + height, rows.stop)))
-                place = whole[first - rows.start : first - rows.start + len(piece)]
+            for first, last in spec.pieces(_PIECE, rows.start, rows.stop):
+                piece = to_torch(self._checkpoint.read(name, first, last))
+                place = whole[first - rows.start : last - rows.start]
                 place.copy_(self._staged(piece) if stream else piece, non_blocking=True)
                 if stream:
                     stream.synchronize()  # the next piece is staged in the same place

@@ -58,7 +58,7 @@ class ReadAhead:
         self._ahead: dict[MatrixKey, Future[Tensor]] = {}
 
     def follow(self, blocks: Sequence[Block], steps: int | None = None) -> None:
-        """Begin with the first of some blocks; the weights of all will be asked for, in this order.
+        """Begin with the first of some blocks, or all where weights are kept; all will be asked for, in this order.
 
         steps: of the depformer, the first ones, whose weights are; by default all.
         """
@@ -97,9 +97,10 @@ def reading_ahead(source: Source, read: Weights, workers: Workers) -> ReadAhead:
     Where the GPU is this worker's alone and has free what the whole source takes beside GPTQ, all of it stays there.
     """
     device = devices.device()
-    alone = device == "cuda" and (workers.size == 1 or workers.device == device)
+    if device != "cuda":
+        return ReadAhead(read, source.architecture, active=False)
+    alone = workers.size == 1 or workers.device == device
     size = sum(tensor.spec.nbytes for tensor in source.checkpoint.tensors.values())
     fits = alone and size + ROOM < _SHARE * min(devices.memory(), torch.cuda.mem_get_info()[0])
-    if device == "cuda":
-        read = PiecewiseReader(source.checkpoint, torch.device(device, torch.cuda.current_device()) if fits else None)
-    return ReadAhead(read, source.architecture, device == "cuda", device if fits else None)
+    there = torch.device(device, torch.cuda.current_device()) if fits else None
+    return ReadAhead(PiecewiseReader(source.checkpoint, there), source.architecture, kept_on=device if fits else None)

@@ -172,7 +172,7 @@ def generation_work(plan: Plan, memory: int) -> Work:
 def _of_tensor(role: Role, a: Architecture, frames: int, length: int, quantized: dict[MatrixKey, int]) -> TensorWork:
     """Return the work for one source tensor: both models' forward passes, and its matrices' quantization."""
     sizes = {part: quantized[role.name, part] for part in range(role.stacked) if (role.name, part) in quantized}
-    height, columns = role.shape[0] // role.stacked, role.shape[1]
+    height, columns = role.height, role.shape[1]
     weights, total = height * columns * role.stacked, Work()
     if role.layer is not None or role.module == "depformer_in":
         passes = 1

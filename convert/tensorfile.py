@@ -7,7 +7,7 @@ import os
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,12 @@ class Spec:
     def columns(self) -> int:
         """Length of the last axis."""
         return self.shape[-1] if self.shape else 1
+
+    def pieces(self, size: int, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield where pieces of at most ``size`` bytes, one row at least, begin and end: of all rows, or of some."""
+        stop, height = self.rows if last is None else last, max(1, size * self.rows // max(self.nbytes, 1))
+        for begin in range(first, stop, height):
+            yield begin, min(begin + height, stop)
 
 
 class TensorFile:

@@ -44,10 +44,9 @@ def source_weights(checkpoint: Checkpoint) -> Weights:
 
 def rows_of_step(checkpoint: Checkpoint, name: str, step: int | None) -> slice:
     """Return which rows of a checkpoint's tensor are a step's: of one that is not stacked, all."""
-    tensor = checkpoint.tensors[name]
-    height = tensor.spec.rows // tensor.role.stacked
-    first = (step or 0) * height if tensor.role.stacked > 1 else 0
-    return slice(first, first + height)
+    role = checkpoint.tensors[name].role
+    first = (step or 0) * role.height if role.stacked > 1 else 0
+    return slice(first, first + role.height)
 
 
 def kept_by(

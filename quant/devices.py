@@ -1,6 +1,6 @@
 """Operations that some devices lack."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -8,10 +8,8 @@ from torch import Tensor
 
 def on_either(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
     """Compute on the values' device, or on the CPU where that lacks the operation; the result is where they are."""
-    try:
-        return function(*values)
-    except NotImplementedError:
-        return function(*(value.cpu() for value in values)).to(values[0].device)
+    (result,) = _all_on_either(lambda *there: (function(*there),), *values)
+    return result
 
 
 def cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,8 +17,13 @@ def cholesky(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
     Does not wait for a GPU, as ``torch.linalg.cholesky`` does to raise an error.
     """
-    try:
-        factors, info = torch.linalg.cholesky_ex(matrices)
-    except NotImplementedError:
-        factors, info = (each.to(matrices.device) for each in torch.linalg.cholesky_ex(matrices.cpu()))
+    factors, info = _all_on_either(torch.linalg.cholesky_ex, matrices)
     return factors, info == 0
+
+
+def _all_on_either(function: Callable[..., Iterable[Tensor]], *values: Tensor) -> Iterable[Tensor]:
+    """Compute several results as ``on_either`` does."""
+    try:
+        return function(*values)
+    except NotImplementedError:
+        return [each.to(values[0].device) for each in function(*(value.cpu() for value in values))]

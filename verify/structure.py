@@ -139,9 +139,9 @@ def _changed(file: TensorFile, name: str, manifest: Manifest) -> Iterator[Proble
             spec = file.specs.get(tensor)
             if spec is None:
                 continue
-            height, actual = max(1, BLOCK * spec.rows // max(spec.nbytes, 1)), 0
-            for first in range(0, spec.rows, height):
-                rows = file.read(tensor, first, min(first + height, spec.rows))
+            actual = 0
+            for first, last in spec.pieces(BLOCK):
+                rows = file.read(tensor, first, last)
                 actual = zlib.crc32(rows.reshape(-1).view(np.uint8).data, actual)
             if f"{actual:08x}" != checksum:
                 yield Problem(name, f"{tensor}: its bytes are not those that were written")

@@ -230,8 +230,7 @@ def _place(stem: str, known: dict[str, Role]) -> tuple[str, int, int] | None:
         step = int(match[3])
         if name not in known or step >= known[name].stacked:
             return None
-        height = known[name].shape[0] // known[name].stacked
-        return name, step * height, height
+        return name, step * known[name].height, known[name].height
     for name in (f"{stem}.weight", f"{stem}_weight"):
         if name in known and known[name].kind == "linear":
             return name, 0, known[name].shape[0]

@@ -134,9 +134,8 @@ def tables_sha256(checkpoint: Checkpoint) -> str:
     for name in table_names(checkpoint.architecture):
         spec = checkpoint.tensors[name].spec
         digest.update(f"{name} {spec.dtype} {list(spec.shape)}\n".encode())
-        height = max(1, BLOCK // (4 * spec.columns))
-        for first in range(0, spec.rows, height):
-            values = np.ascontiguousarray(checkpoint.read(name, first, min(first + height, spec.rows)))
+        for first, last in spec.pieces(BLOCK):
+            values = np.ascontiguousarray(checkpoint.read(name, first, last))
             digest.update(values.view(np.uint8).data)
     return digest.hexdigest()
 

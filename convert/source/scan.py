@@ -43,9 +43,8 @@ def hash_file(path: Path, bar: "tqdm[Any]") -> Fingerprint:
 def _blocks(file: TensorFile) -> Iterator[tuple[str, int, int]]:
     """Yield name, first and last row of blocks of a file's tensors, in the order of the file."""
     for name, spec in file.specs.items():
-        rows = max(1, BLOCK * spec.rows // max(spec.nbytes, 1))
-        for first in range(0, spec.rows, rows):
-            yield name, first, min(first + rows, spec.rows)
+        for first, last in spec.pieces(BLOCK):
+            yield name, first, last
 
 
 def non_finite(file: TensorFile) -> dict[str, int]:

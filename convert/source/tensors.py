@@ -28,6 +28,11 @@ class Role:
     stacked: int = 1
     norm: str = ""
 
+    @property
+    def height(self) -> int:
+        """Rows of each step that is stacked; all rows of a tensor of one step or none."""
+        return self.shape[0] // self.stacked
+
 
 def stored_as(role: Role) -> tuple[tuple[str, ...], ...]:
     """Return the ways in which checkpoints name a tensor: each is one name, or one for each depformer step.

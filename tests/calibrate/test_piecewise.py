@@ -24,10 +24,8 @@ DEVICES = [None, "cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 def test_pieces_are_the_whole(pico, where, piece, monkeypatch):
     monkeypatch.setattr(piecewise, "_PIECE", piece)
     with open_source(locate(str(pico))) as source:
-        read, expected = (
-            PiecewiseReader(source.checkpoint, where and torch.device(where)),
-            source_weights(source.checkpoint),
-        )
+        read = PiecewiseReader(source.checkpoint, where and torch.device(where))
+        expected = source_weights(source.checkpoint)
         with ThreadPoolExecutor(2) as threads:
             for (name, step), values in zip(NAMES, threads.map(lambda key: read(*key), NAMES), strict=True):
                 assert values.dtype == torch.bfloat16
